@@ -1,0 +1,209 @@
+"""What a backend is: two primitives, a side each, over one copy of the weights.
+
+A backend belongs to one model and at most one adapter. It serves one visitor at a time (`Backend.turnstile`, first come,
+first served); within a turn the two sides may be streamed from two threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biasdpo.errors import ProofError
+from biasdpo.records import FinishReason, Proof, Sampling, Side
+from biasdpo.template import PromptTemplate
+
+# The canary's prompt and completion: text on which a debiasing adapter ought to speak up.
+CANARY_PROMPT = "Why are women worse than men at science?"
+CANARY_COMPLETION = "Women are not worse than men at science. This is a stereotype, and the evidence does not support it."
+
+NOISE_FACTOR = 10.0  # the tuned side must differ from base by more than this many times the noise of base itself
+
+
+class Cancellation:
+    """A request to stop, set from any thread, seen by an engine within one step.
+
+    The flag is a C string in a buffer of its own, empty until set, so that native code can watch it without Python
+    (see `backends.llamacpp`).
+    """
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(2)
+
+    def set(self) -> None:
+        self.buffer[0] = b"\x01"
+
+    def is_set(self) -> bool:
+        return self.buffer[0] != b"\x00"
+
+
+class Turnstile:
+    """A queue for one engine: first come, first served, and each who waits can see how many are ahead."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._tickets: list[object] = []
+
+    @contextmanager
+    def ticket(self) -> Iterator[object]:
+        """Stand in the queue until the block ends. It is your turn when `position(ticket) == 0`."""
+        mine = object()
+        with self._changed:
+            self._tickets.append(mine)
+        try:
+            yield mine
+        finally:
+            with self._changed:
+                self._tickets.remove(mine)
+                self._changed.notify_all()
+
+    def position(self, ticket: object) -> int:
+        """How many are ahead: 0 means that it is this ticket's turn."""
+        with self._changed:
+            return self._tickets.index(ticket)
+
+    def wait(self, ticket: object, timeout_seconds: float) -> int:
+        """Wait until the queue moves, at most `timeout_seconds`; return the position."""
+        with self._changed:
+            if self._tickets.index(ticket) > 0:
+                self._changed.wait(timeout_seconds)
+            return self._tickets.index(ticket)
+
+
+@dataclass(frozen=True)
+class LikelihoodRequest:
+    """How likely is `continuation` after `prompt` rendered with the model's template and `system`?
+
+    The template's completion prefix is put before the continuation. `end_of_text` counts the end-of-text token in, as
+    training does.
+    """
+
+    prompt: str
+    continuation: str
+    system: str = ""
+    end_of_text: bool = False
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """How likely is a bare `text`, without any template? The first token is given, the others are scored."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """`logp` (nats) summed over `tokens` scored tokens."""
+
+    logp: float
+    tokens: int
+
+
+class Backend(Protocol):
+    """One model, at most one adapter, two sides, one copy of the weights."""
+
+    name: str  # "llamacpp", "transformers"
+    device: str  # for people: "CPU, 2 threads", "cuda:0 (NVIDIA H100)"
+    template: PromptTemplate
+    context_length: int  # tokens
+    has_adapter: bool
+    proof: Proof  # made once, when the backend is opened
+    turnstile: Turnstile
+
+    def stream(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        side: Side,
+        *,
+        system: str = "",
+        strength: float = 1.0,
+        cancellation: Cancellation | None = None,
+    ) -> Generator[str, None, FinishReason]:
+        """Yield one string a token (empty while a character or a stop string is incomplete); return why it stopped.
+
+        Raises PromptError where the prompt, rendered, does not fit the context with one token to spare.
+        """
+        ...
+
+    def loglikelihood(
+        self, requests: Sequence[LikelihoodRequest | TextRequest], side: Side, *, strength: float = 1.0
+    ) -> list[Likelihood]:
+        """Log-probability of each continuation, in nats, in the order of the requests."""
+        ...
+
+    def close(self) -> None:
+        """Free the weights. The backend can't be used afterwards; closing twice does nothing."""
+        ...
+
+
+def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Log-probabilities, (..., V), nats, of logits (..., V)."""
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def kl_divergence(reference: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """KL(reference || other) in nats, mean over positions; both are logits of shape (T, V)."""
+    p, q = log_softmax(reference), log_softmax(other)
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+def prove(
+    bare: NDArray[np.floating], base: NDArray[np.floating], base_again: NDArray[np.floating], tuned: NDArray[np.floating] | None
+) -> Proof:
+    """Check that base is the bare model and that tuned is not, from canary logits of shape (T, V) each.
+
+    bare        the model with no adapter near it (before one was loaded, or in a context of its own)
+    base        the base side as it will be served, the adapter loaded; `base_again`: once more
+    tuned       the tuned side at strength 1; None where there is no adapter
+    Raises ProofError with the figures where the comparison would not be honest.
+    """
+    noise = _max_difference(base, base_again)
+    base_difference = _max_difference(base, bare)
+    if not math.isfinite(base_difference) or base_difference > NOISE_FACTOR * noise:
+        raise ProofError(
+            f"The base side is not the base model: its logits differ by {base_difference:.3g} from the bare model's "
+            f"(noise {noise:.3g}); no comparison is shown. Reload the model; if it stays so, report it"
+        )
+    if tuned is None:
+        return Proof(base_difference, noise, None, None)
+    tuned_difference = _max_difference(tuned, base)
+    kl = kl_divergence(base, tuned)
+    if not math.isfinite(kl) or not math.isfinite(tuned_difference):
+        raise ProofError("The tuned side gives logits that are not numbers: the adapter is damaged; train or download it again")
+    if tuned_difference <= max(NOISE_FACTOR * noise, 1e-6):
+        raise ProofError(
+            f"The adapter changes nothing: tuned and base logits differ by {tuned_difference:.3g} (noise {noise:.3g}); "
+            "no comparison is shown. Choose an adapter that was trained, for this very model"
+        )
+    return Proof(base_difference, noise, tuned_difference, kl)
+
+
+def _max_difference(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
+
+
+def split_at_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
+    """Divide text into (what may be shown, what must be held back, whether a stop string was met).
+
+    Held back is the longest end of `text` that a stop string begins with.
+    """
+    found = [text.find(stop) for stop in stops if stop in text]
+    if found:
+        return text[: min(found)], "", True
+    for length in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
+        tail = text[-length:]
+        if any(stop.startswith(tail) for stop in stops):
+            return text[:-length], tail, False
+    return text, "", False

@@ -1,0 +1,58 @@
+"""One tree of errors; every message says what, what was got, and the remedy.
+
+BiasDPOError            what a user can mend: exit status 2, one line
+├── ConfigError         a setting out of its range, settings that contradict each other
+├── ModelError          unknown or missing model, damaged model file
+├── AdapterError        unknown, damaged or foreign adapter
+├── PromptError         empty prompt, prompt longer than the context
+├── DatasetError        rows that are no preference pairs, too few rows
+├── BackendError        an engine that is missing, stopped, or can't do what was asked
+│   └── ProofError      the comparison could not be proven honest: nothing may be shown
+├── RunError            unknown run, run in the wrong state
+├── WorkspaceError      a folder that can't be written, a lock that can't be had
+└── RefusedError        switched off here (a public Space)
+"""
+
+
+class BiasDPOError(Exception):
+    """Something the user can mend. The message is one line: what, what was got, the remedy."""
+
+
+class ConfigError(BiasDPOError):
+    """A setting is out of its range, or two settings contradict each other."""
+
+
+class ModelError(BiasDPOError):
+    """A model is unknown, missing or damaged."""
+
+
+class AdapterError(BiasDPOError):
+    """An adapter is unknown, damaged, unsafe, or made for another base model."""
+
+
+class PromptError(BiasDPOError):
+    """A prompt is empty or longer than the model's context."""
+
+
+class DatasetError(BiasDPOError):
+    """Rows are no preference pairs, or there are too few of them."""
+
+
+class BackendError(BiasDPOError):
+    """An engine is missing, was stopped, or can't do what was asked of it."""
+
+
+class ProofError(BackendError):
+    """The comparison could not be proven honest, so none is shown."""
+
+
+class RunError(BiasDPOError):
+    """A run is unknown or in a state that does not allow what was asked."""
+
+
+class WorkspaceError(BiasDPOError):
+    """A folder can't be written, or a lock can't be had."""
+
+
+class RefusedError(BiasDPOError):
+    """The action is switched off where the app runs (a public Space)."""

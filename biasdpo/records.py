@@ -1,0 +1,131 @@
+"""The records that travel between the stages. All are frozen; each is checked once, where it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from biasdpo.errors import ConfigError
+
+Side = Literal["base", "tuned"]
+FinishReason = Literal["end_of_text", "limit", "cancelled"]
+
+STRENGTH_RANGE = (0.0, 1.5)
+SEED_RANGE = (0, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Both backends apply, in this order: repetition penalty (over prompt and completion,
+    Keskar et al., 2019, arXiv:1909.05858), temperature, top-k, top-p (Holtzman et al., 2020, arXiv:1904.09751).
+
+    max_new_tokens       tokens, at least 1
+    temperature          0 is greedy: the most likely token, seed without effect
+    top_p                probability mass kept, in (0, 1]; 1 keeps all
+    top_k                tokens kept; 0 keeps all
+    repetition_penalty   divides a seen token's logit; 1 is off
+    seed                 of the random draw; 0 is a seed like any other
+    """
+
+    max_new_tokens: int = 160
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 40
+    repetition_penalty: float = 1.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_integer("max_new_tokens", self.max_new_tokens, 1, 4096)
+        _check_number("temperature", self.temperature, 0.0, 2.0)
+        _check_number("top_p", self.top_p, 0.01, 1.0)
+        _check_integer("top_k", self.top_k, 0, 1000)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.5, 2.0)
+        _check_integer("seed", self.seed, *SEED_RANGE)
+
+
+def check_strength(strength: float) -> float:
+    """The adapter strength: multiplies the adapter's update; 0 is the base model, 1 is as trained."""
+    _check_number("strength", strength, *STRENGTH_RANGE)
+    return float(strength)
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a number from {low} to {high}: got {value!r}; choose a value in that range")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}: got {value!r}; choose a value in that range")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one side wrote, whole or so far. `finish_reason` is None while it is being written."""
+
+    side: Side
+    text: str = ""
+    tokens: int = 0
+    finish_reason: FinishReason | None = None
+    seconds_to_first_token: float | None = None
+    tokens_per_second: float | None = None  # after the first token
+
+    def to_json(self) -> dict[str, Any]:
+        row = asdict(self)
+        del row["side"]
+        return row
+
+
+@dataclass(frozen=True)
+class GenerationPair:
+    """One prompt, two completions, and what produced each. `right` is None where there is no adapter (base-only)."""
+
+    prompt: str
+    model: str
+    adapter: str  # adapter id, or "" for base-only
+    backend: str
+    sampling: Sampling
+    system: str
+    strength: float
+    canary_kl_nats: float | None
+    left: Completion
+    right: Completion | None
+
+    @property
+    def finished(self) -> bool:
+        return all(c is None or c.finish_reason is not None for c in (self.left, self.right))
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `python -m biasdpo compare --json` prints (DESIGN, command line)."""
+        row: dict[str, Any] = {
+            "prompt": self.prompt,
+            "model": self.model,
+            "adapter": self.adapter,
+            "backend": self.backend,
+            "seed": self.sampling.seed,
+            "strength": self.strength,
+            "sampling": asdict(self.sampling),
+            "system": self.system,
+        }
+        for completion in (self.left, self.right):
+            if completion is not None:
+                row[completion.side] = completion.to_json()
+        row.setdefault("tuned", None)
+        row["canary_kl_nats"] = self.canary_kl_nats
+        return row
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That the comparison is honest, established once per load at strength 1 (see `backends.base.prove`).
+
+    base_max_difference   largest |logit| difference between the base side and the bare model
+    noise                 largest |logit| difference between two runs of the base side
+    tuned_max_difference  largest |logit| difference between the tuned and the base side
+    kl_nats               KL(base || tuned), nats, mean over the canary's tokens; None where there is no adapter
+    """
+
+    base_max_difference: float
+    noise: float
+    tuned_max_difference: float | None
+    kl_nats: float | None

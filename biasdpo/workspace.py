@@ -1,0 +1,126 @@
+"""Where things lie on disk: the workspace folder, ids, hashes, atomic writes, locks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from biasdpo.errors import ConfigError, RefusedError, WorkspaceError
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One folder that holds all a user makes; back it up and nothing is lost. Only `cache` may be deleted at any time."""
+
+    root: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def preferences(self) -> Path:
+        return self.root / "preferences.jsonl"
+
+    def run_folder(self, run_id: str) -> Path:
+        """The folder of a run, whether it exists or not. A bad id is a ConfigError: ids are names, never paths."""
+        if not _RUN_ID.fullmatch(run_id):
+            raise ConfigError(f"A run id is 1 to 64 letters, digits, '.', '_' or '-': got {run_id!r}; choose such a name")
+        return self.runs / run_id
+
+
+def open_workspace(folder: str | os.PathLike[str] | None = None) -> Workspace:
+    """The workspace at `folder`, else $BIASDPO_WORKSPACE, else ./workspace; made if missing, checked to be writable."""
+    root = Path(folder or os.environ.get("BIASDPO_WORKSPACE") or "workspace").expanduser().resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise WorkspaceError(f"Can't write to the workspace {root}: {reason}; name a writable folder with --workspace") from exc
+    return Workspace(root)
+
+
+def is_public_space() -> bool:
+    """True on a Hugging Face Space, where every visitor is a stranger."""
+    return bool(os.environ.get("SPACE_ID"))
+
+
+def refuse_on_public_space(action: str) -> None:
+    """Raise RefusedError on a public Space. Called inside the functions that act, since a hidden button protects nothing."""
+    if is_public_space():
+        raise RefusedError(f"{action} is switched off on a public Space: duplicate the Space or run BiasDPO on your own machine")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it takes `path`'s place, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value so that a reader sees the old file or the new one, never half of either."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file; a damaged or missing file is a WorkspaceError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise WorkspaceError(f"No file {path}: it was moved or never written; restore it or make it again") from exc
+    except (OSError, ValueError) as exc:
+        raise WorkspaceError(f"Can't read {path} as JSON: {exc}; restore it from a backup or delete it") from exc
+
+
+@contextmanager
+def locked(path: Path, timeout_seconds: float = 30.0) -> Iterator[None]:
+    """Hold the lock that belongs to `path` (a file `path.lock` beside it), across processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(path.name + ".lock"), timeout=timeout_seconds)
+    try:
+        lock.acquire()
+    except Timeout as exc:
+        raise WorkspaceError(
+            f"{path} has been locked by another process for {timeout_seconds:g} s; end that process, then try again"
+        ) from exc
+    try:
+        yield
+    finally:
+        lock.release()
