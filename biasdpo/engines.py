@@ -1,0 +1,150 @@
+"""Opened models: loaded in the background, shared by all visitors, closed when others need the room."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from biasdpo import models
+from biasdpo.backends import Backend, open_backend
+from biasdpo.backends.base import Cancellation
+from biasdpo.errors import BackendError, BiasDPOError
+from biasdpo.models import AdapterSpec, ModelSpec
+from biasdpo.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What a visitor picks: names as `models.find` and `models.find_adapter` take them ("" = the model's default adapter)."""
+
+    model: str
+    adapter: str = ""
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model and an adapter on a backend, proven and ready. `adapter` is None for base-only."""
+
+    spec: ModelSpec
+    adapter: AdapterSpec | None
+    backend: Backend
+
+
+@dataclass
+class Loading:
+    """How far an engine has come. Exactly one of `engine` and `error` is set once `done`."""
+
+    share: float = 0.0
+    what: str = "waiting to start"
+    engine: Engine | None = None
+    error: BaseException | None = None
+    leases: int = field(default=0, repr=False)
+
+    @property
+    def done(self) -> bool:
+        return self.engine is not None or self.error is not None
+
+
+def open_engine(key: EngineKey, workspace: Workspace, loading: Loading | None = None) -> Engine:
+    """Find, load and prove what `key` names; close the engine's backend when done with it."""
+
+    def report(share: float, what: str) -> None:
+        if loading is not None:
+            loading.share, loading.what = share, what
+
+    spec = models.find(key.model)
+    adapter = models.find_adapter(key.adapter, spec, workspace)
+    backend = open_backend(spec, adapter, name=key.backend, workspace=workspace, on_progress=report)
+    return Engine(spec, adapter, backend)
+
+
+class EnginePool:
+    """The engines of one app. At most `capacity` are kept; the one unused for longest is closed first."""
+
+    def __init__(self, workspace: Workspace, capacity: int = 2) -> None:
+        self.workspace = workspace
+        self._capacity = capacity
+        self._changed = threading.Condition()
+        self._engines: dict[EngineKey, Loading] = {}  # in order of last use
+
+    def load(self, key: EngineKey) -> Loading:
+        """Start loading `key` unless it is loaded or loading; return at once. A failed load is tried again."""
+        with self._changed:
+            loading = self._engines.pop(key, None)
+            if loading is None or loading.error is not None:
+                loading = Loading()
+                threading.Thread(target=self._open, args=(key, loading), name=f"load {key.model}", daemon=True).start()
+            self._engines[key] = loading
+            return loading
+
+    def state(self, key: EngineKey) -> Loading | None:
+        """How far `key` has come, or None if nobody asked for it. Starts nothing."""
+        with self._changed:
+            return self._engines.get(key)
+
+    @contextmanager
+    def lease(self, key: EngineKey, cancellation: Cancellation | None = None) -> Iterator[Engine]:
+        """The engine of `key`, loaded if need be, and kept open until the block ends. A failed load raises its error."""
+        loading = self.state(key) or self.load(key)
+        with self._changed:
+            loading.leases += 1
+        try:
+            with self._changed:
+                while not loading.done:
+                    if cancellation is not None and cancellation.is_set():
+                        raise BackendError("Cancelled while the model was loading: press Generate to go on")
+                    self._changed.wait(0.2)
+            if loading.error is not None:
+                raise loading.error
+            assert loading.engine is not None
+            yield loading.engine
+        finally:
+            with self._changed:
+                loading.leases -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close every engine that nobody uses."""
+        with self._changed:
+            for key in [key for key, loading in self._engines.items() if loading.leases == 0]:
+                self._close(key)
+
+    def _open(self, key: EngineKey, loading: Loading) -> None:
+        try:
+            self._make_room(key)
+            engine = open_engine(key, self.workspace, loading)
+        except BiasDPOError as exc:
+            self._finish(loading, error=exc)
+        except Exception as exc:
+            error = BackendError(f"{key.model} could not be loaded ({type(exc).__name__}: {exc}): the terminal shows where")
+            error.__cause__ = exc
+            self._finish(loading, error=error)
+            raise
+        else:
+            self._finish(loading, engine=engine)
+
+    def _make_room(self, key: EngineKey) -> None:
+        """Close engines nobody uses until there is room for one more; wait for those in use."""
+        with self._changed:
+            while True:
+                held = [k for k, loading in self._engines.items() if k != key and loading.engine is not None]
+                if len(held) < self._capacity:
+                    return
+                idle = [k for k in held if self._engines[k].leases == 0]
+                if idle:
+                    self._close(idle[0])
+                else:
+                    self._changed.wait(0.2)
+
+    def _close(self, key: EngineKey) -> None:
+        loading = self._engines.pop(key)
+        if loading.engine is not None:
+            loading.engine.backend.close()
+
+    def _finish(self, loading: Loading, engine: Engine | None = None, error: BaseException | None = None) -> None:
+        with self._changed:
+            loading.engine, loading.error = engine, error
+            self._changed.notify_all()
