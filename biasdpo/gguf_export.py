@@ -22,7 +22,14 @@ from biasdpo.workspace import Workspace, locked, read_json, refuse_on_public_spa
 
 _PEFT_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 # PEFT features that a plain pair (A, B) does not carry.
-_UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "layer_replication")
+_UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "layer_replication",
+)
 
 
 def lora(adapter: AdapterSpec, base_gguf: Path, out: Path) -> Path:
@@ -33,13 +40,17 @@ def lora(adapter: AdapterSpec, base_gguf: Path, out: Path) -> Path:
     config = read_json(adapter.folder / "adapter_config.json")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if used:
-        raise AdapterError(f"Adapter {adapter.id} uses {', '.join(used)}, which a LoRA GGUF can't hold: use --backend transformers")
+        raise AdapterError(
+            f"Adapter {adapter.id} uses {', '.join(used)}, which a LoRA GGUF can't hold: use --backend transformers"
+        )
     factors = load_factors(adapter.weights)
     base = open_gguf(base_gguf)
     tensors, rank = _renamed(factors, base, adapter.id)
     alphas = {_alpha(config, module, rank) for module in factors}
     if len(alphas) > 1:
-        raise AdapterError(f"Adapter {adapter.id} has an alpha of its own per layer: a LoRA GGUF holds one; use --backend transformers")
+        raise AdapterError(
+            f"Adapter {adapter.id} has an alpha of its own per layer: a LoRA GGUF holds one; use --backend transformers"
+        )
     _write(out, str(gguf_value(base, "general.architecture")), alphas.pop(), tensors, adapter)
     return out
 
@@ -52,7 +63,9 @@ def export_lora(adapter: AdapterSpec, base_gguf: Path, out: Path) -> Path:
 
 def cached_lora(adapter: AdapterSpec, base_gguf: Path, workspace: Workspace) -> Path:
     """The LoRA GGUF of an adapter for a base model, built on first use into WORKSPACE/cache."""
-    parents = f"{sha256_of(adapter.weights)[:12]}-{sha256_of(adapter.folder / 'adapter_config.json')[:8]}-{sha256_of(base_gguf)[:12]}"
+    parents = (
+        f"{sha256_of(adapter.weights)[:12]}-{sha256_of(adapter.folder / 'adapter_config.json')[:8]}-{sha256_of(base_gguf)[:12]}"
+    )
     out = workspace.cache / "lora" / f"{adapter.id}-{parents}.gguf"
     with locked(out):
         return out if out.is_file() else lora(adapter, base_gguf, out)
@@ -107,7 +120,9 @@ def _renamed(factors: dict[str, dict[str, NDArray[Any]]], base: Any, adapter_id:
                     f"The GGUF keeps q, k and v in one tensor (attn_qkv), adapter {adapter_id} adapts {module}: convert the model "
                     "again with a current convert_hf_to_gguf.py, which keeps them apart"
                 )
-            raise AdapterError(f"Adapter {adapter_id} was made for another base model: it adapts {module}, which this model lacks")
+            raise AdapterError(
+                f"Adapter {adapter_id} was made for another base model: it adapts {module}, which this model lacks"
+            )
         a, b = pair["A"], pair["B"]
         if (b.shape[0], a.shape[1]) != shapes[f"{name}.weight"]:
             raise AdapterError(
@@ -120,7 +135,9 @@ def _renamed(factors: dict[str, dict[str, NDArray[Any]]], base: Any, adapter_id:
         tensors[f"{name}.weight.lora_b"] = b
         ranks.add(a.shape[0])
     if len(ranks) > 1:
-        raise AdapterError(f"Adapter {adapter_id} has ranks {sorted(ranks)}: a LoRA GGUF holds one alpha; use --backend transformers")
+        raise AdapterError(
+            f"Adapter {adapter_id} has ranks {sorted(ranks)}: a LoRA GGUF holds one alpha; use --backend transformers"
+        )
     return tensors, ranks.pop()
 
 

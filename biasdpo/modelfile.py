@@ -154,3 +154,13 @@ def template_of_chat(chat_template: str, special_tokens: list[str]) -> PromptTem
                 default_system=default.group(0) if default and _SYSTEM_MARK in text else "",
             )
     raise ModelError(f"The model's chat template can't be rendered ({failure}): use a model with a plain chat template")
+
+
+def check_gguf_complete(path: Path) -> None:
+    """Raise ModelError where a GGUF is missing, foreign or cut off. Reads the magic bytes here, the rest in llama.cpp."""
+    if not path.is_file():
+        raise ModelError(f"No model file {path}: check the path, or fetch the file again")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is no GGUF file (it begins with {magic!r}): fetch or export it again")
