@@ -1,0 +1,68 @@
+// Runs in every page: the content warning, keys, copy buttons. No library, no other host.
+(() => {
+  "use strict";
+  const WARNING = "biasdpo-content-warning";
+  const root = document.documentElement;
+
+  // Storage may be refused (a Space in a frame, private windows): the warning is then shown on every visit.
+  try {
+    if (localStorage.getItem(WARNING) === "dismissed") root.classList.add("bd-warned");
+  } catch { /* shown */ }
+
+  const copy = async (text) => {
+    try {
+      await navigator.clipboard.writeText(text);
+      return true;
+    } catch {
+      // Plain http to another machine has no clipboard API.
+      const box = document.createElement("textarea");
+      box.value = text;
+      box.style.position = "fixed";
+      box.style.opacity = "0";
+      document.body.append(box);
+      box.select();
+      const done = document.execCommand("copy");
+      box.remove();
+      return done;
+    }
+  };
+
+  const say = (button, text) => {
+    button.dataset.label ??= button.textContent;
+    button.textContent = text;
+    clearTimeout(button.bdTimer);
+    button.bdTimer = setTimeout(() => { button.textContent = button.dataset.label; }, 1500);
+  };
+
+  document.addEventListener("click", async (event) => {
+    const target = event.target instanceof Element ? event.target : null;
+    if (target?.closest("#dismiss-warning")) {
+      root.classList.add("bd-warned");
+      try { localStorage.setItem(WARNING, "dismissed"); } catch { /* this visit only */ }
+      document.querySelector("#prompt textarea")?.focus();
+      return;
+    }
+    const button = target?.closest(".bd-copy");
+    if (button) {
+      const text = document.querySelector(`#${button.dataset.copies} textarea`)?.value ?? "";
+      say(button, !text ? "Nothing yet" : (await copy(text)) ? "Copied" : "Not allowed");
+    }
+  });
+
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      event.stopPropagation();
+      document.getElementById("generate")?.click();
+    } else if (event.key === "Escape" && !document.querySelector("[role=listbox]") && document.querySelector(".bd-busy")) {
+      document.getElementById("stop")?.click();
+    }
+  }, true);
+
+  window.bdCopyLink = (query) => {
+    const address = query.startsWith("?") ? window.location.origin + window.location.pathname + query : query;
+    const button = document.getElementById("copy-link");
+    copy(address).then((done) => button && say(button, done ? "Copied" : "Copy it below"));
+    return address;
+  };
+})();

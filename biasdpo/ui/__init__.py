@@ -1,0 +1,67 @@
+"""The page: `build_ui` makes it, `launch_options` dresses it. Gradio is imported here and in app.py only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from biasdpo.engines import EnginePool
+from biasdpo.ui.compare_tab import CompareTab
+from biasdpo.ui.startup import Startup
+from biasdpo.workspace import ASSETS, is_public_space
+
+# Fonts of the visitor's own system: a web font would ask another host.
+_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+_MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
+
+_HEADER = """
+<header class="bd-header"><h1>BiasDPO</h1>
+<p>One prompt, two completions: a language model before and after Direct Preference Optimization against bias.</p></header>
+"""
+_WARNING = """
+<div class="bd-warning" id="content-warning" role="note"><p><b>Content warning.</b> This page shows what language models write
+about gender, race and religion. The base model's text, and sometimes the tuned one's, can be prejudiced, false or hurtful.
+It is shown to be measured and mended, and is nobody's opinion.</p>
+<button type="button" id="dismiss-warning">I understand</button></div>
+"""
+_SPACE = """
+<div class="bd-space" id="space-banner" role="note"><b>Public Space.</b> Training, export, import and deletion are switched off
+here, and models come from the catalog. Duplicate the Space, or run BiasDPO on your own machine, for the whole workbench.</div>
+"""
+
+
+def build_ui(pool: EnginePool, startup: Startup) -> gr.Blocks:
+    """The whole page over these engines. Nothing is loaded here: `startup.resolve` does that once the page is served."""
+    with gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True) as demo:
+        gr.HTML(_HEADER, js_on_load=None)
+        if is_public_space():
+            gr.HTML(_SPACE, js_on_load=None)
+        gr.HTML(_WARNING, js_on_load=None)
+        with gr.Tabs(), gr.Tab("Compare", id="compare"):
+            CompareTab(pool, startup).build(demo)
+    return demo
+
+
+def launch_options() -> dict[str, Any]:
+    """What `Blocks.launch` needs for this page, beside host and port."""
+    theme = gr.themes.Default(
+        primary_hue=gr.themes.colors.teal,
+        secondary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.slate,
+        font=_FONTS,
+        font_mono=_MONO_FONTS,
+    )
+    script = (ASSETS / "page.js").read_text(encoding="utf-8")
+    return {
+        "theme": theme,
+        "css_paths": [ASSETS / "style.css"],
+        "head": f"<script>{script}</script>",
+        "footer_links": [],
+        "run_history": False,
+        "ssr_mode": False,
+        "pwa": False,
+        "share": False,
+        "quiet": True,
+        "max_threads": 256,  # each visitor who waits or reads holds one
+    }
