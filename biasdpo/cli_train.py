@@ -1,0 +1,193 @@
+"""The commands `train` and `runs`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from biasdpo.errors import ConfigError, RunError
+
+_POLL_SECONDS = 0.5
+
+
+def add_commands(commands: Any) -> None:
+    """Add `train` and `runs` to the command line's subparsers."""
+    command = commands.add_parser("train", help="train an adapter with DPO, in a process of its own")
+    command.add_argument("--model", default="", metavar="ID", help="catalog id, Hub id, HF folder or .gguf")
+    command.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="FILE|hub:OWNER/NAME|workspace",
+        help="preference pairs: a JSONL file with prompt, chosen, rejected; a Hub data set; or the workspace's journal. "
+        "Several are joined",
+    )
+    command.add_argument("--run-id", required=True, metavar="NAME", help="the run's name and folder")
+    command.add_argument("--config", type=Path, metavar="FILE", help="a run config, e.g. training/configs/smollm2-quick.toml")
+    command.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="key=value", help="one setting, over the config's"
+    )
+    command.add_argument("--resume", action="store_true", help="go on with a run that was stopped, interrupted or failed")
+    command.add_argument("--num-processes", type=int, metavar="N", help="training processes (data parallel)")
+    _add_workspace_and_json(command)
+    command.set_defaults(handler=train)
+
+    command = commands.add_parser("runs", help="list, show or stop training runs")
+    command.set_defaults(handler=list_runs)
+    _add_workspace_and_json(command)
+    actions = command.add_subparsers(metavar="ACTION")
+    action = actions.add_parser("list", help="all runs, newest first")
+    _add_workspace_and_json(action, inherit=True)
+    action.set_defaults(handler=list_runs)
+    for name, handler, text in (
+        ("show", show_run, "one run: state, step, config, metrics"),
+        ("stop", stop_run, "ask a run to stop after its next step, with a checkpoint"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("run_id", metavar="ID")
+        _add_workspace_and_json(action, inherit=True)
+        action.set_defaults(handler=handler)
+
+
+def _add_workspace_and_json(command: argparse.ArgumentParser, *, inherit: bool = False) -> None:
+    """The two flags that every command has; `inherit`: an absent flag keeps what the parent command was given."""
+    nothing = {"default": argparse.SUPPRESS} if inherit else {}
+    command.add_argument("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace", **nothing)
+    command.add_argument("--json", action="store_true", help="print one JSON object (or one a line) on stdout", **nothing)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Start (or resume) a run and wait for it; Ctrl-C asks it to stop."""
+    from biasdpo import run_config, runs
+    from biasdpo.workspace import open_workspace
+
+    workspace = open_workspace(args.workspace)
+    if args.resume:
+        given = [f"--{name}" for name in ("model", "dataset", "config", "num_processes") if getattr(args, name)]
+        given += ["--set"] * bool(args.settings)
+        if given:
+            raise ConfigError(f"--resume goes on with the run's own settings: got {', '.join(given)} too; leave them out")
+        folder = runs.resume(args.run_id, workspace)
+    else:
+        values = run_config.read_toml(args.config) if args.config else {}
+        values |= {"model": args.model} if args.model else {}
+        values |= {"datasets": [_absolute(name) for name in args.dataset]} if args.dataset else {}
+        values |= {"num_processes": args.num_processes} if args.num_processes is not None else {}
+        values |= run_config.parse_settings(args.settings)
+        config = run_config.from_mapping(values)
+        folder = runs.start(config, args.run_id, workspace, command=runs.shown_command(sys.argv[1:]))
+    run = _wait(folder, workspace)
+    if args.json:
+        print(json.dumps(run.to_json(), ensure_ascii=False))
+    if run.status.state == "finished":
+        if not args.json:
+            print(_summary(run))
+        return 0
+    if run.status.state == "stopped":
+        raise RunError(
+            f"Run {folder.id!r} was stopped at step {run.status.step} of {run.status.total_steps}: go on with "
+            f"`python -m biasdpo train --run-id {folder.id} --resume`"
+        )
+    raise RunError(f"Run {folder.id!r} {run.status.state}: {run.status.error}")
+
+
+def _absolute(source: str) -> str:
+    """A file's path as the training process, which has another working folder, finds it; other sources as they are."""
+    if source == "workspace" or source.startswith("hub:"):
+        return source
+    return str(Path(source).expanduser().resolve())
+
+
+def _wait(folder: Any, workspace: Any) -> Any:
+    """Show a run's progress on stderr until it has ended."""
+    from tqdm import tqdm
+
+    from biasdpo import runs
+    from biasdpo.run_folder import ACTIVE
+
+    shown_notes: tuple[str, ...] = ()
+    with tqdm(total=0, unit=" step", file=sys.stderr) as bar:
+        while True:
+            try:
+                run = runs.poll(folder)
+                status = run.status
+                for note in status.notes[len(shown_notes) :]:
+                    bar.write(note, file=sys.stderr)
+                shown_notes = status.notes
+                bar.total = status.total_steps or None
+                bar.set_description_str("stopping" if status.state == "stopping" else status.phase, refresh=False)
+                bar.update(status.step - bar.n)
+                bar.refresh()
+                if status.state not in ACTIVE:
+                    return run
+                time.sleep(_POLL_SECONDS)
+            except KeyboardInterrupt:
+                if folder.stop_request.exists():
+                    raise  # the second time: leave it to stop by itself
+                bar.write("Asked the run to stop; it saves a checkpoint first. Ctrl-C again leaves it alone.", file=sys.stderr)
+                if runs.poll(folder).status.state in ACTIVE:
+                    runs.stop(folder.id, workspace)
+
+
+def _summary(run: Any) -> str:
+    text = f"Run {run.folder.id}: finished, adapter in {run.folder.adapter}"
+    held_out = run.to_json()["metrics"].get("held_out")
+    if held_out:
+        text += (
+            f"\nOn {held_out['pairs']} held-out pairs: reward accuracy {held_out['reward_accuracy']:.3f} (picking the longer: "
+            f"{held_out['reward_accuracy_of_picking_the_longer']:.3f}), margin {held_out['reward_margin_nats']:.3g} nats, "
+            f"length-normalised accuracy {held_out['length_normalised_accuracy_base']:.3f} -> "
+            f"{held_out['length_normalised_accuracy_tuned']:.3f}"
+        )
+    return text
+
+
+def list_runs(args: argparse.Namespace) -> int:
+    """All runs, newest first; with --json one object a line."""
+    from biasdpo import runs
+    from biasdpo.workspace import open_workspace
+
+    found = runs.list_runs(open_workspace(args.workspace))
+    for run in found:
+        print(json.dumps(run.to_json(), ensure_ascii=False) if args.json else _line(run))
+    if not found and not args.json:
+        print("No runs yet: start one with `python -m biasdpo train`", file=sys.stderr)
+    return 0
+
+
+def show_run(args: argparse.Namespace) -> int:
+    """One run."""
+    from biasdpo import runs
+    from biasdpo.workspace import open_workspace
+
+    run = runs.show(args.run_id, open_workspace(args.workspace))
+    if args.json:
+        print(json.dumps(run.to_json(), ensure_ascii=False))
+    else:
+        print(_line(run))
+        for note in (*run.status.notes, run.status.error):
+            if note:
+                print(f"  {note}")
+        if run.status.state == "finished":
+            print(_summary(run))
+    return 0
+
+
+def stop_run(args: argparse.Namespace) -> int:
+    """Ask a run to stop; returns at once."""
+    from biasdpo import runs
+    from biasdpo.workspace import open_workspace
+
+    run = runs.stop(args.run_id, open_workspace(args.workspace))
+    print(json.dumps(run.to_json(), ensure_ascii=False) if args.json else _line(run))
+    return 0
+
+
+def _line(run: Any) -> str:
+    status = run.status
+    eta = f", {status.eta_seconds:.0f} s left" if status.eta_seconds and status.state == "running" else ""
+    return f"{run.folder.id}: {status.state}, step {status.step} of {status.total_steps}{eta}"

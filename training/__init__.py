@@ -1,0 +1,1 @@
+"""The training process. Nothing imports it: `biasdpo.runs` starts it through `accelerate launch`."""
