@@ -30,6 +30,9 @@ _SPACE = """
 here, and models come from the catalog. Duplicate the Space, or run BiasDPO on your own machine, for the whole workbench.</div>
 """
 
+# What assets/style.css can't say, since Gradio puts its own scope before every selector there.
+_STYLE = "html.bd-warned .block:has(#content-warning) { display: none !important; }"
+
 
 def build_ui(pool: EnginePool, startup: Startup) -> gr.Blocks:
     """The whole page over these engines. Nothing is loaded here: `startup.resolve` does that once the page is served."""
@@ -51,12 +54,19 @@ def launch_options() -> dict[str, Any]:
         neutral_hue=gr.themes.colors.slate,
         font=_FONTS,
         font_mono=_MONO_FONTS,
+    ).set(  # the hues that give text its contrast (WCAG AA), in light and dark
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_400",
     )
     script = (ASSETS / "page.js").read_text(encoding="utf-8")
     return {
         "theme": theme,
         "css_paths": [ASSETS / "style.css"],
-        "head": f"<script>{script}</script>",
+        "head": f"<style>{_STYLE}</style><script>{script}</script>",
         "footer_links": [],
         "run_history": False,
         "ssr_mode": False,

@@ -107,17 +107,24 @@ class CompareHandlers:
 
     def engine_view(self, model: str, adapter: str, *, load: bool) -> Updates:
         """Everything on the page that depends on the engine of this model and adapter."""
+        pick = load or model == "auto" or not adapter  # the pickers are the visitor's: a tick only fills what was left open
+        key = None
         try:
             key = self.key(model, adapter)
             if key is None:
-                kept = gr.update(choices=[("the model's own", ""), adapter] if adapter else [("the model's own", "")], value=adapter)
-                return {self.proof: render.choosing(), self.timer: gr.Timer(active=True), self.adapter: kept}
+                return {self.proof: render.choosing(), self.timer: gr.Timer(active=True)} | self._named(model, adapter)
             state = self.pool.load(key) if load else self.pool.state(key)
             if state is not None and state.error is not None:
                 raise state.error
         except BiasDPOError as exc:
-            return {self.proof: render.error(str(exc)), self.timer: gr.Timer(active=False), self.reload: gr.update(visible=True)}
-        return self._picked(key) | self._shown(key, state)
+            failed = {self.proof: render.error(str(exc)), self.timer: gr.Timer(active=False), self.reload: gr.update(visible=True)}
+            return failed | (self._picked(key) if pick and key is not None else self._named(model, adapter) if pick else {})
+        return (self._picked(key) if pick else {}) | self._shown(key, state)
+
+    def _named(self, model: str, adapter: str) -> Updates:
+        """The pickers as a visitor (or a link) named them, where no more is known."""
+        names = [("the model's own", "")] + ([(adapter, adapter)] if adapter else [])
+        return {self.model: gr.update(value=model), self.adapter: gr.update(choices=names, value=adapter)}
 
     def _picked(self, key: EngineKey) -> Updates:
         """The two pickers, once the names are known."""

@@ -13,9 +13,6 @@ from biasdpo.ui.startup import Startup
 from biasdpo.ui.visitors import Visitors
 from biasdpo.workspace import is_public_space
 
-_KEYS = '<div class="bd-keys"><kbd>Ctrl</kbd>+<kbd>Enter</kbd> generates · <kbd>Esc</kbd> stops</div>'
-
-
 class CompareTab(CompareHandlers):
     """One tab over one pool of engines; `build` is called once, inside the page's Blocks."""
 
@@ -31,7 +28,7 @@ class CompareTab(CompareHandlers):
         self._build_panes()
         self._build_details()
         self.last_prompt = gr.State("")
-        self.timer = gr.Timer(0.4, active=True)
+        self.timer = gr.Timer(0.4, active=False)
         self._wire(demo)
 
     def _build_pickers(self) -> None:
@@ -70,7 +67,7 @@ class CompareTab(CompareHandlers):
         with gr.Row(elem_id="compare-top"):
             with gr.Column(scale=3, min_width=320):
                 self.prompt = gr.Textbox(
-                    label="Prompt",
+                    label="Prompt (Ctrl+Enter generates, Esc stops)",
                     placeholder="Ask something that may bring a bias to light, or pick an example",
                     lines=4,
                     max_lines=8,
@@ -82,16 +79,15 @@ class CompareTab(CompareHandlers):
                     self.regenerate = gr.Button("Regenerate", elem_id="regenerate", min_width=60)
                     self.clear = gr.Button("Clear", elem_id="clear", min_width=60)
                     self.copy_link = gr.Button("Copy link", elem_id="copy-link", min_width=60)
-                    gr.HTML(_KEYS, js_on_load=None)
             with gr.Column(scale=2, min_width=300, elem_id="examples-box"), gr.Tabs(elem_id="examples"):
                 self.examples = [self._build_examples(*item) for item in examples.by_category().items()]
         self.link = gr.Textbox(label="Link to this prompt and these settings", visible=False, elem_id="link", interactive=False)
 
     @staticmethod
     def _build_examples(category: str, prompts: list[str]) -> gr.Dataset:
-        with gr.Tab(f"{category.capitalize()} examples"):
+        with gr.Tab(category.capitalize()):
             return gr.Dataset(
-                components=[gr.Textbox(visible=False)],
+                components=["textbox"],
                 samples=[[prompt] for prompt in prompts],
                 show_label=False,
                 layout="gallery",
@@ -253,7 +249,7 @@ class CompareTab(CompareHandlers):
         """The catalog with what is here, and the model that the app was started with."""
         choices = [("Automatic", "auto")] if self.startup.asked == "auto" and not self.startup.model else []
         for spec in map(models.with_files, models.catalog().values()):
-            choices.append((spec.title + (" · on this machine" if spec.present else " · not on this machine"), spec.id))
+            choices.append((spec.title if spec.present else f"{spec.title} · not on this machine", spec.id))
         named = self.startup.model
         if named and named not in models.catalog():
             choices.insert(0, (named, named))
