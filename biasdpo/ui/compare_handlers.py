@@ -59,6 +59,7 @@ class CompareHandlers:
     tuned_status: gr.HTML
     notice: gr.HTML
     last_prompt: gr.State
+    picked_model: gr.State
     link: gr.Textbox
     seen: gr.Textbox
 
@@ -97,9 +98,9 @@ class CompareHandlers:
         """A tick of the clock while a model is being loaded."""
         return self.engine_view(model, adapter, load=False)
 
-    def pick_model(self, model: str) -> Updates:
-        """Another model: its own adapter, and load it."""
-        return self.engine_view(model, "", load=True)
+    def pick_model(self, model: str, adapter: str, picked_model: str) -> Updates:
+        """Another model: its own adapter, and load it. A dropdown also reports that it was left without a change."""
+        return self.engine_view(model, adapter if model == picked_model else "", load=True)
 
     def pick_adapter(self, model: str, adapter: str) -> Updates:
         """Another adapter, or another try."""
@@ -124,7 +125,7 @@ class CompareHandlers:
     def _named(self, model: str, adapter: str) -> Updates:
         """The pickers as a visitor (or a link) named them, where no more is known."""
         names = [("the model's own", "")] + ([(adapter, adapter)] if adapter else [])
-        return {self.model: gr.update(value=model), self.adapter: gr.update(choices=names, value=adapter)}
+        return {self.model: gr.update(value=model), self.picked_model: model, self.adapter: gr.update(choices=names, value=adapter)}
 
     def _picked(self, key: EngineKey) -> Updates:
         """The two pickers, once the names are known."""
@@ -138,6 +139,7 @@ class CompareHandlers:
             choices.insert(0, (key.adapter, key.adapter))
         return {
             self.model: gr.update(choices=self.model_choices(), value=key.model),
+            self.picked_model: key.model,
             self.adapter: gr.update(choices=choices, value=key.adapter),
             self.system: system,
         }

@@ -28,6 +28,7 @@ class CompareTab(CompareHandlers):
         self._build_panes()
         self._build_details()
         self.last_prompt = gr.State("")
+        self.picked_model = gr.State("")
         self.timer = gr.Timer(0.4, active=False)
         self._wire(demo)
 
@@ -183,6 +184,7 @@ class CompareTab(CompareHandlers):
         """All that shows the state of an engine."""
         return [
             self.model,
+            self.picked_model,
             self.adapter,
             self.proof,
             self.reload,
@@ -199,11 +201,13 @@ class CompareTab(CompareHandlers):
         # Quick answers go past the queue, so that they come while generations wait in it. Validation is ours
         # (preprocess=False), so that a value out of its range gets our line, not the component's.
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        demo.load(self.open_page, None, [*self.setting_inputs, *set(self.engine_outputs) - set(self.setting_inputs)], **quick)
+        shown = [*self.setting_inputs, *(c for c in self.engine_outputs if c not in self.setting_inputs)]
+        # Through the queue, since gr.Warning (a bad link) travels with its messages.
+        demo.load(self.open_page, None, shown, **quick | {"queue": True}, concurrency_limit=None)
         demo.unload(self.close_page)
         picked = [self.model, self.adapter]
         self.timer.tick(self.watch_engine, picked, self.engine_outputs, **quick)
-        self.model.input(self.pick_model, [self.model], self.engine_outputs, **quick)
+        self.model.input(self.pick_model, [*picked, self.picked_model], self.engine_outputs, **quick)
         self.adapter.input(self.pick_adapter, picked, self.engine_outputs, **quick)
         self.reload.click(self.pick_adapter, picked, self.engine_outputs, **quick)
         self.strength.change(

@@ -24,6 +24,7 @@ class Turn:
 
     def __init__(self) -> None:
         self.cancellation = Cancellation()
+        self.stopped = False  # by the visitor; an engine that fails sets the cancellation too
         self.superseded = False  # the page belongs to a later turn (or was cleared): show nothing more of this one
         self._changed = threading.Condition()
         self._latest: Event | None = None
@@ -79,7 +80,7 @@ class Turn:
 
     def _stopped_before_start(self, error: BaseException) -> bool:
         """A visitor's own Stop while the model was loading is no error."""
-        return self._latest is None and self.cancellation.is_set() and isinstance(error, BiasDPOError)
+        return self.stopped and self._latest is None and isinstance(error, BiasDPOError)
 
 
 class Visitors:
@@ -102,6 +103,7 @@ class Visitors:
         with self._lock:
             turn = self._turns.get(session)
         if turn is not None:
+            turn.stopped = True
             turn.cancellation.set()
 
     def dismiss(self, session: str) -> None:
