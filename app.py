@@ -7,6 +7,7 @@ Exit status 2 and one line on stderr where something is wrong with what was aske
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The flags (DESIGN, command line)."""
     parser = argparse.ArgumentParser(prog="app.py", description="See a language model's bias before and after DPO.")
-    parser.add_argument("--model", default="auto", metavar="ID|auto", help="catalog id, Hub id, HF folder or .gguf; default: auto")
+    parser.add_argument("--model", default="auto", metavar="ID|auto", help="catalog id, Hub id, HF folder or .gguf")
     parser.add_argument("--backend", default="auto", choices=["auto", "llamacpp", "transformers"], help="default: auto")
     parser.add_argument("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace")
     everywhere = "0.0.0.0" if is_public_space() else "127.0.0.1"
@@ -67,8 +68,6 @@ def is_free(host: str, port: int) -> bool:
             probe.bind(address)
             probe.listen()
         except OSError as exc:
-            import errno
-
             if exc.errno == errno.EADDRINUSE:
                 return False
             raise

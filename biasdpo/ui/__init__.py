@@ -36,7 +36,8 @@ _STYLE = "html.bd-warned .block:has(#content-warning) { display: none !important
 
 def build_ui(pool: EnginePool, startup: Startup) -> gr.Blocks:
     """The whole page over these engines. Nothing is loaded here: `startup.resolve` does that once the page is served."""
-    with gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True) as demo:
+    demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True)
+    with demo:
         gr.HTML(_HEADER, js_on_load=None)
         if is_public_space():
             gr.HTML(_SPACE, js_on_load=None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 
-from biasdpo import models
 from biasdpo.engines import EnginePool
 from biasdpo.records import STRENGTH_RANGE, Sampling
 from biasdpo.ui import examples, render
@@ -12,6 +13,7 @@ from biasdpo.ui.compare_handlers import CompareHandlers
 from biasdpo.ui.startup import Startup
 from biasdpo.ui.visitors import Visitors
 from biasdpo.workspace import is_public_space
+
 
 class CompareTab(CompareHandlers):
     """One tab over one pool of engines; `build` is called once, inside the page's Blocks."""
@@ -158,7 +160,9 @@ class CompareTab(CompareHandlers):
                 interactive=False,
                 elem_id="seen-text",
             )
-        with gr.Accordion("What this adapter changed (measured)", open=False, visible=False, elem_id="measured") as self.measured_box:
+        with gr.Accordion(
+            "What this adapter changed (measured)", open=False, visible=False, elem_id="measured"
+        ) as self.measured_box:
             self.measured = gr.HTML("", js_on_load=None)
 
     @property
@@ -179,28 +183,10 @@ class CompareTab(CompareHandlers):
             self.random_seed,
         ]
 
-    @property
-    def engine_outputs(self) -> list[gr.components.Component | gr.blocks.BlockContext]:
-        """All that shows the state of an engine."""
-        return [
-            self.model,
-            self.picked_model,
-            self.adapter,
-            self.proof,
-            self.reload,
-            self.timer,
-            self.tuned_pane,
-            self.base_only_pane,
-            self.base_only,
-            self.measured_box,
-            self.measured,
-            self.system,
-        ]
-
     def _wire(self, demo: gr.Blocks) -> None:
         # Quick answers go past the queue, so that they come while generations wait in it. Validation is ours
         # (preprocess=False), so that a value out of its range gets our line, not the component's.
-        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         shown = [*self.setting_inputs, *(c for c in self.engine_outputs if c not in self.setting_inputs)]
         # Through the queue, since gr.Warning (a bad link) travels with its messages.
         demo.load(self.open_page, None, shown, **quick | {"queue": True}, concurrency_limit=None)
@@ -228,7 +214,7 @@ class CompareTab(CompareHandlers):
             self.last_prompt,
             self.timer,
         ]
-        streamed = {"show_progress": "hidden", "concurrency_limit": None, "preprocess": False}
+        streamed: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "preprocess": False}
         self.generate.click(self.write, self.setting_inputs, writing, api_name="compare", **streamed)
         again = [self.last_prompt, *self.setting_inputs[1:]]
         self.regenerate.click(self.write_again, again, writing, api_visibility="private", **streamed)
@@ -248,16 +234,6 @@ class CompareTab(CompareHandlers):
         self.copy_link.click(self.make_link, self.setting_inputs, [self.link, self.notice], preprocess=False, **quick).success(
             None, self.link, self.link, js="(query) => window.bdCopyLink(query)"
         )
-
-    def model_choices(self) -> list[tuple[str, str]]:
-        """The catalog with what is here, and the model that the app was started with."""
-        choices = [("Automatic", "auto")] if self.startup.asked == "auto" and not self.startup.model else []
-        for spec in map(models.with_files, models.catalog().values()):
-            choices.append((spec.title if spec.present else f"{spec.title} · not on this machine", spec.id))
-        named = self.startup.model
-        if named and named not in models.catalog():
-            choices.insert(0, (named, named))
-        return choices
 
 
 def _first(sample: list[str]) -> str:

@@ -58,4 +58,5 @@ def _picture(file: Path) -> str:
     if not file.is_file():
         return ""
     data = base64.b64encode(file.read_bytes()).decode("ascii")
-    return f'<img class="bd-figure" alt="Trade-off between preference accuracy and perplexity" src="data:image/png;base64,{data}">'
+    words = "Trade-off between preference accuracy and perplexity"
+    return f'<img class="bd-figure" alt="{words}" src="data:image/png;base64,{data}">'

@@ -69,6 +69,11 @@ def waiting(event: Waiting) -> str:
     return busy(f"{visitors} ahead of you: it is your turn after {'that one' if event.ahead == 1 else 'them'}.")
 
 
+def loading_first(state: Loading) -> str:
+    """Generate was pressed before the model was there."""
+    return busy(f"The model is being loaded ({round(100 * state.share)} %): writing starts after that.")
+
+
 def busy(text: str) -> str:
     """A note while something goes on (the page's Stop button lights up beside it)."""
     return f'<div class="bd-note bd-busy" role="status"><span class="bd-spinner" aria-hidden="true"></span>{escape(text)}</div>'
@@ -120,7 +125,8 @@ def choosing() -> str:
 
 def not_loaded(title: str) -> str:
     """The proof line of a model that had to make room for another."""
-    return f'<div class="bd-proof" role="status"><span class="bd-facts">{escape(title)} is not loaded: Generate loads it.</span></div>'
+    text = f"{escape(title)} is not loaded: Generate loads it."
+    return f'<div class="bd-proof" role="status"><span class="bd-facts">{text}</span></div>'
 
 
 def proof(engine: Engine, reason: str = "") -> str:
@@ -161,7 +167,7 @@ def base_only(spec: ModelSpec, adapters: int) -> str:
         why = f"No adapter is shipped for {spec.title}: nobody has trained one with this project yet. This command trains one:"
     return (
         '<div class="bd-base-only" role="note"><h2>Base only</h2>'
-        f"<p>{escape(why)}</p><pre tabindex=\"0\"><code>{escape(train_command(spec))}</code></pre>"
+        f'<p>{escape(why)}</p><pre tabindex="0"><code>{escape(train_command(spec))}</code></pre>'
         "<p>When it has finished, reload this page: the run is listed under Adapter.</p></div>"
     )
 

@@ -72,7 +72,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def app(browser, workspace: Path) -> Iterator[str]:
+def app(browser, workspace: Path) -> Iterator[str]:  # noqa: ARG001 (no browser, no app)
     with running_app(workspace, "--model", "smollm2") as url:
         yield url
 

@@ -133,7 +133,9 @@ def test_reload_in_the_middle_leaves_a_page_that_works(visitor):
     visitor.page.reload()
     visitor.page.wait_for_selector(".bd-proven")
     # Gradio's own client says on its way out that its stream was cut.
-    visitor.trouble = [t for t in visitor.trouble if "AbortError: signal is aborted" not in t and "Connection errored out" not in t]
+    visitor.trouble = [
+        t for t in visitor.trouble if "AbortError: signal is aborted" not in t and "Connection errored out" not in t
+    ]
     assert visitor.text("base") == ""
     visitor.open_ready()
     visitor.generate("What is a family?")
@@ -315,7 +317,7 @@ def test_measurements_of_the_adapter(visitor):
     assert "Not known to the page" in table
 
 
-def test_public_space_says_so_and_opens_only_the_catalog(browser, new_visitor, tmp_path):
+def test_public_space_says_so_and_opens_only_the_catalog(new_visitor, tmp_path):
     with running_app(tmp_path, "--model", "smollm2", SPACE_ID="someone/biasdpo") as url:
         visitor = new_visitor(url).open(adapter="none")
         assert "switched off" in visitor.page.inner_text("#space-banner")

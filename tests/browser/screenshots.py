@@ -1,0 +1,119 @@
+"""Pictures of the page, to be looked at: python -m tests.browser.screenshots [--adapter ID] [--out DIR] [--readme FILE]
+
+Without --out only the README's picture is taken (assets/screenshot.png), with the shipped adapter. `--out` takes every state
+of the page besides. Left out: comparing pictures by machine; people look at them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from urllib.parse import urlencode
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.app_process import ROOT, running_app
+from tests.browser.conftest import FLAGS, chromium_path
+
+PROMPT = "Are women too emotional to run a company?"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Take pictures of the page.")
+    parser.add_argument("--adapter", default="", metavar="ID|PATH", help="default: the shipped one")
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the README picture's prompt")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a folder for pictures of every state")
+    parser.add_argument("--readme", type=Path, default=ROOT / "assets" / "screenshot.png", metavar="FILE")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
+        with running_app(Path(folder), "--model", "smollm2") as url:
+            if args.out is not None:
+                args.out.mkdir(parents=True, exist_ok=True)
+                take_states(browser, url, args.adapter, args.out)
+            take_readme(browser, url, args.adapter, args.prompt, args.readme)
+        if args.out is not None:
+            with running_app(Path(folder), "--model", "smollm2", SPACE_ID="someone/biasdpo") as url:
+                page = open_page(browser, url, adapter="none")
+                page.wait_for_selector(".bd-proven", timeout=60_000)
+                shoot(page, args.out / "space.png")
+        browser.close()
+
+
+def take_readme(browser: Browser, url: str, adapter: str, prompt: str, file: Path) -> None:
+    """The finished comparison on a laptop's screen, the warning dismissed."""
+    page = open_page(browser, url, adapter=adapter, prompt=prompt, max_new_tokens="120")
+    page.wait_for_selector(".bd-proven", timeout=60_000)
+    page.click("#dismiss-warning")
+    write(page)
+    shoot(page, file, full_page=False)
+
+
+def take_states(browser: Browser, url: str, adapter: str, out: Path) -> None:
+    """Every state of the page, one picture each."""
+    page = open_page(browser, url, adapter=adapter)
+    shoot(page, out / "loading.png")
+    page.wait_for_selector(".bd-proven", timeout=60_000)
+    shoot(page, out / "empty.png")
+    page.fill("#prompt textarea", PROMPT)
+    page.click("#generate")
+    page.wait_for_selector("#tuned-status:has-text('writing')", timeout=60_000)
+    page.wait_for_timeout(1500)
+    shoot(page, out / "working.png")
+    second = open_page(browser, url, adapter=adapter, prompt="What is a family?", max_new_tokens="20")
+    second.wait_for_selector(".bd-proven")
+    second.click("#generate")
+    second.wait_for_selector("#notice:has-text('ahead of you')")
+    shoot(second, out / "waiting.png")
+    page.wait_for_function("() => !document.querySelector('.bd-busy')", timeout=60_000)
+    shoot(page, out / "finished.png")
+    for name in ("sampling", "seen", "measured"):
+        if page.locator(f"#{name}").is_visible():
+            page.click(f"#{name} button.label-wrap")
+    shoot(page, out / "details.png")
+    page.locator("#strength input[type=number]").fill("0")
+    page.keyboard.press("Tab")
+    page.click("#regenerate")
+    page.wait_for_selector("#notice:has-text('both sides are the base model')", timeout=60_000)
+    shoot(page, out / "strength-0.png")
+    page = open_page(browser, url, adapter="/no/such/adapter")
+    page.wait_for_selector("#proof .bd-error")
+    page.fill("#prompt textarea", PROMPT)
+    page.click("#generate")
+    page.wait_for_selector("#notice .bd-error")
+    shoot(page, out / "error.png")
+    page = open_page(browser, url, adapter="none", prompt=PROMPT, max_new_tokens="40")
+    page.wait_for_selector(".bd-proven", timeout=60_000)
+    write(page)
+    shoot(page, out / "base-only.png")
+    for scheme in ("light", "dark"):
+        for width in (400, 1280):
+            page = open_page(browser, url, scheme, width, adapter=adapter, prompt=PROMPT, max_new_tokens="60")
+            page.wait_for_selector(".bd-proven", timeout=60_000)
+            write(page)
+            shoot(page, out / f"{scheme}-{width}.png")
+
+
+def open_page(browser: Browser, url: str, scheme: str = "light", width: int = 1280, **query: str) -> Page:
+    page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()  # type: ignore[arg-type]
+    page.goto(url + "?" + urlencode({name: value for name, value in query.items() if value}))
+    page.wait_for_selector("#generate")
+    return page
+
+
+def write(page: Page) -> None:
+    """Generate, and wait for both sides."""
+    page.click("#generate")
+    page.wait_for_selector("#base-status:has-text('stopped')", timeout=90_000)
+    page.wait_for_function("() => !document.querySelector('.bd-busy')", timeout=90_000)
+
+
+def shoot(page: Page, file: Path, *, full_page: bool = True) -> None:
+    page.wait_for_timeout(500)
+    page.screenshot(path=file, full_page=full_page)
+    print(file)
+
+
+if __name__ == "__main__":
+    main()
