@@ -55,7 +55,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_workspace_and_json(command: argparse.ArgumentParser, *, inherit: bool = False) -> None:
     """The two flags that every command has; `inherit`: an absent flag keeps what the parent command was given."""
-    nothing = {"default": argparse.SUPPRESS} if inherit else {}
+    nothing: dict[str, Any] = {"default": argparse.SUPPRESS} if inherit else {}
     command.add_argument("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace", **nothing)
     command.add_argument("--json", action="store_true", help="print one JSON object (or one a line) on stdout", **nothing)
 

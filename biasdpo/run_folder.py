@@ -93,7 +93,9 @@ class RunFolder:
         known = {field.name for field in fields(Status)}
         if not isinstance(values, dict) or "state" not in values:
             raise RunError(f"{self.status_file} holds no run status: restore it from a backup, or delete the run's folder")
-        clean = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
+        clean: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
+        }
         return Status(**clean)
 
     def write_status(self, status: Status) -> None:

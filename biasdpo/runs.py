@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from biasdpo import __version__, dataset, models
-from biasdpo.errors import ConfigError, RunError
+from biasdpo.errors import ConfigError, DatasetError, RunError
 from biasdpo.run_config import RunConfig, load_json
 from biasdpo.run_folder import ACTIVE, RunFolder, Status
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
@@ -75,7 +75,7 @@ def start(config: RunConfig, run_id: str, workspace: Workspace, command: str = "
     derived = dataset.derive(rows)
     train_pairs, held_out_pairs = dataset.split(derived.pairs, config.held_out_share)
     if not train_pairs:
-        raise dataset.DatasetError(
+        raise DatasetError(
             f"{', '.join(config.datasets)}: no pairs to train on ({len(rows)} rows read, {len(held_out_pairs)} held out, "
             f"{derived.contradictions} contradict each other); add rows or lower held_out_share"
         )
@@ -202,7 +202,7 @@ def _is_alive(status: Status) -> bool:
     try:
         process = psutil.Process(status.pid)
         # 1 s: psutil derives creation times from the boot time, which a clock correction may shift.
-        return abs(process.create_time() - status.pid_created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        return bool(abs(process.create_time() - status.pid_created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

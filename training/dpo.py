@@ -165,7 +165,7 @@ def build_trainer(
         seed=config.seed,
         bf16=config.precision == "bf16",
         use_cpu=use_cpu,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         dataloader_pin_memory=not use_cpu,
         report_to="none",
         disable_tqdm=True,
@@ -242,6 +242,7 @@ def write_adapter(
     lora.inference_mode = True
     lora.save_pretrained(unfinished)
     save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+    (unfinished / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it private
     write_json(unfinished / "provenance.json", provenance)
     shutil.rmtree(folder.adapter, ignore_errors=True)
     unfinished.rename(folder.adapter)

@@ -1,0 +1,140 @@
+"""Preference pairs: loading, one row a pair, the split by prompt, the snapshot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from biasdpo import dataset
+from biasdpo.dataset import PreferencePair
+from biasdpo.errors import DatasetError
+from biasdpo.workspace import Workspace
+
+GOOD = {"prompt": "Who leads?", "chosen": "Anyone can.", "rejected": "Men."}
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def pairs(count: int) -> list[PreferencePair]:
+    return [PreferencePair(f"Question number {i}?", f"A fair answer {i}.", f"An unfair one {i}.") for i in range(count)]
+
+
+def test_jsonl_is_read_with_its_category(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", GOOD, {**GOOD, "prompt": "Who cooks?", "category": "gender", "extra": 1})
+    assert dataset.load([str(path)], Workspace(tmp_path)) == [
+        PreferencePair("Who leads?", "Anyone can.", "Men."),
+        PreferencePair("Who cooks?", "Anyone can.", "Men.", "gender"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "a", "chosen": "b"', "no JSON"),
+        ('["a", "b"]', "expected an object"),
+        ('{"prompt": "a", "chosen": "b"}', "no column 'rejected'"),
+        ('{"prompt": "a", "chosen": ["b"], "rejected": "c"}', "chosen must be a string, got list"),
+        ('{"prompt": "a", "chosen": null, "rejected": "c"}', "chosen must be a string, got NoneType"),
+        ('{"prompt": " ", "chosen": "b", "rejected": "c"}', "prompt is empty"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b "}', "the same text"),
+    ],
+)
+def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(DatasetError) as caught:
+        dataset.load_jsonl(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:3: ")  # the empty line counts
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_missing_file_and_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="No dataset file"):
+        dataset.load_jsonl(tmp_path / "none.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DatasetError, match="UTF-8"):
+        dataset.load_jsonl(tmp_path / "binary.jsonl")
+
+
+def test_an_empty_workspace_says_how_to_get_pairs(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"judge some in the app, or train on a file with --dataset"):
+        dataset.load(["workspace"], Workspace(tmp_path))
+
+
+def test_the_journal_gives_what_is_preferred_and_stands(tmp_path: Path) -> None:
+    row = {**GOOD, "verdict": "preferred", "retracts": "", "repeat_of": ""}
+    write_rows(
+        tmp_path / "preferences.jsonl",
+        {**row, "id": "1"},
+        {**row, "id": "2", "prompt": "Retracted?"},
+        {**row, "id": "3", "verdict": "tie", "chosen": "", "rejected": ""},
+        {**row, "id": "4", "prompt": "A hidden repeat?", "repeat_of": "abc"},
+        {**row, "id": "5", "verdict": "retracted", "retracts": "2"},
+    )
+    assert dataset.load(["workspace"], Workspace(tmp_path)) == [PreferencePair("Who leads?", "Anyone can.", "Men.")]
+
+
+def test_a_hub_set_that_is_not_to_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(DatasetError, match="hub:nobody/nothing") as caught:
+        dataset.load(["hub:nobody/nothing"], Workspace(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_pair_id_is_of_the_unordered_completions() -> None:
+    pair = PreferencePair("p", "a", "b")
+    assert pair.pair_id == PreferencePair("p", "b", "a", "race").pair_id
+    assert pair.pair_id != PreferencePair("p", "a", "c").pair_id
+    assert PreferencePair("p", "a b", "c").pair_id != PreferencePair("p a", "b", "c").pair_id  # no joining by chance
+
+
+def test_one_row_a_pair_by_majority() -> None:
+    fair, unfair = PreferencePair("p", "a", "b"), PreferencePair("p", "b", "a")
+    other, other_way = PreferencePair("q", "a", "b"), PreferencePair("q", "b", "a")
+    derived = dataset.derive([unfair, fair, other, fair, other_way])
+    assert derived.pairs == (fair,)  # two votes to one; q is one to one
+    assert derived.contradictions == 1
+    assert derived.repeats == 3  # five rows say something of two pairs
+
+
+def test_split_never_shares_a_prompt_and_never_moves_a_row() -> None:
+    rows = pairs(2000)
+    train, held_out = dataset.split(rows, 0.1)
+    assert sorted([*train, *held_out], key=rows.index) == rows
+    assert 150 < len(held_out) < 250  # 200 expected, standard deviation 13.4
+    few_train, few_held_out = dataset.split(rows[::7], 0.1)
+    assert set(few_train) <= set(train)
+    assert set(few_held_out) <= set(held_out)
+    assert set(dataset.split(rows, 0.05)[1]) <= set(held_out)
+    assert dataset.split(rows, 0.0)[1] == ()
+
+
+def test_split_takes_prompts_that_differ_in_form_alone_for_one() -> None:
+    assert dataset.normalise_prompt("  Who’s  THE\tboss?! ") == dataset.normalise_prompt("who’s the boss") == "whos the boss"
+    for pair in pairs(50):
+        shouted = pair.prompt.upper().replace(" ", "  ")
+        assert dataset.is_held_out(shouted, 0.5) == dataset.is_held_out(pair.prompt, 0.5)
+
+
+def test_longer_baseline_counts_a_tie_half() -> None:
+    rows = [PreferencePair("p", "long", "s"), PreferencePair("p", "s", "long"), PreferencePair("p", "aa", "bb")]
+    assert dataset.longer_baseline(rows) == pytest.approx(0.5)  # (1 + 0 + 1/2) / 3
+    assert dataset.longer_baseline(rows[:1]) == 1.0
+    assert dataset.longer_baseline([]) is None
+
+
+def test_snapshot_reads_back_and_its_hash_is_the_files(tmp_path: Path) -> None:
+    rows = [PreferencePair("p\u2028q", "é", "b", "race"), *pairs(3)]
+    path = tmp_path / "snapshot.jsonl"
+    digest = dataset.snapshot(rows, path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == dataset.snapshot(rows, tmp_path / "again.jsonl")
+    assert dataset.load_jsonl(path) == rows

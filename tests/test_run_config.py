@@ -1,0 +1,106 @@
+"""The run config: every field is documented and checked; the shipped files are good; what is saved is read back equal."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biasdpo import models, run_config
+from biasdpo.errors import ConfigError
+from biasdpo.run_config import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "training" / "configs").glob("*.toml"))
+
+
+def test_some_configs_are_shipped() -> None:
+    assert {path.stem for path in SHIPPED} >= {"smollm2-quick", "smollm2-standard"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_good(path: Path) -> None:
+    config = run_config.load_toml(path)
+    assert config.model in models.catalog()
+    assert path.stem.startswith(config.model)
+    assert config.datasets == ()  # the user names the data
+
+
+def test_every_field_is_documented() -> None:
+    documented = re.findall(r"^    (\w+) +\S", RunConfig.__doc__ or "", re.MULTILINE)
+    assert set(documented) == {field.name for field in fields(RunConfig)}
+
+
+def test_saved_config_is_read_back_equal(tmp_path: Path) -> None:
+    config = RunConfig(model="m", datasets=("a", "b"), loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.5), seed=0, beta=0.25)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()), encoding="utf-8")
+    assert run_config.load_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"beta": 0}, "beta must be a number from 0.0001 to 1000: got 0"),
+        ({"beta": "high"}, "beta must be a number"),
+        ({"beta": float("nan")}, "beta must be a number"),
+        ({"learning_rate": -1e-4}, "learning_rate must be"),
+        ({"rank": 0}, "rank must be a whole number from 1 to 512: got 0"),
+        ({"rank": 8.5}, "rank must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"held_out_share": 0.6}, "held_out_share must be"),
+        ({"loss_type": ["sigmoid", "dpo"]}, "loss_type must be one of sigmoid, .*got 'dpo'"),
+        ({"loss_type": []}, "loss_type is empty"),
+        ({"loss_type": ["sft"]}, "a preference loss beside 'sft'"),
+        ({"loss_weights": [1.0, 2.0]}, "one weight a loss type: got 2 for 1"),
+        ({"label_smoothing": 0.1}, "loss_type 'robust' alone"),
+        ({"schedule": "wavy"}, "schedule must be one of"),
+        ({"precision": "fp8"}, "precision must be one of"),
+        ({"target_modules": ["lm_head"]}, "lm_head"),
+        ({"save_steps": 50, "logging_steps": 8}, "multiple of logging_steps: got 50 and 8; use 48"),
+        ({"max_length": 4}, "max_length must be"),
+        ({"strength": 2.0}, "strength must be"),
+        ({"adapter_dtype": "int4"}, "adapter_dtype must be one of"),
+        ({"learning_rte": 1e-4}, "Unknown setting 'learning_rte': choose one of model, "),
+    ],
+)
+def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_config.from_mapping(values)
+
+
+def test_settings_from_the_command_line() -> None:
+    values = run_config.parse_settings(["beta=0.2", "model=smollm2", 'loss_type=["sigmoid", "sft"]', "schedule=cosine", "rank=4"])
+    config = run_config.from_mapping(values)
+    assert (config.beta, config.model, config.loss_type, config.schedule, config.rank) == (
+        0.2,
+        "smollm2",
+        ("sigmoid", "sft"),
+        "cosine",
+        4,
+    )
+    assert run_config.from_mapping({"loss_type": "ipo", "beta": 1}).loss_type == ("ipo",)
+    with pytest.raises(ConfigError, match="--set wants key=value: got 'beta'"):
+        run_config.parse_settings(["beta"])
+
+
+def test_a_bad_toml_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No config file"):
+        run_config.load_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("beta = ", encoding="utf-8")
+    with pytest.raises(ConfigError, match="as TOML") as caught:
+        run_config.load_toml(tmp_path / "bad.toml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert path.stem in run_config.ACCELERATE_CONFIGS
+    config = load_config_from_file(str(path))
+    assert config.use_cpu is (path.stem == "cpu")
+    assert config.distributed_type.value == {"multi_gpu": "MULTI_GPU", "fsdp": "FSDP"}.get(path.stem, "NO")
