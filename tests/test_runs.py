@@ -166,6 +166,20 @@ def test_the_same_run_twice_gives_the_same_adapter(command_line: CommandLine) ->
     assert len(hashes) == 1
 
 
+def test_two_processes_give_the_curve_of_one(command_line: CommandLine) -> None:
+    curves = []
+    for processes, batch_size in ((1, 4), (2, 2)):  # the same pairs a step
+        shown = json.loads(
+            command_line.train(
+                f"by-{processes}", "learning_rate=0.01", f"batch_size={batch_size}", arguments=("--num-processes", str(processes))
+            ).stdout
+        )
+        curves.append([line["loss"] for line in RunFolder(Path(shown["folder"])).read_metrics()])
+    assert len(curves[0]) == 6
+    assert curves[1] == pytest.approx(curves[0], abs=1e-3)
+    assert curves[0][-1] < curves[0][0] - 0.01  # else equal curves would show nothing
+
+
 def test_strength_is_baked_into_the_adapter(command_line: CommandLine) -> None:
     tensors = []
     for run_id, strength in (("whole", 1.0), ("half", 0.5)):
