@@ -133,7 +133,7 @@ class CompareHandlers(EngineHandlers):
         yield from self.write(request, *values)
 
     def _begun(self, settings: Settings) -> Updates:
-        tuned = f"{settings.adapter or 'default adapter'} · {render.strength_words(settings.strength)}"
+        tuned = render.tuned_detail(settings.adapter, settings.strength)
         return {
             self.base_head: render.pane_head("Base", render.settings_used(settings.sampling), "base-text"),
             self.tuned_head: render.pane_head("DPO-tuned", tuned, "tuned-text"),

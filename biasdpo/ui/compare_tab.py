@@ -144,13 +144,8 @@ class CompareTab(CompareHandlers):
                 self.max_new_tokens = gr.Number(
                     defaults.max_new_tokens, precision=0, label="Max new tokens", info="1 to 4096", elem_id="max-new-tokens"
                 )
-                with gr.Column(min_width=160):
-                    self.seed = gr.Number(
-                        defaults.seed, precision=0, label="Seed", info="0 is a seed like any other", elem_id="seed"
-                    )
-                    self.random_seed = gr.Checkbox(
-                        False, label="Random: draw a new seed each time", elem_id="random-seed", container=False
-                    )
+                self.seed = gr.Number(defaults.seed, precision=0, label="Seed", info="0 is a seed like any other", elem_id="seed")
+                self.random_seed = gr.Checkbox(False, label="Random seed", info="draw a new one each time", elem_id="random-seed")
             self.system = gr.Textbox(label="System prompt", lines=2, max_lines=6, elem_id="system")
         with gr.Accordion("What the model really sees", open=False, elem_id="seen") as self.seen_box:
             self.seen = gr.Textbox(

@@ -76,7 +76,7 @@ class EngineHandlers:
                 raise state.error
         except BiasDPOError as exc:
             failed = {
-                self.proof: render.error(str(exc)),
+                self.proof: render.no_comparison(str(exc)),
                 self.timer: gr.Timer(active=False),
                 self.reload: gr.update(visible=True),
             }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
+from pathlib import PurePath
 
 from biasdpo.compare import Waiting
 from biasdpo.engines import Engine, Loading
@@ -49,11 +51,11 @@ def pane_head(title: str, detail: str, copies: str) -> str:
     )
 
 
-def strength_words(strength: float) -> str:
-    """The adapter strength in words; 0 is a named state."""
-    if strength == 0:
-        return "strength 0: the adapter is off, both sides are the base model"
-    return f"strength {strength:g}" + (" (as trained)" if strength == 1 else "")
+def tuned_detail(adapter: str, strength: float) -> str:
+    """What stands beside the tuned pane's heading: the adapter's name (of a path its last part) and strength."""
+    name = PurePath(adapter).name or "default adapter"
+    words = {0.0: "strength 0: adapter off", 1.0: "strength 1, as trained"}.get(strength, f"strength {strength:g}")
+    return f"{name} · {words}"
 
 
 def strength_note(strength: float) -> str:
@@ -97,12 +99,16 @@ def finished(pair: GenerationPair) -> str:
 
 def error(text: str) -> str:
     """An error in the page: one line that says what, what was got, and the remedy. Commands in backticks stand out."""
+    return f'<div class="bd-error" role="alert">{_with_commands(text)}</div>'
+
+
+def no_comparison(text: str) -> str:
+    """The proof line of an engine that failed: nothing is compared, and why."""
     return f'<div class="bd-error" role="alert"><b>No comparison.</b> {_with_commands(text)}</div>'
 
 
 def _with_commands(text: str) -> str:
-    pieces = escape(text).split("`")
-    return "".join(f"<code>{piece}</code>" if i % 2 and i < len(pieces) - 1 else piece for i, piece in enumerate(pieces))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def loading(title: str, state: Loading) -> str:

@@ -26,7 +26,7 @@ FLAGS = [
     "--no-first-run",
     "--disable-gpu",
 ]
-SHORT = {"adapter": "demo", "temperature": "0", "max_new_tokens": "24"}  # greedy: what is written does not change
+SHORT = {"adapter": "demo", "temperature": "0", "max_new_tokens": "16"}  # greedy: what is written does not change
 
 
 def chromium_path() -> str | None:

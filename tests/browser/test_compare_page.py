@@ -39,7 +39,7 @@ def test_generate_streams_both_sides_and_says_how_it_went(visitor):
     assert visitor.text("tuned").strip()
     assert visitor.text("base") != visitor.text("tuned")
     for side in ("base", "tuned"):
-        assert re.search(r"24 tokens .* tokens/s .*first token after [\d.]+ s .*stopped: token limit", visitor.status(side))
+        assert re.search(r"16 tokens .* tokens/s .*first token after [\d.]+ s .*stopped: token limit", visitor.status(side))
 
 
 def test_both_sides_are_written_at_the_same_time(visitor):
@@ -123,7 +123,7 @@ def test_a_closed_tab_frees_the_engine(new_visitor):
     second.page.wait_for_selector("#notice:has-text('ahead of you')")
     first.page.close()
     second.wait_written()
-    assert "24 tokens" in second.status("base")
+    assert "16 tokens" in second.status("base")
 
 
 def test_reload_in_the_middle_leaves_a_page_that_works(visitor):
@@ -140,7 +140,7 @@ def test_reload_in_the_middle_leaves_a_page_that_works(visitor):
     visitor.open_ready()
     visitor.generate("What is a family?")
     visitor.wait_written()
-    assert "24 tokens" in visitor.status("base")
+    assert "16 tokens" in visitor.status("base")
 
 
 def test_link_reopens_prompt_and_settings(visitor):
@@ -319,7 +319,7 @@ def test_measurements_of_the_adapter(visitor):
 
 def test_public_space_says_so_and_opens_only_the_catalog(new_visitor, tmp_path):
     with running_app(tmp_path, "--model", "smollm2", SPACE_ID="someone/biasdpo") as url:
-        visitor = new_visitor(url).open(adapter="none")
+        visitor = new_visitor(url).open_ready(adapter="none")
         assert "switched off" in visitor.page.inner_text("#space-banner")
         visitor.open(model="/etc", adapter="none")
         visitor.page.wait_for_selector("text=A model from outside the catalog")
