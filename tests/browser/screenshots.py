@@ -42,12 +42,12 @@ def main() -> None:
 
 
 def take_readme(browser: Browser, url: str, adapter: str, prompt: str, file: Path) -> None:
-    """The finished comparison on a laptop's screen, the warning dismissed."""
-    page = open_page(browser, url, adapter=adapter, prompt=prompt, max_new_tokens="120")
+    """The finished comparison, the warning dismissed."""
+    page = open_page(browser, url, adapter=adapter, prompt=prompt, max_new_tokens="100")
     page.wait_for_selector(".bd-proven", timeout=60_000)
     page.click("#dismiss-warning")
     write(page)
-    shoot(page, file, full_page=False)
+    shoot(page, file)
 
 
 def take_states(browser: Browser, url: str, adapter: str, out: Path) -> None:
@@ -109,9 +109,9 @@ def write(page: Page) -> None:
     page.wait_for_function("() => !document.querySelector('.bd-busy')", timeout=90_000)
 
 
-def shoot(page: Page, file: Path, *, full_page: bool = True) -> None:
+def shoot(page: Page, file: Path) -> None:
     page.wait_for_timeout(500)
-    page.screenshot(path=file, full_page=full_page)
+    page.screenshot(path=file, full_page=True)
     print(file)
 
 
