@@ -1,0 +1,139 @@
+"""A PEFT LoRA adapter on a transformers model: checked against the base before it is loaded, switched for each computation."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+
+from biasdpo.errors import AdapterError
+from biasdpo.workspace import read_json
+
+NAME = "default"
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+# Features of PEFT's LoRA that change the base side or can't be scaled by the strength: never a plain W + s * B @ A.
+_REFUSED = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+# Ways to begin that move a part of the base weights into the adapter: it then belongs to a base that nobody has.
+_REFUSED_BEGINNINGS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+class Adapter:
+    """The LoRA layers of one adapter in a model: off, computing what the bare model does, but for the time of `active`."""
+
+    def __init__(self, model: Any) -> None:
+        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self._scales = [float(layer.scaling[NAME]) for layer in self._layers]
+        self._switch(False)
+
+    @contextmanager
+    def active(self, strength: float) -> Iterator[None]:
+        """Within the block the model computes W + strength * scale * B @ A; strength 0 leaves the adapter off."""
+        if strength == 0.0:
+            yield
+            return
+        for layer, scale in zip(self._layers, self._scales, strict=True):
+            layer.scaling[NAME] = scale * strength
+        try:
+            self._switch(True)
+            yield
+        finally:
+            self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        # What PEFT's enable_adapters() does, less its walk over every parameter's requires_grad: that would cost
+        # milliseconds a token, twice.
+        for layer in self._layers:
+            layer._disable_adapters = not on
+
+
+def load_adapter(model: Any, folder: Path) -> Adapter:
+    """Put the LoRA adapter in `folder` into `model`, whose LoRA layers are off afterwards.
+
+    Raises AdapterError where the adapter is damaged, unsafe, no plain LoRA, or made for another base model.
+    """
+    adapted = check_adapter(model, folder)
+    device = next(model.parameters()).device
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5.23 for a property by its old name: nothing that a user can mend.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=NAME, torch_device=str(device))
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as exc:
+        reason = " ".join(str(exc).split())
+        raise AdapterError(f"PEFT can't load the adapter {folder}: {reason[:300]}; train or fetch it again") from exc
+    peft_model.eval()
+    layers = {name.removeprefix("base_model.model.") for name, m in peft_model.named_modules() if isinstance(m, LoraLayer)}
+    if layers != adapted:
+        raise AdapterError(
+            f"{folder} is incomplete: its settings adapt {len(layers)} layers, its file holds {len(adapted)}; train or fetch "
+            "it again"
+        )
+    return Adapter(peft_model)
+
+
+def check_adapter(model: Any, folder: Path) -> set[str]:
+    """The names of the modules that the adapter in `folder` adapts, all of which fit `model`; else AdapterError."""
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    for file in (weights, settings):
+        if not file.is_file():
+            raise AdapterError(f"{folder} has no {file.name}: name a folder that PEFT's save_pretrained wrote, as safetensors")
+    config = read_json(settings)
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder} is a {config.get('peft_type')!r} adapter: only LORA adapters can be used")
+    used = [name for name in _REFUSED if config.get(name)]
+    if str(config.get("init_lora_weights")).startswith(_REFUSED_BEGINNINGS):
+        used.append(f"init_lora_weights={config['init_lora_weights']}")
+    if config.get("bias", "none") != "none":
+        used.append(f"bias={config['bias']}")
+    if used:
+        raise AdapterError(f"{folder} uses {', '.join(used)}: only plain LoRA can be switched off exactly; train without")
+
+    factors: dict[str, dict[str, tuple[int, ...]]] = {}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                match = _FACTOR.fullmatch(name)
+                if match is None:
+                    raise AdapterError(f"{weights} holds {name}, which is no LoRA factor: only plain LoRA adapters can be used")
+                factors.setdefault(match["module"], {})[match["factor"]] = tuple(file.get_slice(name).get_shape())
+    except (OSError, SafetensorError) as exc:
+        raise AdapterError(f"{weights} is no complete safetensors file ({exc}): train or fetch the adapter again") from exc
+    if not factors:
+        raise AdapterError(f"{weights} holds no LoRA factors: name an adapter that was trained")
+
+    modules = dict(model.named_modules())
+    for module, shapes in sorted(factors.items()):
+        base = getattr(modules.get(module), "weight", None)
+        if base is None or base.ndim != 2:
+            raise AdapterError(f"{folder} was made for another base model: it adapts {module}, which this model lacks")
+        a, b = shapes.get("A", ()), shapes.get("B", ())
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise AdapterError(f"{weights}: {module} has no matching pair of LoRA factors; train or fetch the adapter again")
+        if (b[0], a[1]) != tuple(base.shape):
+            raise AdapterError(
+                f"{folder} was made for another base model: its {module} is {b[0]} x {a[1]}, this model's "
+                f"{base.shape[0]} x {base.shape[1]}"
+            )
+    return set(factors)
