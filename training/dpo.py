@@ -21,11 +21,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
 from biasdpo import dataset, models, rewards, run_config
-from biasdpo.backends.hf_copy import hf_copy
+from biasdpo.backends.hf_copy import hf_copy, load_tokenizer
 from biasdpo.errors import BiasDPOError, ConfigError, DatasetError
 from biasdpo.run_config import RunConfig
 from biasdpo.run_folder import RunFolder
@@ -67,7 +67,7 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     writer.update(phase="loading the model", notes=())
     spec = models.find(config.model)
     model_folder = hf_copy(spec, workspace)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = load_tokenizer(model_folder)
     train_pairs, held_out_pairs = dataset.split(dataset.load_jsonl(folder.snapshot), config.held_out_share)
     train_rows = tokenise(train_pairs, tokenizer, spec.template, config.max_length)
     held_out_rows = tokenise(held_out_pairs, tokenizer, spec.template, config.max_length)
@@ -208,9 +208,7 @@ def held_out_metrics(
         writer.update(phase=f"scoring the held-out pairs ({done} of {len(rows)})")
         writer.check_stop()
 
-    base, tuned = score_base_and_tuned(
-        model, rows, bf16=config.precision == "bf16", batch_size=config.batch_size, on_batch=progress
-    )
+    base, tuned = score_base_and_tuned(model, rows, batch_size=config.batch_size, on_batch=progress)
     margins = rewards.reward_margin(tuned.chosen_logps, tuned.rejected_logps, base.chosen_logps, base.rejected_logps, config.beta)
 
     def normalised_accuracy(scores: PairScores) -> float:

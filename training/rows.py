@@ -66,9 +66,12 @@ class PairScores:
 
 
 def score_base_and_tuned(
-    model: Any, rows: Sequence[TokenRow], *, bf16: bool, batch_size: int, on_batch: Callable[[int], None]
+    model: Any, rows: Sequence[TokenRow], *, batch_size: int, on_batch: Callable[[int], None]
 ) -> tuple[PairScores, PairScores]:
-    """Score rows under a PeftModel without and with its adapter. `on_batch` is told how many pairs are done."""
+    """Score rows under a PeftModel without and with its adapter. `on_batch` is told how many pairs are done.
+
+    In the weights' own precision, even where training used autocast: its rounding is as large as a gentle run's margins.
+    """
     n = len(rows)
     logps = {side: np.zeros((2, n)) for side in ("base", "tuned")}
     lengths = np.array([[len(r.chosen_ids) for r in rows], [len(r.rejected_ids) for r in rows]], dtype=np.float64)
@@ -82,7 +85,7 @@ def score_base_and_tuned(
     for indices in _chunks(order, batch_size):
         for side_row, completions in enumerate(("chosen_ids", "rejected_ids")):
             batch = [(rows[i].prompt_ids, getattr(rows[i], completions)) for i in indices]
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.inference_mode():
                 with model.disable_adapter():
                     base = _completion_log_softmax(model, batch, device)
                 tuned = _completion_log_softmax(model, batch, device)
