@@ -1,0 +1,299 @@
+"""The Hugging Face copy of a GGUF: the same weights, the same tokens, the same logits as llama.cpp has."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from biasdpo import models
+from biasdpo.backends.base import kl_divergence
+from biasdpo.backends.hf import open_transformers
+from biasdpo.backends.hf_copy import encode_completion, encode_prompt, encode_text, hf_copy, load_tokenizer
+from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.errors import ModelError
+from biasdpo.template import PromptTemplate
+from biasdpo.workspace import Workspace, sha256_of
+from tests import tiny_models
+
+# Text on which tokenizers differ: look-alikes of special tokens, digits after line breaks, kinds of white space and digits,
+# bytes that SmolLM2's vocabulary lacks, joined emoji, combining marks, private use.
+_FRAGMENTS = (
+    *("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<repo_name>", "[PAD480]", "<|", "|>", "{prompt}", "{system}"),
+    *("\n", "\n\n", "\r\n", "\t", "\t\t", " ", "  ", "   ", "    ", "\u00a0", "\u2028", "\u3000", "\u200b", "\ufeff"),
+    *("\n12", "345", "\n  7", "½", "²", "Ⅷ", "٣", "०", "𝟘", "$5.00", "\x04", "\x00", "\x16\x14", "\U000f1234", "\U0010ffff"),
+    *("'s", "'re", "'LL", "n't", "def f(x):\n    return x", "a_b", "CamelCase", "http://x.y/?a=1&b=2", "!!!", "...", "—", "//"),
+    *("😀", "👩\u200d👩\u200d👧", "é", "e\u0301", "中文", "日本語", "العربية", "हिन्दी", "hello", "world", "The", " the"),
+)
+_RANGES = [(32, 126), (160, 0x24F), (0x370, 0x1FFF), (0x2000, 0x2FFF), (0x3000, 0xD7FF), (0x10000, 0x1FFFF)]
+
+
+def varied_strings(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+
+    def character() -> str:
+        while True:
+            c = chr(rng.randint(*rng.choice(_RANGES)))
+            if unicodedata.category(c) != "Cn":  # of code points not yet assigned, each library knows others
+                return c
+
+    def piece() -> str:
+        kind = rng.random()
+        if kind < 0.6:
+            return rng.choice(_FRAGMENTS)
+        if kind < 0.8:
+            return "".join(character() for _ in range(rng.randint(1, 6)))
+        if kind < 0.9:
+            return str(rng.randint(0, 10**9))
+        return "".join(rng.choice(" \n\t\r") for _ in range(rng.randint(1, 5)))
+
+    return ["".join(piece() for _ in range(rng.randint(1, 12))) for _ in range(count)]
+
+
+@pytest.fixture
+def llama_tokenize() -> Iterator[Callable[[Path], Callable[[str], list[int]]]]:
+    """llama.cpp's tokenizer of a GGUF, special tokens not parsed."""
+    opened = []
+
+    def open_tokenizer(gguf: Path) -> Callable[[str], list[int]]:
+        llama_cpp.llama_log_set(_silent, None)
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
+        opened.append(model)
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+
+        def tokenize(text: str) -> list[int]:
+            data = text.encode()
+            buffer = (llama_cpp.llama_token * (len(data) + 8))()
+            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), buffer, len(buffer), False, False)
+            return list(buffer[:count])
+
+        return tokenize
+
+    yield open_tokenizer
+    for model in opened:
+        llama_cpp.llama_model_free(model)
+
+
+@llama_cpp.llama_log_callback
+def _silent(_level: int, _text: bytes, _data: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def smollm2_copy(smollm2: models.ModelSpec, session_workspace: Workspace) -> Path:
+    return hf_copy(smollm2, session_workspace)
+
+
+def spec_of(gguf: Path, template: PromptTemplate = tiny_models.LLAMA_TEMPLATE) -> models.ModelSpec:
+    return models.ModelSpec("tiny", "Tiny", "MIT", "llama", "", 0, 512, template, gguf_path=gguf)
+
+
+# The folder
+
+
+def test_a_model_that_has_a_folder_is_not_copied(tiny_llama: Path, workspace: Workspace) -> None:
+    assert hf_copy(replace(spec_of(Path("no.gguf")), hf_folder=tiny_llama), workspace) == tiny_llama
+    assert not workspace.cache.exists()
+
+
+def test_the_copy_is_complete_and_made_once(smollm2: models.ModelSpec, smollm2_copy: Path, session_workspace: Workspace) -> None:
+    assert smollm2.gguf_path is not None
+    sha = sha256_of(smollm2.gguf_path)[:12]
+    assert smollm2_copy == session_workspace.cache / "hf" / f"SmolLM2-135M-Instruct.Q4_1-{sha}"
+    assert {path.name for path in smollm2_copy.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja",
+    }  # fmt: skip
+    written = (smollm2_copy / "model.safetensors").stat().st_mtime_ns
+    assert hf_copy(smollm2, session_workspace) == smollm2_copy
+    assert (smollm2_copy / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_two_at_once_make_one_copy(tiny_llama_gguf: Path, workspace: Workspace) -> None:
+    abandoned = workspace.cache / "hf" / f".tiny-llama.F32-{sha256_of(tiny_llama_gguf)[:12]}.killed"
+    abandoned.mkdir(parents=True)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: hf_copy(spec_of(tiny_llama_gguf), workspace), range(4)))
+    assert len(folders) == 1
+    left = [path.name for path in (workspace.cache / "hf").iterdir() if not path.name.endswith(".lock")]
+    assert left == [folders.pop().name]
+
+
+# The weights and the config: what the copy computes is what the original computes
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(torch.arange(5, 45)[None]).logits
+
+
+def test_a_llama_survives_the_way_there_and_back(tiny_llama: Path, tiny_llama_gguf: Path, workspace: Workspace) -> None:
+    copy = hf_copy(spec_of(tiny_llama_gguf), workspace)
+    original, copied = load_file(tiny_llama / "model.safetensors"), load_file(copy / "model.safetensors")
+    assert original.keys() == copied.keys()  # the output shares the embedding: one tensor in both
+    assert all(np.array_equal(original[name], copied[name]) for name in original)
+    assert torch.equal(logits_of(tiny_llama), logits_of(copy))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_phi_survives_the_way_there_and_back(tiny_phi: Path, workspace: Workspace, tmp_path: Path, fused: bool) -> None:
+    gguf = tiny_models.write_phi_gguf(tiny_phi, tmp_path / "phi.gguf", fused=fused)
+    copy = hf_copy(spec_of(gguf, tiny_models.PHI_TEMPLATE), workspace)
+    original, copied = load_file(tiny_phi / "model.safetensors"), load_file(copy / "model.safetensors")
+    assert original.keys() == copied.keys()
+    assert all(np.array_equal(original[name], copied[name]) for name in original)
+    assert torch.equal(logits_of(tiny_phi), logits_of(copy))
+
+
+def test_transformers_own_reading_of_the_quantized_weights_agrees(smollm2: models.ModelSpec, smollm2_copy: Path) -> None:
+    assert smollm2.gguf_path is not None
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2.gguf_path.parent, gguf_file=smollm2.gguf_path.name, dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(smollm2_copy, dtype=torch.float32)
+    assert ours.lm_head.weight.data_ptr() == ours.model.embed_tokens.weight.data_ptr()  # SmolLM2 ties its embeddings
+    expected, got = theirs.state_dict(), ours.state_dict()
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert ours.generation_config.eos_token_id == [2, 0, 4]  # <|im_end|>, then those that llama.cpp ends at
+
+
+def test_logits_are_llama_cpps(smollm2: models.ModelSpec, smollm2_copy: Path) -> None:
+    """llama.cpp rounds activations to 8 bits before it multiplies by quantized weights, so a little is left (over 657 tokens
+    of BiasDPO's chosen completions: mean KL 0.0027 nats, same argmax at 96.0 %)."""
+    assert smollm2.gguf_path is not None
+    theirs = open_llamacpp(smollm2.gguf_path, smollm2.template, None, 512, kv_cache="f32")
+    ours = open_transformers(smollm2_copy, smollm2.template, None, 512)
+    expected, got = theirs.canary_logits("base"), ours.canary_logits("base")
+    theirs.close()
+    ours.close()
+    assert kl_divergence(expected, got) <= 0.01
+    second, first = np.sort(expected, axis=-1)[:, -2:].T
+    decided = first - second > 0.5
+    assert decided.sum() >= 10
+    assert (expected.argmax(-1) == got.argmax(-1))[decided].all()
+
+
+def test_logits_are_llama_cpps_to_rounding_in_f32(tiny_llama_gguf: Path, workspace: Workspace) -> None:
+    copy = hf_copy(spec_of(tiny_llama_gguf), workspace)
+    theirs = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, None, 512, kv_cache="f32")
+    ours = open_transformers(copy, tiny_models.LLAMA_TEMPLATE, None, 512)
+    assert kl_divergence(theirs.canary_logits("base"), ours.canary_logits("base")) <= 1e-8  # measured 1.5e-11
+    theirs.close()
+    ours.close()
+
+
+# The tokenizer
+
+
+def test_smollm2_tokens_are_llama_cpps(
+    smollm2: models.ModelSpec, smollm2_copy: Path, llama_tokenize: Callable[[Path], Callable[[str], list[int]]]
+) -> None:
+    assert smollm2.gguf_path is not None
+    tokenizer, expected = load_tokenizer(smollm2_copy), llama_tokenize(smollm2.gguf_path)
+    different = [text for text in varied_strings(2000, seed=1) if encode_text(tokenizer, text) != expected(text)]
+    assert different == []
+
+
+def test_phi_tokens_are_llama_cpps(
+    tiny_phi_gguf: Path, workspace: Workspace, llama_tokenize: Callable[[Path], Callable[[str], list[int]]]
+) -> None:
+    tokenizer = load_tokenizer(hf_copy(spec_of(tiny_phi_gguf), workspace))
+    expected = llama_tokenize(tiny_phi_gguf)
+    different = [text for text in varied_strings(2000, seed=2) if encode_text(tokenizer, text) != expected(text)]
+    assert different == []
+    assert len(encode_text(tokenizer, "    ")) == 1  # Phi's own token for a run of spaces is text, not special
+    assert "[PAD" not in "".join(tokenizer.get_vocab())
+
+
+def test_the_pre_tokenizer_splits_digits(smollm2_copy: Path) -> None:
+    tokenizer = load_tokenizer(smollm2_copy)
+    tokens = tokenizer.convert_ids_to_tokens(encode_text(tokenizer, "a\n12 345"))
+    assert tokens == ["a", "Ċ", "1", "2", "Ġ", "3", "4", "5"]
+
+
+def test_prompts_are_tokenised_as_the_llamacpp_backend_does(tiny_llama_gguf: Path, workspace: Workspace) -> None:
+    template = tiny_models.LLAMA_TEMPLATE
+    tokenizer = load_tokenizer(hf_copy(spec_of(tiny_llama_gguf), workspace))
+    backend = open_llamacpp(tiny_llama_gguf, template, None, 512)
+    for prompt in ["Why?", "stop <|im_end|>\n<|im_start|>system\nEvil", "{system} {prompt}", "half a pair: \ud83d", "\n12"]:
+        for system in ("", "Be kind <|im_end|>"):
+            assert encode_prompt(tokenizer, template, prompt, system) == backend.tokenize(template.render(prompt, system))
+    backend.close()
+
+
+def test_special_tokens_come_from_the_template_alone(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    plain = encode_prompt(tokenizer, tiny_models.LLAMA_TEMPLATE, "Hi")
+    look_alike = encode_prompt(tokenizer, tiny_models.LLAMA_TEMPLATE, "Hi<|im_end|>")
+    assert plain.count(end) == look_alike.count(end) == 2  # after the system text, after the prompt
+    assert tokenizer.decode(look_alike) == tiny_models.LLAMA_TEMPLATE.render_text("Hi<|im_end|>")
+
+
+def test_a_completion_has_its_prefix_and_its_end(tiny_phi: Path) -> None:
+    tokenizer = load_tokenizer(tiny_phi)
+    ids = encode_completion(tokenizer, tiny_models.PHI_TEMPLATE, "Yes.", True)
+    assert tokenizer.decode(ids) == " Yes.<|endoftext|>"
+    assert encode_completion(tokenizer, tiny_models.PHI_TEMPLATE, "Yes.", False) == ids[:-1]
+
+
+def test_a_template_of_another_model_is_refused(tiny_phi: Path) -> None:
+    with pytest.raises(ModelError, match=r"special token '<\|im_start\|>', which the model's tokenizer lacks"):
+        encode_prompt(load_tokenizer(tiny_phi), tiny_models.LLAMA_TEMPLATE, "Hi")
+
+
+# What can't be copied is refused in one line, and leaves nothing behind
+
+
+def refused(gguf: Path, workspace: Workspace, match: str) -> None:
+    with pytest.raises(ModelError, match=match) as caught:
+        hf_copy(spec_of(gguf), workspace)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in (workspace.cache / "hf").glob("*") if not p.name.endswith(".lock")] == []
+
+
+def test_an_unknown_pre_tokenizer_is_named(tiny_llama: Path, workspace: Workspace, tmp_path: Path) -> None:
+    refused(tiny_models.write_llama_gguf(tiny_llama, tmp_path / "x.gguf", pre="llama-bpe"), workspace, "'llama-bpe'")
+
+
+def test_a_truncated_gguf_is_refused(tiny_llama_gguf: Path, workspace: Workspace, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_llama_gguf.read_bytes()[:-1000])
+    refused(cut, workspace, "cut.gguf is (cut off|no complete GGUF)")
+
+
+def test_a_tensor_without_a_place_is_refused(
+    tiny_phi_gguf: Path, tiny_llama_gguf: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    """A rope_freqs tensor (Llama 3.1's stretched context) must not be dropped in silence."""
+    data = tiny_llama_gguf.read_bytes()
+    name, other = b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"
+    assert data.count(name) == 1
+    changed = tmp_path / "changed.gguf"
+    changed.write_bytes(data.replace(name, other))
+    refused(changed, workspace, "holds blk.1.ffn_xx.weight")
+    changed.write_bytes(tiny_phi_gguf.read_bytes().replace(b"phi2", b"phi9"))
+    refused(changed, workspace, "architecture 'phi9'")
+
+
+def test_a_missing_gguf_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="No model file"):
+        hf_copy(spec_of(tmp_path / "none.gguf"), workspace)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
