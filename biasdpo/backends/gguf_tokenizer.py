@@ -18,7 +18,7 @@ from biasdpo.workspace import write_json
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 # Control tokens at which llama.cpp, too, ends a completion whatever the file's eos is (src/llama-vocab.cpp, special_eog_ids).
-_ENDS = {
+END_TOKENS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
     "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<reponame>", "<|repo_name|>", "<|file_sep|>",
 }  # fmt: skip
@@ -50,7 +50,9 @@ class Vocabulary:
         if eos is None:
             raise ModelError(f"{gguf_path.name} names no end-of-text token: fetch or export it again")
         named = [gguf_value(reader, f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
-        by_text = [i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL and token in _ENDS]
+        by_text = [
+            i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL and token in END_TOKENS
+        ]
         ends = dict.fromkeys([eos, *(i for i in named if i is not None), *by_text])
         return cls(
             tokens,

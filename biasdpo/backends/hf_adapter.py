@@ -79,6 +79,7 @@ def load_adapter(model: Any, folder: Path) -> Adapter:
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 for a property by its old name: nothing that a user can mend.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # an AdapterError, below
             peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=NAME, torch_device=str(device))
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as exc:
         reason = " ".join(str(exc).split())

@@ -12,14 +12,17 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from biasdpo.backends.gguf_tokenizer import END_TOKENS
 from biasdpo.errors import BackendError, ModelError
 from biasdpo.template import PromptTemplate
 
 
 def end_tokens(model: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:
-    """Tokens that end a completion: the model's and the tokenizer's end of text, and what ends a turn in the template."""
+    """Tokens that end a completion: the model's and the tokenizer's end of text, those that llama.cpp ends at whatever the
+    model says, and what ends a turn in the template."""
     named = model.generation_config.eos_token_id
     ends = {*(named if isinstance(named, list) else [named]), model.config.eos_token_id, tokenizer.eos_token_id}
+    ends |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in END_TOKENS}
     after_prompt = template.text.partition("{prompt}")[2]
     positions = {after_prompt.index(token): token for token in template.special_tokens if token in after_prompt}
     if positions:
