@@ -27,8 +27,10 @@ from biasdpo.backends.hf import TransformersBackend, open_transformers
 from biasdpo.backends.hf_copy import encode_completion, encode_prompt, encode_text, hf_copy
 from biasdpo.backends.hf_text import CompletionText
 from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.compare import stream_pair
+from biasdpo.engines import Engine
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError, ProofError
-from biasdpo.records import FinishReason, Sampling, Side
+from biasdpo.records import FinishReason, GenerationPair, Sampling, Side
 from biasdpo.template import PromptTemplate
 from biasdpo.workspace import Workspace
 from tests import tiny_models
@@ -236,6 +238,16 @@ def test_both_sides_stream_at_the_same_time(case: Case) -> None:
         thread.join()
     switches = sum(a != b for a, b in pairwise(order))
     assert switches >= 10
+
+
+def test_a_pair_is_both_sides(case: Case, smollm2: models.ModelSpec) -> None:
+    engine = Engine(smollm2, models.AdapterSpec("random", case.adapter, ""), case.backend)
+    pair = list(stream_pair(engine, PROMPTS[0], WARM))[-1]
+    assert isinstance(pair, GenerationPair)
+    assert pair.right is not None
+    assert pair.finished
+    assert pair.left.text == text_of(case.backend, PROMPTS[0], "base", WARM)
+    assert pair.right.text == text_of(case.backend, PROMPTS[0], "tuned", WARM)
 
 
 def adapter_is_off(backend: TransformersBackend) -> bool:

@@ -266,11 +266,10 @@ class TransformersBackend:
         predict the scored tokens, and these."""
         rows = [given + scored[:-1] for given, scored in batch]
         width = max(map(len, rows))
-        # Padded on the right: a causal model's earlier positions never see it.
+        # Padded on the right, so no mask is needed: in a causal model no position sees what comes after it.
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self._device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
         with self._computing(side, strength, None) as model:
-            hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
             head = model.get_output_embeddings()
             return [take(head, hidden[i, len(given) - 1 : len(rows[i])], scored) for i, (given, scored) in enumerate(batch)]
 
