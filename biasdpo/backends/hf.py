@@ -116,6 +116,7 @@ class TransformersBackend:
             torch.set_num_threads(threads)
         self.template = template
         self.turnstile = Turnstile()
+        self.has_adapter = False
         self._device = choose_device(device)
         self._adapter: Adapter | None = None
         self._lock = threading.Lock()  # around every computation with the model
@@ -131,14 +132,11 @@ class TransformersBackend:
         self.context_length = min(context_length, int(self._model.config.max_position_embeddings))
         self._ends = end_tokens(self._model, self._tokenizer, template)
 
-    @property
-    def has_adapter(self) -> bool:
-        return self._adapter is not None
-
     def add_adapter(self, folder: Path) -> None:
         """Load a PEFT adapter; AdapterError where it does not fit the model."""
         with self._lock:
             self._adapter = load_adapter(self._model, folder)
+        self.has_adapter = True
 
     def prove(self, bare: NDArray[np.float32]) -> Proof:
         """Compare both sides as they will be served with the bare model (see `backends.base.prove`)."""
@@ -295,7 +293,7 @@ class TransformersBackend:
         check_strength(strength)
         if self._model is None:
             raise BackendError("The model was closed: choose it again")
-        if side == "tuned" and self._adapter is None:
+        if side == "tuned" and not self.has_adapter:
             raise BackendError("There is no tuned side: the model was opened without an adapter; choose one")
 
 
