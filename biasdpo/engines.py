@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from biasdpo import models
-from biasdpo.backends import Backend, open_backend
-from biasdpo.backends.base import Cancellation
+from biasdpo.backends import open_backend
+from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.errors import BackendError, BiasDPOError
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.workspace import Workspace

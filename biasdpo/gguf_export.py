@@ -117,7 +117,7 @@ def _renamed(factors: dict[str, dict[str, NDArray[Any]]], base: Any, adapter_id:
         if name is None or f"{name}.weight" not in shapes:
             if name is not None and re.sub(r"attn_[qkv]$", "attn_qkv", name) + ".weight" in shapes:
                 raise AdapterError(
-                    f"The GGUF keeps q, k and v in one tensor (attn_qkv), adapter {adapter_id} adapts {module}: convert the model "
+                    f"The GGUF keeps q, k and v in one tensor (attn_qkv), {adapter_id} adapts {module}: convert the model "
                     "again with a current convert_hf_to_gguf.py, which keeps them apart"
                 )
             raise AdapterError(

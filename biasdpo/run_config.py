@@ -30,6 +30,8 @@ class RunConfig:
     loss_type             TRL's names (LOSS_TYPES); several are summed with loss_weights
     loss_weights          one weight a loss type; empty: 1 each
     beta                  pull to the reference, per nat; higher stays closer. For sigmoid_norm it multiplies nats per token
+    text_kl_weight        weight of KL(base || policy), nats per token, on bare text (the training rows' prompts and chosen
+                          completions without the template), added to the loss; 0: off
     label_smoothing       share of labels taken to be wrong, [0, 0.5); used by loss type `robust` alone
     learning_rate         AdamW's peak step size
     schedule              of the learning rate after warm-up (SCHEDULES)
@@ -61,6 +63,7 @@ class RunConfig:
     loss_type: tuple[str, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] = ()
     beta: float = 0.1
+    text_kl_weight: float = 0.0
     label_smoothing: float = 0.0
     learning_rate: float = 3e-5
     schedule: str = "linear"
@@ -101,6 +104,7 @@ class RunConfig:
         if self.loss_type == ("sft",):
             raise ConfigError("loss_type must hold a preference loss beside 'sft': got ('sft',); use e.g. ['sigmoid', 'sft']")
         _number("beta", self.beta, 1e-4, 1000.0)
+        _number("text_kl_weight", self.text_kl_weight, 0.0, 1000.0)
         _number("label_smoothing", self.label_smoothing, 0.0, 0.499)
         if self.label_smoothing and "robust" not in self.loss_type:
             raise ConfigError(

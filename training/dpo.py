@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
 from biasdpo import dataset, models, rewards, run_config
-from biasdpo.backends.hf_copy import hf_copy, load_tokenizer
+from biasdpo.backends.hf_copy import encode_text, hf_copy, load_tokenizer
 from biasdpo.errors import BiasDPOError, ConfigError, DatasetError
 from biasdpo.run_config import RunConfig
 from biasdpo.run_folder import RunFolder
@@ -89,7 +89,10 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     low_precision = config.precision == "bf16"
     dtype = torch.bfloat16 if low_precision and not on_cpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    trainer = build_trainer(config, folder, model, tokenizer, train_rows.rows, held_out_rows.rows, writer, use_cpu=on_cpu)
+    anchor_texts = [encode_text(tokenizer, text) for pair in train_pairs for text in (pair.prompt, pair.chosen)]
+    trainer = build_trainer(
+        config, folder, model, tokenizer, train_rows.rows, held_out_rows.rows, anchor_texts, writer, use_cpu=on_cpu
+    )
 
     # Train, or go on where the last checkpoint ended.
     checkpoint = folder.last_checkpoint()
@@ -129,6 +132,7 @@ def build_trainer(
     tokenizer: Any,
     train_rows: tuple[TokenRow, ...],
     held_out_rows: tuple[TokenRow, ...],
+    anchor_texts: list[list[int]],
     writer: StatusWriter,
     *,
     use_cpu: bool,
@@ -171,6 +175,8 @@ def build_trainer(
         disable_tqdm=True,
     )
     return TokenisedDPOTrainer(
+        text_kl_weight=config.text_kl_weight,
+        anchor_texts=[text for text in anchor_texts if text],
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([row.as_trl() for row in train_rows]),

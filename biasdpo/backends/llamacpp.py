@@ -49,12 +49,12 @@ _ABORTED = 2  # llama_decode's status after its abort callback said so
 # llama.cpp asks a C callback, once a graph node, whether to abort. A Python callback would take the interpreter's lock a
 # thousand times a token. strlen of the cancellation's buffer is a native function of the right shape: 0 (go on) or 1.
 _ABORT_IF_SET = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
-_NEVER_ABORT = ctypes.cast(None, llama_cpp.ggml_abort_callback)
+_NEVER_ABORT = llama_cpp.ggml_abort_callback()  # a null pointer
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
-class _Aborted(Exception):
+class _AbortedError(Exception):
     """The cancellation was set while a batch was computed."""
 
 
@@ -212,13 +212,13 @@ class LlamaCppBackend:
     ) -> Generator[str, None, FinishReason]:
         """See `backends.base.Backend.stream`."""
         cancellation = cancellation or Cancellation()
+        context = self._context(side)
         tokens = self.tokenize(self.template.render(prompt, system))
         if len(tokens) >= self.context_length:
             raise PromptError(
                 f"The prompt is {len(tokens):,} tokens long with its template, the context holds {self.context_length:,} and "
                 "needs one to spare: shorten the prompt"
             )
-        context = self._context(side)
         with context.lock:
             if context is not self._contexts.get(side):
                 raise BackendError("The model was closed: choose it again")
@@ -231,7 +231,7 @@ class LlamaCppBackend:
                 for token in tokens:
                     llama_cpp.llama_sampler_accept(sampler, token)
                 return (yield from self._generate(context, tokens, sampling.max_new_tokens, sampler, cancellation))
-            except _Aborted:
+            except _AbortedError:
                 context.forget()  # the batch was left half done
                 return "cancelled"
             finally:
@@ -418,7 +418,7 @@ class LlamaCppBackend:
         finally:
             llama_cpp.llama_batch_free(batch)
         if status == _ABORTED:
-            raise _Aborted
+            raise _AbortedError
         if status != 0:
             context.forget()
             raise BackendError(f"llama.cpp failed to compute a batch of {count} tokens (status {status}): reload the model")
@@ -461,7 +461,7 @@ class LlamaCppBackend:
             context.threads = threads
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _log(_level: int, _text: bytes, _data: Any) -> None:
     """llama.cpp's own log is not for our users: every failure is raised with a line of ours."""
 
@@ -487,7 +487,7 @@ def _load_model(gguf: Path, on_progress: Any) -> Any:
     if _cpu_has_amx():
         params.use_extra_bufts = False
 
-    @llama_cpp.llama_progress_callback
+    @llama_cpp.llama_progress_callback  # type: ignore[untyped-decorator]
     def report(share: float, _data: Any) -> bool:
         on_progress(0.75 * share, "reading the weights")
         return True
