@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; README's list of commands is tested against it."""
-    from biasdpo import cli_train
+    from biasdpo import cli_evaluate, cli_train
 
     parser = argparse.ArgumentParser(prog="python -m biasdpo", description="See, train away and measure a language model's bias.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(handler=export)
 
     cli_train.add_commands(commands)
+    cli_evaluate.add_commands(commands)
 
     return parser
 

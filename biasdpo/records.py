@@ -129,3 +129,32 @@ class Proof:
     noise: float
     tuned_max_difference: float | None
     kl_nats: float | None
+
+
+@dataclass(frozen=True)
+class LikelihoodRequest:
+    """How likely is `continuation` after `prompt` rendered with the model's template and `system`?
+
+    The template's completion prefix is put before the continuation. `end_of_text` counts the end-of-text token in, as
+    training does.
+    """
+
+    prompt: str
+    continuation: str
+    system: str = ""
+    end_of_text: bool = False
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """How likely is a bare `text`, without any template? The first token is given, the others are scored."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """`logp` (nats) summed over `tokens` scored tokens."""
+
+    logp: float
+    tokens: int

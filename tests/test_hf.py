@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from biasdpo import models
-from biasdpo.backends.base import Backend, Cancellation, LikelihoodRequest, TextRequest, kl_divergence
+from biasdpo.backends.base import Backend, Cancellation, kl_divergence
 from biasdpo.backends.hf import TransformersBackend, open_transformers
 from biasdpo.backends.hf_copy import encode_completion, encode_prompt, encode_text, hf_copy
 from biasdpo.backends.hf_text import CompletionText
@@ -30,7 +30,7 @@ from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.compare import stream_pair
 from biasdpo.engines import Engine
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError, ProofError
-from biasdpo.records import FinishReason, GenerationPair, Sampling, Side
+from biasdpo.records import FinishReason, GenerationPair, LikelihoodRequest, Sampling, Side, TextRequest
 from biasdpo.template import PromptTemplate
 from biasdpo.workspace import Workspace
 from tests import tiny_models

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from biasdpo import gguf_export, models
-from biasdpo.backends.base import Cancellation, LikelihoodRequest, TextRequest, kl_divergence, log_softmax
+from biasdpo.backends.base import Cancellation, kl_divergence, log_softmax
 from biasdpo.backends.llamacpp import LlamaCppBackend, open_llamacpp
 from biasdpo.compare import stream_pair
 from biasdpo.engines import Engine
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError, ProofError
 from biasdpo.models import AdapterSpec
-from biasdpo.records import GenerationPair, Sampling
+from biasdpo.records import GenerationPair, LikelihoodRequest, Sampling, TextRequest
 from biasdpo.template import PromptTemplate
 from tests.bare import bare_llama, greedy, text_of
 from tests.lora_factory import write_lora

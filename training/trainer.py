@@ -60,7 +60,7 @@ def text_kl(model: Any, texts: Sequence[list[int]], accelerator: Any) -> torch.T
 
     def log_probabilities() -> torch.Tensor:
         with accelerator.autocast():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits[mask.bool()].float().log_softmax(-1)
 
     with torch.no_grad(), peft_model.disable_adapter():

@@ -11,14 +11,13 @@ import math
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biasdpo.errors import ProofError
-from biasdpo.records import FinishReason, Proof, Sampling, Side
+from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Proof, Sampling, Side, TextRequest
 from biasdpo.template import PromptTemplate
 
 # The canary's prompt and completion: text on which a debiasing adapter ought to speak up.
@@ -76,35 +75,6 @@ class Turnstile:
             if self._tickets.index(ticket) > 0:
                 self._changed.wait(timeout_seconds)
             return self._tickets.index(ticket)
-
-
-@dataclass(frozen=True)
-class LikelihoodRequest:
-    """How likely is `continuation` after `prompt` rendered with the model's template and `system`?
-
-    The template's completion prefix is put before the continuation. `end_of_text` counts the end-of-text token in, as
-    training does.
-    """
-
-    prompt: str
-    continuation: str
-    system: str = ""
-    end_of_text: bool = False
-
-
-@dataclass(frozen=True)
-class TextRequest:
-    """How likely is a bare `text`, without any template? The first token is given, the others are scored."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """`logp` (nats) summed over `tokens` scored tokens."""
-
-    logp: float
-    tokens: int
 
 
 class Backend(Protocol):

@@ -17,20 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.backends.base import (
-    CANARY_COMPLETION,
-    CANARY_PROMPT,
-    Cancellation,
-    Likelihood,
-    LikelihoodRequest,
-    TextRequest,
-    Turnstile,
-    prove,
-)
+from biasdpo.backends.base import CANARY_COMPLETION, CANARY_PROMPT, Cancellation, Turnstile, prove
 from biasdpo.backends.hf_copy import begin_ids, encode_completion, encode_prompt, encode_text, load_tokenizer
 from biasdpo.backends.hf_text import CompletionText
 from biasdpo.errors import BackendError, PromptError
-from biasdpo.records import FinishReason, Proof, Sampling, Side, check_strength
+from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Proof, Sampling, Side, TextRequest, check_strength
 from biasdpo.template import PromptTemplate
 
 try:

@@ -25,21 +25,10 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from biasdpo.backends.base import (
-    CANARY_COMPLETION,
-    CANARY_PROMPT,
-    Cancellation,
-    Likelihood,
-    LikelihoodRequest,
-    TextRequest,
-    Turnstile,
-    log_softmax,
-    prove,
-    split_at_stop,
-)
+from biasdpo.backends.base import CANARY_COMPLETION, CANARY_PROMPT, Cancellation, Turnstile, log_softmax, prove, split_at_stop
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError
 from biasdpo.modelfile import check_gguf_complete
-from biasdpo.records import FinishReason, Proof, Sampling, Side, check_strength
+from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Proof, Sampling, Side, TextRequest, check_strength
 from biasdpo.template import PromptTemplate, Segment
 
 _BATCH_TOKENS = 512  # physical batch, llama.cpp's own default: the prompt is split as bare llama.cpp splits it

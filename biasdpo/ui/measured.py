@@ -1,4 +1,4 @@
-"""What an adapter changed, as measured when it was made: its provenance.json and tradeoff.png, as HTML."""
+"""What an adapter changed, as measured when it was made: its provenance.json, evaluation.json and tradeoff.png, as HTML."""
 
 from __future__ import annotations
 
@@ -11,33 +11,49 @@ from biasdpo.errors import BiasDPOError
 from biasdpo.workspace import read_json
 
 LABELS = {
+    "pairs": "Held-out pairs",
     "reward_accuracy": "Reward accuracy",
-    "reward_margin": "Reward margin (nats)",
+    "reward_accuracy_of_picking_the_longer": "Baseline: pick the longer completion",
+    "reward_margin_nats": "Reward margin (nats)",
     "length_normalised_accuracy": "Length-normalised accuracy",
-    "pick_the_longer": "Baseline: pick the longer completion",
-    "pick_the_longer_accuracy": "Baseline: pick the longer completion",
     "perplexity": "Perplexity on neutral text",
-    "perplexity_change": "Perplexity on neutral text, change",
 }
+_LEFT_OUT = ("logratio_margin_nats", "kl_base_to_tuned_nats_per_token")
 
 
 def table(folder: Path | None) -> str:
-    """The measurements beside an adapter, or "" where it brings none. Unknown keys are shown under their own name."""
+    """The measurements beside an adapter, or "" where it brings none. Unknown keys are shown under their own name.
+
+    provenance.json holds the training's own `metrics`; evaluation.json, where it is there, what `evaluate` printed.
+    """
     if folder is None:
         return ""
-    try:
-        provenance = read_json(folder / "provenance.json")
-    except BiasDPOError:
-        return ""
-    metrics = provenance.get("metrics") if isinstance(provenance, dict) else None
-    rows = [_row(name, value) for name, value in metrics.items()] if isinstance(metrics, dict) else []
-    shown = "".join(row for row in rows if row)
+    metrics = _mapping(_mapping(_read(folder / "provenance.json")).get("metrics"))
+    held_out = {name: value for name, value in _mapping(metrics.get("held_out", metrics)).items() if name not in _LEFT_OUT}
+    for name in [name.removesuffix("_base") for name in held_out if name.endswith("_base")]:
+        held_out[name] = {"before": held_out.pop(f"{name}_base"), "after": held_out.pop(f"{name}_tuned", None)}
+    utility = _mapping(_mapping(_mapping(_read(folder / "evaluation.json")).get("benchmarks")).get("utility"))
+    before, after = (_mapping(_mapping(utility.get(side)).get("perplexity")).get("value") for side in ("base", "tuned"))
+    if before is not None:
+        held_out["perplexity"] = {"before": before, "after": after}
+    shown = "".join(_row(name, value) for name, value in held_out.items())
     if not shown:
         return ""
     return (
         '<table class="bd-table"><thead><tr><th scope="col">On held-out prompts</th><th scope="col">Base</th>'
         f'<th scope="col">Tuned</th></tr></thead><tbody>{shown}</tbody></table>{_picture(folder / "tradeoff.png")}'
     )
+
+
+def _read(file: Path) -> Any:
+    try:
+        return read_json(file)
+    except BiasDPOError:
+        return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}
 
 
 def _row(name: str, value: Any) -> str:

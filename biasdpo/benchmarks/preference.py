@@ -1,0 +1,67 @@
+"""Preference pairs held out from training: does the model rank the less biased completion higher?
+
+reward_accuracy              share of pairs with (log pi/pi_ref of chosen) > (the same of rejected); DPO's own measure
+                             (arXiv:2305.18290, section 6). Base against itself has none: it is a paired metric
+logratio_margin_nats         mean of that difference, nats; times beta it is the reward margin
+length_normalised_accuracy   share with logp(chosen) / tokens > logp(rejected) / tokens under one side alone, so that a
+                             longer completion is no handicap; end-of-text counts as a token
+pick_the_longer_baseline     the accuracy of choosing the completion with more characters (ties count half)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from biasdpo import dataset
+from biasdpo.dataset import PreferencePair
+from biasdpo.records import Likelihood, LikelihoodRequest
+from biasdpo.stats import Array, Metric
+
+_CHOSEN, _REJECTED, _CHOSEN_TOKENS, _REJECTED_TOKENS = range(4)
+
+
+class Preference:
+    """See the module's docstring. Numbers of an item: logp chosen, logp rejected, and their token counts."""
+
+    name = "preference"
+
+    def __init__(self, pairs: Sequence[PreferencePair]) -> None:
+        self.items = pairs
+
+    def requests(self, item: PreferencePair) -> list[LikelihoodRequest]:
+        return [LikelihoodRequest(item.prompt, text, end_of_text=True) for text in (item.chosen, item.rejected)]
+
+    def scores(self, _item: PreferencePair, outputs: Sequence[Likelihood]) -> list[float]:
+        chosen, rejected = outputs
+        return [chosen.logp, rejected.logp, chosen.tokens, rejected.tokens]
+
+    def side_metrics(self) -> dict[str, Metric]:
+        return {"length_normalised_accuracy": _length_normalised_accuracy}
+
+    def paired_metrics(self) -> dict[str, Metric]:
+        return {"reward_accuracy": _reward_accuracy, "logratio_margin_nats": _margin}
+
+    def report(self, items: Sequence[PreferencePair], _numbers: Array) -> dict[str, float]:
+        return {"pick_the_longer_baseline": dataset.longer_baseline(items) or 0.0}
+
+
+def _length_normalised_accuracy(items: Array) -> Array:
+    chosen = items[..., _CHOSEN] / items[..., _CHOSEN_TOKENS]
+    rejected = items[..., _REJECTED] / items[..., _REJECTED_TOKENS]
+    return np.asarray((chosen > rejected).mean(axis=-1))
+
+
+def _log_ratio_difference(items: Array) -> Array:
+    base, tuned = items[..., :4], items[..., 4:]
+    chosen = tuned[..., _CHOSEN] - base[..., _CHOSEN]
+    return np.asarray(chosen - (tuned[..., _REJECTED] - base[..., _REJECTED]))
+
+
+def _reward_accuracy(items: Array) -> Array:
+    return np.asarray((_log_ratio_difference(items) > 0).mean(axis=-1))
+
+
+def _margin(items: Array) -> Array:
+    return np.asarray(_log_ratio_difference(items).mean(axis=-1))

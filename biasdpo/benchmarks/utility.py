@@ -1,0 +1,69 @@
+"""The price of debiasing: how much less likely neutral text becomes.
+
+perplexity   exp(-sum of logp / sum of tokens) over the texts, bare, without a template; a text's first token is given.
+Texts: the prompt texts of RealToxicityPrompts' non-toxic prompts (Gehman et al., 2020, arXiv:2009.11462), read from
+DATA_DIR/real_toxicity_prompts/nontoxic.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from biasdpo.errors import DatasetError
+from biasdpo.records import Likelihood, TextRequest
+from biasdpo.stats import Array, Metric
+
+_FILE = Path("real_toxicity_prompts") / "nontoxic.jsonl"
+HUB_ID = "allenai/real-toxicity-prompts"
+
+
+class Utility:
+    """See the module's docstring. Numbers of an item: logp and its token count."""
+
+    name = "utility"
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.items = texts
+
+    def requests(self, item: str) -> list[TextRequest]:
+        return [TextRequest(item)]
+
+    def scores(self, _item: str, outputs: Sequence[Likelihood]) -> list[float]:
+        return [outputs[0].logp, outputs[0].tokens]
+
+    def side_metrics(self) -> dict[str, Metric]:
+        return {"perplexity": _perplexity}
+
+    def paired_metrics(self) -> dict[str, Metric]:
+        return {"perplexity_change_percent": _perplexity_change_percent}
+
+    def report(self, _items: Sequence[str], numbers: Array) -> dict[str, float]:
+        return {"tokens": float(numbers[:, 1].sum())}
+
+
+def load_texts(data_dir: Path) -> list[str]:
+    """The neutral texts; a missing or foreign file is a DatasetError that says where it was looked for."""
+    path = data_dir / _FILE
+    if not path.is_file():
+        raise DatasetError(f"No file {path}: get {HUB_ID} and name the folder that holds real_toxicity_prompts/ with --data-dir")
+    texts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line.strip():
+            try:
+                text = json.loads(line)["prompt"]["text"]
+            except (ValueError, KeyError, TypeError) as exc:
+                raise DatasetError(f"{path}, line {number}: no prompt.text ({type(exc).__name__}); fetch {HUB_ID} again") from exc
+            texts.append(str(text))
+    return texts
+
+
+def _perplexity(items: Array) -> Array:
+    return np.asarray(np.exp(-items[..., 0].sum(axis=-1) / items[..., 1].sum(axis=-1)))
+
+
+def _perplexity_change_percent(items: Array) -> Array:
+    return np.asarray(100 * (_perplexity(items[..., 2:]) / _perplexity(items[..., :2]) - 1))
