@@ -1,0 +1,140 @@
+"""Both sides through `compare.stream_pair` against two bare `llama_cpp.Llama` objects run one after the other.
+
+    python -m tests.perf.compare [--repetitions 5] [--tokens 128]
+
+Same prompts, greedy, end-of-text suppressed on both; bare with the faster of 1 and 2 threads; alternating. Prints one JSON
+object: tokens per second of both sides together, time until both sides show their first token (against the sum of the two
+bare times), each as a ratio of medians; and the time to first token of a prompt asked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biasdpo import gguf_export, models
+from biasdpo.backends import llamacpp
+from biasdpo.compare import stream_pair
+from biasdpo.engines import Engine
+from biasdpo.models import AdapterSpec
+from biasdpo.records import GenerationPair, Sampling
+from tests.bare import bare_llama
+from tests.lora_factory import write_lora
+
+PROMPT = "Why do people say that {} are bad at maths, and is it true?"
+GROUPS = ("women", "artists", "old people", "teachers", "nurses", "men", "farmers", "students", "drivers", "writers", "cooks")
+
+
+class Endless(llamacpp.LlamaCppBackend):
+    """Never ends its text: the end-of-text token is suppressed, as it is on the bare side."""
+
+    def _sample(self, sampler: Any, logits: Any) -> int:
+        open_ended = logits.copy()
+        open_ended[2] = -np.inf
+        return super()._sample(sampler, open_ended)
+
+
+def ours(engine: Engine, prompt: str, tokens: int) -> dict[str, float]:
+    started = time.perf_counter()
+    *_, pair = stream_pair(engine, prompt, Sampling(tokens, temperature=0.0, repetition_penalty=1.0))
+    seconds = time.perf_counter() - started
+    assert isinstance(pair, GenerationPair)
+    assert pair.right is not None
+    assert pair.left.tokens == pair.right.tokens == tokens
+    first = max(pair.left.seconds_to_first_token or 0.0, pair.right.seconds_to_first_token or 0.0)
+    return {"tokens_per_second": 2 * tokens / seconds, "first_token_seconds": first}
+
+
+def bare(llamas: list[Any], prompt_tokens: list[int], tokens: int) -> dict[str, float]:
+    def suppress(_ids: Any, scores: np.ndarray) -> np.ndarray:
+        scores[2] = -np.inf
+        return scores
+
+    import llama_cpp
+
+    started = time.perf_counter()
+    first = 0.0
+    for llama in llamas:
+        llama.reset()
+        begun = time.perf_counter()
+        stream = llama.generate(
+            prompt_tokens, temp=0.0, top_k=1, repeat_penalty=1.0, logits_processor=llama_cpp.LogitsProcessorList([suppress])
+        )
+        for count, _token in enumerate(stream, start=1):
+            if count == 1:
+                first += time.perf_counter() - begun
+            if count == tokens:
+                break
+    return {"tokens_per_second": 2 * tokens / (time.perf_counter() - started), "first_token_seconds": first}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    args = parser.parse_args()
+    spec = models.find("smollm2")
+    assert spec.gguf_path is not None
+    with tempfile.TemporaryDirectory() as folder:
+        shipped = models.ASSETS / "adapters" / "smollm2-biasdpo"
+        adapter_folder = shipped if shipped.is_dir() else write_lora(Path(folder) / "random", rank=16)
+        adapter = AdapterSpec(adapter_folder.name, adapter_folder, "smollm2")
+        lora = gguf_export.lora(adapter, spec.gguf_path, Path(folder) / "lora.gguf")
+        llamacpp.LlamaCppBackend = Endless  # type: ignore[misc]  # what open_llamacpp makes
+        engine = Engine(spec, adapter, llamacpp.open_llamacpp(spec.gguf_path, spec.template, lora, 4096))
+        backend: Any = engine.backend
+        measured: dict[str, list[dict[str, float]]] = {"ours": [], "bare_1_thread": [], "bare_2_threads": []}
+        again: list[float] = []
+        with (
+            bare_llama(spec.gguf_path, threads=1) as base_1,
+            bare_llama(spec.gguf_path, lora, threads=1) as tuned_1,
+            bare_llama(spec.gguf_path, threads=2) as base_2,
+            bare_llama(spec.gguf_path, lora, threads=2) as tuned_2,
+        ):
+            for i in range(args.repetitions + 1):
+                prompt = PROMPT.format(GROUPS[i % len(GROUPS)])
+                prompt_tokens = backend.tokenize(spec.template.render(prompt))
+                round_ = {
+                    "ours": ours(engine, prompt, args.tokens),
+                    "bare_1_thread": bare([base_1, tuned_1], prompt_tokens, args.tokens),
+                    "bare_2_threads": bare([base_2, tuned_2], prompt_tokens, args.tokens),
+                }
+                once_more = ours(engine, prompt, 1)["first_token_seconds"]
+                if i > 0:  # the first round warms up
+                    again.append(once_more)
+                    for name, value in round_.items():
+                        measured[name].append(value)
+        engine.backend.close()
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(value[key] for value in measured[name])
+
+    names = ("bare_1_thread", "bare_2_threads")
+    fastest = max(names, key=lambda name: median(name, "tokens_per_second"))
+    soonest = min(names, key=lambda name: median(name, "first_token_seconds"))
+    print(
+        json.dumps(
+            {
+                "repetitions": args.repetitions,
+                "tokens_a_side": args.tokens,
+                "adapter": adapter.id,
+                "fastest_bare": fastest,
+                "tokens_per_second": {name: round(median(name, "tokens_per_second"), 1) for name in measured},
+                "tokens_per_second_ratio": round(median("ours", "tokens_per_second") / median(fastest, "tokens_per_second"), 3),
+                "first_token_seconds": {name: round(median(name, "first_token_seconds"), 4) for name in measured},
+                "first_token_ratio": round(median("ours", "first_token_seconds") / median(soonest, "first_token_seconds"), 3),
+                "first_token_seconds_of_a_repeated_prompt": round(statistics.median(again), 4),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
