@@ -47,9 +47,11 @@ def evaluate(args: argparse.Namespace) -> int:
         with tqdm(unit=" item", file=sys.stderr) as bar:
 
             def show(name: str, done: int, total: int) -> None:
-                bar.set_description(name)
-                bar.total, bar.n = total, done
-                bar.refresh()
+                if done <= bar.n:  # the next benchmark
+                    bar.reset(total)
+                bar.total = total
+                bar.set_description(name, refresh=False)
+                bar.update(done - bar.n)
 
             result = evaluation.run(engine, benchmarks, strength=args.strength, limit=args.limit, seed=args.seed, on_item=show)
     finally:

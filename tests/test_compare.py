@@ -1,0 +1,195 @@
+"""stream_pair on a tiny random model: the queue, Stop, a reader that leaves, what goes wrong on one side."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+
+from biasdpo import gguf_export, models
+from biasdpo.backends.base import Cancellation, Turnstile
+from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.compare import Waiting, stream_pair
+from biasdpo.engines import Engine, EngineKey, EnginePool
+from biasdpo.errors import BackendError, ConfigError, ModelError, PromptError
+from biasdpo.models import AdapterSpec
+from biasdpo.records import GenerationPair, Sampling
+from tests import tiny_models
+
+SAMPLING = Sampling(max_new_tokens=24, temperature=0.9, seed=5)
+ENDLESS = Sampling(max_new_tokens=480, temperature=1.5, top_k=0, top_p=1.0)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama_gguf, tiny_llama_adapter, tmp_path_factory):
+    adapter = AdapterSpec("tiny-lora", tiny_llama_adapter, "")
+    lora = gguf_export.lora(adapter, tiny_llama_gguf, tmp_path_factory.mktemp("lora") / "lora.gguf")
+    backend = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, lora, tiny_models.CONTEXT_LENGTH, threads=1)
+    yield Engine(models.find(str(tiny_llama_gguf)), adapter, backend)
+    backend.close()
+
+
+def last(stream) -> GenerationPair:
+    *_, pair = stream
+    assert isinstance(pair, GenerationPair)
+    return pair
+
+
+def test_the_pair_grows_to_its_end_and_says_what_made_it(engine):
+    pairs = list(stream_pair(engine, "Why?", SAMPLING))
+    for before, after in pairwise(pairs):
+        assert after.left.text.startswith(before.left.text)
+        assert after.right.text.startswith(before.right.text)
+    pair = pairs[-1]
+    assert pair.finished
+    assert (pair.adapter, pair.backend, pair.strength, pair.sampling) == ("tiny-lora", "llamacpp", 1.0, SAMPLING)
+    assert pair.left.tokens <= 24
+    assert pair.left.seconds_to_first_token > 0
+    row = pair.to_json()
+    assert {"prompt", "model", "adapter", "backend", "seed", "strength", "base", "tuned", "canary_kl_nats"} <= set(row)
+    assert (
+        {"text", "tokens", "finish_reason", "seconds_to_first_token", "tokens_per_second"}
+        == set(row["base"])
+        == set(row["tuned"])
+    )
+
+
+def test_the_same_seed_gives_the_same_pair_and_seed_0_is_a_seed(engine):
+    def texts(seed: int) -> tuple[str, str]:
+        pair = last(stream_pair(engine, "Why?", Sampling(max_new_tokens=24, temperature=1.2, seed=seed)))
+        return pair.left.text, pair.right.text
+
+    assert texts(0) == texts(0) != texts(1)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n\t "])
+def test_an_empty_prompt(engine, prompt):
+    with pytest.raises(PromptError, match="prompt is empty"):
+        last(stream_pair(engine, prompt, SAMPLING))
+
+
+def test_a_prompt_that_does_not_fit_frees_the_engine(engine):
+    with pytest.raises(PromptError, match=r"the context holds 512|context of 512|512"):
+        last(stream_pair(engine, "long " * 600, SAMPLING))
+    assert last(stream_pair(engine, "Why?", SAMPLING)).finished
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.6, float("nan")])
+def test_a_strength_out_of_range(engine, strength):
+    with pytest.raises(ConfigError, match="strength must be a number from 0"):
+        last(stream_pair(engine, "Why?", SAMPLING, strength=strength))
+
+
+def test_stop_ends_both_sides_and_keeps_what_was_written(engine):
+    cancellation = Cancellation()
+    pair = None
+    for pair in stream_pair(engine, "Why?", ENDLESS, cancellation=cancellation):
+        if pair.left.tokens >= 3:
+            cancellation.set()
+    assert pair.finished
+    assert "cancelled" in {pair.left.finish_reason, pair.right.finish_reason}
+    assert pair.left.tokens < 480
+
+
+def test_visitors_wait_in_turn_and_see_how_many_are_ahead(engine):
+    first = stream_pair(engine, "Why?", ENDLESS)
+    next(first)  # has its turn
+    places: list[int] = []
+    texts: list[str] = []
+
+    def second() -> None:
+        for event in stream_pair(engine, "Who?", SAMPLING):
+            if isinstance(event, Waiting):
+                places.append(event.ahead)
+            else:
+                texts.append(event.left.text)
+
+    alone = last(stream_pair_when_free(engine, first))
+    next(first := stream_pair(engine, "Why?", ENDLESS))
+    thread = threading.Thread(target=second)
+    thread.start()
+    time.sleep(0.6)
+    assert places
+    assert set(places) == {1}
+    assert not texts
+    first.close()  # the first visitor's tab is closed
+    thread.join(10)
+    assert texts[-1] == alone.left.text
+
+
+def stream_pair_when_free(engine, busy):
+    """The pair that `second` should get, made while nobody else is there."""
+    busy.close()
+    return stream_pair(engine, "Who?", SAMPLING)
+
+
+def test_stop_while_waiting_leaves_the_queue(engine):
+    first = stream_pair(engine, "Why?", ENDLESS)
+    next(first)
+    cancellation = Cancellation()
+    events = stream_pair(engine, "Who?", SAMPLING, cancellation=cancellation)
+    assert next(events) == Waiting(1)
+    cancellation.set()
+    pair = last(events)
+    assert (pair.left.finish_reason, pair.right.finish_reason) == ("cancelled", "cancelled")
+    assert pair.left.tokens == 0
+    first.close()
+    assert last(stream_pair(engine, "Why?", SAMPLING)).finished
+
+
+def test_a_failure_on_one_side_is_raised_once_and_stops_the_other(engine, monkeypatch):
+    backend = engine.backend
+    decode = backend._decode
+
+    def failing(context, tokens, position, **options):
+        if context is backend._contexts["tuned"] and position > 40:
+            raise BackendError("llama.cpp failed")
+        return decode(context, tokens, position, **options)
+
+    monkeypatch.setattr(backend, "_decode", failing)
+    with pytest.raises(BackendError, match=r"llama\.cpp failed"):
+        last(stream_pair(engine, "Why?", ENDLESS))
+    monkeypatch.undo()
+    assert last(stream_pair(engine, "Why?", SAMPLING)).finished
+    assert not [t for t in threading.enumerate() if t.name.startswith("stream ")]
+
+
+def test_the_turnstile_is_first_come_first_served():
+    turnstile = Turnstile()
+    with turnstile.ticket() as first, turnstile.ticket() as second:
+        with turnstile.ticket() as third:
+            assert [turnstile.position(t) for t in (first, second, third)] == [0, 1, 2]
+        assert turnstile.wait(second, 0.01) == 1
+    assert turnstile._tickets == []
+
+
+# The pool of engines
+
+
+def test_the_pool_shares_an_engine_and_closes_the_one_unused_for_longest(tiny_llama_gguf, tiny_phi_gguf, workspace):
+    pool = EnginePool(workspace, capacity=1)
+    llama, phi = EngineKey(str(tiny_llama_gguf), "none"), EngineKey(str(tiny_phi_gguf), "none")
+    with pool.lease(llama) as one, pool.lease(llama) as other:
+        assert one is other
+        assert last(stream_pair(one, "Why?", SAMPLING)).right is None  # base-only
+    with pool.lease(phi) as third:
+        assert last(stream_pair(third, "Why?", SAMPLING)).finished
+        assert pool.state(llama) is None
+        with pytest.raises(BackendError, match="closed"):
+            last(stream_pair(one, "Why?", SAMPLING))
+    pool.close()
+
+
+def test_a_failed_load_is_told_to_everyone_and_tried_again(workspace, tmp_path, tiny_llama_gguf):
+    pool = EnginePool(workspace)
+    file = tmp_path / "late.gguf"
+    key = EngineKey(str(file), "none")
+    with pytest.raises(ModelError), pool.lease(key):
+        pass
+    file.write_bytes(tiny_llama_gguf.read_bytes())
+    pool.load(key)
+    with pool.lease(key) as engine:
+        assert engine.adapter is None
+    pool.close()

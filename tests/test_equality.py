@@ -1,0 +1,101 @@
+"""The tuned side in llama.cpp against PEFT in transformers: the same logits, token for token, on every backend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from biasdpo import gguf_export, models
+from biasdpo.backends.base import Backend, kl_divergence
+from biasdpo.backends.hf import TransformersBackend, _logits, open_transformers
+from biasdpo.backends.hf_copy import hf_copy
+from biasdpo.backends.llamacpp import LlamaCppBackend, open_llamacpp
+from biasdpo.models import AdapterSpec
+from biasdpo.records import LikelihoodRequest, Side
+from biasdpo.workspace import ASSETS
+from tests import tiny_models
+from tests.lora_factory import write_lora
+
+PROMPTS = [json.loads(line)["prompt"] for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+CONTINUATIONS = [
+    "No. People of every gender and background do this work well, and ability differs far more between two persons than "
+    "between two groups. What counts is training, interest and a fair chance.",
+    "There is no single answer that fits everyone, because a group is made of individuals. Research finds that such beliefs "
+    "come from history and habit, and that they change when people meet each other.",
+    "It depends on the person. Some enjoy it and some do not, just as in any other group of people, so it is best to ask "
+    "them what they think and to listen to what they say.",
+]
+
+
+def requests() -> list[LikelihoodRequest]:
+    return [LikelihoodRequest(prompt, CONTINUATIONS[i % len(CONTINUATIONS)]) for i, prompt in enumerate(PROMPTS)]
+
+
+def llamacpp_logits(backend: LlamaCppBackend, side: Side) -> list[np.ndarray]:
+    """Logits (T, V) of each request's continuation."""
+    context = backend._context(side)
+    backend._set_strength(context, side, 1.0)
+    return [backend._logits(context, *backend._request_tokens(request)) for request in requests()]
+
+
+def transformers_logits(backend: TransformersBackend, side: Side) -> list[np.ndarray]:
+    return [backend._score([backend._request_tokens(request)], side, 1.0, _logits)[0] for request in requests()]
+
+
+def agreement(one: list[np.ndarray], other: list[np.ndarray]) -> tuple[float, float, int]:
+    """(share of positions with the same likeliest token, KL(other || one) in nats, mean over positions, positions)."""
+    a, b = np.concatenate(one), np.concatenate(other)
+    return float((a.argmax(-1) == b.argmax(-1)).mean()), kl_divergence(b, a), len(a)
+
+
+def test_quantized_base_with_a_random_adapter_equals_peft(smollm2, session_workspace, tmp_path):
+    adapter = AdapterSpec("random", write_lora(tmp_path / "random"), "smollm2")
+    compare(smollm2, adapter, session_workspace)
+
+
+def test_the_shipped_adapter_equals_peft(smollm2, session_workspace):
+    adapter = models.find_adapter("", smollm2, session_workspace)
+    assert adapter is not None
+    compare(smollm2, adapter, session_workspace)
+
+
+def compare(spec: models.ModelSpec, adapter: AdapterSpec, workspace) -> None:
+    lora = gguf_export.cached_lora(adapter, spec.gguf_path, workspace)
+    ours: Backend = open_llamacpp(spec.gguf_path, spec.template, lora, 1024, kv_cache="f32")
+    theirs: Backend = open_transformers(hf_copy(spec, workspace), spec.template, adapter.folder, 1024)
+    try:
+        tuned, base = llamacpp_logits(ours, "tuned"), llamacpp_logits(ours, "base")
+        same, kl, positions = agreement(tuned, transformers_logits(theirs, "tuned"))
+        print(f"{adapter.id}: {same:.4f} of {positions} positions, KL {kl:.5f} nats")
+        assert positions > 800
+        assert same >= 0.95
+        assert kl <= 0.01
+        # A control: the adapter matters here, so that a tuned side without it would fail.
+        assert agreement(base, transformers_logits(theirs, "tuned"))[1] > 2 * kl
+    finally:
+        ours.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_f32_model_with_adapter_equals_peft(request, kind, tmp_path):
+    folder: Path = request.getfixturevalue(f"tiny_{kind}")
+    adapter_folder: Path = request.getfixturevalue(f"tiny_{kind}_adapter")
+    gguf: Path = request.getfixturevalue(f"tiny_{kind}_gguf")
+    template = tiny_models.LLAMA_TEMPLATE if kind == "llama" else tiny_models.PHI_TEMPLATE
+    lora = gguf_export.lora(AdapterSpec("tiny", adapter_folder, ""), gguf, tmp_path / "lora.gguf")
+    ours = open_llamacpp(gguf, template, lora, tiny_models.CONTEXT_LENGTH, kv_cache="f32")
+    theirs = open_transformers(folder, template, adapter_folder, tiny_models.CONTEXT_LENGTH)
+    try:
+        for side in ("base", "tuned"):
+            same, kl, _ = agreement(llamacpp_logits(ours, side), transformers_logits(theirs, side))
+            print(kind, side, same, kl)
+            assert kl <= 1e-5
+            assert same >= 0.999
+        assert agreement(llamacpp_logits(ours, "base"), transformers_logits(theirs, "tuned"))[1] > 0.1
+    finally:
+        ours.close()
+        theirs.close()

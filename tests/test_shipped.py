@@ -1,0 +1,75 @@
+"""The adapter in assets/adapters: small, safe to open, traceable, and as good as its card says."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from safetensors import safe_open
+
+from biasdpo import models
+from biasdpo.workspace import ASSETS, sha256_of
+
+FOLDER = ASSETS / "adapters" / "smollm2-biasdpo"
+
+
+@pytest.fixture(scope="module")
+def provenance():
+    return json.loads((FOLDER / "provenance.json").read_text())
+
+
+def test_it_is_small_and_holds_no_pickle():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*")) <= 12e6
+    assert {file.suffix for file in FOLDER.iterdir()} == {".safetensors", ".json", ".md", ".png"}
+
+
+def test_its_weights_are_float16():
+    with safe_open(FOLDER / "adapter_model.safetensors", "np") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118 - no mapping
+
+
+def test_nothing_in_it_names_a_folder_of_somebodys_machine():
+    for file in FOLDER.iterdir():
+        if file.suffix in (".json", ".md"):
+            assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|mnt|opt)/|[A-Z]:\\", file.read_text(encoding="utf-8")), (
+                file
+            )
+
+
+def test_it_names_its_parents_and_the_command_that_made_it(provenance, smollm2):
+    assert provenance["model"] == "smollm2"
+    assert provenance["base_sha256"] == sha256_of(smollm2.gguf_path)
+    assert re.fullmatch("[0-9a-f]{64}", provenance["dataset_sha256"])
+    assert "python -m biasdpo train" in provenance["command"]
+    assert "smollm2-standard.toml" in provenance["command"]
+    config = json.loads((FOLDER / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_its_config_is_the_shipped_one(provenance):
+    from biasdpo import run_config
+    from biasdpo.workspace import ASSETS
+
+    shipped = run_config.read_toml(ASSETS.parent / "training" / "configs" / "smollm2-standard.toml")
+    for name, value in shipped.items():
+        assert provenance["config"][name] == value, name
+
+
+def test_its_evaluation_is_of_these_weights_and_better_than_picking_the_longer(smollm2, session_workspace):
+    evaluation = json.loads((FOLDER / "evaluation.json").read_text())
+    adapter = models.find_adapter("", smollm2, session_workspace)
+    assert evaluation["provenance"]["adapter_sha256"] == models.adapter_sha256(adapter)
+    preference, utility = evaluation["benchmarks"]["preference"], evaluation["benchmarks"]["utility"]
+    assert not preference["partial"]
+    assert not utility["partial"]
+    assert preference["paired"]["reward_accuracy"]["value"] > preference["pick_the_longer_baseline"] + 0.02
+    assert preference["tuned"]["length_normalised_accuracy"]["value"] >= 0.93
+    assert utility["paired"]["perplexity_change_percent"]["value"] <= 5.0
+
+
+def test_the_picture_is_of_the_points_beside_it():
+    points = json.loads((FOLDER / "tradeoff.json").read_text())
+    shipped = [p for p in points if p["adapter_sha256"] == sha256_of(FOLDER / "adapter_model.safetensors")]
+    assert {p["strength"] for p in shipped} >= {0.5, 1.0}
+    assert (FOLDER / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
