@@ -91,10 +91,12 @@ def test_f32_model_with_adapter_equals_peft(request, kind, tmp_path):
     theirs = open_transformers(folder, template, adapter_folder, tiny_models.CONTEXT_LENGTH)
     try:
         for side in ("base", "tuned"):
-            same, kl, _ = agreement(llamacpp_logits(ours, side), transformers_logits(theirs, side))
-            print(kind, side, same, kl)
-            assert kl <= 1e-5
-            assert same >= 0.999
+            a, b = (np.concatenate(logits) for logits in (llamacpp_logits(ours, side), transformers_logits(theirs, side)))
+            assert kl_divergence(b, a) <= 1e-5
+            top_two = np.sort(b, axis=-1)[:, -2:]
+            clear = top_two[:, 1] - top_two[:, 0] > 0.02  # ggml's GELU goes through F16, so near ties may fall either way
+            assert clear.mean() > 0.95
+            np.testing.assert_array_equal(a.argmax(-1)[clear], b.argmax(-1)[clear])
         assert agreement(llamacpp_logits(ours, "base"), transformers_logits(theirs, "tuned"))[1] > 0.1
     finally:
         ours.close()

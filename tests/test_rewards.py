@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from biasdpo import rewards
-from tests.tiny_models import save_tiny_llama
+from tests.byte_model import save_tiny_llama
 
 
 def test_loss_without_any_margin_is_log_two() -> None:

@@ -24,7 +24,7 @@ from biasdpo.errors import RefusedError, RunError
 from biasdpo.run_config import RunConfig
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.workspace import Workspace
-from tests.tiny_models import save_tiny_llama
+from tests.byte_model import save_tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 120
