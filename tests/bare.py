@@ -11,7 +11,7 @@ from unittest import mock
 import llama_cpp
 import numpy as np
 
-from biasdpo.backends import llamacpp as ours
+from biasdpo.backends.llamacpp_model import cpu_has_amx
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def bare_llama(
 
     def safe_params() -> Any:
         params = defaults()
-        if ours._cpu_has_amx():
+        if cpu_has_amx():
             params.use_extra_bufts = False
         return params
 

@@ -140,15 +140,15 @@ def test_stop_while_waiting_leaves_the_queue(engine):
 
 
 def test_a_failure_on_one_side_is_raised_once_and_stops_the_other(engine, monkeypatch):
-    backend = engine.backend
-    decode = backend._decode
+    tuned = engine.backend._contexts["tuned"]
+    decode = tuned.decode
 
-    def failing(context, tokens, position, **options):
-        if context is backend._contexts["tuned"] and position > 40:
+    def failing(tokens, position, **options):
+        if position > 40:
             raise BackendError("llama.cpp failed")
-        return decode(context, tokens, position, **options)
+        return decode(tokens, position, **options)
 
-    monkeypatch.setattr(backend, "_decode", failing)
+    monkeypatch.setattr(tuned, "decode", failing)
     with pytest.raises(BackendError, match=r"llama\.cpp failed"):
         last(stream_pair(engine, "Why?", ENDLESS))
     monkeypatch.undo()

@@ -37,8 +37,9 @@ def requests() -> list[LikelihoodRequest]:
 def llamacpp_logits(backend: LlamaCppBackend, side: Side) -> list[np.ndarray]:
     """Logits (T, V) of each request's continuation."""
     context = backend._context(side)
-    backend._set_strength(context, side, 1.0)
-    return [backend._logits(context, *backend._request_tokens(request)) for request in requests()]
+    if side == "tuned":
+        context.set_strength(1.0)
+    return [context.logits(*backend._request_tokens(request)) for request in requests()]
 
 
 def transformers_logits(backend: TransformersBackend, side: Side) -> list[np.ndarray]:

@@ -30,7 +30,7 @@ HEAVY = {
     "transformers": ("biasdpo/backends/hf", "biasdpo/backends/gguf_tokenizer", "training/"),
     "peft": ("biasdpo/backends/hf", "training/"),
     "trl": ("training/",),
-    "llama_cpp": ("biasdpo/backends/llamacpp.py",),
+    "llama_cpp": ("biasdpo/backends/llamacpp",),
 }
 
 

@@ -125,13 +125,12 @@ def test_the_trap_is_real(backend, spec):
         memory_kept = context.forget
         context.forget = lambda: None  # type: ignore[method-assign]
         try:
-            backend._set_strength(context, "tuned", 1.0)
+            context.set_strength(1.0)
         finally:
             context.forget = memory_kept  # type: ignore[method-assign]
-        import llama_cpp
-
-        llama_cpp.llama_memory_seq_rm(context.memory, 0, len(tokens) - 1, -1)
-        trapped = backend._decode(context, tokens[-1:], len(tokens) - 1).copy()
+        context.cut(len(tokens) - 1)
+        context.decode(tokens[-1:], len(tokens) - 1)
+        trapped = context.row(-1)
         context.forget()
     assert np.abs(trapped - honest).max() > 0.05
 
@@ -255,7 +254,7 @@ class _Scripted(LlamaCppBackend):
 
     script: list[int]
 
-    def _sample(self, sampler: object, logits: object) -> int:  # noqa: ARG002
+    def _next_token(self, sampler: object, context: object, stored: object) -> int:  # noqa: ARG002
         return self.script.pop(0)
 
 

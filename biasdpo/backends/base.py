@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.errors import ProofError
+from biasdpo.errors import BackendError, PromptError, ProofError
 from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Proof, Sampling, Side, TextRequest
 from biasdpo.template import PromptTemplate
 
@@ -177,3 +177,54 @@ def split_at_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
         if any(stop.startswith(tail) for stop in stops):
             return text[:-length], tail, False
     return text, "", False
+
+
+class ShownText:
+    """A completion's text piece by piece to what may be shown of it: without the template's completion prefix, nothing from
+    a stop string on, and held back while either is uncertain."""
+
+    def __init__(self, template: PromptTemplate) -> None:
+        self._prefix = template.completion_prefix
+        self._stops = template.stop
+        self._held = ""
+
+    def add(self, text: str, *, final: bool) -> tuple[str, bool]:
+        """Take the next piece; return what may be shown now, and whether a stop string was met. `final`: no more will come,
+        so nothing is held back."""
+        text, self._held = self._held + text, ""
+        if self._prefix:
+            if len(text) < len(self._prefix) and not final:
+                self._held = text
+                return "", False
+            text, self._prefix = text.removeprefix(self._prefix), ""
+        shown, held, stopped = split_at_stop(text, self._stops)
+        if final:
+            return shown + held, stopped
+        self._held = held
+        return shown, stopped
+
+
+def check_prompt_fits(tokens: Sequence[int], context_length: int) -> None:
+    """Raise PromptError where a rendered prompt leaves no token of the context to write."""
+    if len(tokens) >= context_length:
+        raise PromptError(
+            f"The prompt is {len(tokens):,} tokens long with its template, the context holds {context_length:,} and "
+            "needs one to spare: shorten the prompt"
+        )
+
+
+def check_scorable(given: Sequence[int], scored: Sequence[int], context_length: int) -> None:
+    """Raise PromptError where there is nothing to score, or more than the context holds."""
+    if not given or not scored:
+        raise PromptError("Nothing to score: a text needs two tokens, a continuation one; leave such items out")
+    if len(given) + len(scored) > context_length:
+        raise PromptError(
+            f"A text of {len(given) + len(scored):,} tokens does not fit the context of {context_length:,}: shorten it"
+        )
+
+
+def missing_side(side: Side, *, closed: bool) -> BackendError:
+    """Why a side can't be served."""
+    if closed:
+        return BackendError("The model was closed: choose it again")
+    return BackendError(f"There is no {side} side: the model was opened without an adapter; choose one")

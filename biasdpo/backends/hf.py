@@ -17,10 +17,19 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.backends.base import CANARY_COMPLETION, CANARY_PROMPT, Cancellation, Turnstile, prove
+from biasdpo.backends.base import (
+    CANARY_COMPLETION,
+    CANARY_PROMPT,
+    Cancellation,
+    Turnstile,
+    check_prompt_fits,
+    check_scorable,
+    missing_side,
+    prove,
+)
 from biasdpo.backends.hf_copy import begin_ids, encode_completion, encode_prompt, encode_text, load_tokenizer
 from biasdpo.backends.hf_text import CompletionText
-from biasdpo.errors import BackendError, PromptError
+from biasdpo.errors import BackendError
 from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Proof, Sampling, Side, TextRequest, check_strength
 from biasdpo.template import PromptTemplate
 
@@ -165,11 +174,7 @@ class TransformersBackend:
         self._check(side, strength)
         with self._tokenizer_lock:
             tokens = encode_prompt(self._tokenizer, self.template, prompt, system)
-        if len(tokens) >= self.context_length:
-            raise PromptError(
-                f"The prompt is {len(tokens):,} tokens long with its template, the context holds {self.context_length:,} and "
-                "needs one to spare: shorten the prompt"
-            )
+        check_prompt_fits(tokens, self.context_length)
         try:
             return (yield from self._generate(tokens, sampling, side, strength, cancellation))
         except _CancelledError:
@@ -236,12 +241,7 @@ class TransformersBackend:
             else:
                 given = encode_prompt(self._tokenizer, self.template, request.prompt, request.system)
                 scored = encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
-        if not given or not scored:
-            raise PromptError("Nothing to score: a text needs two tokens, a continuation one; leave such items out")
-        if len(given) + len(scored) > self.context_length:
-            raise PromptError(
-                f"A text of {len(given) + len(scored):,} tokens does not fit the context of {self.context_length:,}: shorten it"
-            )
+        check_scorable(given, scored, self.context_length)
         return given, scored
 
     def _score(
@@ -269,7 +269,7 @@ class TransformersBackend:
         """The model, for this thread alone, as `side` at `strength`. Nothing of that is left when the block ends."""
         with self._lock, foreign_errors(), torch.inference_mode():
             if self._model is None:
-                raise BackendError("The model was closed: choose it again")
+                raise missing_side(side, closed=True)
             self._watch.cancellation = cancellation
             try:
                 if self._adapter is None:
@@ -282,10 +282,8 @@ class TransformersBackend:
 
     def _check(self, side: Side, strength: float) -> None:
         check_strength(strength)
-        if self._model is None:
-            raise BackendError("The model was closed: choose it again")
-        if side == "tuned" and not self.has_adapter:
-            raise BackendError("There is no tuned side: the model was opened without an adapter; choose one")
+        if self._model is None or (side == "tuned" and not self.has_adapter):
+            raise missing_side(side, closed=self._model is None)
 
 
 def _logits(head: Any, hidden: Any, _scored: list[int]) -> NDArray[np.float32]:

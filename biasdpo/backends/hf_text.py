@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from biasdpo.backends.base import split_at_stop
+from biasdpo.backends.base import ShownText
 from biasdpo.template import PromptTemplate
 
 
@@ -16,27 +16,13 @@ class CompletionText:
 
     def __init__(self, decode: Callable[[list[int]], str], template: PromptTemplate) -> None:
         self._decode = decode
-        self._prefix = template.completion_prefix
-        self._stops = template.stop
+        self._shown = ShownText(template)
         self._window: list[int] = []
         self._known = 0  # tokens of the window whose text was taken
-        self._held = ""
 
     def add(self, token: int | None, *, final: bool) -> tuple[str, bool]:
-        """Take one more token (None: the end-of-text token, which has no text); return what may be shown now, and whether
-        a stop string was met. `final`: no more will come, so nothing is held back."""
-        text = self._held + self._new_text(token, final)
-        self._held = ""
-        if self._prefix:
-            if len(text) < len(self._prefix) and not final:
-                self._held = text
-                return "", False
-            text, self._prefix = text.removeprefix(self._prefix), ""
-        shown, held, stopped = split_at_stop(text, self._stops)
-        if final:
-            return shown + held, stopped
-        self._held = held
-        return shown, stopped
+        """Take one more token (None: the end-of-text token, which has no text); see `ShownText.add`."""
+        return self._shown.add(self._new_text(token, final), final=final)
 
     def _new_text(self, token: int | None, final: bool) -> str:
         if token is not None:

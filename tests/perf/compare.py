@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from biasdpo import gguf_export, models
@@ -30,15 +31,18 @@ from tests.lora_factory import write_lora
 
 PROMPT = "Why do people say that {} are bad at maths, and is it true?"
 GROUPS = ("women", "artists", "old people", "teachers", "nurses", "men", "farmers", "students", "drivers", "writers", "cooks")
+END_OF_TEXT = 2  # <|im_end|>
 
 
 class Endless(llamacpp.LlamaCppBackend):
     """Never ends its text: the end-of-text token is suppressed, as it is on the bare side."""
 
-    def _sample(self, sampler: Any, logits: Any) -> int:
-        open_ended = logits.copy()
-        open_ended[2] = -np.inf
-        return super()._sample(sampler, open_ended)
+    def _build_sampler(self, sampling: Sampling) -> Any:
+        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        never = (llama_cpp.llama_logit_bias * 1)(llama_cpp.llama_logit_bias(token=END_OF_TEXT, bias=float("-inf")))
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_logit_bias(self._model.vocabulary_size, 1, never))
+        llama_cpp.llama_sampler_chain_add(chain, super()._build_sampler(sampling))
+        return chain
 
 
 def ours(engine: Engine, prompt: str, tokens: int) -> dict[str, float]:
@@ -54,10 +58,8 @@ def ours(engine: Engine, prompt: str, tokens: int) -> dict[str, float]:
 
 def bare(llamas: list[Any], prompt_tokens: list[int], tokens: int) -> dict[str, float]:
     def suppress(_ids: Any, scores: np.ndarray) -> np.ndarray:
-        scores[2] = -np.inf
+        scores[END_OF_TEXT] = -np.inf
         return scores
-
-    import llama_cpp
 
     started = time.perf_counter()
     first = 0.0

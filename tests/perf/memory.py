@@ -26,11 +26,11 @@ def measure(lora: str) -> dict[str, Any]:
     import psutil
 
     from biasdpo import models
-    from biasdpo.backends import llamacpp
+    from biasdpo.backends import llamacpp, llamacpp_model
     from biasdpo.records import Sampling
 
     lines: list[str] = []
-    llamacpp._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
+    llamacpp_model._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
     spec = models.find("smollm2")
     assert spec.gguf_path is not None
     backend = llamacpp.open_llamacpp(spec.gguf_path, spec.template, Path(lora) if lora else None, 4096)
