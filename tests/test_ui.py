@@ -148,7 +148,8 @@ def test_proof_line():
 def test_base_only_says_why_and_how_to_train():
     html = render.base_only(catalog()["phi-2"], 0)
     assert "No adapter is shipped for Phi-2" in html
-    assert "python -m biasdpo train --model phi-2 --dataset hub:ahmedallam/BiasDPO --run-id my-first-run" in html
+    assert "python -m biasdpo train --model phi-2 --dataset hub:ahmedallam/BiasDPO --config training/configs/" in html
+    assert "--config" not in render.train_command(replace(catalog()["phi-2"], id="own/model"))
     assert "No adapter is chosen" in render.base_only(catalog()["smollm2"], 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from html import escape
 from pathlib import PurePath
 
@@ -10,6 +11,7 @@ from biasdpo.compare import Waiting
 from biasdpo.engines import Engine, Loading
 from biasdpo.models import ModelSpec
 from biasdpo.records import Completion, GenerationPair, Sampling
+from biasdpo.workspace import ASSETS
 
 BACKEND_TITLES = {"llamacpp": "llama.cpp", "transformers": "transformers"}
 STOPPED = {"end_of_text": "end of text", "limit": "token limit", "cancelled": "cancelled"}
@@ -179,9 +181,11 @@ def base_only(spec: ModelSpec, adapters: int) -> str:
 
 
 def train_command(spec: ModelSpec) -> str:
-    """The command that trains an adapter for this model."""
-    name = f"'{spec.id}'" if " " in spec.id else spec.id
-    return f"python -m biasdpo train --model {name} --dataset hub:ahmedallam/BiasDPO --run-id my-first-run"
+    """The command that trains an adapter for this model, with its shipped config where there is one."""
+    shipped = f"training/configs/{spec.id}-standard.toml"
+    config = f" --config {shipped}" if (ASSETS.parent / shipped).is_file() else ""
+    name = shlex.quote(spec.id)
+    return f"python -m biasdpo train --model {name} --dataset hub:ahmedallam/BiasDPO{config} --run-id my-first-run"
 
 
 def settings_used(sampling: Sampling) -> str:

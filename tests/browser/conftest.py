@@ -28,6 +28,8 @@ FLAGS = [
 ]
 SHORT = {"adapter": "demo", "temperature": "0", "max_new_tokens": "16"}  # greedy: what is written does not change
 
+ON_THE_WAY_OUT = ("AbortError: signal is aborted", "Connection errored out")
+
 
 def chromium_path() -> str | None:
     """$BIASDPO_CHROMIUM, else the system's; None for the one that `playwright install chromium` brings."""
@@ -103,6 +105,12 @@ class Visitor:
         self.open(**query)
         self.page.wait_for_selector(".bd-proven", timeout=60_000)
         return self
+
+    def reload(self) -> None:
+        """Leave the page and open it again; what Gradio's own client says of a stream cut on its way out is no trouble."""
+        self.page.reload()
+        self.page.wait_for_selector("#generate")
+        self.trouble = [t for t in self.trouble if not any(said in t for said in ON_THE_WAY_OUT)]
 
     def generate(self, prompt: str) -> None:
         self.page.fill("#prompt textarea", prompt)
