@@ -82,7 +82,7 @@ def _build(name: str, args: argparse.Namespace) -> Any:
 
         if args.dataset is None:
             raise ConfigError("preference needs the pairs: name the file that was trained on with --dataset")
-        return Preference(dataset.split(dataset.derive(dataset.load_jsonl(Path(args.dataset))).pairs, 0.1)[1])
+        return Preference(dataset.split(dataset.derive(dataset.load_jsonl(Path(args.dataset))).pairs, 0.1).held_out)
     if name == "utility":
         from biasdpo.benchmarks.utility import Utility, load_texts
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from biasdpo.errors import ConfigError
 
 Side = Literal["base", "tuned"]
+Verdict = Literal["preferred", "tie", "both_biased", "retracted"]
 FinishReason = Literal["end_of_text", "limit", "cancelled"]
 
 STRENGTH_RANGE = (0.0, 1.5)
@@ -113,6 +114,60 @@ class GenerationPair:
         row.setdefault("tuned", None)
         row["canary_kl_nats"] = self.canary_kl_nats
         return row
+
+
+@dataclass(frozen=True)
+class JudgmentMeta:
+    """What produced the two completions that were judged, and how it was done. Never null: "" or 0 where it does not apply.
+
+    sampling      JSON of the `Sampling` that both were drawn with
+    left_side     what stood left: base, tuned, or "base 2" for the second of two samples; "pasted 1" and "pasted 2"
+    chosen_side   the same words for what was chosen; "" for a tie
+    seconds       from showing the pair to the verdict
+    """
+
+    model: str = ""
+    adapter: str = ""
+    backend: str = ""
+    sampling: str = ""
+    seed: int = 0
+    left_side: str = ""
+    chosen_side: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What an annotator said of one generation pair: a row of the journal (DESIGN, Records). Texts are never null.
+
+    id                    made before the first try to store it, so that a second try stores it once
+    created_at            UTC, ISO 8601
+    pair_id               the same two completions to the same prompt are the same pair
+    chosen, rejected      as judged, edits included; left and right where neither is preferred
+    original_*            the text before an edit; "" where there was none
+    annotator             a pseudonym
+    source                compare, label, import:NAME or seed
+    retracts              the id of the judgment that this one takes back
+    repeat_of             pair_id, where the pair was shown again to see whether the annotator says the same
+    """
+
+    id: str
+    created_at: str
+    pair_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    original_chosen: str = ""
+    original_rejected: str = ""
+    verdict: Verdict = "preferred"
+    category: str = ""
+    target_group: str = ""
+    annotator: str = ""
+    note: str = ""
+    source: str = "label"
+    retracts: str = ""
+    repeat_of: str = ""
+    meta: JudgmentMeta = JudgmentMeta()
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,10 @@ def start(config: RunConfig, run_id: str, workspace: Workspace, command: str = "
     models.find(config.model)
     rows = dataset.load(config.datasets, workspace)
     derived = dataset.derive(rows)
-    train_pairs, held_out_pairs = dataset.split(derived.pairs, config.held_out_share)
-    if not train_pairs:
+    pairs = dataset.split(derived.pairs, config.held_out_share)
+    if not pairs.train:
         raise DatasetError(
-            f"{', '.join(config.datasets)}: no pairs to train on ({len(rows)} rows read, {len(held_out_pairs)} held out, "
+            f"{', '.join(config.datasets)}: no pairs to train on ({len(rows)} rows read, {len(pairs.held_out)} held out, "
             f"{derived.contradictions} contradict each other); add rows or lower held_out_share"
         )
     try:
@@ -94,6 +94,7 @@ def start(config: RunConfig, run_id: str, workspace: Workspace, command: str = "
                 "pairs": len(derived.pairs),
                 "repeats": derived.repeats,
                 "contradictions": derived.contradictions,
+                "bridging": len(pairs.bridging),
             },
             "command": command,
             "code_version": code_version(),

@@ -115,11 +115,13 @@ def locked(path: Path, timeout_seconds: float = 30.0) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(path.name + ".lock"), timeout=timeout_seconds)
     try:
-        lock.acquire()
+        lock.acquire(poll_interval=0.01)
     except Timeout as exc:
         raise WorkspaceError(
             f"{path} has been locked by another process for {timeout_seconds:g} s; end that process, then try again"
         ) from exc
+    except OSError as exc:
+        raise WorkspaceError(f"Can't lock {path}: {exc.strerror or exc}; make its folder writable, then try again") from exc
     try:
         yield
     finally:

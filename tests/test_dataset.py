@@ -108,14 +108,14 @@ def test_one_row_a_pair_by_majority() -> None:
 
 def test_split_never_shares_a_prompt_and_never_moves_a_row() -> None:
     rows = pairs(2000)
-    train, held_out = dataset.split(rows, 0.1)
-    assert sorted([*train, *held_out], key=rows.index) == rows
-    assert 150 < len(held_out) < 250  # 200 expected, standard deviation 13.4
-    few_train, few_held_out = dataset.split(rows[::7], 0.1)
-    assert set(few_train) <= set(train)
-    assert set(few_held_out) <= set(held_out)
-    assert set(dataset.split(rows, 0.05)[1]) <= set(held_out)
-    assert dataset.split(rows, 0.0)[1] == ()
+    whole = dataset.split(rows, 0.1)
+    assert sorted([*whole.train, *whole.held_out], key=rows.index) == rows
+    assert 150 < len(whole.held_out) < 250  # 200 expected, standard deviation 13.4
+    few = dataset.split(rows[::7], 0.1)
+    assert set(few.train) <= set(whole.train)
+    assert set(few.held_out) <= set(whole.held_out)
+    assert set(dataset.split(rows, 0.05).held_out) <= set(whole.held_out)
+    assert dataset.split(rows, 0.0).held_out == ()
 
 
 def test_split_takes_prompts_that_differ_in_form_alone_for_one() -> None:

@@ -114,7 +114,7 @@ def test_a_run_from_the_data_to_the_adapter(command_line: CommandLine) -> None:
     folder = RunFolder(Path(shown["folder"]))
     assert hashlib.sha256(folder.snapshot.read_bytes()).hexdigest() == shown["dataset_sha256"]
     pairs = dataset.load_jsonl(folder.snapshot)
-    train_pairs, held_out = dataset.split(pairs, 0.1)
+    parts = dataset.split(pairs, 0.1)
     assert len(pairs) == 40
     lines = folder.read_metrics()
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
@@ -135,14 +135,14 @@ def test_a_run_from_the_data_to_the_adapter(command_line: CommandLine) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float16)}
     assert any(np.abs(tensor).max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
     provenance = json.loads((folder.adapter / "provenance.json").read_text())
-    assert provenance["rows"] == {"train": len(train_pairs), "held_out": len(held_out)}
+    assert provenance["rows"] == {"train": len(parts.train), "held_out": len(parts.held_out)}
     assert provenance["dataset_files"] == ["pairs.jsonl"]
     assert provenance["base_sha256"] == hashlib.sha256((command_line.model / "model.safetensors").read_bytes()).hexdigest()
     assert provenance["command"].startswith("python -m biasdpo train --model model --dataset pairs.jsonl --run-id first --set")
 
     # It learned: on held-out pairs, rewards say so, and the model itself prefers what it did not before.
     scores = provenance["metrics"]["held_out"]
-    assert scores["pairs"] == len(held_out) > 0
+    assert scores["pairs"] == len(parts.held_out) > 0
     assert scores["reward_accuracy"] == 1.0
     assert scores["reward_margin_nats"] > 0.5
     assert scores["length_normalised_accuracy_tuned"] >= scores["length_normalised_accuracy_base"]

@@ -68,12 +68,12 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     spec = models.find(config.model)
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
-    train_pairs, held_out_pairs = dataset.split(dataset.load_jsonl(folder.snapshot), config.held_out_share)
-    train_rows = tokenise(train_pairs, tokenizer, spec.template, config.max_length)
-    held_out_rows = tokenise(held_out_pairs, tokenizer, spec.template, config.max_length)
+    pairs = dataset.split(dataset.load_jsonl(folder.snapshot), config.held_out_share)
+    train_rows = tokenise(pairs.train, tokenizer, spec.template, config.max_length)
+    held_out_rows = tokenise(pairs.held_out, tokenizer, spec.template, config.max_length)
     if not train_rows.rows:
         raise DatasetError(
-            f"No rows to train on: {len(held_out_pairs)} held out, {train_rows.dropped} dropped as too long; add rows, lower "
+            f"No rows to train on: {len(pairs.held_out)} held out, {train_rows.dropped} dropped as too long; add rows, lower "
             "held_out_share or raise max_length"
         )
     writer.note(f"{len(train_rows.rows)} pairs to train on, {len(held_out_rows.rows)} held out")
@@ -89,7 +89,7 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     low_precision = config.precision == "bf16"
     dtype = torch.bfloat16 if low_precision and not on_cpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    anchor_texts = [encode_text(tokenizer, text) for pair in train_pairs for text in (pair.prompt, pair.chosen)]
+    anchor_texts = [encode_text(tokenizer, text) for pair in pairs.train for text in (pair.prompt, pair.chosen)]
     trainer = build_trainer(
         config, folder, model, tokenizer, train_rows.rows, held_out_rows.rows, anchor_texts, writer, use_cpu=on_cpu
     )
@@ -112,7 +112,7 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     if not writer.is_main:
         return
     writer.update(phase="scoring the held-out pairs", eta_seconds=None)
-    metrics = held_out_metrics(trainer.model, held_out_rows.rows, held_out_pairs, config, writer)
+    metrics = held_out_metrics(trainer.model, held_out_rows.rows, pairs.held_out, config, writer)
     provenance = {
         "model": spec.id,
         "base_sha256": base_sha256(spec),

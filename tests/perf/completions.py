@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--workspace")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    _, held_out = dataset.split(dataset.derive(dataset.load_jsonl(args.dataset)).pairs, 0.1)
+    held_out = dataset.split(dataset.derive(dataset.load_jsonl(args.dataset)).pairs, 0.1).held_out
     prompts = list(dict.fromkeys(pair.prompt for pair in held_out))[: args.limit]
     engine = open_engine(EngineKey(args.model, args.adapter), open_workspace(args.workspace))
     sampling = Sampling(args.max_new_tokens, temperature=0.0, repetition_penalty=1.0)

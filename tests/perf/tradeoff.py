@@ -36,7 +36,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "tradeoff.json"
     points: list[dict[str, Any]] = read_json(file) if file.is_file() else []
-    _, held_out = dataset.split(dataset.derive(dataset.load_jsonl(args.dataset)).pairs, 0.1)
+    held_out = dataset.split(dataset.derive(dataset.load_jsonl(args.dataset)).pairs, 0.1).held_out
     benchmarks = [Preference(held_out), Utility(load_texts(args.data_dir))]
     for argument in args.adapters:
         label, _, name = argument.partition("=")
