@@ -49,13 +49,46 @@
     }
   });
 
+  const visible = (id) => {
+    const element = document.getElementById(id);
+    return element && element.offsetParent !== null ? element : null;
+  };
+
+  // The Label tab's keys. Arrows have names of their own where they already mean something (tabs, sliders, lists).
+  const VERDICTS = {
+    1: "answer-left", ArrowLeft: "answer-left", 2: "answer-right", ArrowRight: "answer-right", 3: "answer-tie", ArrowDown: "answer-tie",
+    4: "answer-both-biased", ArrowUp: "answer-both-biased", 5: "answer-skip", u: "undo", U: "undo",
+  };
+  const WRITES = "input, textarea, select, [contenteditable], [role=listbox], [role=combobox]";
+
+  const labelKey = (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || !visible("answer-left")) return false;
+    const at = event.target instanceof Element ? event.target : document.body;
+    if (event.key === "Escape" && at.closest("#label-panes, #judgment-details")) {
+      at.blur();  // from an edit back to the keys
+      return true;
+    }
+    if (at.closest(WRITES) && !at.closest("#editing")) return false;
+    if (event.key.startsWith("Arrow") && at.closest("[role=tab], [role=tablist]")) return false;
+    if (event.key === "e" || event.key === "E") {
+      document.querySelector("#editing input")?.click();
+      return true;
+    }
+    const button = VERDICTS[event.key] && visible(VERDICTS[event.key]);
+    button?.click();
+    return Boolean(button);
+  };
+
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    if (labelKey(event)) {
       event.preventDefault();
       event.stopPropagation();
-      document.getElementById("generate")?.click();
-    } else if (event.key === "Escape" && !document.querySelector("[role=listbox]") && document.querySelector(".bd-busy")) {
-      document.getElementById("stop")?.click();
+    } else if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && visible("generate")) {
+      event.preventDefault();
+      event.stopPropagation();
+      document.getElementById("generate").click();
+    } else if (event.key === "Escape" && !document.querySelector("[role=listbox]") && visible("stop") && document.querySelector(".bd-busy")) {
+      document.getElementById("stop").click();
     }
   }, true);
 

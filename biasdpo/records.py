@@ -121,7 +121,7 @@ class JudgmentMeta:
     """What produced the two completions that were judged, and how it was done. Never null: "" or 0 where it does not apply.
 
     sampling      JSON of the `Sampling` that both were drawn with
-    left_side     what stood left: base, tuned, or "base 2" for the second of two samples; "pasted 1" and "pasted 2"
+    left_side     what stood left: base or tuned; "base 1" or "base 2" of two samples; "pasted 1" or "pasted 2"
     chosen_side   the same words for what was chosen; "" for a tie
     seconds       from showing the pair to the verdict
     """

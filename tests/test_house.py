@@ -20,7 +20,8 @@ FLOORS = [
     {"gguf_export", "dataset", "rewards", "run_config", "run_folder", "stats"},
     {"backends", "benchmarks"},
     {"engines", "runs"},
-    {"compare", "evaluate"},
+    {"prompts"},
+    {"compare", "evaluate", "label"},
     {"ui", "cli_train", "cli_evaluate"},
     {"__main__"},
 ]

@@ -44,19 +44,33 @@ class Cancellation:
         return self.buffer[0] != b"\x00"
 
 
+class Ticket:
+    """A place in a `Turnstile`. `give_way` is None for a visitor who waits; for work in spare time it is what stops that work."""
+
+    def __init__(self, give_way: Cancellation | None = None) -> None:
+        self.give_way = give_way
+
+
 class Turnstile:
-    """A queue for one engine: first come, first served, and each who waits can see how many are ahead."""
+    """A queue for one engine: first come, first served, and each who waits can see how many are ahead.
+
+    Work that nobody waits for yet (a pair generated ahead of its time) stands behind all who wait; where it has begun, it is
+    stopped as soon as somebody comes.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._tickets: list[object] = []
+        self._tickets: list[Ticket] = []
 
     @contextmanager
-    def ticket(self) -> Iterator[object]:
-        """Stand in the queue until the block ends. It is your turn when `position(ticket) == 0`."""
-        mine = object()
+    def ticket(self, give_way: Cancellation | None = None) -> Iterator[Ticket]:
+        """Stand in the queue until the block ends. It is your turn when `position(ticket) == 0`.
+
+        give_way   for work in spare time: set when a visitor needs the turn
+        """
+        mine = Ticket(give_way)
         with self._changed:
-            self._tickets.append(mine)
+            self._stand(mine)
         try:
             yield mine
         finally:
@@ -64,12 +78,31 @@ class Turnstile:
                 self._tickets.remove(mine)
                 self._changed.notify_all()
 
-    def position(self, ticket: object) -> int:
+    def promote(self, ticket: Ticket) -> None:
+        """A visitor now waits for this work, too: it is spare no more. A ticket that has left is none of ours."""
+        with self._changed:
+            if ticket in self._tickets and ticket.give_way is not None:
+                ticket.give_way = None
+                if self._tickets[0] is not ticket:
+                    self._tickets.remove(ticket)
+                    self._stand(ticket)
+                self._changed.notify_all()
+
+    def _stand(self, mine: Ticket) -> None:
+        """Whoever waits stands before spare work that has not begun; spare work that has begun is told to stop."""
+        place = len(self._tickets)
+        if mine.give_way is None and self._tickets:
+            place = next((i for i, other in enumerate(self._tickets) if i > 0 and other.give_way is not None), place)
+            if self._tickets[0].give_way is not None:
+                self._tickets[0].give_way.set()
+        self._tickets.insert(place, mine)
+
+    def position(self, ticket: Ticket) -> int:
         """How many are ahead: 0 means that it is this ticket's turn."""
         with self._changed:
             return self._tickets.index(ticket)
 
-    def wait(self, ticket: object, timeout_seconds: float) -> int:
+    def wait(self, ticket: Ticket, timeout_seconds: float) -> int:
         """Wait until the queue moves, at most `timeout_seconds`; return the position."""
         with self._changed:
             if self._tickets.index(ticket) > 0:

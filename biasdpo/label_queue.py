@@ -1,0 +1,222 @@
+"""One annotator's pairs: while one is judged, the next are generated in spare time.
+
+Visitors who wait for a completion go first; an annotator who has nothing to judge is such a visitor.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from biasdpo import label
+from biasdpo.backends.base import Cancellation
+from biasdpo.compare import SpareTime, Waiting, stream_pair, stream_samples
+from biasdpo.engines import EngineKey, EnginePool, Loading
+from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError
+from biasdpo.label import BlindPair, PairSource
+from biasdpo.prompts import Prompt
+from biasdpo.records import SEED_RANGE, GenerationPair, Sampling, Side
+
+AHEAD = 2  # pairs kept ready: one to show, one for an annotator who is quick once
+_TRIES = 4  # seeds tried where both completions come out the same, or one empty
+
+Cell = tuple[str, str]
+"""Category and target group."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What pairs are made of. The seed is drawn anew for each pair."""
+
+    prompts: tuple[Prompt, ...]
+    source: PairSource
+    key: EngineKey
+    sampling: Sampling
+    system: str = ""
+    strength: float = 1.0
+
+
+class PairQueue:
+    """Made for one annotator; `close` it when they leave."""
+
+    def __init__(self, pool: EnginePool, rng: random.Random, counts: Callable[[], Mapping[Cell, int]]) -> None:
+        """`counts` tells how many judgments each cell of the coverage matrix holds: the thinnest is offered first."""
+        self._pool = pool
+        self._rng = rng
+        self._counts = counts
+        self._changed = threading.Condition()
+        self._recipe: Recipe | None = None
+        self._ready: deque[BlindPair] = deque()
+        self._round: list[Prompt] = []  # what this round still has to offer
+        self._planned: Counter[Cell] = Counter()  # ready, or being generated
+        self._wanted = False  # somebody waits with nothing to judge
+        self._cancellation: Cancellation | None = None
+        self._spare: SpareTime | None = None
+        self._worker: threading.Thread | None = None
+        self._closed = False
+        self.latest: Waiting | GenerationPair | None = None  # how far the next pair has come
+        self.error: BiasDPOError | None = None
+        self.skipped = 0  # prompts that gave nothing to judge
+
+    def begin(self, recipe: Recipe) -> None:
+        """From now on pairs come of this recipe; what was made of another is dropped."""
+        with self._changed:
+            self._recipe = recipe
+            self._ready.clear()
+            self._planned.clear()
+            self._round = list(recipe.prompts)
+            self.error, self.latest, self.skipped = None, None, 0
+            self._stop_generating()
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="pairs ahead", daemon=True)
+                self._worker.start()
+            self._changed.notify_all()
+
+    @property
+    def begun(self) -> bool:
+        return self._recipe is not None
+
+    def take(self) -> BlindPair | None:
+        """The next pair if it is ready; else None, and from then on this annotator counts as one who waits."""
+        with self._changed:
+            if self._ready:
+                self._wanted = False
+                pair = self._ready.popleft()
+                self._planned[_cell(pair.prompt)] -= 1
+                self._changed.notify_all()
+                return pair
+            self._wanted = self.begun and self.error is None
+            if self._wanted and self._spare is not None:
+                self._spare.want()
+            return None
+
+    def put_first(self, pair: BlindPair) -> None:
+        """This one is to be judged next: it was undone, pasted, or sent from elsewhere."""
+        with self._changed:
+            self._ready.appendleft(pair)
+            self._planned[_cell(pair.prompt)] += 1
+            self._changed.notify_all()
+
+    def loading(self) -> Loading | None:
+        """How far the model has come, while it is being loaded."""
+        recipe = self._recipe
+        state = None if recipe is None else self._pool.state(recipe.key)
+        return state if state is not None and not state.done else None
+
+    def close(self) -> None:
+        """Stop generating."""
+        with self._changed:
+            self._closed = True
+            self._stop_generating()
+            self._changed.notify_all()
+
+    def _stop_generating(self) -> None:
+        if self._cancellation is not None:
+            self._cancellation.set()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closed and (self.error is not None or len(self._ready) >= AHEAD):
+                    self._changed.wait()
+                if self._closed:
+                    return
+                recipe = self._recipe
+                assert recipe is not None  # the worker is started by `begin`
+                prompt = self._next_prompt(recipe)
+            pair, error = None, None
+            try:
+                pair = self._draw(recipe, prompt)
+            except BiasDPOError as exc:
+                error = exc
+            except Exception as exc:
+                fault = BackendError(f"The app failed ({type(exc).__name__}: {exc}): begin again; the terminal shows where")
+                self._settle(recipe, prompt, None, fault)
+                raise
+            self._settle(recipe, prompt, pair, error)
+
+    def _settle(self, recipe: Recipe, prompt: Prompt, pair: BlindPair | None, error: BiasDPOError | None) -> None:
+        """Take what was generated into the queue, unless another recipe has begun meanwhile."""
+        with self._changed:
+            self._cancellation, self._spare, self.latest = None, None, None
+            if self._recipe is not recipe or self._closed:
+                return
+            if pair is not None:
+                self._ready.append(pair)
+            else:
+                self._planned[_cell(prompt)] -= 1
+            if isinstance(error, DatasetError):  # nothing to judge in this prompt
+                self.skipped += 1
+                if self.skipped >= len(recipe.prompts) and not self._ready:
+                    self.error = error
+            elif error is not None:
+                self.error = error
+            elif pair is None:  # it gave way to a visitor
+                self._round.insert(0, prompt)
+            self._changed.notify_all()
+
+    def _next_prompt(self, recipe: Recipe) -> Prompt:
+        if not self._round:
+            self._round = list(recipe.prompts)
+        counts = self._counts()
+        prompt = min(self._round, key=lambda p: counts.get(_cell(p), 0) + self._planned[_cell(p)])
+        self._round.remove(prompt)
+        self._planned[_cell(prompt)] += 1
+        return prompt
+
+    def _draw(self, recipe: Recipe, prompt: Prompt) -> BlindPair | None:
+        """A pair of this prompt; None where it was stopped. DatasetError where no seed gave anything to judge."""
+        nothing: DatasetError | None = None
+        for _ in range(_TRIES if recipe.sampling.temperature > 0 else 1):
+            sampling = replace(recipe.sampling, seed=self._rng.randint(*SEED_RANGE))
+            pair = self._generate(recipe, prompt.text, sampling)
+            if pair is None:
+                return None
+            try:
+                return label.blind(pair, prompt, self._rng)
+            except DatasetError as exc:
+                nothing = exc
+        assert nothing is not None
+        raise nothing
+
+    def _generate(self, recipe: Recipe, prompt: str, sampling: Sampling) -> GenerationPair | None:
+        """Both completions, whole; None where it was stopped."""
+        with self._changed:
+            if self._closed or self._recipe is not recipe:
+                return None
+            self._cancellation, self._spare = Cancellation(), SpareTime()
+            if self._wanted:
+                self._spare.want()
+            cancellation, spare = self._cancellation, self._spare
+        with self._pool.lease(recipe.key, cancellation) as engine:
+            if recipe.source != "base_base" and not engine.backend.has_adapter:
+                raise ConfigError(
+                    f"“{label.PAIR_SOURCES[recipe.source]}” needs an adapter, and none is chosen: choose one on the Compare tab, "
+                    "or judge two samples of base"
+                )
+            settings: dict[str, Any] = {
+                "system": recipe.system,
+                "strength": recipe.strength,
+                "cancellation": cancellation,
+                "spare": spare,
+            }
+            if recipe.source == "base_tuned":
+                stream = stream_pair(engine, prompt, sampling, **settings)
+            else:
+                side: Side = "base" if recipe.source == "base_base" else "tuned"
+                stream = stream_samples(engine, prompt, sampling, side, **settings)
+            for event in stream:
+                self.latest = event
+        pair = self.latest
+        if not isinstance(pair, GenerationPair) or not pair.finished:
+            return None
+        written = [c for c in (pair.left, pair.right) if c is not None]
+        return None if any(c.finish_reason == "cancelled" for c in written) else pair
+
+
+def _cell(prompt: Prompt) -> Cell:
+    return prompt.category, prompt.target_group
