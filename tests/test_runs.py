@@ -37,10 +37,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pairs; a model of bytes learns at once that chosen ends otherwise than rejected."""
+    """40 pairs, no prompt nearly another (those would all be on one side of the split); a model of bytes learns at once that
+    chosen ends otherwise than rejected."""
     path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
     lines = [
-        {"prompt": f"Question {i}: who is better?", "chosen": f"Neither of the {i}.", "rejected": f"They are worse {i}!"}
+        {"prompt": f"Is a{i} more b{i} than c{i}?", "chosen": f"Neither of the {i}.", "rejected": f"They are worse {i}!"}
         for i in range(40)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -338,10 +339,10 @@ def test_an_unknown_run_lists_the_known(tmp_path: Path) -> None:
 
 
 def test_over_long_rows_are_counted_and_said(command_line: CommandLine) -> None:
-    # "Question 10: who is better?" has 27 bytes, "Neither of the 10." and "They are worse 10!" 18, and an end: 46 tokens, as
-    # numbers 10 to 39 have; the ten with one digit less have 44.
-    result = command_line.train("long", "max_length=45", "max_steps=1", "held_out_share=0.0")
+    # "Is a10 more b10 than c10?" has 25 bytes, "Neither of the 10." and "They are worse 10!" 18, and an end: 44 tokens, as
+    # numbers 10 to 39 have; the ten with one digit less have 40.
+    result = command_line.train("long", "max_length=43", "max_steps=1", "held_out_share=0.0")
     assert result.returncode == 0, result.stderr
     notes = json.loads(result.stdout)["notes"]
-    assert "max_length 45: 0 training pairs dropped (prompt too long), 30 with a completion cut" in notes
+    assert "max_length 43: 0 training pairs dropped (prompt too long), 30 with a completion cut" in notes
     assert json.loads(result.stdout)["metrics"] == {"held_out": None}
