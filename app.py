@@ -1,4 +1,5 @@
-"""BiasDPO's page: python app.py [--model ID|auto] [--backend B] [--workspace DIR] [--host H] [--port P]
+"""BiasDPO's page: python app.py [--model ID|auto] [--backend B] [--workspace DIR]
+                       [--data-dir DIR] [--host H] [--port P]
 
 Flags, then the page, then the model: it is loaded in the background once the first page can be served.
 Exit status 2 and one line on stderr where something is wrong with what was asked.
@@ -12,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+from pathlib import Path
 
 from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.workspace import Workspace, is_public_space, open_workspace
@@ -25,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_port(args.host, args.port)
         check_model(args.model, args.backend)
+        if args.data_dir is not None and not args.data_dir.is_dir():
+            raise ConfigError(f"--data-dir must be a folder of benchmark files: got {args.data_dir}; leave it out or name one")
         serve(args, open_workspace(args.workspace))
     except BiasDPOError as exc:
         print(f"app.py: {exc}", file=sys.stderr)
@@ -38,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="auto", metavar="ID|auto", help="catalog id, Hub id, HF folder or .gguf")
     parser.add_argument("--backend", default="auto", choices=["auto", "llamacpp", "transformers"], help="default: auto")
     parser.add_argument("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="benchmark files: pairs that repeat their items are counted, so that none is trained on",
+    )
     everywhere = "0.0.0.0" if is_public_space() else "127.0.0.1"
     parser.add_argument("--host", default=everywhere, metavar="H", help=f"address to serve on; default: {everywhere}")
     parser.add_argument("--port", type=int, default=7860, metavar="P", help="default: 7860")
@@ -95,7 +105,7 @@ def serve(args: argparse.Namespace, workspace: Workspace) -> None:
 
     pool = EnginePool(workspace)
     startup = Startup(args.model, args.backend)
-    demo = build_ui(pool, startup)
+    demo = build_ui(pool, startup, args.data_dir)
     try:
         demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, **launch_options())
     except OSError as exc:  # taken between the check and here

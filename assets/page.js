@@ -59,7 +59,7 @@
     1: "answer-left", ArrowLeft: "answer-left", 2: "answer-right", ArrowRight: "answer-right", 3: "answer-tie", ArrowDown: "answer-tie",
     4: "answer-both-biased", ArrowUp: "answer-both-biased", 5: "answer-skip", u: "undo", U: "undo",
   };
-  const WRITES = "input, textarea, select, [contenteditable], [role=listbox], [role=combobox]";
+  const WRITES = "input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable], [role=listbox], [role=combobox]";
 
   const labelKey = (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || !visible("answer-left")) return false;
@@ -68,7 +68,7 @@
       at.blur();  // from an edit back to the keys
       return true;
     }
-    if (at.closest(WRITES) && !at.closest("#editing")) return false;
+    if (at.closest(WRITES)) return false;
     if (event.key.startsWith("Arrow") && at.closest("[role=tab], [role=tablist]")) return false;
     if (event.key === "e" || event.key === "E") {
       document.querySelector("#editing input")?.click();
@@ -87,7 +87,7 @@
       event.preventDefault();
       event.stopPropagation();
       document.getElementById("generate").click();
-    } else if (event.key === "Escape" && !document.querySelector("[role=listbox]") && visible("stop") && document.querySelector(".bd-busy")) {
+    } else if (event.key === "Escape" && !document.querySelector("[role=listbox]") && visible("stop") && document.querySelector("#notice .bd-busy")) {
       document.getElementById("stop").click();
     }
   }, true);

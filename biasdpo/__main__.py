@@ -1,4 +1,4 @@
-"""The command line: python -m biasdpo models|compare|train|runs|export|evaluate.
+"""The command line: python -m biasdpo models|compare|dataset|train|runs|export|evaluate.
 
 Results go to stdout (one JSON object, or one a line, with --json), progress and messages to stderr.
 Exit status: 0 done; 2 wrong use or bad input, with one line that says what, what was got, and the remedy; 1 a fault of ours.
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; README's list of commands is tested against it."""
-    from biasdpo import cli_evaluate, cli_train
+    from biasdpo import cli_dataset, cli_evaluate, cli_train
 
     parser = argparse.ArgumentParser(prog="python -m biasdpo", description="See, train away and measure a language model's bias.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_workspace_and_json(command)
     command.set_defaults(handler=export)
 
+    cli_dataset.add_commands(commands)
     cli_train.add_commands(commands)
     cli_evaluate.add_commands(commands)
 

@@ -15,17 +15,15 @@ from typing import Any
 from biasdpo import label
 from biasdpo.backends.base import Cancellation
 from biasdpo.compare import SpareTime, Waiting, stream_pair, stream_samples
+from biasdpo.dataset.coverage import Cell, thinnest
 from biasdpo.engines import EngineKey, EnginePool, Loading
-from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError
+from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError, PromptError
 from biasdpo.label import BlindPair, PairSource
 from biasdpo.prompts import Prompt
 from biasdpo.records import SEED_RANGE, GenerationPair, Sampling, Side
 
 AHEAD = 2  # pairs kept ready: one to show, one for an annotator who is quick once
 _TRIES = 4  # seeds tried where both completions come out the same, or one empty
-
-Cell = tuple[str, str]
-"""Category and target group."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class PairQueue:
         self._closed = False
         self.latest: Waiting | GenerationPair | None = None  # how far the next pair has come
         self.error: BiasDPOError | None = None
-        self.skipped = 0  # prompts that gave nothing to judge
+        self.skipped = 0  # prompts in a row that gave nothing to judge
 
     def begin(self, recipe: Recipe) -> None:
         """From now on pairs come of this recipe; what was made of another is dropped."""
@@ -147,9 +145,10 @@ class PairQueue:
                 return
             if pair is not None:
                 self._ready.append(pair)
+                self.skipped = 0
             else:
                 self._planned[_cell(prompt)] -= 1
-            if isinstance(error, DatasetError):  # nothing to judge in this prompt
+            if isinstance(error, DatasetError | PromptError):  # nothing to judge in this prompt, or it is too long
                 self.skipped += 1
                 if self.skipped >= len(recipe.prompts) and not self._ready:
                     self.error = error
@@ -162,8 +161,7 @@ class PairQueue:
     def _next_prompt(self, recipe: Recipe) -> Prompt:
         if not self._round:
             self._round = list(recipe.prompts)
-        counts = self._counts()
-        prompt = min(self._round, key=lambda p: counts.get(_cell(p), 0) + self._planned[_cell(p)])
+        prompt = thinnest(self._round, Counter(self._counts()) + self._planned)[0]
         self._round.remove(prompt)
         self._planned[_cell(prompt)] += 1
         return prompt

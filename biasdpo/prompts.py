@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import dataset
+from biasdpo.dataset.rows import BadLine
+from biasdpo.dataset.reading import rows_of
 from biasdpo.errors import DatasetError, PromptError
 from biasdpo.workspace import ASSETS
 
@@ -33,6 +35,14 @@ def shipped() -> list[Prompt]:
     """The example prompts of assets/prompts.jsonl, in the file's order."""
     rows = map(json.loads, (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines())
     return [Prompt(row["prompt"], row["category"]) for row in rows]
+
+
+def by_category() -> dict[str, list[str]]:
+    """The example prompts' texts by category, in the file's order."""
+    found: dict[str, list[str]] = {}
+    for prompt in shipped():
+        found.setdefault(prompt.category, []).append(prompt.text)
+    return found
 
 
 def group_lists() -> dict[str, dict[str, list[str]]]:
@@ -88,9 +98,12 @@ def _filled(lines: Sequence[str]) -> list[str]:
 
 
 def _rows(path: Path) -> list[Any]:
-    from biasdpo.dataset import read_rows
-
-    return [row for _number, row in read_rows(path)]
+    rows = []
+    for row in rows_of(path):
+        if isinstance(row, BadLine):
+            raise DatasetError(f"{path.name}, line {row.line}: {row.reason}")
+        rows.append(row.value)
+    return rows
 
 
 def _of_row(row: Any, name: str) -> Prompt:

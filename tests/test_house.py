@@ -22,7 +22,8 @@ FLOORS = [
     {"engines", "runs"},
     {"prompts"},
     {"compare", "evaluate", "label"},
-    {"ui", "cli_train", "cli_evaluate"},
+    {"label_queue"},
+    {"ui", "cli_train", "cli_evaluate", "cli_dataset"},
     {"__main__"},
 ]
 HEAVY = {

@@ -16,13 +16,14 @@ from urllib.parse import parse_qsl
 
 import pytest
 
+from biasdpo import prompts
 from biasdpo.backends.base import Cancellation
 from biasdpo.compare import Waiting
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError, RefusedError
 from biasdpo.models import AdapterSpec, catalog
 from biasdpo.records import Completion, Proof, Sampling
-from biasdpo.ui import examples, link, measured, render
+from biasdpo.ui import link, measured, render
 from biasdpo.ui.link import Settings
 from biasdpo.ui.visitors import Visitors
 from biasdpo.workspace import Workspace
@@ -167,7 +168,7 @@ def test_measurements_are_shown_whatever_keys_they_have(tmp_path):
 
 
 def test_eight_examples_a_category():
-    assert {category: len(set(prompts)) for category, prompts in examples.by_category().items()} == {
+    assert {category: len(set(texts)) for category, texts in prompts.by_category().items()} == {
         "gender": 8,
         "race": 8,
         "religion": 8,

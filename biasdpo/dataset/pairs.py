@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,19 @@ def pair_id_of(prompt: str, one: str, other: str) -> str:
     return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[:16]
 
 
+def judged_pair_id(row: Mapping[str, Any]) -> str:
+    """The pair id of a journal's row as it was judged, edits included."""
+    return row["pair_id"] or pair_id_of(row["prompt"], row["chosen"], row["rejected"])
+
+
+def shown_pair_id(row: Mapping[str, Any]) -> str:
+    """The pair id of what a journal's row judged: the two completions as they were shown, before any edit."""
+    chosen, rejected = row["original_chosen"], row["original_rejected"]
+    if not chosen and not rejected:
+        return judged_pair_id(row)
+    return pair_id_of(row["prompt"], chosen or row["chosen"], rejected or row["rejected"])
+
+
 def pair_of_row(row: Any, where: str) -> PreferencePair:
     """Check one row; `where` (file and line) begins the error."""
     if not isinstance(row, dict):
@@ -65,19 +78,25 @@ def pair_of_row(row: Any, where: str) -> PreferencePair:
 
 
 def check_text(value: str, column: str, where: str) -> None:
-    """A text that can be stored and trained on: not empty, not endless, no NUL, no half of a surrogate pair."""
+    """Raise DatasetError where a text can't be stored or trained on; `where` (file and line) begins the error."""
+    fault = text_fault(value, column)
+    if fault:
+        raise DatasetError(f"{where}: {fault}; mend or drop the row")
+
+
+def text_fault(value: str, column: str) -> str:
+    """Why a text can't be stored or trained on: empty, endless, a NUL, half of a surrogate pair; "" where it can."""
     if not value.strip():
-        raise DatasetError(f"{where}: {column} is empty; fill it or drop the row")
+        return f"{column} is empty"
     if len(value) > MAX_CHARACTERS:
-        raise DatasetError(
-            f"{where}: {column} has {len(value):,} characters, at most {MAX_CHARACTERS:,}; shorten or drop the row"
-        )
+        return f"{column} has {len(value):,} characters, at most {MAX_CHARACTERS:,}"
     if "\0" in value:
-        raise DatasetError(f"{where}: {column} holds a NUL character; mend or drop the row")
+        return f"{column} holds a NUL character"
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as exc:
-        raise DatasetError(f"{where}: {column} holds half a surrogate pair, which is no text; mend or drop the row") from exc
+    except UnicodeEncodeError:
+        return f"{column} holds half a surrogate pair, which is no text"
+    return ""
 
 
 def derive(rows: Sequence[PreferencePair]) -> Derived:

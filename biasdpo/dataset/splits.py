@@ -33,11 +33,9 @@ def split(rows: Sequence[PreferencePair], held_out_share: float = 0.1) -> Split:
 
     So rows that are appended change nothing for those before them. The share is met on average, not exactly.
     """
-    index = NearDuplicates()
     sides: list[bool | None] = []  # by prompt number: held out; None bridges
     places: tuple[list[PreferencePair], list[PreferencePair], list[PreferencePair]] = ([], [], [])
-    for row in rows:
-        number, near = index.add(row.prompt)
+    for row, (number, near) in zip(rows, NearDuplicates().add_all([row.prompt for row in rows]), strict=True):
         if number == len(sides):
             taken = {sides[other] for other in near} - {None}
             sides.append(is_held_out(row.prompt, held_out_share) if not taken else taken.pop() if len(taken) == 1 else None)

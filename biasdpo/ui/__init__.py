@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from biasdpo.engines import EnginePool
+from biasdpo.ui import identity
 from biasdpo.ui.compare_tab import CompareTab
+from biasdpo.ui.label_sessions import LabelSessions
+from biasdpo.ui.label_tab import LabelTab
 from biasdpo.ui.startup import Startup
+from biasdpo.ui.store import Store
 from biasdpo.workspace import ASSETS, is_public_space
 
 # Fonts of the visitor's own system: a web font would ask another host.
@@ -34,16 +39,26 @@ here, and models come from the catalog. Duplicate the Space, or run BiasDPO on y
 _STYLE = "html.bd-warned .block:has(#content-warning) { display: none !important; }"
 
 
-def build_ui(pool: EnginePool, startup: Startup) -> gr.Blocks:
-    """The whole page over these engines. Nothing is loaded here: `startup.resolve` does that once the page is served."""
+def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None) -> gr.Blocks:
+    """The whole page over these engines. Nothing is loaded here: `startup.resolve` does that once the page is served.
+
+    `benchmarks`: the folder of --data-dir, if any.
+    """
     demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True)
     with demo:
         gr.HTML(_HEADER, js_on_load=None)
         if is_public_space():
             gr.HTML(_SPACE, js_on_load=None)
         gr.HTML(_WARNING, js_on_load=None)
-        with gr.Tabs(), gr.Tab("Compare", id="compare"):
-            CompareTab(pool, startup).build(demo)
+        store = Store(pool.workspace, benchmarks)
+        sessions = LabelSessions(pool, store)
+        who = identity.browser_state()
+        compare = CompareTab(pool, startup, sessions, store, who)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Compare", id="compare"):
+                compare.build(demo, tabs)
+            with gr.Tab("Label", id="label") as tab:
+                LabelTab(sessions, store, who, compare.key, compare.engine_inputs).build(demo, tab)
     return demo
 
 

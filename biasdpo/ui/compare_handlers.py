@@ -20,10 +20,11 @@ from biasdpo.template import PromptTemplate
 from biasdpo.ui import link, render
 from biasdpo.ui.engine_handlers import EngineHandlers, Updates
 from biasdpo.ui.link import Settings
+from biasdpo.ui.pair_handlers import PairHandlers
 from biasdpo.ui.visitors import Visitors
 
 
-class CompareHandlers(EngineHandlers):
+class CompareHandlers(EngineHandlers, PairHandlers):
     """The handlers. Every one answers for one visitor; their running generations lie in `visitors`."""
 
     visitors: Visitors
@@ -143,6 +144,7 @@ class CompareHandlers(EngineHandlers):
             self.notice: render.busy("Starting …"),
             self.seed: settings.sampling.seed,
             self.last_prompt: settings.prompt,
+            self.pair: None,
             self.timer: gr.Timer(active=True),
         }
 
@@ -161,6 +163,8 @@ class CompareHandlers(EngineHandlers):
         }
         if event.right is not None:
             updates |= {self.tuned_text: event.right.text, self.tuned_status: render.status(event.right)}
+        if event.finished:
+            updates[self.pair] = event
         return updates
 
     def stop_writing(self, request: gr.Request) -> None:
@@ -179,6 +183,7 @@ class CompareHandlers(EngineHandlers):
             **self._empty_statuses(),
             self.notice: "",
             self.last_prompt: "",
+            self.pair: None,
             self.link: gr.update(visible=False),
         }
 

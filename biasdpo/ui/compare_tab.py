@@ -6,31 +6,51 @@ from typing import Any
 
 import gradio as gr
 
+from biasdpo import prompts
 from biasdpo.engines import EnginePool
+from biasdpo.label import Answer
 from biasdpo.records import STRENGTH_RANGE, Sampling
-from biasdpo.ui import examples, render
+from biasdpo.ui import render
 from biasdpo.ui.compare_handlers import CompareHandlers
+from biasdpo.ui.label_sessions import LabelSessions
 from biasdpo.ui.startup import Startup
+from biasdpo.ui.store import Store
 from biasdpo.ui.visitors import Visitors
 from biasdpo.workspace import is_public_space
+
+_VERDICTS: list[tuple[str, Answer]] = [
+    ("Base is less biased", "left"),
+    ("Tuned is less biased", "right"),
+    ("Tie", "tie"),
+    ("Both are biased", "both_biased"),
+]
 
 
 class CompareTab(CompareHandlers):
     """One tab over one pool of engines; `build` is called once, inside the page's Blocks."""
 
-    def __init__(self, pool: EnginePool, startup: Startup) -> None:
+    def __init__(
+        self, pool: EnginePool, startup: Startup, sessions: LabelSessions, store: Store, identity: gr.BrowserState
+    ) -> None:
         self.pool = pool
         self.startup = startup
+        self.sessions = sessions
+        self.store = store
+        self.identity = identity
         self.visitors = Visitors()
 
-    def build(self, demo: gr.Blocks) -> None:
+    def build(self, demo: gr.Blocks, tabs: gr.Tabs) -> None:
         """Lay out the tab, then wire it."""
         self._build_pickers()
         self._build_prompt()
         self._build_panes()
+        self._build_finished()
         self._build_details()
         self.last_prompt = gr.State("")
         self.picked_model = gr.State("")
+        self.pair = gr.State(None)
+        self.history = gr.State([])
+        self.tabs = tabs
         self.timer = gr.Timer(0.4, active=False)
         self._wire(demo)
 
@@ -83,7 +103,7 @@ class CompareTab(CompareHandlers):
                     self.clear = gr.Button("Clear", elem_id="clear", min_width=60)
                     self.copy_link = gr.Button("Copy link", elem_id="copy-link", min_width=60)
             with gr.Column(scale=2, min_width=300, elem_id="examples-box"), gr.Tabs(elem_id="examples"):
-                self.examples = [self._build_examples(*item) for item in examples.by_category().items()]
+                self.examples = [self._build_examples(*item) for item in prompts.by_category().items()]
         self.link = gr.Textbox(label="Link to this prompt and these settings", visible=False, elem_id="link", interactive=False)
 
     @staticmethod
@@ -125,6 +145,25 @@ class CompareTab(CompareHandlers):
             placeholder="The completion appears here.",
             html_attributes=gr.InputHTMLAttributes(),
         )
+
+    def _build_finished(self) -> None:
+        """What can be done with a finished pair; hidden until there is one."""
+        with gr.Accordion("Judge this pair", open=False, visible=False, elem_id="judge") as self.judge_box:
+            with gr.Row(elem_id="judge-row"):
+                self.judge_answers = [
+                    (gr.Button(title, size="sm", min_width=60, elem_id=f"judge-{name.replace('_', '-')}"), name)
+                    for title, name in _VERDICTS
+                ]
+                self.send = gr.Button("Judge it blind on the Label tab", size="sm", min_width=60, elem_id="send-to-label")
+            self.judge_category = gr.Dropdown(
+                list(prompts.CATEGORIES), value=None, label="Category", elem_id="judge-category", min_width=120
+            )
+            self.judge_notice = gr.HTML("", js_on_load=None, elem_id="judge-notice")
+        with gr.Accordion("Word by word: base against tuned", open=False, visible=False, elem_id="diff") as self.diff_box:
+            self.diff = gr.HTML("", js_on_load=None)
+        with gr.Accordion("History of this page", open=False, visible=False, elem_id="history") as self.history_box, gr.Row():
+            self.history_picker = gr.Dropdown([], label="Earlier pairs", elem_id="history-picker", scale=4)
+            self.reopen_button = gr.Button("Show it again", elem_id="reopen", scale=1, min_width=120)
 
     def _build_details(self) -> None:
         defaults = Sampling()
@@ -178,6 +217,11 @@ class CompareTab(CompareHandlers):
             self.random_seed,
         ]
 
+    @property
+    def engine_inputs(self) -> list[Any]:
+        """What the Label tab takes over: model, adapter, system prompt and strength."""
+        return [self.model, self.adapter, self.system, self.strength]
+
     def _wire(self, demo: gr.Blocks) -> None:
         # Quick answers go past the queue, so that they come while generations wait in it. Validation is ours
         # (preprocess=False), so that a value out of its range gets our line, not the component's.
@@ -208,11 +252,23 @@ class CompareTab(CompareHandlers):
             self.seed,
             self.last_prompt,
             self.timer,
+            self.pair,
         ]
         streamed: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "preprocess": False}
-        self.generate.click(self.write, self.setting_inputs, writing, api_name="compare", **streamed)
+        written = self.generate.click(self.write, self.setting_inputs, writing, api_name="compare", **streamed)
         again = [self.last_prompt, *self.setting_inputs[1:]]
-        self.regenerate.click(self.write_again, again, writing, api_visibility="private", **streamed)
+        rewritten = self.regenerate.click(self.write_again, again, writing, api_visibility="private", **streamed)
+        for event in (written, rewritten):
+            event.then(self.remember, [self.pair, self.history], self.pair_outputs, **quick)
+        self.reopen_button.click(
+            self.reopen, [self.history_picker, self.history], [self.prompt, *writing, *self.pair_outputs], **quick
+        )
+        for button, name in self.judge_answers:
+            known = [self.identity, self.pair, self.judge_category]
+            button.click(self.judging(name), known, self.judge_notice, **quick)
+        self.send.click(self.send_to_label, [self.pair, self.judge_category], self.judge_notice, **quick).success(
+            lambda: gr.Tabs(selected="label"), None, self.tabs, **quick
+        )
         self.stop.click(self.stop_writing, None, None, api_name="stop", queue=False, show_progress="hidden")
         self.clear.click(self.clear_page, None, [self.prompt, *writing, self.link], **quick)
 

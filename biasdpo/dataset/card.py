@@ -1,0 +1,176 @@
+"""The data set card of an export: what `load_dataset` and the Hub's viewer read, and what a person should know first.
+
+Written beside the export as README.md; where a README.md of another origin is, or a card that somebody edited, as FILE.README.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from biasdpo.dataset.confounds import measure
+from biasdpo.dataset.export_rows import COLUMNS, NUMBERS, ExportedRow
+from biasdpo.dataset.rows import Journal, Row
+from biasdpo.errors import DatasetError
+
+OWN_SOURCES = ("compare", "label")  # judged in the app
+ANNOTATIONS_LICENSE = "cc-by-4.0"  # what the app tells annotators before their first verdict
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_LOADERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_MARK = "<!-- BiasDPO export"
+
+_COLUMN_TEXT = {
+    "prompt": "as it was put to the model",
+    "chosen": "the less biased completion",
+    "rejected": "the more biased completion",
+    "category": "gender, race, religion, ...; empty where nobody said",
+    "target_group": "whom the prompt is about; empty where nobody said",
+    "pair_id": "the same two completions to the same prompt, whichever was chosen",
+    "id": "of the first judgment that chose so",
+    "source": "of that judgment: compare, label, import:NAME or seed",
+    "annotator": "of that judgment: a pseudonym",
+    "created_at": "of that judgment: UTC, ISO 8601",
+    "votes": "judgments that chose so",
+    "votes_against": "judgments that chose the other way round",
+}
+
+
+def card_path(path: Path) -> Path:
+    """Where the card of an export goes. Nobody's README is overwritten: only a card that was written here for this very file, and
+    not touched since. A DatasetError where both names are taken."""
+    names = ("README.md", f"{path.name}.README.md")
+    for card in map(path.with_name, names):
+        if not card.exists() or _is_ours(card, path.name):
+            return card
+    raise DatasetError(f"{' and '.join(names)} in {path.parent} are taken: rename one, so that the data set card has a place")
+
+
+def build_card(file_name: str, sha256: str, rows: Sequence[ExportedRow], journal: Journal, contradictions: int) -> str:
+    """The card's Markdown: YAML front matter, content warning, counts, sources, confounds, columns, licence."""
+    sources = Counter(row.source for row in rows)
+    body = "\n".join([*_front_matter(file_name, rows), *_body(file_name, sha256, rows, journal, contradictions, sources)]) + "\n"
+    return f"{body}{_mark(file_name, body)}\n"
+
+
+def _mark(file_name: str, body: str) -> str:
+    """The last line, by which an unedited card of this file is known again."""
+    return f"{_MARK} {_digest(file_name)[:16]} {_digest(body)} -->"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _is_ours(card: Path, file_name: str) -> bool:
+    try:
+        text = card.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    body, mark, rest = text.rpartition(_MARK)
+    return bool(mark) and mark + rest == _mark(file_name, body) + "\n"
+
+
+def _front_matter(file_name: str, rows: Sequence[ExportedRow]) -> Iterable[str]:
+    own = sum(row.source in OWN_SOURCES for row in rows)
+    yield from ("---", 'pretty_name: "Preference pairs collected with BiasDPO"')
+    if own == len(rows):
+        yield f"license: {ANNOTATIONS_LICENSE}"
+    else:
+        name = f"{ANNOTATIONS_LICENSE}-and-that-of-each-source" if own else "that-of-each-source"
+        yield from ("license: other", f"license_name: {name}")
+    yield from ("task_categories:", "- text-generation", "tags:", "- preference", "- dpo", "- trl", "- bias")
+    yield from ("size_categories:", f"- {next((name for limit, name in _SIZES if len(rows) < limit), 'n>1M')}")
+    # The columns' types are stated: a loader that guesses makes numbers, dates or nothing of texts that look like them.
+    yield from ("dataset_info:", "  config_name: default", "  features:")
+    for column in COLUMNS:
+        yield from (f"  - name: {column}", f"    dtype: {'int64' if column in NUMBERS else 'string'}")
+    yield from ("configs:", "- config_name: default", "  data_files:", "  - split: train")
+    yield f"    path: {json.dumps(file_name)}"
+    if file_name.lower().endswith(".csv"):
+        yield "  keep_default_na: false"
+    yield from ("---", "")
+
+
+def _body(
+    file_name: str, sha256: str, rows: Sequence[ExportedRow], journal: Journal, contradictions: int, sources: Counter[str]
+) -> Iterable[str]:
+    loader = _LOADERS[Path(file_name).suffix.lower()]
+    yield from ("# Preference pairs collected with BiasDPO", "")
+    yield "**Content warning.** Prompts and completions state stereotypes about people. The `rejected` completions were collected"
+    yield "because they are biased: they are neither facts nor anybody's advice. Use them to measure or to lessen bias."
+    yield from (
+        "",
+        f"{len(rows):,} preference pairs: a prompt with a less biased (`chosen`) and a more biased (`rejected`) completion,",
+    )
+    yield "as Direct Preference Optimization takes them (TRL's `DPOTrainer` reads this file as it is)."
+    yield from ("", "```python", "from datasets import load_dataset", "")
+    settings = ", keep_default_na=False" if loader == "csv" else ""  # else the text "None" becomes nothing
+    yield f'pairs = load_dataset({json.dumps(loader)}, data_files={json.dumps(file_name)}, split="train"{settings})'
+    yield from ("```", "", f"SHA-256 of `{_text(file_name)}`: `{sha256}`", "", "## Counts", "")
+    yield from _table("Category", "Pairs", _counts(row.category or "(none)" for row in rows))
+    if any(row.target_group for row in rows):
+        yield from _table("Target group", "Pairs", _counts(row.target_group or "(none)" for row in rows))
+    yield from _table("Verdict, over all judgments", "Judgments", _verdicts(journal))
+    annotators = len({row["annotator"] for row in journal.standing() if row["annotator"]})
+    yield f"Annotators: {annotators:,}, under pseudonyms. A pair is here once, as most of its judgments say;"
+    yield from (f"{contradictions:,} pairs were chosen as often one way as the other, and are left out.", "", "## Sources", "")
+    yield from _table("Source", "Pairs", sources.most_common())
+    models = _counts(_model_of(journal.rows[row.id]) for row in rows if journal.rows[row.id]["meta"].get("model"))
+    if models:
+        yield from _table("Completions written by", "Pairs", models)
+    yield from ("## Confounds", "", "What a model can learn from these pairs instead of being less biased:", "")
+    yield from (f"- {line}" for line in _confounds([journal.rows[row.id] for row in rows]))
+    yield from ("", "## Columns", "", "| Column | What |", "|---|---|")
+    yield from (f"| `{column}` | {_COLUMN_TEXT[column]} |" for column in COLUMNS)
+    yield from ("", "## Licence", "")
+    if any(source in OWN_SOURCES for source in sources):
+        yield "Judgments made in BiasDPO (which completion is less biased, category, group, edits) were given under CC-BY-4.0."
+    imported = [source for source in sources if source.startswith("import:")]
+    if imported:
+        yield f"Rows of {', '.join(f'`{_text(source)}`' for source in imported)} keep the licence of the data set that they come"
+        yield "from: look it up there, and name it when you pass this file on."
+    if "seed" in sources:
+        yield "Rows of `seed` were written for BiasDPO, and are under Apache-2.0."
+    yield "Completions that a model wrote are also subject to that model's terms."
+    yield ""
+
+
+def _confounds(judgments: Sequence[Row]) -> Iterable[str]:
+    """One line a confound, of the judgments behind the pairs."""
+    found = measure(judgments)
+    if found.chosen_longer_share is not None:
+        yield f"The chosen completion is the longer one in {found.chosen_longer_share:.1%} of the pairs (50 % would say nothing)."
+    if found.chosen_left_share is not None:
+        yield f"It stood on the left in {found.chosen_left_share:.1%} of those whose sides are known."
+    yield f"{found.near_duplicates:,} prompts nearly repeat an earlier one."
+    yield from map(_text, found.warnings)
+
+
+def _counts(names: Iterable[str]) -> list[tuple[str, int]]:
+    return sorted(Counter(names).items(), key=lambda item: (-item[1], item[0]))
+
+
+def _verdicts(journal: Journal) -> list[tuple[str, int]]:
+    counts = _counts(row["verdict"] for row in journal.standing())
+    withdrawn = sum(row["verdict"] != "retracted" for row in journal.rows.values()) - len(journal.standing())
+    return [*counts, ("(withdrawn since)", withdrawn)]
+
+
+def _model_of(row: Row) -> str:
+    meta = row["meta"]
+    return f"{meta['model']} with {meta['adapter']}" if meta.get("adapter") else str(meta["model"])
+
+
+def _table(what: str, number: str, counts: Iterable[tuple[str, int]]) -> Iterable[str]:
+    yield from (f"| {what} | {number} |", "|---|---:|")
+    yield from (f"| {_text(name)} | {count:,} |" for name, count in counts)
+    yield ""
+
+
+def _text(text: str) -> str:
+    """Somebody's words inside Markdown: no markup, no line break, no end of a cell."""
+    return html.escape(" ".join(text.split())).replace("|", "\\|").replace("`", "'")

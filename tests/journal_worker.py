@@ -1,0 +1,51 @@
+"""A process that appends judgments: `python -m tests.journal_worker WORKSPACE NAME COUNT ACKNOWLEDGED [BYTES]`.
+
+Each judgment's id is written to the file ACKNOWLEDGED once `append` has returned. Started again after a kill it goes on where
+its acknowledgements end, so it tries the judgment in flight a second time, as the page does. BYTES: limit of a file's size.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+from biasdpo import dataset
+from biasdpo.errors import WorkspaceError
+from biasdpo.records import Judgment
+from biasdpo.workspace import Workspace
+
+
+def judgment(name: str, number: int) -> Judgment:
+    """Its texts follow from its id; every tenth is long, so that a kill can meet a write half done."""
+    text = f"{name} {number} " * (20_000 if number % 10 == 0 else 20)
+    return Judgment(f"{name}-{number}", "2024-07-18T00:00:00+00:00", f"{number:016x}", f"Prompt {number}?", text, "No.")
+
+
+def main(workspace: Workspace, name: str, count: int, acknowledged: Path) -> None:
+    done = len(acknowledged.read_text().split()) if acknowledged.exists() else 0
+    with acknowledged.open("ab", buffering=0) as acks:
+        for number in range(done, count):
+            dataset.append(workspace, judgment(name, number))
+            acks.write(f"{name}-{number}\n".encode())
+
+
+def full_disk(workspace: Workspace, limit: int) -> None:
+    """A file may not grow past `limit` bytes; when the limit is gone, the same judgment is stored."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    late = judgment("late", 10)
+    try:
+        dataset.append(workspace, late)
+    except WorkspaceError as exc:
+        print(exc)
+    print(workspace.preferences.stat().st_size)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    print(dataset.append(workspace, late).written)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 5:
+        full_disk(Workspace(Path(sys.argv[1])), int(sys.argv[5]))
+    else:
+        main(Workspace(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,185 @@
+"""`python -m biasdpo dataset` as a subprocess: the BiasDPO rows in and out again, bad rows, exit status, what goes where."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from biasdpo.dataset import Journal
+from biasdpo.workspace import Workspace
+
+ROOT = Path(__file__).resolve().parent.parent
+BIASDPO = ROOT.parent / "shared" / "data" / "biasdpo.jsonl"
+GOOD = {"prompt": "Who leads?", "chosen": "Anyone can.", "rejected": "Men."}
+needs_biasdpo = pytest.mark.skipif(not BIASDPO.is_file(), reason=f"the BiasDPO rows are not at {BIASDPO}")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run `dataset ...` on a workspace of this test's own; returns the process, its stdout as JSON where --json was asked."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("SPACE_ID", "BIASDPO_WORKSPACE")}
+    kept |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "biasdpo", "dataset", *map(str, arguments), "--workspace", str(tmp_path / "w")]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=kept | environment)
+
+    return run
+
+
+def ok(done: subprocess.CompletedProcess[str]) -> dict:
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a failure that the user can mend."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("biasdpo: ")
+    return lines[0]
+
+
+@needs_biasdpo
+def test_the_biasdpo_rows_in_and_out_again(run, tmp_path):
+    found = ok(run("import", BIASDPO, "--name", "biasdpo", "--json"))
+    mapping = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    assert (found["written"], found["known"], found["bad"]) == (1030, 0, [])
+    assert (found["source"], found["mapping"]) == ("import:biasdpo", mapping)
+    again = ok(run("import", BIASDPO, "--json"))
+    assert (again["written"], again["known"]) == (0, 1030)
+
+    for source in ([], [BIASDPO]):
+        counts = ok(run("stats", *source, "--json"))
+        assert counts["rows"] == 1030
+        assert counts["pairs"] == 1029  # one row is there twice
+        # In 859 rows chosen is the longer, in 4 it is as long, which counts half: the 83.5 % that are said of BiasDPO.
+        assert counts["chosen_longer_share"] == pytest.approx((859 + 4 / 2) / 1030) == pytest.approx(0.835, abs=0.001)
+        assert counts["ties"] == counts["both_biased"] == counts["retracted"] == counts["repaired_lines"] == 0
+    valid = ok(run("validate", "--json"))
+    assert (valid["rows"], valid["good"], valid["bad"], valid["by_verdict"]) == (1030, 1030, [], {"preferred": 1030})
+
+    out = tmp_path / "out" / "pairs.parquet"
+    done = ok(run("export", out, "--json"))
+    assert (done["path"], done["card"], done["rows"], done["repeats"]) == (str(out), str(out.with_name("README.md")), 1029, 1)
+    assert ok(run("stats", out, "--json"))["rows"] == 1029
+    read = {tuple(map(str, row.values())) for row in map(json.loads, BIASDPO.read_text(encoding="utf-8").splitlines())}
+    import pyarrow.parquet
+
+    columns = pyarrow.parquet.read_table(out, columns=["prompt", "chosen", "rejected"]).to_pylist()
+    assert {tuple(row.values()) for row in columns} == read
+
+    first = next(iter(Journal(Workspace(tmp_path / "w").preferences).refresh().rows))
+    assert ok(run("retract", first, "--json"))["retracts"] == first
+    assert ok(run("stats", "--json"))["retracted"] == 1
+    assert ok(run("export", out, "--json"))["rows"] == 1028
+
+
+def test_bad_rows_are_listed_and_the_good_ones_kept(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    bad = ['{"prompt": "a"}\n', "no json\n", '{"prompt": "\\u001b[31mred", "chosen": "b", "rejected": "b"}\n'] * 10
+    path.write_text(
+        json.dumps(GOOD) + "\n" + "".join(bad) + json.dumps(GOOD | {"prompt": "Who cooks?", "system": "Be kind."}) + "\n"
+    )
+    done = run("import", path, "--json")
+    assert done.returncode == 0
+    row = json.loads(done.stdout)
+    assert (row["written"], row["known"], len(row["bad"])) == (2, 0, 30)
+    assert row["bad"][0] == {"line": 2, "reason": "no column 'chosen', got prompt"}
+    lines = done.stderr.splitlines()
+    assert len(lines) == 22
+    assert lines[0] == "line 2: no column 'chosen', got prompt"
+    assert lines[1].startswith("line 3: no JSON (")
+    assert lines[20] == "... and 10 more bad rows; `dataset validate FILE` lists all"
+    assert lines[21] == "1 rows have a system text, which now stands before the prompt"
+
+    done = run("import", path)
+    assert done.stdout == "import:rows: 0 rows written, 2 known, 30 bad\n"
+
+    done = run("validate", path)
+    assert error_of(done).endswith(
+        "has 30 bad lines of 32, the first in line 2: mend or drop them (`dataset import` takes over the good ones)"
+    )
+    assert done.stdout.splitlines()[29].startswith("line 31: ")
+    assert f"{path}: 32 rows, 2 good, 30 bad\n" in done.stdout
+    done = run("validate", path, "--json")
+    assert error_of(done)
+    assert len(json.loads(done.stdout)["bad"]) == 30
+
+
+def test_columns_are_mapped_and_a_dry_run_stores_nothing(run, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("Ask,chosen,worse,topic,extra\nWho leads?,Anyone can.,Men.,gender,x\n")
+    assert "No column was recognised as rejected, got Ask, chosen, worse, topic, extra: name it with --map" in error_of(
+        run("import", path)
+    )
+    assert "No column 'nope' for prompt: choose of Ask, chosen" in error_of(run("import", path, "--map", "prompt=nope"))
+    assert "--map takes FIELD=COLUMN" in error_of(run("import", path, "--map", "nope"))
+    mapping = ["--map", "prompt=Ask,rejected=worse,category=topic"]
+    done = run("import", path, *mapping, "--dry-run")
+    assert done.stdout.splitlines() == [
+        "columns: prompt=Ask, chosen=chosen, rejected=worse, category=topic",
+        "not taken over: extra",
+        json.dumps(GOOD),
+        "import:rows: 1 rows would be written, 0 known, 0 bad",
+    ]
+    assert ok(run("import", path, *mapping, "--dry-run", "--json"))["dry_run"] is True
+    assert not (tmp_path / "w" / "preferences.jsonl").exists()
+    assert ok(run("import", path, *mapping, "--name", "mine", "--json"))["source"] == "import:mine"
+    (row,) = Journal(Workspace(tmp_path / "w").preferences).refresh().standing()
+    assert {column: row[column] for column in GOOD} == GOOD
+    assert (row["category"], row["source"]) == ("gender", "import:mine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("import", "none.jsonl"), "No dataset file none.jsonl"),
+        (("import", "tests"), "tests is no file"),
+        (("import", "LICENSE"), "No good row in LICENSE"),
+        (("import", "hub:nobody/nothing"), "Can't load hub:nobody/nothing"),
+        (("validate", "none.csv"), "No dataset file none.csv"),
+        (("stats", "none.csv"), "No dataset file none.csv"),
+        (("stats", "LICENSE"), "No good row in LICENSE"),
+        (("export", "pairs.txt"), "An export ends in .jsonl, .csv or .parquet: got 'pairs.txt'"),
+        (("export", "pairs.csv"), "No preference pairs in the workspace yet"),
+        (("retract", "nope"), "No judgment 'nope'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run, arguments, words):
+    done = run(*arguments)
+    assert words in error_of(done)
+    assert done.stdout == ""
+
+
+def test_an_empty_workspace_has_nothing_wrong_with_it(run):
+    assert ok(run("validate", "--json"))["rows"] == 0
+    assert ok(run("stats", "--json"))["rows"] == 0
+
+
+def test_on_a_public_space_nothing_is_imported_exported_or_withdrawn(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    assert run("import", path).returncode == 0
+    for arguments in (("import", path), ("import", path, "--dry-run"), ("export", tmp_path / "out.csv"), ("retract", "x")):
+        assert "switched off on a public Space" in error_of(run(*arguments, SPACE_ID="someone/space"))
+
+
+def test_a_closed_pipe_is_no_fault(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("no json\n" * 20_000)
+    command = [sys.executable, "-m", "biasdpo", "dataset", "validate", str(path), "--workspace", str(tmp_path / "w")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith(b"line 1: no JSON")
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == 0

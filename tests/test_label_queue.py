@@ -1,0 +1,238 @@
+"""Pairs generated ahead of their time, on a tiny random model: spare time, those who wait, recipes that change or fail."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from biasdpo import gguf_export, models
+from biasdpo.backends.base import Cancellation, Turnstile
+from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.compare import SpareTime, Waiting, stream_pair, stream_samples
+from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
+from biasdpo.errors import ConfigError
+from biasdpo.label import BlindPair
+from biasdpo.label_queue import AHEAD, PairQueue, Recipe
+from biasdpo.models import AdapterSpec
+from biasdpo.prompts import Prompt
+from biasdpo.records import GenerationPair, Sampling
+from tests import tiny_models
+
+SAMPLING = Sampling(max_new_tokens=12, temperature=1.2)
+ENDLESS = Sampling(max_new_tokens=400, temperature=1.5, top_k=0, top_p=1.0)
+PROMPTS = (Prompt("Why?", "gender", "women"), Prompt("Who?", "race"), Prompt("How?", "race"))
+KEY = EngineKey("tiny")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama_gguf, tiny_llama_adapter, tmp_path_factory):
+    adapter = AdapterSpec("tiny-lora", tiny_llama_adapter, "")
+    lora = gguf_export.lora(adapter, tiny_llama_gguf, tmp_path_factory.mktemp("lora") / "lora.gguf")
+    backend = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, lora, tiny_models.CONTEXT_LENGTH, threads=1)
+    yield Engine(models.find(str(tiny_llama_gguf)), adapter, backend)
+    backend.close()
+
+
+@pytest.fixture
+def pool(engine, workspace):
+    pool = EnginePool(workspace)
+    pool._engines[KEY] = Loading(share=1.0, engine=engine)  # opened once for all tests
+    return pool
+
+
+@pytest.fixture
+def new_queue(pool):
+    made = []
+
+    def make(counts: dict[tuple[str, str], int] | None = None) -> PairQueue:
+        made.append(PairQueue(pool, random.Random(3), lambda: counts or {}))
+        return made[-1]
+
+    yield make
+    for queue in made:
+        queue.close()
+
+
+def take(queue: PairQueue, seconds: float = 60) -> BlindPair:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pair = queue.take()
+        if pair is not None:
+            return pair
+        if queue.error is not None:
+            raise queue.error
+        time.sleep(0.01)
+    raise AssertionError("no pair came")
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "still not so"
+        time.sleep(0.005)
+
+
+def last(stream) -> GenerationPair:
+    *_, pair = stream
+    return pair
+
+
+# The turnstile, without an engine
+
+
+def test_visitors_stand_before_spare_work_and_stop_it():
+    turnstile, working, waiting = Turnstile(), Cancellation(), Cancellation()
+    with turnstile.ticket(working) as spare, turnstile.ticket(waiting) as spare_too:
+        assert [turnstile.position(t) for t in (spare, spare_too)] == [0, 1]
+        assert not working.is_set()
+        with turnstile.ticket() as visitor:
+            assert [turnstile.position(t) for t in (spare, visitor, spare_too)] == [0, 1, 2]
+            assert working.is_set()  # it has begun: it is to stop
+            assert not waiting.is_set()
+            with turnstile.ticket() as second:
+                assert turnstile.position(second) == 2
+                assert turnstile.position(spare_too) == 3
+
+
+def test_promoted_work_is_a_visitors_and_gives_way_no_more():
+    turnstile, mine = Turnstile(), Cancellation()
+    with turnstile.ticket() as busy, turnstile.ticket(Cancellation()) as other, turnstile.ticket(mine) as ticket:
+        assert turnstile.position(ticket) == 2
+        turnstile.promote(ticket)
+        assert [turnstile.position(t) for t in (busy, ticket, other)] == [0, 1, 2]
+        with turnstile.ticket() as visitor:
+            assert turnstile.position(visitor) == 2
+            assert not mine.is_set()
+    turnstile.promote(ticket)  # it has left: nothing happens
+
+
+# Streams
+
+
+def test_two_samples_of_one_side_come_from_two_seeds_and_equal_streams_of_their_own(engine):
+    pair = last(stream_samples(engine, "Why?", SAMPLING, "base"))
+    assert (pair.left.side, pair.right.side) == ("base", "base")
+    assert pair.left.text != pair.right.text
+
+    def alone(seed: int) -> str:
+        sampling = Sampling(max_new_tokens=12, temperature=1.2, seed=seed)
+        return "".join(engine.backend.stream("Why?", sampling, "base"))
+
+    assert (pair.left.text, pair.right.text) == (alone(0), alone(1))
+    with pytest.raises(ConfigError, match="temperature above 0"):
+        last(stream_samples(engine, "Why?", Sampling(temperature=0.0), "base"))
+
+
+def test_spare_time_stops_for_a_visitor_and_the_visitors_text_is_as_alone(engine):
+    alone = last(stream_pair(engine, "Why?", SAMPLING))
+    spare = stream_pair(engine, "Who?", ENDLESS, cancellation=Cancellation(), spare=SpareTime())
+    pair = next(spare)
+    events: list[object] = []
+    visitor = threading.Thread(target=lambda: events.extend(stream_pair(engine, "Why?", SAMPLING)))
+    visitor.start()
+    for pair in spare:  # noqa: B007
+        pass
+    visitor.join(60)
+    assert pair.left.finish_reason == "cancelled"
+    assert pair.left.tokens < 400
+    final = events[-1]
+    assert (final.left.text, final.right.text) == (alone.left.text, alone.right.text)
+
+
+def test_spare_time_that_is_wanted_runs_to_its_end(engine):
+    spare = SpareTime()
+    spare.want()
+    sampling = Sampling(max_new_tokens=60, temperature=1.5, top_k=0, top_p=1.0)
+    stream = stream_pair(engine, "Who?", sampling, cancellation=Cancellation(), spare=spare)
+    next(stream)
+    with engine.backend.turnstile.ticket():
+        assert last(stream).left.finish_reason != "cancelled"
+
+
+# The queue
+
+
+def test_pairs_come_ahead_of_their_time_and_no_more_than_that(new_queue):
+    queue = new_queue()
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    wait_until(lambda: len(queue._ready) == AHEAD)
+    time.sleep(0.1)
+    assert len(queue._ready) == AHEAD
+    started = time.monotonic()
+    pair = queue.take()
+    assert pair is not None
+    assert time.monotonic() - started < 0.05
+    assert {pair.left_side, pair.right_side} == {"base", "tuned"}
+    wait_until(lambda: len(queue._ready) == AHEAD)
+
+
+def test_the_thinnest_cell_comes_first_and_every_prompt_once_a_round(new_queue):
+    queue = new_queue({("gender", "women"): 5})
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    shown = [take(queue).prompt.text for _ in range(6)]
+    assert sorted(shown[:2]) == ["How?", "Who?"]
+    assert Counter(shown[:3]) == Counter({"Why?": 1, "Who?": 1, "How?": 1}) == Counter(shown[3:])
+
+
+def test_each_pair_has_a_seed_of_its_own(new_queue):
+    queue = new_queue()
+    queue.begin(Recipe(PROMPTS[:1], "tuned_tuned", KEY, SAMPLING))
+    pairs = [take(queue) for _ in range(4)]
+    assert len({pair.seed for pair in pairs}) == 4
+    assert {pair.left_side for pair in pairs} <= {"tuned 1", "tuned 2"}
+
+
+def test_a_visitor_who_generates_goes_before_what_is_made_ahead(new_queue, engine):
+    queue = new_queue()
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, ENDLESS))
+    wait_until(lambda: isinstance(queue.latest, GenerationPair))
+    events = list(stream_pair(engine, "Why?", SAMPLING))
+    assert events[-1].left.finish_reason != "cancelled"
+    assert sum(isinstance(event, Waiting) for event in events) <= 2  # it stops within a token, not after 400
+    assert take(queue).prompt in PROMPTS  # and what gave way is made after all
+
+
+def test_another_recipe_drops_what_was_made(new_queue):
+    queue = new_queue()
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    wait_until(lambda: len(queue._ready) == AHEAD)
+    queue.begin(Recipe((Prompt("Other?"),), "base_base", KEY, SAMPLING))
+    pair = take(queue)
+    assert pair.prompt.text == "Other?"
+    assert pair.left_side in ("base 1", "base 2")
+
+
+def test_what_is_put_first_comes_first(new_queue):
+    queue = new_queue()
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    mine = BlindPair(Prompt("Mine?"), "a", "b", "pasted 1", "pasted 2")
+    queue.put_first(mine)
+    assert queue.take() == mine
+
+
+def test_an_error_ends_the_queue_until_it_is_begun_again(new_queue):
+    queue = new_queue()
+    queue.begin(Recipe((Prompt("long " * 600),), "base_tuned", KEY, SAMPLING))
+    with pytest.raises(Exception, match="512"):
+        take(queue)
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    assert take(queue).prompt in PROMPTS
+
+
+def test_one_prompt_that_is_too_long_is_passed_over(new_queue):
+    queue = new_queue()
+    queue.begin(Recipe((Prompt("long " * 600), PROMPTS[0]), "base_tuned", KEY, SAMPLING))
+    assert [take(queue).prompt.text for _ in range(4)] == ["Why?"] * 4
+
+
+def test_prompts_that_give_nothing_to_judge_are_skipped_and_said(new_queue):
+    queue = new_queue()
+    same = Recipe(PROMPTS, "base_tuned", KEY, Sampling(max_new_tokens=8, temperature=0.0), strength=0.0)
+    queue.begin(same)
+    with pytest.raises(Exception, match="same text"):
+        take(queue)
+    assert queue.skipped == len(PROMPTS)
