@@ -146,10 +146,10 @@ class LabelHandlers(SourceHandlers, MineHandlers):
             updates[self.length_note] = label_render.warning(label.length_warning(pair.left, pair.right))
         return updates
 
-    def show_edit(self, left: str, right: str, request: gr.Request) -> Updates:
+    def show_edit(self, editing: bool, left: str, right: str, request: gr.Request) -> Updates:
         """While somebody edits: what has changed, and whether one has grown too long."""
         pair = self.sessions.of(request.session_hash).shown
-        if pair is None:
+        if pair is None or not editing:
             return {self.left_diff: "", self.right_diff: "", self.length_note: ""}
         return {
             self.left_diff: label_render.edit_diff(pair.left, left or ""),

@@ -15,7 +15,7 @@ from biasdpo.label_queue import PairQueue
 from biasdpo.records import Judgment
 from biasdpo.ui.store import Store
 
-_ON_ITS_WAY_SECONDS = 3.0  # an answer that has not arrived by then is sent again
+_ON_ITS_WAY_SECONDS = 10.0  # an answer that has not arrived by then is sent again
 
 
 @dataclass(frozen=True)

@@ -260,14 +260,9 @@ class LabelTab(LabelHandlers):
         self.timer.tick(self.watch, [self.identity, self.token], shown, **quick)
         edits = [self.left_diff, self.right_diff, self.length_note]
         self.editing.input(self.change_editing, self.editing, [self.left, self.right, *edits], **quick)
-        gr.on(
-            [self.left.input, self.right.input],
-            self.show_edit,
-            [self.left, self.right],
-            edits,
-            trigger_mode="always_last",
-            **quick,
-        )
+        # `change`, since `input` is not sent for text that is pasted or comes from an input method.
+        changed = [self.editing, self.left, self.right]
+        gr.on([self.left.change, self.right.change], self.show_edit, changed, edits, trigger_mode="always_last", **quick)
 
         self.coverage_box.expand(self.show_coverage, None, self.coverage, **quick)
         mine = [self.mine, self.consistency, self.mine_notice]
