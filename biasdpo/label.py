@@ -234,7 +234,7 @@ def length_warning(left: str, right: str) -> str:
         return ""
     name = "Left" if lengths[0] > lengths[1] else "Right"
     return (
-        f"{name} is {ratio:.1f} times as long as the other. If you choose it, the pair also teaches “write more”: "
+        f"{name} is {ratio:.2f} times as long as the other. If you choose it, the pair also teaches “write more”: "
         f"trim it below {LENGTH_GUARD:g} times, or lengthen the other."
     )
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from biasdpo import dataset, label, prompts
+from biasdpo.dataset.confounds import AnnotatorShares, Confounds
 from biasdpo.dataset.pairs import shown_pair_id
 from biasdpo.errors import ConfigError, DatasetError, PromptError
 from biasdpo.label import BlindPair, Details
 from biasdpo.prompts import Prompt
 from biasdpo.records import Completion, GenerationPair, Sampling
+from biasdpo.ui import label_render
 
 PAIR = GenerationPair(
     prompt="Who leads?",
@@ -165,8 +167,8 @@ def test_word_diff_is_of_words_and_loses_nothing():
 
 def test_the_length_guard():
     assert label.length_warning("a" * 130, "b" * 100) == ""
-    assert label.length_warning("a" * 131, "b" * 100).startswith("Left is 1.3 times as long")
-    assert label.length_warning("a" * 10, "b" * 100).startswith("Right is 10.0 times")
+    assert label.length_warning("a" * 131, "b" * 100).startswith("Left is 1.31 times as long")
+    assert label.length_warning("a" * 10, "b" * 100).startswith("Right is 10.00 times")
     assert "empty" in label.length_warning(" ", "b")
 
 
@@ -213,3 +215,37 @@ def test_shipped_prompts_and_groups():
     assert {len(texts) for texts in prompts.by_category().values()} == {8}
     assert set(prompts.group_lists()) == {"gender", "race", "religion"}
     assert all(len(lists["groups"]) >= 8 for lists in prompts.group_lists().values())
+
+
+def test_the_page_shows_others_text_as_text():
+    evil = "<script>alert(1)</script>"
+    pair = replace(SHOWN, prompt=Prompt(evil, evil, evil), adapter=evil)
+    made = label.judgment(pair, "left", replace(OAK, annotator=evil))
+    shares = AnnotatorShares(evil, 3, 0.5, None)
+    confounds = Confounds(3, 0.5, None, 0, 0, None, (shares, replace(shares, annotator="oak")), (evil,))
+    for html in (
+        label_render.prompt(pair.prompt),
+        label_render.saved(made, pair, True, 1),
+        label_render.side_diff(evil, "other", (evil, evil)),
+        label_render.edit_diff("before", evil),
+        label_render.warning(evil),
+        label_render.meter(confounds),
+        label_render.coverage({(evil, evil): 2}, prompts.CATEGORIES),
+        label_render.consistency(evil, (1, 2), 0.5, 2),
+    ):
+        assert "<script>" not in html
+        assert "&lt;script&gt;" in html
+
+
+def test_the_meter_says_what_is_not_known():
+    html = label_render.meter(Confounds(0, None, None, 0, 0, None, (), ()))
+    assert html.count("–") == 3  # two shares, and the overlap without --data-dir
+    assert "By annotator" not in html
+
+
+def test_sides_are_revealed_or_not():
+    made = label.judgment(SHOWN, "right", OAK)
+    told = label_render.saved(made, SHOWN, True, 4)
+    assert "right is less biased" in told
+    assert "Left was the base model, right was the tuned model (demo) (seed 7)." in told
+    assert "model" not in label_render.saved(made, SHOWN, False, 4)

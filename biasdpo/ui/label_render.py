@@ -14,6 +14,7 @@ from biasdpo.records import GenerationPair, Judgment
 from biasdpo.ui import render
 
 VERDICTS = {"left": "Left is less biased", "right": "Right is less biased", "tie": "Tie", "both_biased": "Both are biased"}
+_ANNOTATORS = 50  # listed in the meter
 _SIDES = {"base": "the base model", "tuned": "the tuned model"}
 
 
@@ -126,7 +127,28 @@ def meter(confounds: Confounds) -> str:
     )
     lines = "".join(f'<li role="status">{escape(line)}</li>' for line in confounds.warnings)
     warnings = f'<ul class="bd-meter-warnings">{lines}</ul>' if lines else ""
-    return f'<section class="bd-meter" aria-label="Confound meter"><h3>Confounds</h3>{bars}{counts}{warnings}</section>'
+    shown = f"<h3>Confounds</h3>{bars}{counts}{_by_annotator(confounds)}{warnings}"
+    return f'<section class="bd-meter" aria-label="Confound meter">{shown}</section>'
+
+
+def _by_annotator(confounds: Confounds) -> str:
+    """Each annotator's habits, folded, where there is more than one annotator."""
+    if len(confounds.annotators) < 2:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(shares.annotator)}</th><td>{shares.pairs:,}</td>'
+        f"<td>{_share(shares.chosen_longer_share)}</td><td>{_share(shares.chosen_left_share)}</td></tr>"
+        for shares in confounds.annotators[:_ANNOTATORS]
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Annotator", "Pairs", "Chosen is longer", "Chosen stood left"))
+    return (
+        f'<details class="bd-annotators"><summary>By annotator ({len(confounds.annotators):,})</summary>'
+        f'<table class="bd-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></details>'
+    )
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def _bar(name: str, share: float | None) -> str:

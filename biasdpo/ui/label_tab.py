@@ -120,7 +120,7 @@ class LabelTab(LabelHandlers):
         self.notice = gr.HTML("", js_on_load=None, elem_id="label-notice")
         with gr.Column(visible=False, elem_id="pair-area") as self.pair_area:
             self.prompt = gr.HTML("", js_on_load=None, elem_id="label-prompt")
-            self.token = gr.Textbox("", visible="hidden", elem_id="pair-token")
+            self.token = gr.Textbox("", elem_id="pair-token")  # hidden by the style
             with gr.Row(elem_id="label-panes", equal_height=True):
                 self.left, self.left_diff = self._pane("Left", "label-left-text")
                 self.right, self.right_diff = self._pane("Right", "label-right-text")

@@ -97,6 +97,53 @@ def take_states(browser: Browser, url: str, adapter: str, out: Path) -> None:
             page.wait_for_selector(".bd-proven", timeout=60_000)
             write(page)
             shoot(page, out / f"{scheme}-{width}.png")
+            take_label(page, out, f"{scheme}-{width}")
+
+
+def take_label(page: Page, out: Path, name: str) -> None:
+    """The Label tab from the consent to the third verdict, an edit on the way."""
+    page.click("#judge button.label-wrap")
+    page.click("#diff button.label-wrap")
+    shoot(page, out / f"compare-judge-{name}.png")
+    page.get_by_role("tab", name="Label").click()
+    shoot(page, out / f"label-consent-{name}.png")
+    page.fill("#pseudonym input, #pseudonym textarea", "maple")
+    page.click("#agree")
+    page.wait_for_selector("#label-empty")
+    shoot(page, out / f"label-empty-{name}.png")
+    page.click("#begin")
+    wait_pair(page, "")
+    for key in ("1", "2"):
+        shown = page.input_value(TOKEN)
+        page.keyboard.press(key)
+        wait_pair(page, shown)
+    shoot(page, out / f"label-pair-{name}.png")
+    page.keyboard.press("e")
+    page.wait_for_selector("#label-left-text textarea:not([disabled])")
+    page.focus("#label-left-text textarea")
+    page.keyboard.press("Control+End")
+    page.keyboard.type(" Nobody knows that, and there is more to say about it than fits into a line or two.")
+    page.wait_for_selector("#label-left-text-diff ins")
+    page.click("#label-diff button.label-wrap")
+    shoot(page, out / f"label-edit-{name}.png")
+    page.keyboard.press("Escape")
+    page.keyboard.press("4")
+    page.wait_for_selector("#label-last:has-text('Stored')")
+    for box in ("coverage", "mine"):
+        page.click(f"#{box} button.label-wrap")
+    page.wait_for_selector("#consistency:has-text('maple')")
+    shoot(page, out / f"label-mine-{name}.png")
+
+
+TOKEN = "#pair-token textarea, #pair-token input"
+
+
+def wait_pair(page: Page, before: str) -> None:
+    page.wait_for_function(
+        "([box, was]) => { const now = document.querySelector(box)?.value; return now && now !== was }",
+        arg=[TOKEN, before],
+        timeout=120_000,
+    )
 
 
 def open_page(browser: Browser, url: str, scheme: str = "light", width: int = 1280, **query: str) -> Page:
