@@ -92,6 +92,42 @@
     }
   }, true);
 
+  // The data set's table: a click anywhere on a row chooses it, and so does Enter on its button; arrows go from row to row.
+  window.bdTable = (element, trigger) => {
+    element.addEventListener("click", (event) => {
+      const row = event.target.closest("tr[data-id]");
+      if (!row || (event.detail && String(getSelection()))) return;  // marking text with the mouse chooses nothing
+      for (const other of element.querySelectorAll("tr[data-id]")) {
+        other.toggleAttribute("aria-current", other === row);
+        other.querySelector("button").tabIndex = other === row ? 0 : -1;
+      }
+      row.setAttribute("aria-current", "true");
+      trigger("click", { id: row.dataset.id });
+    });
+    element.addEventListener("keydown", (event) => {
+      const buttons = [...element.querySelectorAll("tr[data-id] button")];
+      const at = buttons.indexOf(document.activeElement);
+      const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: buttons.length - 1 }[event.key];
+      if (at < 0 || to === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+      event.preventDefault();
+      const next = buttons[Math.min(Math.max(to, 0), buttons.length - 1)];
+      buttons[at].tabIndex = -1;
+      next.tabIndex = 0;
+      next.focus();
+    });
+  };
+
+  // After the page has drawn what has changed: the focus goes to the first of these that is there, or a box comes into view.
+  const drawn = (then) => requestAnimationFrame(() => setTimeout(then, 60));
+  window.bdFocus = (...selectors) => drawn(() => {
+    const found = selectors.map((selector) => document.querySelector(selector)).find((element) => element && element.offsetParent);
+    found?.focus();
+  });
+  window.bdShow = (id) => drawn(() => {
+    const box = visible(id);
+    if (box && (box.getBoundingClientRect().top < 0 || box.getBoundingClientRect().top > innerHeight - 120)) box.scrollIntoView();
+  });
+
   window.bdCopyLink = (query) => {
     const address = query.startsWith("?") ? window.location.origin + window.location.pathname + query : query;
     const button = document.getElementById("copy-link");

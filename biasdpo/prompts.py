@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import dataset
-from biasdpo.dataset.rows import BadLine
 from biasdpo.dataset.reading import rows_of
+from biasdpo.dataset.rows import BadLine
 from biasdpo.errors import DatasetError, PromptError
 from biasdpo.workspace import ASSETS
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -20,7 +21,7 @@ import pytest
 from filelock import FileLock
 
 from biasdpo import dataset
-from biasdpo.dataset import Journal, journal, rows, torn
+from biasdpo.dataset import Journal, growing, journal, rows, torn
 from biasdpo.errors import DatasetError, WorkspaceError
 from biasdpo.records import Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace
@@ -98,8 +99,8 @@ dataset.append(Workspace(Path({str(workspace.root)!r})), judgment("a", 2))
 """
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == -signal.SIGKILL
     after = workspace.preferences.read_bytes()
-    half = len(orjson.dumps(dict.fromkeys("x"))) and len(after) - len(before)
-    assert {"write": half == 0, "half a write": half > 0 and after[-1:] != b"\n", "fsync": after.endswith(b"\n")}[at]
+    state = "nothing" if after == before else "whole" if after.endswith(b"\n") else "torn"
+    assert state == {"write": "nothing", "half a write": "torn", "fsync": "whole"}[at]
     again = dataset.append(workspace, judgment("a", 2))  # the second try
     assert (again.written, again.repaired) == {"write": (1, False), "half a write": (1, True), "fsync": (0, False)}[at]
     assert ids_in_file(workspace.preferences) == ["a-1", "a-2"]
@@ -147,6 +148,17 @@ def test_a_line_whose_middle_never_reached_the_disk_is_torn_too(workspace: Works
     assert dataset.append(workspace, judgment("a", 3)).repaired
     assert ids_in_file(workspace.preferences) == ["a-1", "a-3"]
     assert (list(reader.refresh().rows), reader.bad_lines) == (["a-1", "a-3"], [])  # the file is not what it was: read anew
+
+
+def test_mending_without_an_append(workspace: Workspace) -> None:
+    assert not dataset.mend(workspace)
+    assert not workspace.preferences.exists()
+    dataset.append(workspace, judgment("a", 1))
+    assert not dataset.mend(workspace)
+    with workspace.preferences.open("ab") as file:
+        file.write(b'{"id": "b')
+    assert dataset.mend(workspace)
+    assert ids_in_file(workspace.preferences) == ["a-1"]
 
 
 def test_a_file_of_one_torn_line(workspace: Workspace) -> None:
@@ -317,7 +329,7 @@ def test_a_folder_in_a_files_place(workspace: Workspace, name: str) -> None:
     (workspace.root / name).mkdir()
     with pytest.raises(WorkspaceError) as caught:
         dataset.append(workspace, judgment("a", 1))
-    assert_one_line(caught.value, name)
+    assert_one_line(caught.value, str(workspace.preferences), "directory")
     (workspace.root / name).rmdir()
     assert dataset.append(workspace, judgment("a", 1)).written == 1
 
@@ -338,6 +350,16 @@ def test_a_lock_that_is_held_too_long(workspace: Workspace, monkeypatch: pytest.
     assert_one_line(caught.value, "locked by another process for 0.2 s", "try again")
     assert workspace.preferences.read_bytes() == before
     assert dataset.append(workspace, judgment("a", 2)).written == 1
+
+
+def test_times_are_stored_with_their_milliseconds(workspace: Workspace) -> None:
+    """Else pyarrow takes a file whose times all lack them for one of timestamps."""
+    given = ("2024-07-18T02:00:00+02:00", "2024-07-18T00:00:00.123456Z", "2024-07-18T00:00", "long ago")
+    for number, created_at in enumerate(given):
+        dataset.append(workspace, replace(judgment("a", number), created_at=created_at))
+    stored = [row["created_at"] for row in Journal(workspace.preferences).refresh().standing()]
+    midnight = "2024-07-18T00:00:00.000+00:00"
+    assert stored == [midnight, "2024-07-18T00:00:00.123+00:00", midnight, "long ago"]
 
 
 @pytest.mark.parametrize(
@@ -388,6 +410,24 @@ def test_a_reader_follows_while_lines_are_torn_and_mended(workspace: Workspace) 
     assert reader.bad_lines == []
     assert lengths == sorted(lengths)
     assert dataset.repaired_lines(workspace) == count / 3
+
+
+def test_what_is_written_while_it_is_read_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a torn line, cut off after its first block was read, and the row in its place would make one line."""
+    path = tmp_path / "lines"
+    path.write_bytes(b"first line\ntorn li")
+    pread = os.pread
+
+    def mend_between(file: int, size: int, offset: int) -> bytes:
+        data = pread(file, size, offset)
+        path.write_bytes(b"first line\na whole new line, and longer\n")
+        return data
+
+    lines = growing.GrowingLines()
+    with path.open("rb") as file:
+        monkeypatch.setattr(growing.os, "pread", mend_between)
+        assert list(lines.read(file.fileno())) == [b"first line"]
+        assert list(lines.read(file.fileno())) == [b"a whole new line, and longer"]
 
 
 def test_a_line_in_doubt_is_read_again_under_the_lock(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

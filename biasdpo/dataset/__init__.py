@@ -15,7 +15,18 @@ from biasdpo.dataset.importing import (
     preview,
     try_import,
 )
-from biasdpo.dataset.journal import Appended, BadLine, Journal, append, append_all, new_judgment, repaired_lines, retract, undo
+from biasdpo.dataset.journal import (
+    Appended,
+    BadLine,
+    Journal,
+    append,
+    append_all,
+    mend,
+    new_judgment,
+    repaired_lines,
+    retract,
+    undo,
+)
 from biasdpo.dataset.near_duplicates import normalise_prompt
 from biasdpo.dataset.overlap import Overlap, load_overlap
 from biasdpo.dataset.pairs import (
@@ -81,6 +92,7 @@ __all__ = [
     "load_overlap",
     "longer_baseline",
     "measure",
+    "mend",
     "new_judgment",
     "normalise_prompt",
     "pair_id_of",

@@ -72,16 +72,15 @@ def self_consistency(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 
 def _between(rows: Iterable[Row]) -> tuple[float | None, int]:
     """Krippendorff's alpha, and the number of pairs behind it. An annotator's last judgment of a pair is theirs."""
-    first_judge: dict[str, str] = {}
-    shared: set[str] = set()
-    asked = [(shown_pair_id(row), row) for row in rows if not row["repeat_of"]]
-    for pair_id, row in asked:
-        if first_judge.setdefault(pair_id, row["annotator"]) != row["annotator"]:
-            shared.add(pair_id)
-    last = {(pair_id, row["annotator"]): value_of(row) for pair_id, row in asked if pair_id in shared}
+    asked = [row for row in rows if not row["repeat_of"]]
+    pair_ids = list(map(shown_pair_id, asked))
+    times = Counter(pair_ids)  # most pairs are judged once: they are left out at once
+    last = {(pair, row["annotator"]): value_of(row) for pair, row in zip(pair_ids, asked, strict=True) if times[pair] > 1}
+    judges = Counter(pair for pair, _annotator in last)
     units: dict[str, Counter[str]] = {}
-    for (pair_id, _annotator), value in last.items():
-        units.setdefault(pair_id, Counter())[value] += 1
+    for (pair, _annotator), value in last.items():
+        if judges[pair] > 1:
+            units.setdefault(pair, Counter())[value] += 1
     counts = np.array([[unit[value] for value in VALUES] for unit in units.values()], np.int64).reshape(-1, len(VALUES))
     if (counts.sum(axis=0) > 0).sum() < 2:
         return None, len(units)

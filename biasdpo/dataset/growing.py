@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 _BLOCK_BYTES = 8 * 2**20  # read at once
-_SEAL_BYTES = 64  # the last bytes read: if they changed, it is another file
 
 
 class GrowingLines:
@@ -16,17 +15,17 @@ class GrowingLines:
         self.offset = 0
         self.count = 0
         self._inode = 0
-        self._seal = b""
+        self._last = b""
 
     def continues_in(self, file: int) -> bool:
-        """Whether an open file begins with what was read, as far as its inode, its size and the last bytes read can tell."""
+        """Whether an open file begins with what was read, as far as its inode, its size and the last line read can tell."""
         status = os.fstat(file)
         if self.offset == 0:
             self._inode = status.st_ino
             return True
         same = status.st_ino == self._inode and status.st_size >= self.offset
-        seal = self._seal[-_SEAL_BYTES:] + b"\n"
-        return same and os.pread(file, len(seal), self.offset - len(seal)) == seal
+        last = self._last + b"\n"
+        return same and os.pread(file, len(last), self.offset - len(last)) == last
 
     def read(self, file: int) -> Iterator[bytes]:
         """The whole lines that are new, without their ends. One counts as read when the next is asked for.
@@ -43,4 +42,4 @@ class GrowingLines:
                 yield line
                 self.offset += len(line) + 1
                 self.count += 1
-                self._seal = line
+                self._last = line

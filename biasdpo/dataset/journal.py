@@ -34,6 +34,7 @@ __all__ = [
     "Row",
     "append",
     "append_all",
+    "mend",
     "new_judgment",
     "repaired_lines",
     "retract",
@@ -90,6 +91,14 @@ def append_all(workspace: Workspace, judgments: Iterable[Judgment]) -> Appended:
     return Appended(len(new), count - len(new), repaired)
 
 
+def mend(workspace: Workspace) -> bool:
+    """Repair a torn last line now, where there is one: until then nobody else can read the file as JSON lines. True if so."""
+    if not workspace.preferences.exists():
+        return False
+    with _opened(workspace.preferences) as (_file, repaired):
+        return repaired
+
+
 def retract(workspace: Workspace, judgment_id: str, annotator: str = "") -> Judgment:
     """Take back any judgment by its id. Doing so twice is the same as once. Refused on a public Space (see `undo`)."""
     refuse_on_public_space("Withdrawing by id")
@@ -97,7 +106,7 @@ def retract(workspace: Workspace, judgment_id: str, annotator: str = "") -> Judg
     row = journal.rows.get(judgment_id)
     if row is None or row["verdict"] == "retracted":
         raise DatasetError(f"No judgment {judgment_id!r} in {workspace.preferences}: `dataset export` lists the ids")
-    known = next((r for r in journal.rows.values() if r["retracts"] == judgment_id), None)
+    known = next((r for r in journal.rows.values() if r["verdict"] == "retracted" and r["retracts"] == judgment_id), None)
     if known is not None:
         return Judgment(**known | {"meta": JudgmentMeta(**known["meta"])})
     return undo(workspace, judgment_id, row["pair_id"], annotator or row["annotator"], row["source"])
@@ -116,11 +125,21 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def _as_stored(created_at: str) -> str:
+    """A time with its milliseconds, always: pyarrow takes a column of times without fractions for timestamps, not for text."""
+    try:
+        time = datetime.fromisoformat(created_at)
+    except ValueError:
+        return created_at
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC).isoformat(timespec="milliseconds")
+
+
 def _line(judgment: Judgment) -> bytes:
     """The judgment's line: every column, each of its one type, whatever the caller had."""
     try:
         meta = vars(judgment.meta) | {"seconds": float(judgment.meta.seconds), "seed": int(judgment.meta.seed)}
         row = row_of(vars(judgment) | {"meta": dict(meta)})
+        row["created_at"] = _as_stored(row["created_at"])
         if row["meta"] != meta:
             raise ValueError("meta holds a value of a wrong type")
         if not math.isfinite(meta["seconds"]):  # JSON has no such number: it would be stored as null

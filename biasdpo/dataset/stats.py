@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -72,9 +72,12 @@ def _stats(source: Workspace | Journal | Iterable[Row], overlap: Overlap | None)
     }
 
 
-def _derived_pairs(preferred: Iterable[Row]) -> int:
+def _derived_pairs(preferred: Sequence[Row]) -> int:
     """How many pairs `derive` leaves, by the rows' pair ids, which it would have to compute again."""
-    lead: Counter[str] = Counter()  # by pair: votes for one completion less those for the other
-    for row in preferred:
-        lead[judged_pair_id(row)] += 1 if row["chosen"] < row["rejected"] else -1
-    return sum(map(bool, lead.values()))
+    pair_ids = list(map(judged_pair_id, preferred))
+    votes = Counter(pair_ids)
+    lead: Counter[str] = Counter()  # of pairs with several votes: those for one completion less those for the other
+    for pair_id, row in zip(pair_ids, preferred, strict=True):
+        if votes[pair_id] > 1:
+            lead[pair_id] += 1 if row["chosen"] < row["rejected"] else -1
+    return len(votes) - sum(not margin for margin in lead.values())

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from operator import itemgetter
+from threading import Lock
 from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
+from biasdpo.dataset.bulk import without_collection
 from biasdpo.dataset.rows import Journal, Row
 from biasdpo.errors import ConfigError
 
@@ -55,16 +58,22 @@ class Page:
 
 
 def query(journal: Journal, wanted: Query, number: int = 0, page_rows: int = PAGE_ROWS) -> Page:
-    """One page of the judgments that a journal has read so far, found by a query."""
-    found, retracted = _judgments(journal)
+    """One page of the judgments that a journal has read so far, found by a query.
+
+    The first search in a journal makes a copy of its texts to search in (about 1 KB a row), which later ones extend.
+    """
+    found, (reading, _count) = journal.since((0, 0))
+    retracted = _retracted(found)
+    if wanted.search.strip():
+        with without_collection():
+            found = _search(found, _searchable(journal, found, reading), wanted.search)
+    found = [row for row in found if row["verdict"] != "retracted"]
     if wanted.state != "all":
         found = [row for row in found if (row["id"] in retracted) == (wanted.state == "retracted")]
     for column in FILTERS:
         value = getattr(wanted, column)
         if value is not None:
             found = [row for row in found if row[column] == value]
-    for word in wanted.search.casefold().split():
-        found = [row for row in found if word in "\n".join(_SEARCHED(row)).casefold()]
     pages = max(1, -(-len(found) // page_rows))
     number = min(max(0, number), pages - 1)
     end = len(found) - number * page_rows
@@ -74,12 +83,31 @@ def query(journal: Journal, wanted: Query, number: int = 0, page_rows: int = PAG
 
 def choices(journal: Journal) -> dict[str, Counter[str]]:
     """By column of FILTERS: the values that judgments have, retracted ones included, with how many have them."""
-    rows, _retracted = _judgments(journal)
+    rows = [row for row in journal.since((0, 0))[0] if row["verdict"] != "retracted"]
     return {column: Counter(map(itemgetter(column), rows)) for column in FILTERS}
 
 
-def _judgments(journal: Journal) -> tuple[list[Row], frozenset[str]]:
-    """The judgments, retracted ones among them but not the rows that take back; and the ids taken back."""
-    rows, _mark = journal.since((0, 0))
-    retracted = frozenset(row["retracts"] for row in rows if row["verdict"] == "retracted")
-    return [row for row in rows if row["verdict"] != "retracted"], retracted
+def _retracted(rows: list[Row]) -> frozenset[str]:
+    return frozenset(row["retracts"] for row in rows if row["verdict"] == "retracted")
+
+
+def _search(rows: list[Row], texts: list[str], search: str) -> list[Row]:
+    hits = list(zip(rows, texts, strict=False))  # texts may have grown meanwhile
+    for word in sorted(search.casefold().split(), key=len, reverse=True):  # long words are rare: few rows are left
+        hits = [(row, text) for row, text in hits if word in text]
+    return [row for row, _text in hits]
+
+
+_copies: WeakKeyDictionary[Journal, tuple[int, list[str]]] = WeakKeyDictionary()  # which reading of it, its rows' texts
+_copies_lock = Lock()
+
+
+def _searchable(journal: Journal, rows: list[Row], reading: int) -> list[str]:
+    """Each row's columns as one casefolded text, at least those of `rows`, in the same order."""
+    with _copies_lock:
+        known, texts = _copies.get(journal, (reading, []))
+        if known != reading:
+            texts = []
+        texts += ["\n".join(_SEARCHED(row)).casefold() for row in rows[len(texts) :]]
+        _copies[journal] = (reading, texts)
+        return texts

@@ -10,6 +10,7 @@ import gradio as gr
 from biasdpo.engines import EnginePool
 from biasdpo.ui import identity
 from biasdpo.ui.compare_tab import CompareTab
+from biasdpo.ui.dataset_tab import DatasetTab
 from biasdpo.ui.label_sessions import LabelSessions
 from biasdpo.ui.label_tab import LabelTab
 from biasdpo.ui.startup import Startup
@@ -35,6 +36,8 @@ _SPACE = """
 here, and models come from the catalog. Duplicate the Space, or run BiasDPO on your own machine, for the whole workbench.</div>
 """
 
+_CACHE_SECONDS = (3600, 86400)  # how often uploads and exports in Gradio's cache are looked through, and how old they may get
+
 # What assets/style.css can't say, since Gradio puts its own scope before every selector there.
 _STYLE = "html.bd-warned .block:has(#content-warning) { display: none !important; }"
 
@@ -44,7 +47,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
 
     `benchmarks`: the folder of --data-dir, if any.
     """
-    demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True)
+    demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True, delete_cache=_CACHE_SECONDS)
     with demo:
         gr.HTML(_HEADER, js_on_load=None)
         if is_public_space():
@@ -59,6 +62,8 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
                 compare.build(demo, tabs)
             with gr.Tab("Label", id="label") as tab:
                 LabelTab(sessions, store, who, compare.key, compare.engine_inputs).build(demo, tab)
+            with gr.Tab("Data set", id="dataset") as tab:
+                DatasetTab(store, sessions, who).build(tab)
     return demo
 
 

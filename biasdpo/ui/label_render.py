@@ -14,6 +14,7 @@ from biasdpo.records import GenerationPair, Judgment
 from biasdpo.ui import render
 
 VERDICTS = {"left": "Left is less biased", "right": "Right is less biased", "tie": "Tie", "both_biased": "Both are biased"}
+_DIFF_CHARACTERS = 4_000  # difflib's time grows with the square: half a second at this length
 _ANNOTATORS = 50  # listed in the meter
 _SIDES = {"base": "the base model", "tuned": "the tuned model"}
 
@@ -85,6 +86,8 @@ def side_diff(one: str, other: str, names: tuple[str, str]) -> str:
     """Both sides in one text, word by word."""
     if not one or not other:
         return '<div class="bd-note">Two completions are needed to compare them word by word.</div>'
+    if max(len(one), len(other)) > _DIFF_CHARACTERS:
+        return f'<div class="bd-note">Texts of more than {_DIFF_CHARACTERS:,} characters are not compared word by word.</div>'
     pieces = word_diff(one, other)
     words = [sum(len(text.split()) for kind, text in pieces if kind == wanted) for wanted in ("same", "out", "in")]
     legend = (
@@ -96,7 +99,7 @@ def side_diff(one: str, other: str, names: tuple[str, str]) -> str:
 
 def edit_diff(before: str, after: str) -> str:
     """What an edit changed; nothing where it changed nothing."""
-    if before == after.strip():
+    if before == after.strip() or max(len(before), len(after)) > _DIFF_CHARACTERS:
         return ""
     return f'<div class="bd-diff bd-edit">{diff(word_diff(before, after.strip()))}</div>'
 

@@ -12,6 +12,7 @@ from biasdpo.dataset.confounds import Confounds, Meter
 from biasdpo.dataset.coverage import cell_counts
 from biasdpo.dataset.overlap import load_overlap
 from biasdpo.dataset.rows import Journal
+from biasdpo.dataset.table import Page, Query, choices, query
 from biasdpo.errors import BiasDPOError
 from biasdpo.workspace import Workspace
 
@@ -19,14 +20,13 @@ Row = dict[str, Any]
 
 
 class Store:
-    """One per app. What it gives out are copies or frozen; the journal itself is read under its lock."""
+    """One per app. Journal and meter lock themselves; what is given out are copies or frozen."""
 
     def __init__(self, workspace: Workspace, benchmarks: Path | None = None) -> None:
         """`benchmarks`: the folder of --data-dir, whose items no pair should repeat; read in the background."""
         self.workspace = workspace
         self.overlap_error: BiasDPOError | None = None
         self._benchmarks = benchmarks
-        self._lock = threading.Lock()
         self._journal = Journal(workspace.preferences)
         self._meter = Meter()
         if benchmarks is not None:
@@ -40,18 +40,15 @@ class Store:
         except BiasDPOError as exc:
             self.overlap_error = exc
             return
-        with self._lock:
-            self._meter = meter
+        self._meter = meter
 
     def confounds(self) -> Confounds:
         """The confound meter, now."""
-        with self._lock:
-            return self._meter.refresh(self._journal.refresh())
+        return self._meter.refresh(self._read())
 
     def standing(self) -> list[Row]:
         """The judgments that were not taken back, in their order."""
-        with self._lock:
-            return self._journal.refresh().standing()
+        return self._read().standing()
 
     def counts(self) -> Counter[tuple[str, str]]:
         """The coverage matrix's cells."""
@@ -64,3 +61,26 @@ class Store:
     def agreement(self) -> Agreement:
         """How consistent annotators are with themselves and with each other."""
         return agreement(self.standing())
+
+    def page(self, wanted: Query, number: int, page_rows: int) -> Page:
+        """One page of the judgments that a query finds, the newest first."""
+        return query(self._read(), wanted, number, page_rows)
+
+    def choices(self) -> dict[str, Counter[str]]:
+        """By column that can be filtered: its values, with how many judgments have each."""
+        return choices(self._read())
+
+    def judgment(self, judgment_id: str) -> tuple[Row, Row | None] | None:
+        """A judgment with the row that takes it back, if one does; None where there is no judgment of that id."""
+        rows, _mark = self._read().since((0, 0))
+        row = next((row for row in rows if row["id"] == judgment_id and row["verdict"] != "retracted"), None)
+        if row is None:
+            return None
+        return row, next((other for other in rows if other["retracts"] == judgment_id), None)
+
+    def bad_lines(self) -> int:
+        """Lines of the journal that are no rows."""
+        return len(self._read().bad_lines)
+
+    def _read(self) -> Journal:
+        return self._journal.refresh()
