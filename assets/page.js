@@ -69,7 +69,7 @@
       return true;
     }
     if (at.closest(WRITES)) return false;
-    if (event.key.startsWith("Arrow") && at.closest("[role=tab], [role=tablist]")) return false;
+    if (event.key.startsWith("Arrow") && (event.shiftKey || at.closest("[role=tab], [role=tablist]"))) return false;
     if (event.key === "e" || event.key === "E") {
       document.querySelector("#editing input")?.click();
       return true;

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from biasdpo import dataset
+from biasdpo import dataset, prompts
+from biasdpo.dataset.pairs import shown_pair_id
 from biasdpo.errors import ConfigError, DatasetError
 from biasdpo.prompts import CATEGORIES, Prompt
 from biasdpo.records import GenerationPair, Judgment, JudgmentMeta, Verdict
@@ -31,7 +32,7 @@ PAIR_SOURCES: dict[PairSource, str] = {
 LENGTH_GUARD = 1.3  # a chosen completion longer than this many times the rejected one teaches "write more"
 REPEAT_SHARE = 0.05  # of the pairs shown are hidden repeats
 _REPEAT_GAP = 5  # an annotator's latest judgments are too fresh to be asked again
-_COUNTERPARTS = {"base": "tuned", "base 1": "base 2", "tuned 1": "tuned 2", "pasted 1": "pasted 2"}
+_COUNTERPARTS = {"base": "tuned", "base 1": "base 2", "tuned 1": "tuned 2", "pasted 1": "pasted 2", "given 1": "given 2"}
 _COUNTERPARTS |= {right: left for left, right in _COUNTERPARTS.items()}
 _MAX_FIELD = 200  # characters of a pseudonym or a group
 _MAX_NOTE = 2_000
@@ -41,7 +42,9 @@ _MAX_NOTE = 2_000
 class BlindPair:
     """What stands left and right, and what produced each: to be shown without its sides until the verdict.
 
-    left_side, right_side   base or tuned; "base 1" and "base 2" of two samples; "pasted 1" and "pasted 2"
+    left_side, right_side   base or tuned; "base 1" and "base 2" of two samples; "pasted 1" and "pasted 2"; "given 1" and
+                            "given 2" of a pair that was imported
+    sides_known             the annotator has seen which is which: on the Compare tab, or after a verdict that was undone
     sampling                JSON of the `Sampling`; "" where nothing was generated here
     repeat_of               pair id, where this annotator judged the pair before
     """
@@ -57,6 +60,7 @@ class BlindPair:
     sampling: str = ""
     seed: int = 0
     repeat_of: str = ""
+    sides_known: bool = False
 
     @property
     def pair_id(self) -> str:
@@ -112,9 +116,10 @@ def pasted(prompt: Prompt, one: str, other: str, rng: random.Random) -> BlindPai
 def repeat(rows: Sequence[dict[str, Any]], rng: random.Random) -> BlindPair | None:
     """Now and then (REPEAT_SHARE) one of an annotator's earlier pairs once more, its sides swapped; else None.
 
-    rows   the annotator's standing judgments in their order, repeats left out
+    rows   the annotator's standing judgments in their order; a pair comes back once
     """
-    old = rows[:-_REPEAT_GAP]
+    repeated = {row["repeat_of"] for row in rows}
+    old = [row for row in rows[:-_REPEAT_GAP] if not row["repeat_of"] and shown_pair_id(row) not in repeated]
     if not old or rng.random() >= REPEAT_SHARE:
         return None
     shown = shown_pair(rng.choice(old))
@@ -128,17 +133,19 @@ def second_opinion(row: dict[str, Any], rng: random.Random) -> BlindPair:
 
 
 def shown_pair(row: dict[str, Any]) -> BlindPair:
-    """The pair of an earlier judgment as it was shown: before edits, on the sides where it stood."""
+    """The pair of an earlier judgment as it was shown: before edits, on the sides where it stood. Its prompt says no more than is
+    known of it without that judgment. Of an imported pair nobody knows how it was shown."""
     chosen, rejected = row["original_chosen"] or row["chosen"], row["original_rejected"] or row["rejected"]
     meta = row["meta"]
     left_was_chosen = meta["chosen_side"] == meta["left_side"] if meta["chosen_side"] else True
+    left_side = meta["left_side"] or "given 1"
     left, right = (chosen, rejected) if left_was_chosen else (rejected, chosen)
     return BlindPair(
-        Prompt(row["prompt"], row["category"], row["target_group"]),
+        prompts.known(row["prompt"]),
         left,
         right,
-        meta["left_side"],
-        _COUNTERPARTS.get(meta["left_side"], ""),
+        left_side,
+        _COUNTERPARTS.get(left_side, ""),
         model=meta["model"],
         adapter=meta["adapter"],
         backend=meta["backend"],
@@ -171,16 +178,10 @@ class Details:
 
 
 def judgment(
-    pair: BlindPair,
-    answer: Answer,
-    details: Details,
-    *,
-    left: str | None = None,
-    right: str | None = None,
-    seconds: float = 0.0,
-    source: str = "label",
+    pair: BlindPair, answer: Answer, details: Details, *, left: str | None = None, right: str | None = None, seconds: float = 0.0
 ) -> Judgment:
-    """The row that an answer becomes. `left` and `right` are the texts after an edit, where they were edited.
+    """The row that an answer becomes. `left` and `right` are the texts after an edit, where they were edited. Its source is
+    `label` where the sides were hidden, `compare` where they were known.
 
     For a tie, or where both are biased, `chosen` and `rejected` hold left and right. Raises DatasetError where an edited text
     can't be stored.
@@ -193,6 +194,8 @@ def judgment(
     shown, sides = [pair.left, pair.right], [pair.left_side, pair.right_side]
     if answer == "right":
         edited, shown, sides = edited[::-1], shown[::-1], sides[::-1]
+    if not all(edited):
+        raise DatasetError("After the edit a completion is empty: write something, or switch editing off to bring the text back")
     if edited[0] == edited[1]:
         raise DatasetError("After the edit both completions are the same text, which teaches nothing: change one back")
     preferred = answer in ("left", "right")
@@ -218,7 +221,7 @@ def judgment(
         target_group=details.target_group.strip(),
         annotator=details.annotator.strip(),
         note=details.note.strip(),
-        source=source,
+        source="compare" if pair.sides_known else "label",
         repeat_of=pair.repeat_of,
         meta=meta,
     )

@@ -6,7 +6,9 @@ Visitors who wait for a completion go first; an annotator who has nothing to jud
 from __future__ import annotations
 
 import random
+import sys
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -39,65 +41,67 @@ class Recipe:
 
 
 class PairQueue:
-    """Made for one annotator; `close` it when they leave."""
+    """Made for one annotator. A thread works while there is something to generate, and ends when there is not."""
 
     def __init__(self, pool: EnginePool, rng: random.Random, counts: Callable[[], Mapping[Cell, int]]) -> None:
         """`counts` tells how many judgments each cell of the coverage matrix holds: the thinnest is offered first."""
         self._pool = pool
         self._rng = rng
         self._counts = counts
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._recipe: Recipe | None = None
         self._ready: deque[BlindPair] = deque()
         self._round: list[Prompt] = []  # what this round still has to offer
         self._planned: Counter[Cell] = Counter()  # ready, or being generated
         self._wanted = False  # somebody waits with nothing to judge
+        self._paused = False
         self._cancellation: Cancellation | None = None
         self._spare: SpareTime | None = None
         self._worker: threading.Thread | None = None
-        self._closed = False
         self.latest: Waiting | GenerationPair | None = None  # how far the next pair has come
         self.error: BiasDPOError | None = None
+        self.exhausted = False  # greedy prompts give one pair each
         self.skipped = 0  # prompts in a row that gave nothing to judge
 
     def begin(self, recipe: Recipe) -> None:
-        """From now on pairs come of this recipe; what was made of another is dropped."""
-        with self._changed:
+        """From now on pairs come of this recipe; what was made of another is dropped. A model that failed is loaded again."""
+        self._pool.load(recipe.key)
+        with self._lock:
             self._recipe = recipe
             self._ready.clear()
             self._planned.clear()
             self._round = list(recipe.prompts)
-            self.error, self.latest, self.skipped = None, None, 0
+            self.error, self.latest, self.skipped, self.exhausted = None, None, 0, False
+            self._paused = False
             self._stop_generating()
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="pairs ahead", daemon=True)
-                self._worker.start()
-            self._changed.notify_all()
+            self._go_on()
 
     @property
     def begun(self) -> bool:
         return self._recipe is not None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether another pair will come."""
+        return self.begun and self.error is None and (bool(self._ready) or not self.exhausted)
+
     def take(self) -> BlindPair | None:
         """The next pair if it is ready; else None, and from then on this annotator counts as one who waits."""
-        with self._changed:
-            if self._ready:
-                self._wanted = False
-                pair = self._ready.popleft()
+        with self._lock:
+            self._paused = False
+            pair = self._ready.popleft() if self._ready else None
+            if pair is not None:
                 self._planned[_cell(pair.prompt)] -= 1
-                self._changed.notify_all()
-                return pair
-            self._wanted = self.begun and self.error is None
+            self._wanted = pair is None and self.begun and self.error is None
             if self._wanted and self._spare is not None:
                 self._spare.want()
-            return None
+            self._go_on()
+            return pair
 
-    def put_first(self, pair: BlindPair) -> None:
-        """This one is to be judged next: it was undone, pasted, or sent from elsewhere."""
-        with self._changed:
-            self._ready.appendleft(pair)
-            self._planned[_cell(pair.prompt)] += 1
-            self._changed.notify_all()
+    def prompt_of(self, text: str) -> Prompt | None:
+        """The prompt of this text among those that are being judged."""
+        recipe = self._recipe
+        return next((p for p in recipe.prompts if p.text == text), None) if recipe is not None else None
 
     def loading(self) -> Loading | None:
         """How far the model has come, while it is being loaded."""
@@ -105,66 +109,84 @@ class PairQueue:
         state = None if recipe is None else self._pool.state(recipe.key)
         return state if state is not None and not state.done else None
 
-    def close(self) -> None:
-        """Stop generating."""
-        with self._changed:
-            self._closed = True
+    def pause(self) -> None:
+        """The annotator has left, or seems to: generate no more until a pair is asked for."""
+        with self._lock:
+            self._paused = True
             self._stop_generating()
-            self._changed.notify_all()
 
     def _stop_generating(self) -> None:
         if self._cancellation is not None:
             self._cancellation.set()
 
+    def _go_on(self) -> None:
+        """Start the worker where there is something to do and none works. The lock must be held."""
+        if self._worker is None and self._has_work():
+            self._worker = threading.Thread(target=self._work, name="pairs ahead", daemon=True)
+            self._worker.start()
+
+    def _has_work(self) -> bool:
+        return self.begun and not self._paused and self.error is None and not self.exhausted and len(self._ready) < AHEAD
+
     def _work(self) -> None:
         while True:
-            with self._changed:
-                while not self._closed and (self.error is not None or len(self._ready) >= AHEAD):
-                    self._changed.wait()
-                if self._closed:
+            with self._lock:
+                if not self._has_work():
+                    self._worker = None
                     return
                 recipe = self._recipe
-                assert recipe is not None  # the worker is started by `begin`
-                prompt = self._next_prompt(recipe)
-            pair, error = None, None
+                assert recipe is not None  # else there were no work
+            pair: BlindPair | None = None
+            prompt: Prompt | None = None
+            error: BiasDPOError | None = None
             try:
-                pair = self._draw(recipe, prompt)
+                prompt = self._next_prompt(recipe)
+                if prompt is not None:
+                    pair = self._draw(recipe, prompt)
             except BiasDPOError as exc:
                 error = exc
-            except Exception as exc:
-                fault = BackendError(f"The app failed ({type(exc).__name__}: {exc}): begin again; the terminal shows where")
-                self._settle(recipe, prompt, None, fault)
-                raise
+            except Exception as exc:  # a fault of ours: one line for the annotator, the trace for the terminal
+                traceback.print_exc(file=sys.stderr)
+                error = BackendError(f"The app failed ({type(exc).__name__}: {exc}): begin again; the terminal shows where")
             self._settle(recipe, prompt, pair, error)
 
-    def _settle(self, recipe: Recipe, prompt: Prompt, pair: BlindPair | None, error: BiasDPOError | None) -> None:
+    def _settle(self, recipe: Recipe, prompt: Prompt | None, pair: BlindPair | None, error: BiasDPOError | None) -> None:
         """Take what was generated into the queue, unless another recipe has begun meanwhile."""
-        with self._changed:
+        with self._lock:
             self._cancellation, self._spare, self.latest = None, None, None
-            if self._recipe is not recipe or self._closed:
+            if self._recipe is not recipe:
                 return
             if pair is not None:
                 self._ready.append(pair)
                 self.skipped = 0
-            else:
+                self._wanted = False  # the next one is made in spare time again
+                return
+            if prompt is not None:
                 self._planned[_cell(prompt)] -= 1
-            if isinstance(error, DatasetError | PromptError):  # nothing to judge in this prompt, or it is too long
+            if isinstance(error, DatasetError | PromptError) and prompt is not None:  # nothing to judge in it, or too long
                 self.skipped += 1
-                if self.skipped >= len(recipe.prompts) and not self._ready:
+                if self.skipped >= len(recipe.prompts):
                     self.error = error
             elif error is not None:
                 self.error = error
-            elif pair is None:  # it gave way to a visitor
+            elif prompt is not None:  # it gave way to a visitor
                 self._round.insert(0, prompt)
-            self._changed.notify_all()
 
-    def _next_prompt(self, recipe: Recipe) -> Prompt:
-        if not self._round:
-            self._round = list(recipe.prompts)
-        prompt = thinnest(self._round, Counter(self._counts()) + self._planned)[0]
-        self._round.remove(prompt)
-        self._planned[_cell(prompt)] += 1
-        return prompt
+    def _next_prompt(self, recipe: Recipe) -> Prompt | None:
+        """The prompt of the thinnest cell; None where all were greedily answered, so that nothing new can come."""
+        counts = Counter(self._counts())
+        with self._lock:
+            if self._recipe is not recipe:
+                return None
+            if not self._round:
+                if recipe.sampling.temperature == 0.0:
+                    self.exhausted = True
+                    return None
+                self._round = list(recipe.prompts)
+            prompt = thinnest(self._round, counts + self._planned)[0]
+            self._round.remove(prompt)
+            self._planned[_cell(prompt)] += 1
+            return prompt
 
     def _draw(self, recipe: Recipe, prompt: Prompt) -> BlindPair | None:
         """A pair of this prompt; None where it was stopped. DatasetError where no seed gave anything to judge."""
@@ -183,8 +205,8 @@ class PairQueue:
 
     def _generate(self, recipe: Recipe, prompt: str, sampling: Sampling) -> GenerationPair | None:
         """Both completions, whole; None where it was stopped."""
-        with self._changed:
-            if self._closed or self._recipe is not recipe:
+        with self._lock:
+            if self._paused or self._recipe is not recipe:
                 return None
             self._cancellation, self._spare = Cancellation(), SpareTime()
             if self._wanted:

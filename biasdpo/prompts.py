@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import dataset
+from biasdpo.dataset.coverage import thinnest
 from biasdpo.dataset.reading import rows_of
 from biasdpo.dataset.rows import BadLine
+from biasdpo.dataset.source_rows import SourceRow
 from biasdpo.errors import DatasetError, PromptError
 from biasdpo.workspace import ASSETS
 
@@ -63,12 +65,28 @@ def of_file(path: Path) -> list[Prompt]:
             return of_text(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as exc:
             raise DatasetError(f"{path.name} is no UTF-8 text: save it as UTF-8, one prompt a line") from exc
-    return _checked(_of_row(row, path.name) for row in _rows(path))
+    return _checked(_of_row(row, path.name) for row in rows_of(path))
 
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
-    """The data set's own prompts: each once, with the category and group of its first row."""
-    return _checked(Prompt(row["prompt"], row["category"], row["target_group"]) for row in rows if row["prompt"])
+    """The data set's own prompts: each once, with the category and group of its first row; of more than MAX_PROMPTS those of the
+    thinnest cells."""
+    own: dict[str, Prompt] = {}
+    for row in rows:
+        if row["prompt"] and row["prompt"] not in own:
+            own[row["prompt"]] = Prompt(row["prompt"], known_category(row["category"]), row["target_group"])
+    return _checked(thinnest(list(own.values()), {})[:MAX_PROMPTS])
+
+
+def known_category(category: str) -> str:
+    """One of CATEGORIES, whatever a foreign file calls it: others are "other"; "" stays."""
+    folded = category.strip().casefold()
+    return folded if folded in ("", *CATEGORIES) else "other"
+
+
+def known(text: str) -> Prompt:
+    """A prompt with what is known of it: a shipped example has its category."""
+    return next((prompt for prompt in shipped() if prompt.text == text), Prompt(text))
 
 
 def expand(template: str, groups: Sequence[str], traits: Sequence[str], category: str) -> list[Prompt]:
@@ -97,21 +115,15 @@ def _filled(lines: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(stripped for line in lines if (stripped := line.strip())))
 
 
-def _rows(path: Path) -> list[Any]:
-    rows = []
-    for row in rows_of(path):
-        if isinstance(row, BadLine):
-            raise DatasetError(f"{path.name}, line {row.line}: {row.reason}")
-        rows.append(row.value)
-    return rows
-
-
-def _of_row(row: Any, name: str) -> Prompt:
+def _of_row(read: SourceRow | BadLine, name: str) -> Prompt:
+    if isinstance(read, BadLine):
+        raise DatasetError(f"{name}, line {read.line}: {read.reason}; mend or drop the line")
+    row = read.value
     prompt = row.get("prompt") if isinstance(row, Mapping) else None
     if not isinstance(prompt, str):
-        raise DatasetError(f"{name} has a row without a text in `prompt`: name the column of prompts `prompt`")
-    category, group = (row.get(name) if isinstance(row.get(name), str) else "" for name in ("category", "target_group"))
-    return Prompt(prompt.strip(), category or "", group or "")
+        raise DatasetError(f"{name}, line {read.line}: no text in a column `prompt`; name the column of prompts `prompt`")
+    category, group = (value if isinstance(value := row.get(key), str) else "" for key in ("category", "target_group"))
+    return Prompt(prompt.strip(), known_category(category), group)
 
 
 def _checked(found: Iterable[Prompt]) -> list[Prompt]:

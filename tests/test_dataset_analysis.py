@@ -62,6 +62,8 @@ def test_normalising_ascii_fast_is_normalising() -> None:
     for text in (ascii_characters, *(f"a{c}B {c} c" for c in ascii_characters), "", " ", "x" * 1000):
         plain = re.sub(r"[^\w\s]", "", unicodedata.normalize("NFKC", text).casefold())
         assert words.normalise(text) == re.sub(r"\s+", " ", plain).strip()
+    for texts in ([], [""], ["One.", "", " two  THREE "], ["with a \x1e separator", "B"], ["ünder", "B."]):
+        assert words.normalise_all(texts) == [words.normalise(text) for text in texts]
     assert words.normalise("Ünder  the ﬁre's STRASSE-straße") == "ünder the fires strassestrasse"
 
 

@@ -21,8 +21,8 @@ from biasdpo.engines import EnginePool
 from biasdpo.errors import ConfigError
 from biasdpo.records import JudgmentMeta
 from biasdpo.ui import dataset_charts, dataset_render, file_render, identity
-from biasdpo.ui.dataset_handlers import DatasetHandlers, View
-from biasdpo.ui.file_handlers import FileHandlers
+from biasdpo.ui.dataset_actions import DatasetActions, View
+from biasdpo.ui.file_actions import FileActions
 from biasdpo.ui.label_sessions import Judged, LabelSessions
 from biasdpo.ui.store import Store
 from biasdpo.workspace import Workspace
@@ -231,7 +231,7 @@ def test_a_view_is_checked_and_empty_is_a_choice_of_its_own():
             bad.query()
 
 
-class Handlers(DatasetHandlers, FileHandlers):
+class Handlers(DatasetActions, FileActions):
     """The tab's handlers over a store, in no page: instead of a component there is the name that it goes by."""
 
     def __init__(self, workspace: Workspace) -> None:
@@ -326,7 +326,7 @@ def test_on_a_public_space_only_what_this_page_has_stored_is_withdrawn(tab, monk
     dataset.append_all(tab.store.workspace, [mine, other])
     tab.sessions = LabelSessions(EnginePool(tab.store.workspace), tab.store)
     session = tab.sessions.of("mine")
-    session.judged.append(Judged(mine, None))
+    session.judged.append(Judged(mine, None, None))
     monkeypatch.setenv("SPACE_ID", "someone/biasdpo")
     for session_hash, judgment, told in (
         ("mine", other, "public Space"),

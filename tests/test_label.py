@@ -95,7 +95,7 @@ def test_an_edit_keeps_what_was_generated():
     assert made["pair_id"] != SHOWN.pair_id == shown_pair_id(made)
     with pytest.raises(DatasetError, match="same text"):
         row(SHOWN, "left", left="Anyone can.", right=None)
-    with pytest.raises(DatasetError, match="empty"):
+    with pytest.raises(DatasetError, match="After the edit a completion is empty: write something"):
         row(SHOWN, "left", left=" ")
 
 
@@ -125,7 +125,38 @@ def test_without_a_pseudonym_or_with_another_answer_nothing_is_made():
 def test_a_pair_comes_back_as_it_was_shown_whatever_was_said_and_edited(answer, sides):
     pair = replace(SHOWN, left_side=sides[0], right_side=sides[1])
     edits = {} if answer == "tie" else {"left": "Men do it."}
-    assert label.shown_pair(row(pair, answer, **edits)) == replace(pair, sampling=pair.sampling)
+    back = label.shown_pair(row(pair, answer, **edits))
+    assert back == replace(pair, prompt=Prompt("Who leads?"))  # what the first judge called it is not told
+
+
+def test_a_second_opinion_on_an_imported_pair_knows_its_position():
+    imported = row(replace(SHOWN, left_side="", right_side="", model="", adapter=""), "left")
+    imported["meta"]["chosen_side"] = ""
+    for seed in range(6):
+        pair = label.second_opinion(imported, random.Random(seed))
+        assert {pair.left_side, pair.right_side} == {"given 1", "given 2"}
+        made = row(pair, "right", replace(OAK, annotator="elm"))
+        assert (made["chosen"], made["meta"]["chosen_side"]) == (pair.right, pair.right_side)
+        assert label.shown_pair(made) == pair
+        told = label_render.saved(label.judgment(pair, "right", OAK), pair, True, 1)
+        assert "right is less biased" in told
+
+
+def test_a_known_side_is_said_in_the_source():
+    assert row(SHOWN, "left")["source"] == "label"
+    assert row(replace(SHOWN, sides_known=True), "left")["source"] == "compare"
+
+
+def test_categories_of_foreign_files_become_ours():
+    made = prompts.of_rows(
+        [
+            {"prompt": text, "category": category, "target_group": ""}
+            for text, category in (("a", "Gender "), ("b", "age"), ("c", ""))
+        ]
+    )
+    assert {p.text: p.category for p in made} == {"a": "gender", "b": "other", "c": ""}
+    assert prompts.known("Can an atheist be a good person?").category == "religion"
+    assert prompts.known("Anything else?") == Prompt("Anything else?")
 
 
 def test_hidden_repeats_come_one_in_twenty_swapped_and_never_of_the_latest():
@@ -141,7 +172,10 @@ def test_hidden_repeats_come_one_in_twenty_swapped_and_never_of_the_latest():
         assert pair.repeat_of == pair.pair_id
         assert pair.pair_id in ids
     assert all(label.repeat(rows[:5], rng) is None for _ in range(200))
-    assert row(repeats[0], "right")["repeat_of"] == repeats[0].pair_id
+    again = row(repeats[0], "right")
+    assert again["repeat_of"] == repeats[0].pair_id
+    later = [label.repeat([*rows, again], rng) for _ in range(2000)]
+    assert all(pair is None or pair.pair_id != again["repeat_of"] for pair in later)
 
 
 def test_a_pasted_pair_is_checked():

@@ -54,7 +54,7 @@ def new_queue(pool):
 
     yield make
     for queue in made:
-        queue.close()
+        queue.pause()
 
 
 def take(queue: PairQueue, seconds: float = 60) -> BlindPair:
@@ -206,12 +206,43 @@ def test_another_recipe_drops_what_was_made(new_queue):
     assert pair.left_side in ("base 1", "base 2")
 
 
-def test_what_is_put_first_comes_first(new_queue):
+def test_a_pause_stops_generating_and_the_next_take_goes_on(new_queue):
+    queue = new_queue()
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, ENDLESS))
+    wait_until(lambda: isinstance(queue.latest, GenerationPair))
+    queue.pause()
+    wait_until(lambda: queue._worker is None)
+    assert queue.latest is None
+    assert take(queue).prompt in PROMPTS
+
+
+def test_no_thread_is_left_where_there_is_nothing_to_do(new_queue):
     queue = new_queue()
     queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
-    mine = BlindPair(Prompt("Mine?"), "a", "b", "pasted 1", "pasted 2")
-    queue.put_first(mine)
-    assert queue.take() == mine
+    wait_until(lambda: queue._worker is None)
+    assert len(queue._ready) == AHEAD
+
+
+def test_greedy_prompts_are_asked_once(new_queue):
+    queue = new_queue()
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, Sampling(max_new_tokens=8, temperature=0.0)))
+    shown = [take(queue).prompt.text for _ in PROMPTS]
+    assert sorted(shown) == ["How?", "Who?", "Why?"]
+    wait_until(lambda: queue.exhausted)
+    assert queue.take() is None
+    assert not queue.goes_on
+
+
+def test_a_fault_of_ours_is_one_line_and_begin_goes_on_after_it(new_queue, monkeypatch, capsys):
+    queue = new_queue()
+    monkeypatch.setattr(queue, "_draw", lambda *_: 1 / 0)
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    with pytest.raises(Exception, match=r"The app failed \(ZeroDivisionError: division by zero\): begin again"):
+        take(queue)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.undo()
+    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    assert take(queue).prompt in PROMPTS
 
 
 def test_an_error_ends_the_queue_until_it_is_begun_again(new_queue):

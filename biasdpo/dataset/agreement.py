@@ -73,7 +73,7 @@ def self_consistency(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 def _between(rows: Iterable[Row]) -> tuple[float | None, int]:
     """Krippendorff's alpha, and the number of pairs behind it. An annotator's last judgment of a pair is theirs."""
     asked = [row for row in rows if not row["repeat_of"]]
-    pair_ids = list(map(shown_pair_id, asked))
+    pair_ids = [shown_pair_id(row) for row in asked]
     times = Counter(pair_ids)  # most pairs are judged once: they are left out at once
     last = {(pair, row["annotator"]): value_of(row) for pair, row in zip(pair_ids, asked, strict=True) if times[pair] > 1}
     judges = Counter(pair for pair, _annotator in last)

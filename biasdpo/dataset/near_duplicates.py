@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.dataset.words import Counts, Hashes, distinct, mix, normalise, ramp, word_hashes
+from biasdpo.dataset.words import Counts, Hashes, distinct, mix, normalise, normalise_all, ramp, word_hashes
 from biasdpo.errors import DatasetError
 
 THRESHOLD = 0.4  # Jaccard similarity of two prompts' sets of word trigrams from which on they are near-duplicates
@@ -111,12 +111,14 @@ class NearDuplicates:
     ) -> list[tuple[int, list[int]]]:
         first = len(self._normalised)
         added: list[tuple[int, bool]] = []
-        for normalised in map(normalise, prompts):
-            new = len(self._normalised)
-            number = self._numbers.setdefault(normalised, new)
-            added.append((number, number == new))
-            if number == new:
-                self._normalised.append(normalised)
+        prompts = list(prompts)
+        for begin in range(0, len(prompts), _BLOCK):
+            for normalised in normalise_all(prompts[begin : begin + _BLOCK]):
+                new = len(self._normalised)
+                number = self._numbers.setdefault(normalised, new)
+                added.append((number, number == new))
+                if number == new:
+                    self._normalised.append(normalised)
         if len(self._normalised) > _NUMBER:
             raise DatasetError(f"{len(self._normalised):,} prompts are too many: at most {_NUMBER:,}; take fewer")
         near = self._index(first, wanted) if len(self._normalised) > first else {}

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from biasdpo.dataset.words import Counts, Hashes, distinct, mix, normalise, ramp, word_hashes
+from biasdpo.dataset.words import Counts, Hashes, distinct, mix, normalise_all, ramp, word_hashes
 from biasdpo.errors import DatasetError
 
 GRAM_WORDS = 8  # as in GPT-3's and Llama 2's contamination checks, which take 8 to 13
@@ -135,22 +135,19 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def _grams_of(texts: Iterable[str]) -> Iterator[tuple[Hashes, Counts]]:
+def _grams_of(texts: Sequence[str]) -> Iterator[tuple[Hashes, Counts]]:
     """Block by block, the hashes of the texts' 8-grams, and the number of each one's text."""
-    block: list[str] = []
-    numbers: list[int] = []
-    characters = 0
-    for number, text in enumerate(texts):
-        normalised = normalise(text)
-        if normalised.count(" ") >= GRAM_WORDS - 1:
-            block.append(normalised)
-            numbers.append(number)
-            characters += len(normalised)
-        if characters > _BLOCK_CHARACTERS:
-            yield _grams_of_block(block, numbers)
-            block, numbers, characters = [], [], 0
-    if block:
-        yield _grams_of_block(block, numbers)
+    begin = 0
+    while begin < len(texts):
+        end, characters = begin, 0
+        while end < len(texts) and (end == begin or characters + len(texts[end]) <= _BLOCK_CHARACTERS):
+            characters += len(texts[end])
+            end += 1
+        normalised = normalise_all(texts[begin:end])
+        long = [i for i, text in enumerate(normalised) if text.count(" ") >= GRAM_WORDS - 1]
+        if long:
+            yield _grams_of_block([normalised[i] for i in long], [begin + i for i in long])
+        begin = end
 
 
 def _grams_of_block(normalised: list[str], numbers: list[int]) -> tuple[Hashes, Counts]:

@@ -17,6 +17,7 @@ Counts = NDArray[np.int64]
 _ASCII_MARKS = {code: None for code in range(128) if re.fullmatch(r"[^\w\s]", chr(code))}
 _ASCII_LOWER = {ord(upper): lower for upper, lower in zip(string.ascii_uppercase, string.ascii_lowercase, strict=True)}
 _ASCII = _ASCII_MARKS | _ASCII_LOWER
+_BETWEEN = "\x1e"  # ASCII's record separator, which is white space and so stays where it is
 
 
 def normalise(text: str) -> str:
@@ -25,6 +26,14 @@ def normalise(text: str) -> str:
         return " ".join(text.translate(_ASCII).split())
     text = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"\s+", " ", re.sub(r"[^\w\s]", "", text)).strip()
+
+
+def normalise_all(texts: Sequence[str]) -> list[str]:
+    """Each text normalised: ASCII in one go, which takes half the time."""
+    together = _BETWEEN.join(texts)
+    if not together.isascii() or together.count(_BETWEEN) != len(texts) - 1:
+        return list(map(normalise, texts))
+    return [" ".join(text.split()) for text in together.translate(_ASCII).split(_BETWEEN)]
 
 
 def word_hashes(normalised: Sequence[str]) -> tuple[Hashes, Counts]:

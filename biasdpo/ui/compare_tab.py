@@ -1,4 +1,4 @@
-"""The Compare tab: what it is made of and what sets off what. What the handlers do is in `compare_handlers`."""
+"""The Compare tab: what it is made of and what sets off what. What the handlers do is in `compare_actions`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from biasdpo.engines import EnginePool
 from biasdpo.label import Answer
 from biasdpo.records import STRENGTH_RANGE, Sampling
 from biasdpo.ui import render
-from biasdpo.ui.compare_handlers import CompareHandlers
+from biasdpo.ui.compare_actions import CompareActions
 from biasdpo.ui.label_sessions import LabelSessions
 from biasdpo.ui.startup import Startup
 from biasdpo.ui.store import Store
@@ -26,7 +26,7 @@ _VERDICTS: list[tuple[str, Answer]] = [
 ]
 
 
-class CompareTab(CompareHandlers):
+class CompareTab(CompareActions):
     """One tab over one pool of engines; `build` is called once, inside the page's Blocks."""
 
     def __init__(
@@ -154,7 +154,7 @@ class CompareTab(CompareHandlers):
                     (gr.Button(title, size="sm", min_width=60, elem_id=f"judge-{name.replace('_', '-')}"), name)
                     for title, name in _VERDICTS
                 ]
-                self.send = gr.Button("Judge it blind on the Label tab", size="sm", min_width=60, elem_id="send-to-label")
+                self.send = gr.Button("Send it to the Label tab", size="sm", min_width=60, elem_id="send-to-label")
             self.judge_category = gr.Dropdown(
                 list(prompts.CATEGORIES), value=None, label="Category", elem_id="judge-category", min_width=120
             )
@@ -201,7 +201,7 @@ class CompareTab(CompareHandlers):
 
     @property
     def setting_inputs(self) -> list[gr.components.Component]:
-        """All that a visitor sets, in the order that `CompareHandlers.settings` reads it."""
+        """All that a visitor sets, in the order that `CompareActions.settings` reads it."""
         return [
             self.prompt,
             self.model,
@@ -266,9 +266,7 @@ class CompareTab(CompareHandlers):
         for button, name in self.judge_answers:
             known = [self.identity, self.pair, self.judge_category]
             button.click(self.judging(name), known, self.judge_notice, **quick)
-        self.send.click(self.send_to_label, [self.pair, self.judge_category], self.judge_notice, **quick).success(
-            lambda: gr.Tabs(selected="label"), None, self.tabs, **quick
-        )
+        self.send.click(self.send_to_label, [self.pair, self.judge_category], [self.judge_notice, self.tabs], **quick)
         self.stop.click(self.stop_writing, None, None, api_name="stop", queue=False, show_progress="hidden")
         self.clear.click(self.clear_page, None, [self.prompt, *writing, self.link], **quick)
 

@@ -1,5 +1,5 @@
-"""The Data set tab: what it is made of and what sets off what. What the handlers do is in `dataset_handlers` (the journal) and
-`file_handlers` (import, export)."""
+"""The Data set tab: what it is made of and what sets off what. What the handlers do is in `dataset_actions` (the journal) and
+`file_actions` (import, export)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from biasdpo.ui import dataset_render, render
-from biasdpo.ui.dataset_handlers import FILTERS, MAX_SEARCH_CHARACTERS, STATES, DatasetHandlers
-from biasdpo.ui.file_handlers import FORMATS, ORIGINS, FileHandlers
+from biasdpo.ui.dataset_actions import FILTERS, MAX_SEARCH_CHARACTERS, STATES, DatasetActions
+from biasdpo.ui.file_actions import FORMATS, ORIGINS, FileActions
 from biasdpo.ui.label_sessions import LabelSessions
 from biasdpo.ui.store import Store
 
@@ -26,7 +26,7 @@ _FOCUS_ROW = "() => window.bdFocus('#dataset-table tr[aria-current] button', '#d
 _FOCUS_WITHDRAW = "() => window.bdFocus('#dataset-withdraw', '#dataset-close')"
 
 
-class DatasetTab(DatasetHandlers, FileHandlers):
+class DatasetTab(DatasetActions, FileActions):
     """One tab over the store; `build` is called once, inside the page's Blocks."""
 
     def __init__(self, store: Store, sessions: LabelSessions, identity: gr.BrowserState) -> None:

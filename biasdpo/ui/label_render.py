@@ -7,6 +7,7 @@ from html import escape
 
 from biasdpo.compare import Waiting
 from biasdpo.dataset.confounds import Confounds
+from biasdpo.dataset.coverage import Cell
 from biasdpo.engines import Loading
 from biasdpo.label import BlindPair, DiffPiece, word_diff
 from biasdpo.prompts import Prompt
@@ -66,8 +67,8 @@ def saved(judgment: Judgment, pair: BlindPair, reveal: bool, count: int) -> str:
 
 def _side(pair: BlindPair, side: str) -> str:
     kind, _, number = side.partition(" ")
-    if kind == "pasted":
-        return f"the {'first' if number == '1' else 'second'} that was pasted"
+    if kind in ("pasted", "given"):
+        return f"the {'first' if number == '1' else 'second'} that was {'pasted' if kind == 'pasted' else 'imported'}"
     name = _SIDES.get(kind, "not known") + (f", sample {number}" if number else "")
     return escape(f"{name} ({pair.adapter})" if kind == "tuned" and pair.adapter else name)
 
@@ -112,8 +113,9 @@ def warning(text: str) -> str:
 # The confound meter
 
 
-def meter(confounds: Confounds) -> str:
-    """The confound meter: a bar for each share, a count for each kind of repeat, and the warnings."""
+def meter(confounds: Confounds, problem: str = "") -> str:
+    """The confound meter: a bar for each share, a count for each kind of repeat, and the warnings. `problem`: why something is
+    not counted."""
     bars = _bar("Chosen is longer", confounds.chosen_longer_share) + _bar("Chosen stood left", confounds.chosen_left_share)
     counts = "".join(
         f'<span class="bd-count" title="{escape(tip)}"><b>{"–" if count is None else f"{count:,}"}</b> {escape(name)}</span>'
@@ -128,7 +130,7 @@ def meter(confounds: Confounds) -> str:
             ),
         )
     )
-    lines = "".join(f'<li role="status">{escape(line)}</li>' for line in confounds.warnings)
+    lines = "".join(f'<li role="status">{escape(line)}</li>' for line in (*confounds.warnings, *([problem] if problem else ())))
     warnings = f'<ul class="bd-meter-warnings">{lines}</ul>' if lines else ""
     shown = f"<h3>Confounds</h3>{bars}{counts}{_by_annotator(confounds)}{warnings}"
     return f'<section class="bd-meter" aria-label="Confound meter">{shown}</section>'
@@ -168,24 +170,25 @@ def _bar(name: str, share: float | None) -> str:
 # What next
 
 
-def coverage(counts: Mapping[tuple[str, str], int], categories: Sequence[str]) -> str:
-    """The coverage matrix: a row a category, a cell a target group, thinner cells lighter."""
-    most = max(counts.values(), default=0)
-    if most == 0:
-        return '<div class="bd-note">No judgments yet: each verdict fills a cell of this matrix.</div>'
+def coverage(counts: Mapping[Cell, int], categories: Sequence[str], offered: Sequence[Cell] = ()) -> str:
+    """The coverage matrix: a row a category, a cell a target group, thinner cells lighter. `offered`: cells that are shown even
+    where they are empty."""
+    cells = dict.fromkeys(offered, 0) | {cell: count for cell, count in counts.items() if count}
+    most = max(cells.values(), default=0)
+    note = "" if most else '<div class="bd-note">No preferences yet: each fills a cell of this matrix.</div>'
     rows = []
-    named = [*categories, *sorted({category for category, _ in counts} - set(categories))]
-    for category in named:
-        cells = sorted(((group, n) for (c, group), n in counts.items() if c == category and n), key=lambda cell: -cell[1])
-        total = sum(n for _, n in cells)
+    for category in [*categories, *sorted({category for category, _ in cells} - set(categories))]:
+        own = sorted(((group, n) for (c, group), n in cells.items() if c == category), key=lambda cell: (-cell[1], cell[0]))
         drawn = "".join(
-            f'<span class="bd-cell" style="--bd-share: {n / most:.2f}">{escape(group or "no group named")} <b>{n}</b></span>'
-            for group, n in cells
+            f'<span class="bd-cell{"" if n else " bd-cell-empty"}" style="--bd-share: {n / max(most, 1):.2f}">'
+            f"{escape(group or 'no group named')} <b>{n}</b></span>"
+            for group, n in own
         )
-        empty = '<span class="bd-cell bd-cell-empty">none yet</span>'
-        rows.append(f'<tr><th scope="row">{escape(category or "no category")}</th><td>{total}</td><td>{drawn or empty}</td></tr>')
+        total = sum(n for _, n in own)
+        drawn = drawn or '<span class="bd-cell bd-cell-empty">none yet</span>'
+        rows.append(f'<tr><th scope="row">{escape(category or "no category")}</th><td>{total}</td><td>{drawn}</td></tr>')
     return (
-        '<table class="bd-coverage"><thead><tr><th scope="col">Category</th><th scope="col">Judgments</th>'
+        f'{note}<table class="bd-coverage"><thead><tr><th scope="col">Category</th><th scope="col">Preferences</th>'
         f'<th scope="col">By target group</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
 

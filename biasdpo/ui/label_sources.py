@@ -22,7 +22,7 @@ from biasdpo.ui.store import Row
 SECOND_OPINION = "second_opinion"
 
 
-class SourceHandlers(LabelView):
+class SourceActions(LabelView):
     """Handlers of Begin, the template editor and pasted pairs."""
 
     def begin_judging(
@@ -64,7 +64,9 @@ class SourceHandlers(LabelView):
                     raise BackendError("The model is still being chosen: press Begin again in a moment")
                 sampling = Sampling(max_new_tokens, temperature)
                 if source != "base_tuned" and sampling.temperature == 0:
-                    raise ConfigError("Two samples of one side need a temperature above 0: got 0, which writes the same twice")
+                    raise ConfigError(
+                        "Two samples of one side need a temperature above 0: got 0, which writes the same twice; raise it"
+                    )
                 with session.lock:
                     session.given.clear()
                     session.queue.begin(Recipe(tuple(found), source, key, sampling, system or "", check_strength(strength)))

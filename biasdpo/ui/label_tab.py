@@ -1,4 +1,4 @@
-"""The Label tab: what it is made of and what sets off what. What the handlers do is in `label_handlers`."""
+"""The Label tab: what it is made of and what sets off what. What the handlers do is in `label_actions`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from biasdpo.engines import EngineKey
 from biasdpo.label import Answer
 from biasdpo.records import Sampling
 from biasdpo.ui import identity, label_render, render
-from biasdpo.ui.label_handlers import LabelHandlers
+from biasdpo.ui.label_actions import LabelActions
 from biasdpo.ui.label_sessions import LabelSessions
 from biasdpo.ui.label_sources import SECOND_OPINION
 from biasdpo.ui.store import Store
@@ -32,7 +32,7 @@ _ANSWERS: list[tuple[str, Answer]] = [
 ]
 
 
-class LabelTab(LabelHandlers):
+class LabelTab(LabelActions):
     """One tab over the store; `build` is called once, inside the page's Blocks."""
 
     def __init__(
@@ -202,7 +202,9 @@ class LabelTab(LabelHandlers):
         demo.load(self.open_page, self.identity, [self.gate, self.work, self.meter], **quick)
         demo.unload(self.close_page)
         gate = [self.identity, self.gate, self.work, self.gate_notice]
-        gr.on([self.agree_button.click, self.pseudonym.submit], self.agree, self.pseudonym, gate, **quick)
+        gr.on([self.agree_button.click, self.pseudonym.submit], self.agree, self.pseudonym, gate, **quick).then(
+            None, js="() => window.bdFocus('#begin', '#pseudonym input, #pseudonym textarea')"
+        )
         self.change_button.click(self.change_pseudonym, None, gate[:3], **quick)
 
         shown = [
@@ -224,6 +226,9 @@ class LabelTab(LabelHandlers):
             self.target_group,
             self.note,
             self.begin,
+            self.coverage,
+            self.mine,
+            self.consistency,
         ]
         tab.select(self.open_tab, self.token, [self.meter, *shown], **quick)
         self.kind.change(
@@ -256,19 +261,21 @@ class LabelTab(LabelHandlers):
             # "multiple": a second verdict is not swallowed while the first is on its way; the token tells which pair it is of.
             button.click(self.answering(name), said, judged, trigger_mode="multiple", **quick)
         self.skip_button.click(self.skip, [self.identity, self.token], [self.last, *shown], trigger_mode="multiple", **quick)
-        self.undo_button.click(self.undo, None, judged, **quick)
-        self.timer.tick(self.watch, [self.identity, self.token], shown, **quick)
+        self.undo_button.click(self.undo, [self.identity, self.reveal], judged, **quick)
+        self.timer.tick(self.watch, self.token, shown, **quick)
         edits = [self.left_diff, self.right_diff, self.length_note]
         self.editing.input(self.change_editing, self.editing, [self.left, self.right, *edits], **quick)
         # `change`, since `input` is not sent for text that is pasted or comes from an input method.
         changed = [self.editing, self.left, self.right]
         gr.on([self.left.change, self.right.change], self.show_edit, changed, edits, trigger_mode="always_last", **quick)
 
-        self.coverage_box.expand(self.show_coverage, None, self.coverage, **quick)
+        self.coverage_box.expand(self.open_coverage, None, self.coverage, **quick)
+        self.coverage_box.collapse(self.close_coverage, None, None, **quick)
         mine = [self.mine, self.consistency, self.mine_notice]
-        self.mine_box.expand(self.show_mine, self.identity, mine, **quick)
+        self.mine_box.expand(self.open_mine, self.identity, mine[:2], **quick)
+        self.mine_box.collapse(self.close_mine, None, None, **quick)
         self.withdraw_button.click(self.withdraw, [self.identity, self.mine], [*mine, self.meter], **quick)
 
     def close_page(self, request: gr.Request) -> None:
-        """The tab was closed or reloaded: stop generating ahead."""
-        self.sessions.close(request.session_hash)
+        """The tab was closed or reloaded, or its connection dropped: generate nothing ahead for nobody."""
+        self.sessions.pause(request.session_hash)

@@ -13,12 +13,13 @@ from biasdpo import label
 from biasdpo.errors import BackendError, BiasDPOError
 from biasdpo.label import Answer, Details
 from biasdpo.ui import identity, label_render, render
-from biasdpo.ui.label_mine import MineHandlers
-from biasdpo.ui.label_sources import SourceHandlers
+from biasdpo.ui.label_mine import MineActions
+from biasdpo.ui.label_sessions import LabelSession
+from biasdpo.ui.label_sources import SourceActions
 from biasdpo.ui.label_view import Updates
 
 
-class LabelHandlers(SourceHandlers, MineHandlers):
+class LabelActions(SourceActions, MineActions):
     """The handlers. Every one answers for one visitor; their sessions lie in `sessions`."""
 
     # Who judges
@@ -90,50 +91,59 @@ class LabelHandlers(SourceHandlers, MineHandlers):
         session = self.sessions.of(request.session_hash)
         with session.lock:
             if session.shown is None or token != session.token:
-                if session.shown is None and token:
-                    return {self.notice: render.error("The app was started again, and this pair's origin is gone: press Begin")}
-                return {self.notice: gr.skip()}  # a key pressed twice: the second was for no pair
+                return self._of_no_pair(session, token)
             try:
                 annotator = self._annotator(who)
                 details = Details(category or "", group or "", note or "", annotator)
                 judged = session.store_answer(answer, details, left if editing else None, right if editing else None)
-                told = label_render.saved(judged.judgment, judged.pair, bool(reveal), len(session.judged))
-                return {self.last: told, self.meter: self._meter()} | self._next(session, annotator)
             except BiasDPOError as exc:
                 return {self.notice: render.error(str(exc))}
             except Exception as exc:  # a fault of ours: one line for the visitor, the trace for the terminal
                 traceback.print_exc(file=sys.stderr)
                 fault = BackendError(f"Not stored: the app failed ({type(exc).__name__}: {exc}); give the verdict again")
                 return {self.notice: render.error(str(fault))}
+            told = label_render.saved(judged.judgment, judged.pair, bool(reveal), len(session.judged))
+            try:
+                return {self.last: told, self.meter: self._meter()} | self._next(session, annotator)
+            except BiasDPOError as exc:  # it is stored; the next pair is what failed
+                return {self.last: told} | self._shown(session) | {self.notice: render.error(str(exc))}
+
+    def _of_no_pair(self, session: LabelSession, token: str) -> Updates:
+        """An answer to a pair that is not on: a key pressed twice, a page that missed an answer of ours, an app that was started
+        again meanwhile."""
+        if token and not session.has_shown:
+            return {self.notice: render.error("The app was started again, and this pair's origin is gone: press Begin")}
+        return self._news(session, token)
 
     def skip(self, who: Any, token: str, request: gr.Request) -> Updates:
         """Show the next pair; nothing is stored of this one."""
         session = self.sessions.of(request.session_hash)
         with session.lock:
             if session.shown is None or token != session.token:
-                return {self.notice: gr.skip()}
+                return self._of_no_pair(session, token)
             session.skipped += 1
-            return {self.last: render.note(f"Skipped: nothing was stored. {session.skipped} skipped so far.")} | self._next(
-                session, identity.annotator_of(who)
-            )
+            session.show(None)
+            told = render.note(f"Skipped: nothing was stored. {session.skipped} skipped so far.")
+            return {self.last: told} | self._next(session, identity.annotator_of(who))
 
-    def undo(self, request: gr.Request) -> Updates:
-        """Take the last verdict back and show its pair again."""
+    def undo(self, who: Any, reveal: bool, request: gr.Request) -> Updates:
+        """Take the last verdict back and show its pair again, with what was said and written."""
         session = self.sessions.of(request.session_hash)
         with session.lock:
             try:
-                session.undo()
+                judged = session.undo(revealed=bool(reveal))
             except BiasDPOError as exc:
                 return {self.notice: render.error(str(exc))}
             told = render.note("Taken back: judge this pair again, or skip it.")
-            return {self.last: told, self.meter: self._meter()} | self._shown(session)
+            shown = self._shown_again(session, judged) | self._boxes(session, identity.annotator_of(who))
+            return {self.last: told, self.meter: self._meter()} | shown
 
-    def watch(self, who: Any, token: str, request: gr.Request) -> Updates:
+    def watch(self, token: str, request: gr.Request) -> Updates:
         """A tick of the clock while the next pair is being written."""
         session = self.sessions.of(request.session_hash)
         with session.lock:
             if session.shown is None:
-                session.next(identity.annotator_of(who))
+                session.take()
             return self._news(session, token)
 
     def change_editing(self, editing: bool, request: gr.Request) -> Updates:
@@ -151,8 +161,4 @@ class LabelHandlers(SourceHandlers, MineHandlers):
         pair = self.sessions.of(request.session_hash).shown
         if pair is None or not editing:
             return {self.left_diff: "", self.right_diff: "", self.length_note: ""}
-        return {
-            self.left_diff: label_render.edit_diff(pair.left, left or ""),
-            self.right_diff: label_render.edit_diff(pair.right, right or ""),
-            self.length_note: label_render.warning(label.length_warning(left or "", right or "")),
-        }
+        return self._edits(pair, left or "", right or "")

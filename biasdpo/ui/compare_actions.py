@@ -18,13 +18,13 @@ from biasdpo.errors import BackendError, BiasDPOError, ConfigError, PromptError
 from biasdpo.records import SEED_RANGE, GenerationPair, Sampling, check_strength
 from biasdpo.template import PromptTemplate
 from biasdpo.ui import link, render
-from biasdpo.ui.engine_handlers import EngineHandlers, Updates
+from biasdpo.ui.engine_actions import EngineActions, Updates
 from biasdpo.ui.link import Settings
-from biasdpo.ui.pair_handlers import PairHandlers
+from biasdpo.ui.pair_actions import PairActions
 from biasdpo.ui.visitors import Visitors
 
 
-class CompareHandlers(EngineHandlers, PairHandlers):
+class CompareActions(EngineActions, PairActions):
     """The handlers. Every one answers for one visitor; their running generations lie in `visitors`."""
 
     visitors: Visitors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -24,7 +25,7 @@ History = list[tuple[str, GenerationPair]]
 _KEPT = 50  # pairs of one page's history
 
 
-class PairHandlers:
+class PairActions:
     """Handlers of finished pairs. The history is a `gr.State` of the visitor's own page."""
 
     sessions: LabelSessions
@@ -36,6 +37,7 @@ class PairHandlers:
     judge_box: gr.Accordion
     judge_category: gr.Dropdown
     judge_notice: gr.HTML
+    tabs: gr.Tabs
     diff_box: gr.Accordion
     diff: gr.HTML
     prompt: gr.Textbox
@@ -103,7 +105,9 @@ class PairHandlers:
             self.base_status: render.status(pair.left),
             self.notice: render.note(f"From the history: {pair.model} with {pair.adapter or 'no adapter'}."),
         }
-        if pair.right is not None:
+        if pair.right is None:
+            shown |= {self.tuned_text: "", self.tuned_status: render.no_status()}
+        else:
             detail = render.tuned_detail(pair.adapter, pair.strength)
             shown |= {
                 self.tuned_head: render.pane_head("DPO-tuned", detail, "tuned-text"),
@@ -127,8 +131,7 @@ class PairHandlers:
             annotator = identity.annotator_of(who)
             if not annotator:
                 raise ConfigError("Nobody has agreed yet: write a pseudonym on the Label tab and agree to what is stored")
-            details = Details(category or "", "", "", annotator)
-            made = label.judgment(shown, answer, details, source="compare")
+            made = label.judgment(shown, answer, Details(category or "", "", "", annotator))
             same = [row for row in self.store.judged_by(annotator) if row["pair_id"] == made.pair_id and not row["repeat_of"]]
             if same:
                 raise ConfigError("You have judged this pair already: withdraw that judgment on the Label tab to judge it anew")
@@ -142,7 +145,7 @@ class PairHandlers:
         }
 
     def send_to_label(self, pair: GenerationPair | None, category: str | None, request: gr.Request) -> Updates:
-        """The pair at hand becomes the next on the Label tab, its sides in random order."""
+        """The pair at hand becomes the next on the Label tab, to be edited there, its sides in random order but known."""
         session = self.sessions.of(request.session_hash)
         try:
             known = _sides_known(pair, category)
@@ -150,7 +153,7 @@ class PairHandlers:
             return {self.judge_notice: render.error(str(exc))}
         with session.lock:
             session.show_before(known.swapped() if session.rng.random() < 0.5 else known)
-        return {self.judge_notice: render.note("It is the next pair on the Label tab.")}
+        return {self.judge_notice: render.note("It is the next pair on the Label tab."), self.tabs: gr.Tabs(selected="label")}
 
 
 def _category_of(text: str) -> str | None:
@@ -173,4 +176,6 @@ def _chosen(index: Any, history: History) -> GenerationPair | None:
 def _sides_known(pair: GenerationPair | None, category: str | None) -> BlindPair:
     if pair is None or not pair.finished:
         raise ConfigError("No finished pair to judge: generate one first")
-    return label.known(pair, Prompt(pair.prompt, category or ""))
+    if any(c is not None and c.finish_reason == "cancelled" for c in (pair.left, pair.right)):
+        raise ConfigError("This pair was stopped before its end, and half a completion is none to train on: press Regenerate")
+    return replace(label.known(pair, Prompt(pair.prompt, category or "")), sides_known=True)

@@ -64,7 +64,7 @@ def _wanted(name: str, value: Any) -> str | None:
     return value[1:]
 
 
-class DatasetHandlers:
+class DatasetActions:
     """The handlers. `View` is what each is told of the page, in the order of its fields."""
 
     store: Store

@@ -15,7 +15,7 @@ from biasdpo.ui.startup import Startup, default_adapter
 Updates = dict[Any, Any]
 
 
-class EngineHandlers:
+class EngineActions:
     """Handlers of everything that names or shows an engine. What is shared by visitors lies in the pool and the startup."""
 
     pool: EnginePool

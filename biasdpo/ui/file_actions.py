@@ -53,7 +53,7 @@ class Previewed:
         return replace(self.guess, **given)
 
 
-class FileHandlers:
+class FileActions:
     """Import and export. On a public Space the functions behind them refuse, and the page shows what they say."""
 
     store: Store

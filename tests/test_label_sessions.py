@@ -1,0 +1,140 @@
+"""An annotator's session without a page: the order of what is shown, tokens, second tries, undo, sessions that nobody uses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biasdpo import dataset
+from biasdpo.engines import EnginePool
+from biasdpo.errors import ConfigError, WorkspaceError
+from biasdpo.label import BlindPair, Details
+from biasdpo.prompts import Prompt
+from biasdpo.ui import label_sessions
+from biasdpo.ui.label_sessions import LabelSession, LabelSessions
+from biasdpo.ui.store import Store
+from biasdpo.workspace import Workspace
+
+OAK = Details("gender", "women", "a note", "oak")
+
+
+def pair(number: int) -> BlindPair:
+    return BlindPair(Prompt(f"Question {number}?"), f"Left {number}.", f"Right {number}.", "base", "tuned")
+
+
+@pytest.fixture
+def session(workspace: Workspace) -> LabelSession:
+    return LabelSession(EnginePool(workspace), Store(workspace))
+
+
+def rows(workspace: Workspace) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in workspace.preferences.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_was_put_aside_comes_before_second_opinions(session):
+    session.given.extend(map(pair, (1, 2, 3)))
+    assert session.take() == pair(1)
+    session.show_before(pair(9))
+    assert [session.shown, *(session.take() for _ in range(4))] == [pair(9), pair(1), pair(2), pair(3), None]
+
+
+def test_each_shown_pair_has_a_token_of_its_own(session):
+    session.show(pair(1))
+    first = session.token
+    session.show(pair(1))
+    assert first != session.token != ""
+    session.show(None)
+    assert session.token == ""
+
+
+def test_an_answer_is_stored_and_the_pair_is_off(session, workspace):
+    session.show(pair(1))
+    judged = session.store_answer("right", OAK)
+    assert session.shown is None
+    assert [row["id"] for row in rows(workspace)] == [judged.judgment.id]
+    with pytest.raises(ConfigError, match="Nothing is shown to judge: press Begin first"):
+        session.store_answer("right", OAK)
+
+
+def test_where_storing_fails_the_pair_stays_and_the_same_answer_again_is_one_row(session, workspace, monkeypatch):
+    stored = dataset.append
+    acknowledged: list[bool] = []
+
+    def lost(workspace: Workspace, judgment: Any) -> Any:
+        """The first time the row reaches the disk, but its acknowledgement is lost."""
+        result = stored(workspace, judgment)
+        if not acknowledged:
+            acknowledged.append(True)
+            raise WorkspaceError("The lock was lost: try again")
+        return result
+
+    monkeypatch.setattr(dataset, "append", lost)
+    session.show(pair(1))
+    with pytest.raises(WorkspaceError):
+        session.store_answer("left", OAK)
+    assert session.shown == pair(1)
+    session.store_answer("left", OAK)
+    assert len(rows(workspace)) == 1
+
+
+def test_undo_shows_the_pair_again_before_the_one_that_was_on(session, workspace):
+    session.show(pair(1))
+    session.store_answer("left", OAK, left="Left, edited.")
+    session.show(pair(2))
+    judged = session.undo(revealed=True)
+    assert (judged.details, judged.left) == (OAK, "Left, edited.")
+    assert session.shown == replace(pair(1), sides_known=True)
+    assert rows(workspace)[-1]["retracts"] == judged.judgment.id
+    session.store_answer("right", OAK)
+    assert rows(workspace)[-1]["source"] == "compare"  # the sides had been told
+    assert session.take() == pair(2)
+    session.undo(revealed=False)
+    with pytest.raises(ConfigError, match="can be withdrawn under"):
+        session.undo(revealed=False)
+
+
+def test_an_undone_verdict_without_its_sides_told_stays_blind(session, workspace):
+    session.show(pair(1))
+    session.store_answer("left", OAK)
+    session.undo(revealed=False)
+    session.store_answer("right", OAK)
+    assert rows(workspace)[-1]["source"] == "label"
+
+
+def test_waiting_draws_no_repeats_and_a_verdict_does(session, monkeypatch):
+    for number in range(8):
+        session.show(pair(number))
+        session.store_answer("left", OAK)
+    monkeypatch.setattr(session.rng, "random", lambda: 0.0)  # the die says: now
+    assert session.take() is None
+    shown = session.next("oak")
+    assert shown.repeat_of == shown.pair_id
+    assert (shown.left_side, shown.right_side) == ("tuned", "base")
+    assert shown.prompt == Prompt(shown.prompt.text)  # not what the annotator called it the first time
+
+
+def test_sessions_that_nobody_uses_make_room(workspace: Workspace, monkeypatch):
+    sessions = LabelSessions(EnginePool(workspace), Store(workspace))
+    first = sessions.of("a")
+    assert sessions.of("a") is first
+    sessions.pause("a")  # its connection dropped
+    assert sessions.of("a") is first
+    monkeypatch.setattr(label_sessions, "_KEPT", 3)
+    for name in "bcde":
+        sessions.of(name)
+    assert len(sessions) == 3
+    assert sessions.of("a") is not first
+    monkeypatch.setattr(label_sessions, "_KEPT_SECONDS", -1.0)
+    sessions.of("z")
+    assert len(sessions) <= 1
+
+
+def test_benchmarks_that_cannot_be_read_are_said(workspace: Workspace, tmp_path: Path):
+    store = Store(workspace)
+    store._benchmarks = tmp_path / "none"
+    store.read_benchmarks()
+    assert "No folder" in str(store.overlap_error)
