@@ -115,7 +115,7 @@ def locked(path: Path, timeout_seconds: float = 30.0) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(path.name + ".lock"), timeout=timeout_seconds)
     try:
-        lock.acquire(poll_interval=0.01)
+        lock.acquire(poll_interval=0.002)
     except Timeout as exc:
         raise WorkspaceError(
             f"{path} has been locked by another process for {timeout_seconds:g} s; end that process, then try again"

@@ -127,8 +127,11 @@ def test_ten_pairs_with_the_keyboard_alone_one_edited_one_undone_one_withdrawn(n
     assert (edited["chosen"], edited["original_chosen"]) == ("Nobody can tell 1 from 2.", before[0])
     assert (edited["rejected"], edited["original_rejected"]) == (before[1], "")
 
-    # Undo brings the pair back as it was generated, and the journal says that the judgment is taken back.
+    # Undo brings the pair back with its edit, E the text as it was generated; the journal says that the judgment is taken back.
     oak.press("u")
+    assert oak.texts() == ("Nobody can tell 1 from 2.", before[1])
+    oak.page.keyboard.press("e")
+    oak.page.wait_for_selector("#label-left-text textarea[disabled]")
     assert oak.texts() == before
     assert (oak.rows()[-1]["verdict"], oak.rows()[-1]["retracts"]) == ("retracted", edited["id"])
     oak.press("2")
