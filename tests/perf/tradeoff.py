@@ -92,7 +92,7 @@ def plot(points: list[dict[str, Any]], file: Path) -> None:
     for label, marker in zip(dict.fromkeys(point["label"] for point in points), "oD^vP*", strict=False):
         curve = sorted((p for p in points if p["label"] == label), key=lambda p: float(p["strength"]))
         xs = [0.0, *(p["perplexity_change_percent"] for p in curve)]
-        ys = [base, *(p["length_normalised_accuracy"] for p in curve)]
+        ys = [curve[0]["length_normalised_accuracy_base"], *(p["length_normalised_accuracy"] for p in curve)]
         (line,) = axes.plot(xs, ys, "-", label=label, alpha=0.8)
         axes.plot(xs[1:], ys[1:], marker, color=line.get_color())
         for point, x, y in zip(curve, xs[1:], ys[1:], strict=True):
