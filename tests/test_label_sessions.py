@@ -14,7 +14,8 @@ from biasdpo.engines import EnginePool
 from biasdpo.errors import ConfigError, WorkspaceError
 from biasdpo.label import BlindPair, Details
 from biasdpo.prompts import Prompt
-from biasdpo.ui import label_sessions
+from biasdpo.records import Completion, GenerationPair, Sampling
+from biasdpo.ui import label_sessions, pair_actions
 from biasdpo.ui.label_sessions import LabelSession, LabelSessions
 from biasdpo.ui.store import Store
 from biasdpo.workspace import Workspace
@@ -138,3 +139,25 @@ def test_benchmarks_that_cannot_be_read_are_said(workspace: Workspace, tmp_path:
     store._benchmarks = tmp_path / "none"
     store.read_benchmarks()
     assert "No folder" in str(store.overlap_error)
+
+
+def test_a_pair_that_was_stopped_is_not_judged_and_a_finished_one_has_known_sides():
+    whole = GenerationPair(
+        prompt="Who?",
+        model="smollm2",
+        adapter="demo",
+        backend="llamacpp",
+        sampling=Sampling(),
+        system="",
+        strength=1.0,
+        canary_kl_nats=None,
+        left=Completion("base", "They.", 2, "end_of_text"),
+        right=Completion("tuned", "Anyone.", 2, "limit"),
+    )
+    shown = pair_actions.sides_known(whole, "race")
+    assert (shown.left, shown.right, shown.prompt.category, shown.sides_known) == ("They.", "Anyone.", "race", True)
+    stopped = replace(whole, right=Completion("tuned", "Any", 1, "cancelled"))
+    with pytest.raises(ConfigError, match="stopped before its end"):
+        pair_actions.sides_known(stopped, "")
+    with pytest.raises(ConfigError, match="No finished pair to judge"):
+        pair_actions.sides_known(None, "")

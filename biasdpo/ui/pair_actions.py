@@ -127,7 +127,7 @@ class PairActions:
     def judge_here(self, answer: Answer, who: Any, pair: GenerationPair | None, category: str | None) -> Updates:
         """A verdict on the pair in the panes, sides known: stored with the source `compare`."""
         try:
-            shown = _sides_known(pair, category)
+            shown = sides_known(pair, category)
             annotator = identity.annotator_of(who)
             if not annotator:
                 raise ConfigError("Nobody has agreed yet: write a pseudonym on the Label tab and agree to what is stored")
@@ -148,7 +148,7 @@ class PairActions:
         """The pair at hand becomes the next on the Label tab, to be edited there, its sides in random order but known."""
         session = self.sessions.of(request.session_hash)
         try:
-            known = _sides_known(pair, category)
+            known = sides_known(pair, category)
         except BiasDPOError as exc:
             return {self.judge_notice: render.error(str(exc))}
         with session.lock:
@@ -173,7 +173,8 @@ def _chosen(index: Any, history: History) -> GenerationPair | None:
     return history[index][1] if isinstance(index, int) and 0 <= index < len(history) else None
 
 
-def _sides_known(pair: GenerationPair | None, category: str | None) -> BlindPair:
+def sides_known(pair: GenerationPair | None, category: str | None) -> BlindPair:
+    """The pair in the panes as something to judge, base left. ConfigError where there is none, or only half of one."""
     if pair is None or not pair.finished:
         raise ConfigError("No finished pair to judge: generate one first")
     if any(c is not None and c.finish_reason == "cancelled" for c in (pair.left, pair.right)):
