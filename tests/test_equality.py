@@ -19,19 +19,12 @@ from biasdpo.workspace import ASSETS
 from tests import tiny_models
 from tests.lora_factory import write_lora
 
-PROMPTS = [json.loads(line)["prompt"] for line in (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-CONTINUATIONS = [
-    "No. People of every gender and background do this work well, and ability differs far more between two persons than "
-    "between two groups. What counts is training, interest and a fair chance.",
-    "There is no single answer that fits everyone, because a group is made of individuals. Research finds that such beliefs "
-    "come from history and habit, and that they change when people meet each other.",
-    "It depends on the person. Some enjoy it and some do not, just as in any other group of people, so it is best to ask "
-    "them what they think and to listen to what they say.",
-]
+PAIRS = [json.loads(line) for line in (ASSETS / "seed_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:40]]
+NEAR_TIE = 0.1  # logits: two tokens so close may change places by llama.cpp's 8-bit activations, which PEFT does not have
 
 
 def requests() -> list[LikelihoodRequest]:
-    return [LikelihoodRequest(prompt, CONTINUATIONS[i % len(CONTINUATIONS)]) for i, prompt in enumerate(PROMPTS)]
+    return [LikelihoodRequest(pair["prompt"], pair["chosen"]) for pair in PAIRS]
 
 
 def llamacpp_logits(backend: LlamaCppBackend, side: Side) -> list[np.ndarray]:
@@ -46,10 +39,13 @@ def transformers_logits(backend: TransformersBackend, side: Side) -> list[np.nda
     return [backend._score([backend._request_tokens(request)], side, 1.0, _logits)[0] for request in requests()]
 
 
-def agreement(one: list[np.ndarray], other: list[np.ndarray]) -> tuple[float, float, int]:
-    """(share of positions with the same likeliest token, KL(other || one) in nats, mean over positions, positions)."""
+def agreement(one: list[np.ndarray], other: list[np.ndarray]) -> tuple[float, float, float, int]:
+    """(share of positions with the same likeliest token, the same where `other` has no near tie, KL(other || one) in nats, mean
+    over positions, positions)."""
     a, b = np.concatenate(one), np.concatenate(other)
-    return float((a.argmax(-1) == b.argmax(-1)).mean()), kl_divergence(b, a), len(a)
+    same = a.argmax(-1) == b.argmax(-1)
+    second, first = np.sort(np.partition(b, -2, axis=-1)[:, -2:], axis=-1).T
+    return float(same.mean()), float(same[first - second > NEAR_TIE].mean()), kl_divergence(b, a), len(a)
 
 
 def test_quantized_base_with_a_random_adapter_equals_peft(smollm2, session_workspace, tmp_path):
@@ -69,13 +65,14 @@ def compare(spec: models.ModelSpec, adapter: AdapterSpec, workspace) -> None:
     theirs: Backend = open_transformers(hf_copy(spec, workspace), spec.template, adapter.folder, 1024)
     try:
         tuned, base = llamacpp_logits(ours, "tuned"), llamacpp_logits(ours, "base")
-        same, kl, positions = agreement(tuned, transformers_logits(theirs, "tuned"))
-        print(f"{adapter.id}: {same:.4f} of {positions} positions, KL {kl:.5f} nats")
-        assert positions > 800
-        assert same >= 0.95
+        same, decided, kl, positions = agreement(tuned, peft := transformers_logits(theirs, "tuned"))
+        print(f"{adapter.id}: {same:.4f} of {positions} positions, {decided:.4f} without near ties, KL {kl:.5f} nats")
+        assert positions > 2000
+        assert decided >= 0.95
+        assert same >= 0.94  # 0.952 on one processor; how near ties fall depends on its instructions
         assert kl <= 0.01
         # A control: the adapter matters here, so that a tuned side without it would fail.
-        assert agreement(base, transformers_logits(theirs, "tuned"))[1] > 2 * kl
+        assert agreement(base, peft)[2] > 2 * kl
     finally:
         ours.close()
         theirs.close()
@@ -98,7 +95,7 @@ def test_f32_model_with_adapter_equals_peft(request, kind, tmp_path):
             clear = top_two[:, 1] - top_two[:, 0] > 0.02  # ggml's GELU goes through F16, so near ties may fall either way
             assert clear.mean() > 0.95
             np.testing.assert_array_equal(a.argmax(-1)[clear], b.argmax(-1)[clear])
-        assert agreement(llamacpp_logits(ours, "base"), transformers_logits(theirs, "tuned"))[1] > 0.1
+        assert agreement(llamacpp_logits(ours, "base"), transformers_logits(theirs, "tuned"))[2] > 0.1
     finally:
         ours.close()
         theirs.close()

@@ -193,7 +193,7 @@ def test_strength_is_baked_into_the_adapter(command_line: CommandLine) -> None:
 
 
 def test_stop_saves_a_checkpoint_and_resume_ends_as_if_never_stopped(command_line: CommandLine) -> None:
-    settings = {"max_steps": 12, "learning_rate": 0.01}
+    settings = {"max_steps": 60, "save_steps": 20, "learning_rate": 0.01}  # long enough to be stopped in the middle
     whole = wait_for(command_line.start("whole", **settings), lambda run: run.status.state == "finished").folder
     folder = command_line.start("stopped", **settings)
     wait_for(folder, lambda run: run.status.step >= 1)
@@ -201,7 +201,7 @@ def test_stop_saves_a_checkpoint_and_resume_ends_as_if_never_stopped(command_lin
     assert json.loads(stopping.stdout)["state"] in ("stopping", "stopped")
     stopped = wait_for(folder, lambda run: run.status.state not in ("running", "stopping"))
     assert stopped.status.state == "stopped"
-    assert 1 <= stopped.status.step < 12
+    assert 1 <= stopped.status.step < 60
     checkpoint = folder.last_checkpoint()
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{stopped.status.step}"

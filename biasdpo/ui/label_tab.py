@@ -23,8 +23,6 @@ _PROMPT_KINDS = [
     ("The data set's own", "dataset"),
     ("Template × groups", "template"),
 ]
-# The button that was pressed is gone; whoever has gone on meanwhile keeps their focus.
-_FOCUS_IF_LOST = "() => { if (document.activeElement === document.body) window.bdFocus('#begin', '#pseudonym textarea') }"
 # Key, button, answer. The keys are in assets/page.js.
 _ANSWERS: list[tuple[str, Answer]] = [
     ("1 ← Left is less biased", "left"),
@@ -204,9 +202,7 @@ class LabelTab(LabelActions):
         demo.load(self.open_page, self.identity, [self.gate, self.work, self.meter], **quick)
         demo.unload(self.close_page)
         gate = [self.identity, self.gate, self.work, self.gate_notice]
-        gr.on([self.agree_button.click, self.pseudonym.submit], self.agree, self.pseudonym, gate, **quick).then(
-            None, js=_FOCUS_IF_LOST
-        )
+        gr.on([self.agree_button.click, self.pseudonym.submit], self.agree, self.pseudonym, gate, **quick)
         self.change_button.click(self.change_pseudonym, None, gate[:3], **quick)
 
         shown = [
