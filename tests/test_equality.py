@@ -68,8 +68,8 @@ def compare(spec: models.ModelSpec, adapter: AdapterSpec, workspace) -> None:
         same, decided, kl, positions = agreement(tuned, peft := transformers_logits(theirs, "tuned"))
         print(f"{adapter.id}: {same:.4f} of {positions} positions, {decided:.4f} without near ties, KL {kl:.5f} nats")
         assert positions > 2000
-        assert decided >= 0.95
-        assert same >= 0.94  # 0.952 on one processor; how near ties fall depends on its instructions
+        assert decided >= 0.97
+        assert same >= 0.95
         assert kl <= 0.01
         # A control: the adapter matters here, so that a tuned side without it would fail.
         assert agreement(base, peft)[2] > 2 * kl

@@ -67,6 +67,7 @@ def main() -> None:
             waits.append(page.evaluate(JUDGE, token_of(page)) / 1000)
         stored = len((Path(folder) / "preferences.jsonl").read_text(encoding="utf-8").splitlines())
         browser.close()
+    assert stored == args.pairs, f"{stored} of {args.pairs} verdicts were stored: the waits are of something else"
     result: dict[str, Any] = {
         "pairs": args.pairs,
         "stored": stored,
