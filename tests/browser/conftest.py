@@ -139,7 +139,9 @@ class Visitor:
         field.press("Tab")
 
     def unfold(self, element: str) -> None:
+        """Open an accordion. Gradio builds its fields only now, and writes their values a moment after they can be seen."""
         self.page.click(f"#{element} button.label-wrap")
+        self.page.wait_for_timeout(300)
 
 
 @pytest.fixture

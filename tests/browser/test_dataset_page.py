@@ -148,9 +148,8 @@ def test_the_newest_first_page_by_page_with_search_and_filters(reader):
     assert reader.prompts() == ["A tie on rain?"]
     reader.pick("dataset-filter-verdict", "All")
     reader.pick("dataset-filter-state", "Withdrawn")
-    reader.page.wait_for_selector("#dataset-table tr.bd-withdrawn")
+    reader.page.wait_for_selector("#dataset-table tbody tr:not(.bd-withdrawn)", state="detached")  # a withdrawn row stood among all, too
     assert "To be withdrawn, the second" in reader.prompts()
-    assert reader.page.locator("#dataset-table tbody tr:not(.bd-withdrawn)").count() == 0
 
 
 def test_a_judgment_in_full_with_its_provenance(reader):
