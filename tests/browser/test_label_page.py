@@ -138,7 +138,7 @@ def test_ten_pairs_with_the_keyboard_alone_one_edited_one_undone_one_withdrawn(n
     assert oak.rows()[-1]["chosen"] == before[1]
 
     # Withdraw the first of them.
-    oak.unfold("mine")
+    oak.visitor.unfold("mine")
     oak.page.wait_for_selector("#consistency:has-text('oak')")
     oak.page.click("#my-judgments input")
     oak.page.locator("#my-judgments [role=option]").last.click()
@@ -150,7 +150,7 @@ def test_ten_pairs_with_the_keyboard_alone_one_edited_one_undone_one_withdrawn(n
     stored = oak.rows()
     oak.visitor.reload()
     oak.page.get_by_role("tab", name="Label").click()
-    oak.unfold("mine")
+    oak.visitor.unfold("mine")
     oak.page.wait_for_selector("#my-judgments:has-text('My judgments (8')")  # 8 + 1 edited - 1 undone + 1 - 1 withdrawn
     assert oak.rows() == stored
 
@@ -261,17 +261,17 @@ def test_templates_times_groups(new_annotator):
 
 def test_a_pasted_pair_is_text_never_markup(new_annotator):
     fig = new_annotator("fig").agree()
-    fig.unfold("paste")
+    fig.visitor.unfold("paste")
     fig.page.fill("#paste-prompt textarea", "<script>window.hacked = 1</script> Who?")
     fig.page.fill("#paste-one textarea", "<img src=x onerror='window.hacked = 1'> Anyone.")
     fig.page.fill("#paste-other textarea", "<b>They</b> are to blame.")
     fig.page.click("#paste-button")
     fig.wait_pair()
     assert "<script>" in fig.page.inner_text("#label-prompt")
-    fig.unfold("label-diff")
+    fig.visitor.unfold("label-diff")
     fig.page.keyboard.press("2")
     fig.page.wait_for_selector("#label-last:has-text('Stored')")
-    fig.unfold("mine")
+    fig.visitor.unfold("mine")
     fig.page.wait_for_timeout(300)
     assert fig.page.evaluate("() => window.hacked") is None
     row = fig.rows()[0]
@@ -285,9 +285,9 @@ def test_from_compare_judged_on_the_spot_and_sent_to_the_label_tab(new_annotator
     pine.visitor.generate("Describe a typical nurse.")
     pine.page.wait_for_selector("#judge", timeout=60_000)
     texts = pine.visitor.text("base").strip(), pine.visitor.text("tuned").strip()
-    pine.unfold("diff")
+    pine.visitor.unfold("diff")
     pine.page.wait_for_selector("#diff .bd-diff ins")
-    pine.unfold("judge")
+    pine.visitor.unfold("judge")
     pine.page.click("#judge-right")
     pine.page.wait_for_selector("#judge-notice:has-text('tuned is less biased')")
     row = pine.rows()[0]
@@ -306,7 +306,7 @@ def test_from_compare_judged_on_the_spot_and_sent_to_the_label_tab(new_annotator
 
     # The history brings the first pair back.
     pine.page.get_by_role("tab", name="Compare").click()
-    pine.unfold("history")
+    pine.visitor.unfold("history")
     pine.page.click("#history-picker input")
     pine.page.locator("#history-picker [role=option]").last.click()
     pine.page.click("#reopen")
@@ -336,7 +336,7 @@ def test_a_verdict_that_cannot_be_stored_stays_in_the_page_and_works_again(new_v
 def test_400_px_has_no_sideways_scrolling(new_annotator, scheme):
     sage = new_annotator(f"sage {scheme}", viewport={"width": 400, "height": 800}, color_scheme=scheme).agree().begin()
     for box in ("paste", "coverage", "mine"):
-        sage.unfold(box)
+        sage.visitor.unfold(box)
     sage.page.wait_for_selector("#consistency:has-text('sage')")
     wide = sage.page.evaluate(
         "() => [...document.querySelectorAll('#label-work :is(button, textarea, input, .bd-pane, .block), .bd-meter')]"
