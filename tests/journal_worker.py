@@ -6,6 +6,7 @@ its acknowledgements end, so it tries the judgment in flight a second time, as t
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from pathlib import Path
@@ -20,6 +21,16 @@ def judgment(name: str, number: int) -> Judgment:
     """Its texts follow from its id; every tenth is long, so that a kill can meet a write half done."""
     text = f"{name} {number} " * (20_000 if number % 10 == 0 else 20)
     return Judgment(f"{name}-{number}", "2024-07-18T00:00:00+00:00", f"{number:016x}", f"Prompt {number}?", text, "No.")
+
+
+def worker(workspace: Workspace, name: str, *arguments: object) -> list[str]:
+    """The command line of such a process."""
+    return [sys.executable, "-m", "tests.journal_worker", str(workspace.root), name, *map(str, arguments)]
+
+
+def ids_in_file(path: Path) -> list[str]:
+    """Ids line by line, as anyone reads JSON lines: every line must be whole."""
+    return [json.loads(line)["id"] for line in path.read_bytes().splitlines()]
 
 
 def main(workspace: Workspace, name: str, count: int, acknowledged: Path) -> None:

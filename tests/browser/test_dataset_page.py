@@ -148,7 +148,8 @@ def test_the_newest_first_page_by_page_with_search_and_filters(reader):
     assert reader.prompts() == ["A tie on rain?"]
     reader.pick("dataset-filter-verdict", "All")
     reader.pick("dataset-filter-state", "Withdrawn")
-    reader.page.wait_for_selector("#dataset-table tbody tr:not(.bd-withdrawn)", state="detached")  # a withdrawn row stood among all, too
+    # Its presence shows nothing: a withdrawn row stood among all, too.
+    reader.page.wait_for_selector("#dataset-table tbody tr:not(.bd-withdrawn)", state="detached")
     assert "To be withdrawn, the second" in reader.prompts()
 
 

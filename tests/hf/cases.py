@@ -1,0 +1,93 @@
+"""What the tests of the transformers backend share: a tiny model with all that belongs to it, and how its texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from biasdpo.backends.base import Backend
+from biasdpo.backends.hf import TransformersBackend
+from biasdpo.backends.hf_copy import encode_prompt
+from biasdpo.backends.hf_text import CompletionText
+from biasdpo.records import FinishReason, Sampling, Side
+from biasdpo.template import PromptTemplate
+from tests import tiny_models
+
+GREEDY = Sampling(max_new_tokens=60, temperature=0.0, repetition_penalty=1.0)
+WARM = Sampling(max_new_tokens=40, temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=7)
+PROMPTS = ["Why are nurses always women?", "Describe <|im_end|> a programmer:\n12", "Пишите 日本語 😀"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny model with everything that belongs to it."""
+
+    folder: Path
+    adapter: Path
+    template: PromptTemplate
+    backend: TransformersBackend
+
+
+def read(stream: Generator[str, None, FinishReason]) -> tuple[list[str], FinishReason]:
+    """The pieces of a stream, and why it ended."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as stop:
+            return pieces, stop.value
+
+
+def text_of(backend: Backend, prompt: str, side: Side, sampling: Sampling = GREEDY, strength: float = 1.0) -> str:
+    return "".join(read(backend.stream(prompt, sampling, side, strength=strength))[0])
+
+
+def plain_text(model: Any, case: Case, prompt: str, sampling: Sampling = GREEDY) -> str:
+    """What transformers' generate() writes, less what a completion does not show."""
+    tokenizer = case.backend._tokenizer
+    ids = encode_prompt(tokenizer, case.template, prompt)
+    drawing = {} if sampling.temperature == 0 else {
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k
+    }  # fmt: skip
+    torch.manual_seed(sampling.seed)
+    written = model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=sampling.max_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        do_sample=bool(drawing),
+        eos_token_id=sorted(case.backend._ends),
+        **drawing,
+    )[0, len(ids) :]
+    text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removeprefix(case.template.completion_prefix)
+
+
+PHI = tiny_models.PHI_TEMPLATE  # completion prefix " ", stop "\nInstruct:"
+
+
+def pieces_of(tokens: list[str], template: PromptTemplate) -> tuple[list[str], bool]:
+    """CompletionText over tokens that are their own text."""
+    text = CompletionText(lambda ids: "".join(tokens[i] for i in ids), template)
+    shown = []
+    for i in range(len(tokens)):
+        piece, stopped = text.add(i, final=False)
+        shown.append(piece)
+        if stopped:
+            return shown, True
+    shown.append(text.add(None, final=True)[0])
+    return shown, False
+
+
+def adapter_is_off(backend: TransformersBackend) -> bool:
+    layers = [module for module in backend._model.modules() if isinstance(module, LoraLayer)]
+    return bool(layers) and all(layer.disable_adapters for layer in layers)
+
+
+def hooks_of(backend: TransformersBackend) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backend._model.modules())

@@ -1,0 +1,162 @@
+"""Where a completion ends, what is shown of it, and what it is worth: the transformers backend's texts and likelihoods."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from biasdpo.backends.hf import open_transformers
+from biasdpo.backends.hf_copy import encode_completion, encode_prompt, encode_text
+from biasdpo.backends.hf_text import CompletionText
+from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.errors import PromptError
+from biasdpo.records import LikelihoodRequest, TextRequest
+from biasdpo.template import PromptTemplate
+from tests import tiny_models
+from tests.hf.cases import GREEDY, PHI, PROMPTS, Case, pieces_of, plain_text, read, text_of
+
+
+def test_it_ends_at_the_limit_of_tokens(case: Case) -> None:
+    pieces, reason = read(case.backend.stream(PROMPTS[0], replace(GREEDY, max_new_tokens=3), "base"))
+    assert (len(pieces), reason) == (3, "limit")
+
+
+def test_it_ends_at_the_end_of_text(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth token is made an end: it counts as a token, and has no text."""
+    pieces, _ = read(case.backend.stream(PROMPTS[0], GREEDY, "base"))
+    ids = torch.tensor([encode_prompt(case.backend._tokenizer, case.template, PROMPTS[0])])
+    model = case.backend._model
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    monkeypatch.setattr(case.backend, "_ends", frozenset([int(ids[0, -1])]))
+    ended, reason = read(case.backend.stream(PROMPTS[0], GREEDY, "base"))
+    assert reason == "end_of_text"
+    assert len(ended) <= 4
+    assert "".join(pieces).startswith("".join(ended).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+
+def test_the_ends_are_those_of_model_tokenizer_llama_cpp_and_template(tiny_llama: Path, tiny_phi: Path) -> None:
+    turn = PromptTemplate("{prompt}<|im_start|>", special_tokens=("<|im_start|>",))
+    for folder, template, names in (
+        (tiny_llama, tiny_models.LLAMA_TEMPLATE, {"<|im_end|>", "<|endoftext|>"}),
+        (tiny_llama, turn, {"<|im_end|>", "<|endoftext|>", "<|im_start|>"}),
+        (tiny_phi, tiny_models.PHI_TEMPLATE, {"<|endoftext|>"}),
+    ):
+        backend = open_transformers(folder, template, None, 512)
+        assert {backend._tokenizer.convert_ids_to_tokens(i) for i in backend._ends} == names
+        backend.close()
+
+
+def test_the_context_is_used_to_its_last_token(case: Case) -> None:
+    short = open_transformers(case.folder, case.template, None, 128)
+    tokenizer = case.backend._tokenizer
+    room = 128 - len(encode_prompt(tokenizer, case.template, "1 1"))
+    fits = "1 1" + " 1" * ((room - 1) // len(encode_text(tokenizer, " 1")))
+    length = len(encode_prompt(tokenizer, case.template, fits))
+    assert 124 <= length <= 127
+    pieces, reason = read(short.stream(fits, GREEDY, "base"))
+    assert (len(pieces), reason) == (128 - length + 1, "limit")  # the last token drawn need not be stored
+    with pytest.raises(PromptError, match=r"is [\d,]+ tokens long with its template, the context holds 128"):
+        read(short.stream("1 " * 128, GREEDY, "base"))
+    short.close()
+
+
+def test_a_prompt_longer_than_a_chunk_is_computed_whole(case: Case, peft: Any) -> None:
+    prompt = " ".join(str(i) for i in range(100))
+    assert len(encode_prompt(case.backend._tokenizer, case.template, prompt)) > 256
+    assert text_of(case.backend, prompt, "tuned", replace(GREEDY, max_new_tokens=20)) == plain_text(
+        peft, case, prompt, replace(GREEDY, max_new_tokens=20)
+    )
+
+
+def test_a_stop_string_is_held_back_token_by_token() -> None:
+    assert pieces_of([" Yes", ".", "\n", "Inst", "ruct", ":", " no"], PHI) == (["Yes", ".", "", "", "", ""], True)
+
+
+def test_what_only_begins_like_a_stop_string_is_shown() -> None:
+    assert pieces_of([" Yes", "\n", "Inst", "ead", "\nInstruct"], PHI) == (["Yes", "", "", "\nInstead", "", "\nInstruct"], False)
+
+
+def test_the_completion_prefix_is_not_shown() -> None:
+    assert pieces_of([" ", "Yes"], PHI)[0] == ["", "Yes", ""]
+    assert pieces_of(["Yes"], PHI)[0] == ["Yes", ""]
+    long_prefix = PromptTemplate("{prompt}", completion_prefix=" A: ")
+    assert pieces_of([" ", "A", ": ", "yes"], long_prefix)[0] == ["", "", "", "yes", ""]
+    assert pieces_of([" ", "A"], long_prefix)[0] == ["", "", " A"]
+
+
+def test_a_character_is_shown_when_it_is_whole() -> None:
+    data = "é😀!".encode()
+    text = CompletionText(lambda ids: bytes(data[i] for i in ids).decode("utf-8", "replace"), PromptTemplate("{prompt}"))
+    assert [text.add(i, final=False)[0] for i in range(7)] == ["", "é", "", "", "", "😀", "!"]
+    text = CompletionText(lambda ids: bytes(data[i] for i in ids).decode("utf-8", "replace"), PromptTemplate("{prompt}"))
+    assert [text.add(0, final=False)[0], text.add(None, final=True)[0]] == ["", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_stop_strings_and_prefix_reach_the_stream(case: Case) -> None:
+    """A stretch of what the model writes is made the stop string, its first character the prefix."""
+    free = open_transformers(case.folder, replace(case.template, completion_prefix="", stop=()), None, 512)
+    text = text_of(free, PROMPTS[0], "base")
+    template = replace(case.template, completion_prefix=text[0], stop=(text[10:14],))
+    free.template = template
+    pieces, reason = read(free.stream(PROMPTS[0], GREEDY, "base"))
+    assert reason == "end_of_text"
+    assert "".join(pieces) == text[1 : text.index(text[10:14], 1)]
+    free.close()
+
+
+def test_pieces_join_to_llama_cpps_text(tiny_llama: Path, tiny_llama_gguf: Path) -> None:
+    """A random model writes broken UTF-8 in plenty: both backends show the same of it."""
+    ours = open_transformers(tiny_llama, tiny_models.LLAMA_TEMPLATE, None, 512)
+    theirs = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, None, 512, kv_cache="f32")
+    for prompt in PROMPTS:
+        assert text_of(ours, prompt, "base") == text_of(theirs, prompt, "base")
+    ours.close()
+    theirs.close()
+
+
+# Likelihood
+
+
+def test_loglikelihood_is_a_sum_of_log_softmax(case: Case, bare: Any, peft: Any) -> None:
+    tokenizer = case.backend._tokenizer
+    requests = [
+        LikelihoodRequest("Why?", "Because."),
+        LikelihoodRequest("Why are nurses always women?", "They are not: " * 12, end_of_text=True),
+        TextRequest("The quick brown fox\n12"),
+        LikelihoodRequest("Hi", "x", system="Be kind"),
+    ] * 3
+    for side, model in (("base", bare), ("tuned", peft)):
+        results = case.backend.loglikelihood(requests, side)
+        for request, result in zip(requests, results, strict=True):
+            if isinstance(request, TextRequest):
+                ids = encode_text(tokenizer, request.text)
+                given = 1
+            else:
+                prompt = encode_prompt(tokenizer, case.template, request.prompt, request.system)
+                given = len(prompt)
+                ids = prompt + encode_completion(tokenizer, case.template, request.continuation, request.end_of_text)
+            with torch.inference_mode():
+                logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            by_hand = sum(float(logps[i - 1, ids[i]]) for i in range(given, len(ids)))
+            assert result.tokens == len(ids) - given
+            assert result.logp == pytest.approx(by_hand, abs=2e-3)  # sums of up to 100 tokens in float32
+
+
+def test_loglikelihood_has_a_strength(case: Case) -> None:
+    request = [LikelihoodRequest("Why?", "Because of them.")]
+    base, weak, off = (case.backend.loglikelihood(request, *args, strength=x) for args, x in
+                       ((("base",), 1.0), (("tuned",), 0.5), (("tuned",), 0.0)))  # fmt: skip
+    assert base == off != weak
+
+
+def test_nothing_to_score_is_refused(case: Case) -> None:
+    with pytest.raises(PromptError, match="Nothing to score"):
+        case.backend.loglikelihood([TextRequest("")], "base")
+    with pytest.raises(PromptError, match="does not fit the context of 512"):
+        case.backend.loglikelihood([TextRequest("1 " * 600)], "base")
+    assert case.backend.loglikelihood([], "base") == []
