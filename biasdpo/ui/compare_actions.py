@@ -27,24 +27,15 @@ from biasdpo.ui.visitors import Visitors
 class CompareActions(EngineActions, PairActions):
     """The handlers. Every one answers for one visitor; their running generations lie in `visitors`."""
 
+    # Beside what the two parents have.
     visitors: Visitors
-    prompt: gr.Textbox
     strength: gr.Slider
     temperature: gr.Slider
     top_p: gr.Slider
     top_k: gr.Slider
     repetition_penalty: gr.Slider
     max_new_tokens: gr.Number
-    seed: gr.Number
     random_seed: gr.Checkbox
-    base_head: gr.HTML
-    base_text: gr.Textbox
-    base_status: gr.HTML
-    tuned_head: gr.HTML
-    tuned_text: gr.Textbox
-    tuned_status: gr.HTML
-    notice: gr.HTML
-    last_prompt: gr.State
     link: gr.Textbox
     seen: gr.Textbox
 
