@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import rewards
-from tests.byte_model import save_tiny_llama
+from biasdpo import dataset, models, rewards
+from biasdpo.run_config import LOSS_TYPES
 
 
 def test_loss_without_any_margin_is_log_two() -> None:
@@ -30,6 +30,34 @@ def test_normalised_loss_by_hand() -> None:
     assert loss == pytest.approx([0.1269280])
 
 
+def test_ipo_loss_by_hand() -> None:
+    # log-ratios a token 0.5 and -0.5; their gap 1, wanted 1 / (2 * 0.25) = 2: (1 - 2)^2 = 1
+    assert rewards.ipo_loss([-10.0], [-20.0], [-12.0], [-19.0], [4], [2], beta=0.25) == pytest.approx([1.0])
+
+
+def test_hinge_loss_by_hand() -> None:
+    # margins 0.1 * 3 = 0.3 and 0.5 * 3 = 1.5: 1 - 0.3 = 0.7, and nothing once the margin is above 1
+    assert rewards.hinge_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.1) == pytest.approx([0.7])
+    assert rewards.hinge_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5) == pytest.approx([0.0])
+
+
+def test_robust_loss_by_hand() -> None:
+    # margin 1.5: -log sigmoid(1.5) = 0.2014133, -log sigmoid(-1.5) = 1.7014133; (0.9 * 0.2014133 - 0.1 * 1.7014133) / 0.8
+    loss = rewards.robust_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5, label_smoothing=0.1)
+    assert loss == pytest.approx([0.0139133], abs=1e-6)
+    plain = rewards.robust_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5, label_smoothing=0.0)
+    assert plain == pytest.approx([0.2014133])  # no wrong labels: DPO's loss
+
+
+def test_apo_zero_loss_by_hand() -> None:
+    # rewards 0.5 * 2 = 1 and 0.5 * -1 = -0.5: 1 - sigmoid(1) + sigmoid(-0.5) = 1 - 0.7310586 + 0.3775407
+    assert rewards.apo_zero_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5) == pytest.approx([0.6464821])
+
+
+def test_sft_loss_by_hand() -> None:
+    assert rewards.sft_loss([-10.0, -20.0], [4, 16]) == pytest.approx(1.5)  # 30 nats over 20 tokens
+
+
 def test_log_sigmoid_at_both_ends() -> None:
     assert rewards.log_sigmoid([-1000.0, 0.0, 1000.0]) == pytest.approx([-1000.0, -math.log(2), 0.0])
 
@@ -41,70 +69,89 @@ def test_accuracies_count_a_tie_as_a_miss() -> None:
     assert accuracy == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm"])
-def test_agrees_with_trl(tmp_path: Path, loss_type: str) -> None:
-    """TRL's reported loss, margin and accuracy of one batch equal ours, computed from log-probabilities that we sum."""
+# Against the trainers, on real pairs
+
+BETA, SMOOTHING = 0.7, 0.2
+ORACLES = {  # each of (policy chosen, policy rejected, reference chosen, reference rejected), (chosen lengths, rejected lengths)
+    "sigmoid": lambda logps, _lengths: rewards.dpo_loss(*logps, BETA).mean(),
+    "sigmoid_norm": lambda logps, lengths: rewards.dpo_norm_loss(*logps, *lengths, BETA).mean(),
+    "ipo": lambda logps, lengths: rewards.ipo_loss(*logps, *lengths, BETA).mean(),
+    "hinge": lambda logps, _lengths: rewards.hinge_loss(*logps, BETA).mean(),
+    "robust": lambda logps, _lengths: rewards.robust_loss(*logps, BETA, SMOOTHING).mean(),
+    "apo_zero": lambda logps, _lengths: rewards.apo_zero_loss(*logps, BETA).mean(),
+    "sft": lambda logps, lengths: rewards.sft_loss(logps[0], lengths[0]),
+}
+
+
+def test_each_loss_type_offered_has_an_oracle() -> None:
+    assert set(ORACLES) == set(LOSS_TYPES)
+
+
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_phi"])
+def on_seed_pairs(request: pytest.FixtureRequest):
+    """(model folder, token rows of four shipped pairs)."""
+    from transformers import AutoTokenizer
+
+    from training.rows import tokenise
+
+    folder = request.getfixturevalue(request.param)
+    pairs = dataset.load_jsonl(Path("assets/seed_pairs.jsonl"))[:4]
+    template = models.catalog()["smollm2" if request.param == "tiny_llama" else "phi-2"].template
+    return folder, [row.as_trl() for row in tokenise(pairs, AutoTokenizer.from_pretrained(folder), template, 512).rows]
+
+
+@pytest.fixture(scope="module")
+def logps(on_seed_pairs, tmp_path_factory):
+    """The oracle's inputs of these rows: log-probabilities summed here, row by row, from plain logits; and lengths."""
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig
 
-    from training.trainer import TokenisedDPOTrainer
+    from tests.tiny_trainer import build_tiny_trainer
 
-    folder = save_tiny_llama(tmp_path / "model")
-    rows = [
-        {"prompt_ids": [40, 41, 42], "chosen_ids": [50, 51, 52, 53, 0], "rejected_ids": [60, 0]},
-        {"prompt_ids": [43], "chosen_ids": [70, 0], "rejected_ids": [80, 81, 82, 0]},
-    ]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    beta = 3.0
-    trainer = TokenisedDPOTrainer(
-        model=model,
-        args=DPOConfig(
-            output_dir=str(tmp_path / "out"),
-            loss_type=[loss_type],
-            beta=beta,
-            per_device_train_batch_size=2,
-            activation_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            report_to="none",
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    folder, rows = on_seed_pairs
+    model = build_tiny_trainer(folder, tmp_path_factory.mktemp("out"), rows, trained=0.02, way="trl").model.eval()
+    sums = []
+    for reference in (False, True):
+        for completion in ("chosen_ids", "rejected_ids"):
+            sums.append([])
+            for row in rows:
+                ids = torch.tensor([row["prompt_ids"] + row[completion]])
+                with torch.no_grad(), model.disable_adapter() if reference else nullcontext():
+                    scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                sums[-1].append(scores[len(row["prompt_ids"]) - 1 :].double().sum().item())
+    return sums, [[len(row[name]) for row in rows] for name in ("chosen_ids", "rejected_ids")]
+
+
+@pytest.mark.parametrize("way", ["ours", "trl"])
+@pytest.mark.parametrize("loss_types", [*([name] for name in LOSS_TYPES), ["sigmoid_norm", "sft"]], ids="+".join)
+def test_agrees_with_the_trainers(on_seed_pairs, logps, tmp_path, loss_types, way) -> None:
+    """The loss, margins, accuracies and log-probabilities that a trainer reports of a batch, by TRL's own way and by ours."""
+    from tests.tiny_trainer import build_tiny_trainer
+
+    folder, rows = on_seed_pairs
+    weights = [1.0, 0.3][: len(loss_types)]
+    trainer = build_tiny_trainer(
+        folder,
+        tmp_path,
+        rows,
+        way=way,
+        batch=4,
+        trained=0.02,
+        loss_type=loss_types,
+        loss_weights=weights,
+        beta=BETA,
+        label_smoothing=SMOOTHING,
     )
-    torch.manual_seed(1)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name:  # zero at the start, where policy and reference are one
-            torch.nn.init.normal_(parameter, std=0.5)
-
-    def logp(completions: str, *, reference: bool) -> list[float]:
-        sums = []
-        for row in rows:
-            ids = torch.tensor([row["prompt_ids"] + row[completions]])
-            with torch.no_grad():
-                adapter = trainer.model.disable_adapter() if reference else nullcontext()
-                with adapter:
-                    logits = trainer.model(input_ids=ids).logits
-            logps = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            sums.append(logps[len(row["prompt_ids"]) - 1 :].sum().item())
-        return sums
-
-    batch = trainer.data_collator(rows)
-    trl_loss = trainer.compute_loss(trainer.model, batch).item()
-    policy = [logp(c, reference=False) for c in ("chosen_ids", "rejected_ids")]
-    reference = [logp(c, reference=True) for c in ("chosen_ids", "rejected_ids")]
-    if loss_type == "sigmoid":
-        ours = rewards.dpo_loss(*policy, *reference, beta)
-    else:
-        ours = rewards.dpo_norm_loss(*policy, *reference, [5, 2], [2, 4], beta)
-    margins = rewards.reward_margin(*policy, *reference, beta)
+    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)).item()
+    sums, lengths = logps
+    margins = rewards.reward_margin(*sums, BETA)
     assert np.abs(margins).min() > 1e-3  # else the comparison would show nothing
-    assert ours.mean() == pytest.approx(trl_loss, abs=1e-4)
-    logged = trainer._metrics["train"]
-    assert margins.mean() == pytest.approx(logged["rewards/margins"][0], abs=1e-4)
-    assert rewards.reward_accuracy(margins) == pytest.approx(logged["rewards/accuracies"][0])
-    assert np.mean(policy[0]) == pytest.approx(logged["logps/chosen"][0], abs=1e-4)
+    assert sum(w * ORACLES[name](sums, lengths) for w, name in zip(weights, loss_types, strict=True)) == pytest.approx(
+        loss, abs=1e-4, rel=1e-5
+    )
+    logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    assert logged["rewards/margins"] == pytest.approx(margins.mean(), abs=1e-4)
+    assert logged["rewards/accuracies"] == pytest.approx(rewards.reward_accuracy(margins))
+    assert logged["rewards/chosen"] == pytest.approx(rewards.implicit_reward(sums[0], sums[2], BETA).mean(), abs=1e-4)
+    assert logged["rewards/rejected"] == pytest.approx(rewards.implicit_reward(sums[1], sums[3], BETA).mean(), abs=1e-4)
+    assert logged["logps/chosen"] == pytest.approx(np.mean(sums[0]), abs=1e-3)
+    assert logged["logps/rejected"] == pytest.approx(np.mean(sums[1]), abs=1e-3)
