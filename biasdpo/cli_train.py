@@ -26,17 +26,20 @@ def add_commands(commands: Any) -> None:
         help="preference pairs: a JSONL file with prompt, chosen, rejected; a Hub data set; or the workspace's journal. "
         "Several are joined",
     )
-    command.add_argument("--run-id", required=True, metavar="NAME", help="the run's name and folder")
+    command.add_argument("--run-id", metavar="NAME", help="the run's name and folder")
     command.add_argument("--config", type=Path, metavar="FILE", help="a run config, e.g. training/configs/smollm2-quick.toml")
     command.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="key=value", help="one setting, over the config's"
     )
     command.add_argument("--resume", action="store_true", help="go on with a run that was stopped, interrupted or failed")
     command.add_argument("--num-processes", type=int, metavar="N", help="training processes (data parallel)")
+    command.add_argument(
+        "--estimate", action="store_true", help="measure what the run would take in time and memory, and start nothing"
+    )
     _add_workspace_and_json(command)
     command.set_defaults(handler=train)
 
-    command = commands.add_parser("runs", help="list, show or stop training runs")
+    command = commands.add_parser("runs", help="list, show, stop, delete training runs, or note something on one")
     command.set_defaults(handler=list_runs)
     _add_workspace_and_json(command)
     actions = command.add_subparsers(metavar="ACTION")
@@ -46,9 +49,13 @@ def add_commands(commands: Any) -> None:
     for name, handler, text in (
         ("show", show_run, "one run: state, step, config, metrics"),
         ("stop", stop_run, "ask a run to stop after its next step, with a checkpoint"),
+        ("delete", delete_run, "delete a run that has ended, with its adapter"),
+        ("note", note_run, "write a note on a run; an empty text takes it away"),
     ):
         action = actions.add_parser(name, help=text)
         action.add_argument("run_id", metavar="ID")
+        if handler is note_run:
+            action.add_argument("text", metavar="TEXT")
         _add_workspace_and_json(action, inherit=True)
         action.set_defaults(handler=handler)
 
@@ -62,23 +69,22 @@ def _add_workspace_and_json(command: argparse.ArgumentParser, *, inherit: bool =
 
 def train(args: argparse.Namespace) -> int:
     """Start (or resume) a run and wait for it; Ctrl-C asks it to stop."""
-    from biasdpo import run_config, runs
+    from biasdpo import runs
     from biasdpo.workspace import open_workspace
 
+    if not args.run_id and not args.estimate:
+        raise ConfigError("A run needs a name: got none; give it with --run-id")
     workspace = open_workspace(args.workspace)
     if args.resume:
-        given = [f"--{name}" for name in ("model", "dataset", "config", "num_processes") if getattr(args, name)]
+        given = [f"--{name}" for name in ("model", "dataset", "config", "num_processes", "estimate") if getattr(args, name)]
         given += ["--set"] * bool(args.settings)
         if given:
             raise ConfigError(f"--resume goes on with the run's own settings: got {', '.join(given)} too; leave them out")
         folder = runs.resume(args.run_id, workspace)
     else:
-        values = run_config.read_toml(args.config) if args.config else {}
-        values |= {"model": args.model} if args.model else {}
-        values |= {"datasets": [_absolute(name) for name in args.dataset]} if args.dataset else {}
-        values |= {"num_processes": args.num_processes} if args.num_processes is not None else {}
-        values |= run_config.parse_settings(args.settings)
-        config = run_config.from_mapping(values)
+        config = _config(args)
+        if args.estimate:
+            return _estimate(config, workspace, as_json=args.json)
         folder = runs.start(config, args.run_id, workspace, command=runs.shown_command(sys.argv[1:]))
     run = _wait(folder, workspace)
     if args.json:
@@ -93,6 +99,37 @@ def train(args: argparse.Namespace) -> int:
             f"`python -m biasdpo train --run-id {folder.id} --resume`"
         )
     raise RunError(f"Run {folder.id!r} {run.status.state}: {run.status.error}")
+
+
+def _config(args: argparse.Namespace) -> Any:
+    """The run config of the flags, over that of --config."""
+    from biasdpo import run_config
+
+    values = run_config.read_toml(args.config) if args.config else {}
+    values |= {"model": args.model} if args.model else {}
+    values |= {"datasets": [_absolute(name) for name in args.dataset]} if args.dataset else {}
+    values |= {"num_processes": args.num_processes} if args.num_processes is not None else {}
+    values |= run_config.parse_settings(args.settings)
+    return run_config.from_mapping(values)
+
+
+def _estimate(config: Any, workspace: Any, *, as_json: bool) -> int:
+    """Print what a run would take; one that can't fit is an error after that."""
+    from biasdpo import runs
+
+    print("Measuring a few steps…", file=sys.stderr)
+    found = runs.estimate(config, workspace)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        minutes, needed, free = found.seconds_total / 60, found.memory_bytes / 1e9, found.memory_free_bytes / 1e9
+        print(f"{found.steps} steps of {found.seconds_per_step:.2f} s, {minutes:.1f} minutes in all on {found.device}")
+        print(f"{needed:.1f} GB of memory at the peak, {free:.1f} GB are free")
+        print(f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, {found.cut} cut")
+        print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in found.parts.items()))
+    if not found.fits:
+        raise RunError(found.refusal)
+    return 0
 
 
 def _absolute(source: str) -> str:
@@ -134,7 +171,8 @@ def _wait(folder: Any, workspace: Any) -> Any:
 
 
 def _summary(run: Any) -> str:
-    text = f"Run {run.folder.id}: finished, adapter in {run.folder.adapter}"
+    kept = run.to_json()["kept"].get("reason", "")
+    text = f"Run {run.folder.id}: finished, adapter in {run.folder.adapter}" + (f"\nKept: {kept}" if kept else "")
     held_out = run.to_json()["metrics"].get("held_out")
     if held_out:
         text += (
@@ -169,7 +207,7 @@ def show_run(args: argparse.Namespace) -> int:
         print(json.dumps(run.to_json(), ensure_ascii=False))
     else:
         print(_line(run))
-        for note in (*run.status.notes, run.status.error):
+        for note in (*run.status.notes, run.folder.read_note(), run.status.error):
             if note:
                 print(f"  {note}")
         if run.status.state == "finished":
@@ -187,7 +225,30 @@ def stop_run(args: argparse.Namespace) -> int:
     return 0
 
 
+def delete_run(args: argparse.Namespace) -> int:
+    """Delete a run's folder."""
+    from biasdpo import runs
+    from biasdpo.workspace import open_workspace
+
+    runs.delete(args.run_id, open_workspace(args.workspace))
+    print(json.dumps({"id": args.run_id, "deleted": True}) if args.json else f"{args.run_id}: deleted")
+    return 0
+
+
+def note_run(args: argparse.Namespace) -> int:
+    """Write a note on a run."""
+    from biasdpo import runs
+    from biasdpo.workspace import open_workspace
+
+    workspace = open_workspace(args.workspace)
+    runs.write_note(args.run_id, workspace, args.text)
+    run = runs.show(args.run_id, workspace)
+    print(json.dumps(run.to_json(), ensure_ascii=False) if args.json else _line(run))
+    return 0
+
+
 def _line(run: Any) -> str:
     status = run.status
     eta = f", {status.eta_seconds:.0f} s left" if status.eta_seconds and status.state == "running" else ""
-    return f"{run.folder.id}: {status.state}, step {status.step} of {status.total_steps}{eta}"
+    waits = f", waits for {status.waits_for}" if status.waits_for else ""
+    return f"{run.folder.id}: {status.state}, step {status.step} of {status.total_steps}{eta}{waits}"

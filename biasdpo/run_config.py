@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,13 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo.errors import ConfigError
+from biasdpo.run_checks import (
+    ACCELERATE_CONFIGS,
+    ADAPTER_DTYPES,
+    CHECKS,
+    KEEPS,
+    LOSS_TYPES,
+    MAX_PROBES,
+    PRECISIONS,
+    SCHEDULES,
+    check_together,
+)
 
-# TRL's names. Left out: `hinge`, `nca_pair`, `aot`, … which change little here, and `exo_pair`, which needs smoothing.
-LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "robust", "apo_zero", "sft")
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-PRECISIONS = ("fp32", "bf16")
-ADAPTER_DTYPES = ("float16", "float32")
-ACCELERATE_CONFIGS = ("auto", "cpu", "one_gpu", "multi_gpu", "fsdp")
+__all__ = [
+    "ACCELERATE_CONFIGS",
+    "ADAPTER_DTYPES",
+    "KEEPS",
+    "LOSS_TYPES",
+    "MAX_PROBES",
+    "PRECISIONS",
+    "SCHEDULES",
+    "Preset",
+    "RunConfig",
+    "check_setting",
+    "explained",
+    "from_mapping",
+    "load_json",
+    "load_toml",
+    "parse_settings",
+    "presets",
+    "read_toml",
+]
+
+CONFIGS = Path(__file__).resolve().parent.parent / "training" / "configs"
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,8 @@ class RunConfig:
 
     model                 catalog id, Hub id, HF folder or .gguf
     datasets              JSONL files, hub:OWNER/NAME, or workspace; their rows are joined
+    dataset_weights       how often a source's training pairs are seen an epoch, one a dataset, (0, 10]; empty: 1 each. 2: twice,
+                          0.5: half of them, drawn by the seed. Held-out pairs count once
     held_out_share        share of prompts kept from training, [0, 0.5]
     loss_type             TRL's names (LOSS_TYPES); several are summed with loss_weights
     loss_weights          one weight a loss type; empty: 1 each
@@ -47,7 +75,12 @@ class RunConfig:
     strength              the trained update is saved multiplied by this, (0, 1.5]; 1 is as trained
     adapter_dtype         of the saved adapter (ADAPTER_DTYPES)
     max_length            tokens of prompt + completion; longer completions are cut, longer prompts dropped, both counted
-    eval_every            steps between evaluations on the held-out rows; 0: only before and after training
+    eval_every            steps between evaluations on the held-out rows, and one at the last step; 0: none while it trains
+    early_stopping        evaluations in a row without a better held-out reward accuracy that end the training; 0: never
+    keep                  whose adapter is saved: that of the best evaluation (highest held-out reward accuracy; of equals the
+                          larger reward margin, then the earlier), or of the last step; without evaluations the last
+    probe_every           steps between probes, which let the policy so far complete probe_prompts, beside the base; 0: none
+    probe_prompts         at most three; empty: one each on gender, race and religion
     logging_steps         steps between lines of metrics.jsonl
     save_steps            steps between checkpoints, a multiple of logging_steps; 0: only at the end or at a stop
     seed                  of the order of rows and the LoRA's start
@@ -59,6 +92,7 @@ class RunConfig:
 
     model: str = ""
     datasets: tuple[str, ...] = ()
+    dataset_weights: tuple[float, ...] = ()
     held_out_share: float = 0.1
     loss_type: tuple[str, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] = ()
@@ -80,6 +114,10 @@ class RunConfig:
     adapter_dtype: str = "float16"
     max_length: int = 512
     eval_every: int = 0
+    early_stopping: int = 0
+    keep: str = "best"
+    probe_every: int = 0
+    probe_prompts: tuple[str, ...] = ()
     logging_steps: int = 1
     save_steps: int = 50
     seed: int = 0
@@ -89,57 +127,11 @@ class RunConfig:
     accelerate: str = "auto"
 
     def __post_init__(self) -> None:
-        """Check every field; the first that is wrong is a ConfigError that names it, the rule and what was got."""
-        _text("model", self.model)
-        _texts("datasets", self.datasets)
-        _number("held_out_share", self.held_out_share, 0.0, 0.5)
-        _texts("loss_type", self.loss_type, LOSS_TYPES)
-        if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
-            raise ConfigError(
-                f"loss_weights must hold one weight a loss type: got {len(self.loss_weights)} for {len(self.loss_type)}; "
-                "give as many, or none"
-            )
-        for weight in self.loss_weights:
-            _number("loss_weights", weight, 0.0, 1000.0)
-        if self.loss_type == ("sft",):
-            raise ConfigError("loss_type must hold a preference loss beside 'sft': got ('sft',); use e.g. ['sigmoid', 'sft']")
-        _number("beta", self.beta, 1e-4, 1000.0)
-        _number("text_kl_weight", self.text_kl_weight, 0.0, 1000.0)
-        _number("label_smoothing", self.label_smoothing, 0.0, 0.499)
-        if self.label_smoothing and "robust" not in self.loss_type:
-            raise ConfigError(
-                f"label_smoothing has an effect with loss_type 'robust' alone: got {self.label_smoothing} with "
-                f"{', '.join(self.loss_type)}; use 'robust' or set it to 0"
-            )
-        _number("learning_rate", self.learning_rate, 1e-9, 1.0)
-        _choice("schedule", self.schedule, SCHEDULES)
-        _number("warmup_share", self.warmup_share, 0.0, 1.0)
-        _number("max_grad_norm", self.max_grad_norm, 1e-6, 1e6)
-        _number("epochs", self.epochs, 1e-3, 1000.0)
-        _integer("max_steps", self.max_steps, 0, 10_000_000)
-        _integer("batch_size", self.batch_size, 1, 4096)
-        _integer("gradient_accumulation", self.gradient_accumulation, 1, 4096)
-        _integer("rank", self.rank, 1, 512)
-        _integer("alpha", self.alpha, 1, 4096)
-        _texts("target_modules", self.target_modules)
-        if "lm_head" in self.target_modules:
-            raise ConfigError("target_modules can't hold 'lm_head' (TRL computes its product past the adapter): leave it out")
-        _number("strength", self.strength, 0.01, 1.5)
-        _choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
-        _integer("max_length", self.max_length, 16, 1_000_000)
-        _integer("eval_every", self.eval_every, 0, 10_000_000)
-        _integer("logging_steps", self.logging_steps, 1, 10_000_000)
-        _integer("save_steps", self.save_steps, 0, 10_000_000)
-        if self.save_steps % self.logging_steps:
-            near = max(1, round(self.save_steps / self.logging_steps)) * self.logging_steps
-            raise ConfigError(
-                f"save_steps must be a multiple of logging_steps: got {self.save_steps} and {self.logging_steps}; use {near}"
-            )
-        _integer("seed", self.seed, 0, 2**31 - 1)
-        _choice("precision", self.precision, PRECISIONS)
-        _integer("threads", self.threads, 0, 1024)
-        _integer("num_processes", self.num_processes, 1, 1024)
-        _choice("accelerate", self.accelerate, ACCELERATE_CONFIGS)
+        """Check every field, then those that depend on each other; the first that is wrong is a ConfigError that names it, the
+        rule and what was got."""
+        for name, check in CHECKS.items():
+            check(name, getattr(self, name))
+        check_together(self)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_mapping` reads back to an equal config."""
@@ -148,6 +140,11 @@ class RunConfig:
 
 def from_mapping(values: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
     """A config of these values over `base` (default: the defaults). Unknown names are a ConfigError that lists the known."""
+    return replace(base or RunConfig(), **_cleaned(values))
+
+
+def _cleaned(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in the types of their fields: lists become tuples, whole numbers floats where floats are wanted."""
     known = {field.name: field for field in fields(RunConfig)}
     clean: dict[str, Any] = {}
     for name, value in values.items():
@@ -160,7 +157,7 @@ def from_mapping(values: Mapping[str, Any], base: RunConfig | None = None) -> Ru
             clean[name] = float(value)
         else:
             clean[name] = value
-    return replace(base or RunConfig(), **clean)
+    return clean
 
 
 def load_toml(path: Path) -> RunConfig:
@@ -201,31 +198,49 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def _text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} must be text: got {value!r}")
+@dataclass(frozen=True)
+class Preset:
+    """A shipped run config. `id`: its file's name; `values`: what it sets, over the defaults."""
+
+    id: str
+    title: str
+    model: str
+    description: str
+    values: dict[str, Any]
 
 
-def _texts(name: str, values: tuple[object, ...], choices: tuple[str, ...] = ()) -> None:
-    for value in values:
-        if choices:
-            _choice(name, value, choices)
-        elif not isinstance(value, str) or not value:
-            raise ConfigError(f"{name} must be a list of names: got {value!r} in it")
-    if not values and name != "datasets":
-        raise ConfigError(f"{name} is empty: name at least one")
+def presets() -> list[Preset]:
+    """The configs of training/configs: by model in the catalog's order of the file names, the quickest first. A file's first
+    comment line is its title, the comment lines after it its description."""
+    found = []
+    for path in CONFIGS.glob("*.toml"):
+        values = read_toml(path)
+        lines = path.read_text(encoding="utf-8").split("\n")
+        comment = [
+            line.removeprefix("#").strip() for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))]
+        ]
+        found.append(Preset(path.stem, comment[0], values.get("model", ""), " ".join(comment[1:]), values))
+    paces = ("quick", "standard", "thorough")
+    order = {pace: i for i, pace in enumerate(paces)}
+    return sorted(
+        found, key=lambda preset: (preset.model != "smollm2", preset.model, order.get(preset.id.split("-")[-1], len(paces)))
+    )
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}: got {value!r}")
+def explained() -> dict[str, str]:
+    """One line a setting, from RunConfig's docstring."""
+    lines: dict[str, str] = {}
+    name = ""
+    for line in (RunConfig.__doc__ or "").split("\n")[1:]:
+        if match := re.match(r" {4}(\w+) +(\S.*)", line):
+            name = match[1]
+            lines[name] = match[2]
+        elif name and line.strip():
+            lines[name] += " " + line.strip()
+    return lines
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a number from {low:g} to {high:g}: got {value!r}; choose a value in that range")
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a whole number from {low} to {high}: got {value!r}; choose a value in that range")
+def check_setting(name: str, value: Any) -> None:
+    """Raise ConfigError where a value can't be that setting's, whatever the others are."""
+    clean = _cleaned({name: value})
+    CHECKS[name](name, clean[name])

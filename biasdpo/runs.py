@@ -1,54 +1,51 @@
-"""A run's folder and process: start, poll, list, stop, resume. Whoever reads a run reads its files, nobody holds its process."""
+"""Training runs: start, resume, stop, delete, estimate. Whoever reads a run reads its files, nobody holds its process."""
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from biasdpo import __version__, dataset, models
-from biasdpo.errors import ConfigError, DatasetError, RunError
+from biasdpo import __version__, models, run_data, run_estimate, run_queue
+from biasdpo.errors import ConfigError, RunError, WorkspaceError
+from biasdpo.models import ModelSpec
 from biasdpo.run_config import RunConfig, load_json
+from biasdpo.run_data import Mixture
+from biasdpo.run_estimate import Estimate, estimate, known_estimate
 from biasdpo.run_folder import ACTIVE, RunFolder, Status
-from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
+from biasdpo.run_state import STARTING, Run, list_runs, poll, reap, show
+from biasdpo.workspace import Workspace, refuse_on_public_space, replacing, write_json
+
+__all__ = [
+    "Estimate",
+    "Mixture",
+    "Run",
+    "code_version",
+    "delete",
+    "estimate",
+    "known_estimate",
+    "list_runs",
+    "mixture",
+    "new_run_id",
+    "poll",
+    "resume",
+    "show",
+    "shown_command",
+    "start",
+    "stop",
+    "write_note",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Kept so that a finished child is reaped, and not left a zombie, for as long as its parent lives.
-_children: list[subprocess.Popen[bytes]] = []
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run as its folder shows it now."""
-
-    folder: RunFolder
-    status: Status
-
-    def to_json(self) -> dict[str, Any]:
-        """The object of `runs show --json`."""
-        origin = read_json(self.folder.origin) if self.folder.origin.is_file() else {}
-        provenance = self.folder.adapter / "provenance.json"
-        metrics = self.folder.read_metrics()
-        return {
-            "id": self.folder.id,
-            "folder": str(self.folder.path),
-            **asdict(self.status),
-            "notes": list(self.status.notes),
-            "started_at": origin.get("started_at", ""),
-            "dataset_sha256": origin.get("dataset_sha256", ""),
-            "config": load_json(self.folder.config).to_json() if self.folder.config.is_file() else {},
-            "adapter": str(self.folder.adapter) if provenance.is_file() else "",
-            "metrics": read_json(provenance)["metrics"] if provenance.is_file() else {},
-            "last_logged": metrics[-1] if metrics else {},
-        }
+MAX_NOTE_CHARACTERS = 10_000
 
 
 # Start
@@ -57,51 +54,46 @@ class Run:
 def start(config: RunConfig, run_id: str, workspace: Workspace, command: str = "") -> RunFolder:
     """Make a run's folder, start its process, return at once. `command`: what the user typed, for the provenance.
 
-    Raises RefusedError on a public Space, ConfigError, ModelError or DatasetError for what can't be trained, RunError where
-    the id is taken.
+    The run waits where another has the device. Raises RefusedError on a public Space, ConfigError, ModelError or DatasetError for
+    what can't be trained, RunError where the id is taken or the memory can't suffice, WorkspaceError where the disk is full.
     """
+    folder = make_folder(config, run_id, workspace, command)
+    _launch(folder, config)
+    return folder
+
+
+def make_folder(config: RunConfig, run_id: str, workspace: Workspace, command: str = "") -> RunFolder:
+    """All of `start` but the process: the folder that `python -m training` takes. It is there whole or not at all."""
     refuse_on_public_space("Training")
     folder = RunFolder(workspace.run_folder(run_id))
     if folder.path.exists():
         raise RunError(
             f"Run {run_id!r} exists already ({folder.path}): choose another id, go on with it with --resume, or delete its folder"
         )
-    if not config.model:
-        raise ConfigError("No model to train: name one with --model, e.g. smollm2")
-    if not config.datasets:
-        raise ConfigError("No data to train on: name some with --dataset FILE.jsonl, hub:OWNER/NAME or workspace")
-    models.find(config.model)
-    rows = dataset.load(config.datasets, workspace)
-    derived = dataset.derive(rows)
-    pairs = dataset.split(derived.pairs, config.held_out_share)
-    if not pairs.train:
-        raise DatasetError(
-            f"{', '.join(config.datasets)}: no pairs to train on ({len(rows)} rows read, {len(pairs.held_out)} held out, "
-            f"{derived.contradictions} contradict each other); add rows or lower held_out_share"
-        )
+    spec = _model_of(config)
+    data = run_data.load(config, workspace)
+    run_estimate.refuse_what_can_not_fit(config, spec, workspace)
+    origin = {
+        **data.origin(),
+        "probe_prompts": run_data.probe_prompts(config),
+        "command": command,
+        "code_version": code_version(),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     try:
-        folder.path.mkdir(parents=True)
-    except FileExistsError as exc:  # another start was faster
-        raise RunError(f"Run {run_id!r} exists already ({folder.path}): choose another id") from exc
-    write_json(folder.config, config.to_json())
-    write_json(
-        folder.origin,
-        {
-            "dataset_sha256": dataset.snapshot(derived.pairs, folder.snapshot),
-            "dataset_files": [name if name.startswith(dataset.HUB) else Path(name).name for name in config.datasets],
-            "dataset_rows": {
-                "read": len(rows),
-                "pairs": len(derived.pairs),
-                "repeats": derived.repeats,
-                "contradictions": derived.contradictions,
-                "bridging": len(pairs.bridging),
-            },
-            "command": command,
-            "code_version": code_version(),
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
-    _launch(folder, config)
+        workspace.runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{run_id}.", dir=workspace.runs) as scratch:
+            unfinished = RunFolder(Path(scratch) / run_id)
+            unfinished.path.mkdir()
+            unfinished.keep_reserve()
+            write_json(unfinished.config, config.to_json())
+            write_json(unfinished.origin, {"dataset_sha256": data.write_snapshot(unfinished.snapshot), **origin})
+            unfinished.write_status(_queued(psutil.Process()))
+            unfinished.path.rename(folder.path)
+    except OSError as exc:
+        if folder.path.exists():  # another start was faster
+            raise RunError(f"Run {run_id!r} exists already ({folder.path}): choose another id") from exc
+        raise WorkspaceError(f"Can't write the run's folder {folder.path}: {exc.strerror or exc}; make room there") from exc
     return folder
 
 
@@ -111,104 +103,96 @@ def resume(run_id: str, workspace: Workspace) -> RunFolder:
     run = show(run_id, workspace)
     if run.status.state in (*ACTIVE, "finished"):
         raise RunError(f"Run {run_id!r} is {run.status.state}: only a stopped, interrupted or failed run can be resumed")
-    run.folder.stop_request.unlink(missing_ok=True)
-    _launch(run.folder, load_json(run.folder.config))
+    config = load_json(run.folder.config)
+    models.find(config.model)
+    try:
+        run.folder.stop_request.unlink(missing_ok=True)
+        run.folder.keep_reserve()
+        run.folder.write_status(replace(_queued(psutil.Process()), step=run.status.step, total_steps=run.status.total_steps))
+        _launch(run.folder, config)
+    except OSError as exc:
+        raise WorkspaceError(
+            f"Can't write in the run's folder {run.folder.path}: {exc.strerror or exc}; make room there"
+        ) from exc
     return run.folder
 
 
+def _model_of(config: RunConfig) -> ModelSpec:
+    if not config.model:
+        raise ConfigError("No model to train: name one with --model, e.g. smollm2")
+    return models.find(config.model)
+
+
+def _queued(process: psutil.Process) -> Status:
+    return Status("queued", pid=process.pid, pid_created=process.create_time(), phase=STARTING)
+
+
 def _launch(folder: RunFolder, config: RunConfig) -> None:
-    """Start the process in a session of its own, so that neither Ctrl-C nor the app's end reaches it."""
-    folder.write_status(Status("queued", phase="starting"))
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    threads = config.threads or max(1, _usable_cores() // config.num_processes)
-    environment["OMP_NUM_THREADS"] = str(threads)
+    """Start the waiting process in a session of its own, so that neither Ctrl-C nor the app's end reaches it."""
+    device = run_estimate.device_of(config)
+    threads = run_estimate.threads_of(config)
+    workspace = Workspace(folder.path.parent.parent)
+    run_queue.join(workspace, device, folder.id)
     with folder.log.open("ab") as log:
         process = subprocess.Popen(
-            launch_command(folder, config, threads),
+            [
+                sys.executable,
+                "-m",
+                "biasdpo.run_queue",
+                str(folder.path),
+                device,
+                *launch_command(folder, config, device, threads),
+            ],
             cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
+            env=run_estimate.environment(threads),
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    _children.append(process)
+    reap(process)
+    # The process waits for the end of its input: what it is written down as is written before it writes itself.
     try:
-        created = psutil.Process(process.pid).create_time()
+        status = folder.read_status()
+        folder.write_status(
+            replace(status, pid=process.pid, pid_created=psutil.Process(process.pid).create_time(), device=device)
+        )
     except psutil.NoSuchProcess:
-        created = 0.0
-    if folder.read_status().state == "queued":  # the process may have been faster, and its own word stands
-        folder.write_status(Status("queued", pid=process.pid, pid_created=created, phase="starting"))
+        folder.write_status(replace(status, pid=process.pid, pid_created=0.0))
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
 
 
-def launch_command(folder: RunFolder, config: RunConfig, threads: int) -> list[str]:
+def launch_command(folder: RunFolder, config: RunConfig, device: str, threads: int) -> list[str]:
     """`accelerate launch`, of this very Python."""
-    on_gpu = models.free_gpu_memory_gb() > 0
     name = config.accelerate
     if name == "auto":
-        name = ("multi_gpu" if config.num_processes > 1 else "one_gpu") if on_gpu else "cpu"
+        name = ("multi_gpu" if config.num_processes > 1 else "one_gpu") if device == "gpu" else "cpu"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "training" / "accelerate" / f"{name}.yaml"), "--num_cpu_threads_per_process", str(threads)]
     if config.num_processes > 1:
         command += ["--num_processes", str(config.num_processes), "--main_process_port", "0"]
         if name == "cpu":
             command.append("--multi_gpu")  # accelerate's name for torchrun; with use_cpu it runs gloo
-    return [*command, "-m", "training.dpo", str(folder.path)]
+    return [*command, "-m", "training", str(folder.path)]
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def mixture(config: RunConfig, workspace: Workspace) -> Mixture:
+    """What a config's data are: counts, and the confounds of the rows that an epoch sees. Raises as `start` does for data."""
+    return run_data.load(config, workspace).mixture()
 
 
-# Look
+def new_run_id(model: str, workspace: Workspace) -> str:
+    """A free, readable id for a run of a model: smollm2-1, smollm2-2, …"""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")).strip("-._")[:48] or "run"
+    number = 1
+    while (workspace.runs / f"{name}-{number}").exists():
+        number += 1
+    return f"{name}-{number}"
 
 
-def show(run_id: str, workspace: Workspace) -> Run:
-    """One run now. Raises RunError where there is none of that name."""
-    folder = RunFolder(workspace.run_folder(run_id))
-    if not folder.status_file.is_file():
-        known = ", ".join(run.folder.id for run in list_runs(workspace)) or "none yet"
-        raise RunError(f"No run {run_id!r} in {workspace.root}: there are {known}")
-    return poll(folder)
-
-
-def list_runs(workspace: Workspace) -> list[Run]:
-    """All runs, newest first."""
-    files = sorted(workspace.runs.glob("*/status.json"), key=lambda file: file.parent.stat().st_ctime, reverse=True)
-    return [poll(RunFolder(file.parent)) for file in files]
-
-
-def poll(folder: RunFolder) -> Run:
-    """What status.json says, corrected by what can be seen: a run whose process is gone is `interrupted`."""
-    for child in _children:
-        child.poll()
-    status = folder.read_status()
-    if status.state in ACTIVE and not _is_alive(status):
-        status = folder.read_status()  # it may have ended well in between
-        if status.state in ACTIVE and not _is_alive(status):
-            reason = (
-                f"The training process (pid {status.pid}) ended without a word at step {status.step}, as it does when it is "
-                f"killed or the machine runs out of memory: resume with `python -m biasdpo train --run-id {folder.id} --resume`"
-            )
-            return Run(folder, replace(status, state="interrupted", phase="", eta_seconds=None, error=reason))
-    if status.state in ("queued", "running") and folder.stop_request.exists():
-        status = replace(status, state="stopping")
-    return Run(folder, status)
-
-
-def _is_alive(status: Status) -> bool:
-    """Alive means pid and creation time, since pids are reused; a zombie is dead."""
-    if not status.pid:
-        return True  # written a moment ago by `_launch`, which is about to name the pid
-    try:
-        process = psutil.Process(status.pid)
-        # 1 s: psutil derives creation times from the boot time, which a clock correction may shift.
-        return bool(abs(process.create_time() - status.pid_created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-# Stop
+# Stop, delete, note
 
 
 def stop(run_id: str, workspace: Workspace) -> Run:
@@ -218,6 +202,34 @@ def stop(run_id: str, workspace: Workspace) -> Run:
         raise RunError(f"Run {run_id!r} is {run.status.state}: there is nothing to stop")
     run.folder.stop_request.touch()
     return poll(run.folder)
+
+
+def delete(run_id: str, workspace: Workspace) -> None:
+    """Delete a run's folder, adapter and all. Raises RunError while it is active."""
+    refuse_on_public_space("Deleting a run")
+    run = show(run_id, workspace)
+    if run.status.state in ACTIVE:
+        raise RunError(f"Run {run_id!r} is {run.status.state}: stop it first, then delete it")
+    gone = Path(tempfile.mkdtemp(prefix=f".deleted-{run_id}.", dir=workspace.runs))
+    try:
+        run.folder.path.rename(gone / run_id)  # at once, whatever becomes of its files
+        shutil.rmtree(gone)
+    except OSError as exc:
+        raise WorkspaceError(f"Can't delete {run.folder.path}: {exc.strerror or exc}; make it writable, then try again") from exc
+
+
+def write_note(run_id: str, workspace: Workspace, text: str) -> None:
+    """Replace what is noted on a run; an empty text takes the note away."""
+    refuse_on_public_space("Writing notes on runs")
+    folder = show(run_id, workspace).folder
+    clean = text.encode("utf-8", "replace").decode("utf-8").strip()
+    if len(clean) > MAX_NOTE_CHARACTERS:
+        raise RunError(f"A note has at most {MAX_NOTE_CHARACTERS:,} characters: got {len(clean):,}; shorten it")
+    if not clean:
+        folder.note.unlink(missing_ok=True)
+        return
+    with replacing(folder.note) as temporary:
+        temporary.write_text(clean, encoding="utf-8")
 
 
 # Provenance

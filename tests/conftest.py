@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from biasdpo import models
 from biasdpo.workspace import Workspace, open_workspace
-from tests import tiny_models
+from tests import byte_model, tiny_models
+from tests.run_line import CommandLine
 
 
 @pytest.fixture
@@ -66,3 +69,30 @@ def tiny_llama_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
 def tiny_phi_gguf(tiny_phi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_phi as an F32 GGUF."""
     return tiny_models.write_phi_gguf(tiny_phi, tmp_path_factory.mktemp("gguf") / "tiny-phi.F32.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of bytes, the smallest and quickest to train: Hugging Face folder."""
+    return byte_model.save_tiny_llama(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pairs, no prompt nearly another (those would all be on one side of the split); a model of bytes learns at once that
+    chosen ends otherwise than rejected."""
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    lines = [
+        {"prompt": f"Is a{i} more b{i} than c{i}?", "chosen": f"Neither of the {i}.", "rejected": f"They are worse {i}!"}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def command_line(tmp_path: Path, tiny_bytes: Path, pairs_file: Path) -> Iterator[CommandLine]:
+    """`python -m biasdpo` in an empty workspace, with a model and pairs that train in seconds."""
+    line = CommandLine(Workspace(tmp_path / "workspace"), tiny_bytes, pairs_file)
+    yield line
+    line.kill_all()

@@ -17,10 +17,9 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / "biasdpo").rglob("*.py")), *sorted((
 FLOORS = [
     {"errors", "records", "template", "workspace"},
     {"modelfile", "models"},
-    {"gguf_export", "dataset", "rewards", "run_config", "run_folder", "stats"},
-    {"backends", "benchmarks"},
-    {"engines", "runs"},
-    {"prompts"},
+    {"gguf_export", "dataset", "plots", "rewards", "run_checks", "run_config", "run_folder", "stats"},
+    {"backends", "benchmarks", "prompts", "run_card", "run_data"},
+    {"engines", "run_estimate", "run_queue", "run_state", "runs"},
     {"compare", "evaluate", "label"},
     {"label_queue"},
     {"ui", "cli_train", "cli_evaluate", "cli_dataset"},
@@ -33,6 +32,7 @@ HEAVY = {
     "peft": ("biasdpo/backends/hf", "training/"),
     "trl": ("training/",),
     "llama_cpp": ("biasdpo/backends/llamacpp",),
+    "matplotlib": ("biasdpo/plots",),
 }
 
 
@@ -71,7 +71,8 @@ def test_light_commands_import_nothing_heavy(arguments, tmp_path):
         "import sys; from biasdpo.__main__ import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "print('HEAVY', sorted({'torch', 'gradio', 'transformers', 'llama_cpp', 'peft', 'trl', 'datasets'} & set(sys.modules)))"
+        "heavy = {'torch', 'gradio', 'transformers', 'llama_cpp', 'peft', 'trl', 'datasets', 'matplotlib'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
     )
     workspace = ["--workspace", str(tmp_path)] if arguments[0] == "models" else []
     command = [sys.executable, "-c", script, *arguments, *workspace]

@@ -96,11 +96,80 @@ def test_a_bad_toml_file_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_every_setting_is_explained_in_a_line() -> None:
+    explained = run_config.explained()
+    assert list(explained) == [field.name for field in fields(RunConfig)]
+    assert explained["seed"] == "of the order of rows and the LoRA's start"
+    assert explained["dataset_weights"].startswith("how often a source's training pairs are seen an epoch")
+    assert explained["dataset_weights"].endswith("Held-out pairs count once")
+    assert not [text for text in explained.values() if "\n" in text or "  " in text]
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "message"),
+    [
+        ("beta", 0.2, 0, "beta must be a number from 0.0001"),
+        ("seed", 0, -1, "seed must be a whole number"),
+        ("loss_type", ["sigmoid", "sft"], ["dpo"], "loss_type must be one of"),
+        ("loss_type", "ipo", ["ipo", "ipo"], "names a loss twice"),
+        ("dataset_weights", [2, 0.5], [0], "dataset_weights must be a number from 0.01 to 10"),
+        ("keep", "last", "first", "keep must be one of best, last"),
+        ("early_stopping", 3, 1.5, "early_stopping must be a whole number"),
+        ("probe_prompts", ["Who?"] * 3, ["Who?"] * 4, "at most 3 prompts: got 4"),
+        ("probe_prompts", [], [" "], "got ' ' in it"),
+        ("target_modules", ["q_proj"], ["lm_head"], "can't hold 'lm_head'"),
+        ("model", "smollm2", 3, "model must be text"),
+    ],
+)
+def test_one_setting_is_checked_alone(name: str, good: Any, bad: Any, message: str) -> None:
+    run_config.check_setting(name, good)
+    with pytest.raises(ConfigError, match=message):
+        run_config.check_setting(name, bad)
+
+
+def test_an_unknown_setting_is_refused_alone() -> None:
+    with pytest.raises(ConfigError, match="Unknown setting 'betta'"):
+        run_config.check_setting("betta", 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"early_stopping": 2}, "early_stopping needs evaluations: got 2 with eval_every 0"),
+        ({"datasets": ["a", "b"], "dataset_weights": [1.0]}, "one weight a dataset: got 1 for 2"),
+    ],
+)
+def test_settings_that_need_each_other(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_config.from_mapping(values)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_its_configs(path: Path) -> None:
+def test_accelerate_reads_its_configs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By accelerate's own loader, and as its launcher reads it for a command: every key is an argument that it knows."""
     from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
 
     assert path.stem in run_config.ACCELERATE_CONFIGS
     config = load_config_from_file(str(path))
     assert config.use_cpu is (path.stem == "cpu")
     assert config.distributed_type.value == {"multi_gpu": "MULTI_GPU", "fsdp": "FSDP"}.get(path.stem, "NO")
+
+    parser = launch_command_parser()
+    known = {action.dest for action in parser._actions}
+    assert set(config.fsdp_config) <= known
+    several = ["--num_processes", "4"] if path.stem in ("multi_gpu", "fsdp") else []
+    args, _defaults, _ = _validate_launch_command(
+        parser.parse_args(["--config_file", str(path), *several, "-m", "training", "x"])
+    )
+    assert (args.use_fsdp, args.multi_gpu, args.use_cpu) == (path.stem == "fsdp", path.stem == "multi_gpu", path.stem == "cpu")
+    assert args.mixed_precision == "no"
+    if path.stem == "fsdp":
+        for name, value in prepare_multi_gpu_env(args).items():
+            monkeypatch.setenv(name, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2
+        assert plugin.reshard_after_forward is True
+        assert str(plugin.state_dict_type).endswith("FULL_STATE_DICT")

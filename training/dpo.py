@@ -1,56 +1,37 @@
 """The training process: a run folder with config.json and dataset.jsonl in, an adapter out. Reads top to bottom.
 
-    accelerate launch --config_file training/accelerate/cpu.yaml -m training.dpo WORKSPACE/runs/ID
+    accelerate launch --config_file training/accelerate/cpu.yaml -m training WORKSPACE/runs/ID
 
-`biasdpo.runs.start` makes the folder and starts this; it talks to nobody, and writes status.json, metrics.jsonl, checkpoints/
-and adapter/. The method is DPO with LoRA (arXiv:2305.18290, arXiv:2106.09685) by TRL's DPOTrainer; the reference is the
-base model, which is the policy with its adapter switched off. Left out, for now: precomputed reference log-probabilities.
+`biasdpo.runs.start` makes the folder and starts this; it talks to nobody, and writes status.json, metrics.jsonl, probes.jsonl,
+checkpoints/, best/ and adapter/. The method is DPO with LoRA (arXiv:2305.18290, arXiv:2106.09685) by TRL's DPOTrainer; the
+reference is the base model, which is the policy with its adapter switched off.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import LoraConfig, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-from biasdpo import dataset, models, rewards, run_config
+from biasdpo import dataset, models, run_config, run_data
 from biasdpo.backends.hf_copy import encode_text, hf_copy, load_tokenizer
-from biasdpo.errors import BiasDPOError, ConfigError, DatasetError
+from biasdpo.errors import ConfigError, DatasetError, ModelError
 from biasdpo.run_config import RunConfig
-from biasdpo.run_folder import RunFolder
+from biasdpo.run_folder import RunFolder, checkpoint_step
 from biasdpo.workspace import Workspace, read_json, sha256_of, write_json
-from training.callbacks import FolderCallback, StatusWriter, StoppedError, cut_metrics
-from training.rows import PairScores, TokenRow, score_base_and_tuned, tokenise
+from training import best
+from training.callbacks import FolderCallback, cut_after
+from training.finish import bake, base_sha256, held_out_metrics, write_adapter
+from training.probe import ProbeCallback
+from training.reference import ReferenceCache, open_cache
+from training.rows import TokenRow, rows_seen, tokenise
+from training.status import StatusWriter, StoppedError
 from training.trainer import TokenisedDPOTrainer
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
-def main(folder: RunFolder) -> int:
-    """Train one run to its end; every outcome is written to status.json. Returns the exit status."""
-    writer = StatusWriter(folder, is_main=int(os.environ.get("RANK", "0")) == 0)
-    try:
-        train(folder, writer)
-    except StoppedError:
-        writer.update(state="stopped", phase="", eta_seconds=None)
-        return 0
-    except Exception as exc:
-        traceback.print_exc()
-        writer.update(state="failed", phase="", eta_seconds=None, error=cause_and_remedy(exc))
-        return 1
-    writer.update(state="finished", phase="", eta_seconds=0.0)
-    return 0
 
 
 def train(folder: RunFolder, writer: StatusWriter) -> None:
@@ -60,16 +41,29 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     workspace = Workspace(folder.path.parent.parent)
     if config.threads:
         torch.set_num_threads(config.threads)
+    on_cpu = config.accelerate == "cpu" or not torch.cuda.is_available()
+    writer.update(phase="loading the model", notes=(), device="cpu" if on_cpu else torch.cuda.get_device_name())
 
-    # Data: the snapshot, unchanged since the start; split by prompt; tokenised with the model's own template.
+    # What the run was started on, unchanged since: the snapshot of the data, and the base model.
     if sha256_of(folder.snapshot) != origin["dataset_sha256"]:
         raise DatasetError(f"{folder.snapshot} was changed after the run was started: start a new run on the data you want")
-    writer.update(phase="loading the model", notes=())
     spec = models.find(config.model)
+    base = base_sha256(spec)
+    if origin.setdefault("base_sha256", base) != base:
+        raise ModelError(
+            f"The base model {spec.title} was changed after the run was started: restore its files, or start a new run"
+        )
+    if writer.is_main:
+        write_json(folder.origin, origin)
+    writer.check_stop()
+
+    # Data: split by prompt; each training pair as often as its weight says; tokenised with the model's own template.
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
-    pairs = dataset.split(dataset.load_jsonl(folder.snapshot), config.held_out_share)
-    train_rows = tokenise(pairs.train, tokenizer, spec.template, config.max_length)
+    every_pair, weights = dataset.load_snapshot(folder.snapshot)
+    pairs = dataset.split(every_pair, config.held_out_share)
+    train_pairs = run_data.rows_per_epoch(pairs.train, weights, config.seed)
+    train_rows = tokenise(train_pairs, tokenizer, spec.template, config.max_length)
     held_out_rows = tokenise(pairs.held_out, tokenizer, spec.template, config.max_length)
     if not train_rows.rows:
         raise DatasetError(
@@ -77,52 +71,98 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
             "held_out_share or raise max_length"
         )
     writer.note(f"{len(train_rows.rows)} pairs to train on, {len(held_out_rows.rows)} held out")
+    seen = rows_seen(train_rows.rows, config)
+    if len(seen) < len(train_rows.rows):
+        writer.note(f"{config.max_steps} steps see {len(seen)} of them")
     for name, tokenised in (("training", train_rows), ("held-out", held_out_rows)):
         if tokenised.dropped or tokenised.cut:
             writer.note(
                 f"max_length {config.max_length}: {tokenised.dropped} {name} pairs dropped (prompt too long), {tokenised.cut} "
                 "with a completion cut"
             )
+    writer.check_stop()
 
     # Model and trainer.
-    on_cpu = config.accelerate == "cpu" or not torch.cuda.is_available()
-    low_precision = config.precision == "bf16"
-    dtype = torch.bfloat16 if low_precision and not on_cpu else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    anchor_texts = [encode_text(tokenizer, text) for pair in pairs.train for text in (pair.prompt, pair.chosen)]
+    model = load_policy(model_folder, config, use_cpu=on_cpu)
+    anchor_texts = [encode_text(tokenizer, text) for pair in train_pairs for text in (pair.prompt, pair.chosen)]
+    reference = open_cache(workspace.cache / "reference", base, "cpu" if on_cpu else "cuda", torch.get_num_threads())
     trainer = build_trainer(
-        config, folder, model, tokenizer, train_rows.rows, held_out_rows.rows, anchor_texts, writer, use_cpu=on_cpu
+        config, folder, model, tokenizer, seen, held_out_rows.rows, anchor_texts, writer, use_cpu=on_cpu, reference=reference
     )
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(best.BestCallback(trainer, writer, config))
+    if origin.get("probe_prompts"):
+        prompts = origin["probe_prompts"]
+        trainer.add_callback(ProbeCallback(trainer, writer, tokenizer, spec.template, prompts, config.probe_every))
 
     # Train, or go on where the last checkpoint ended.
     checkpoint = folder.last_checkpoint()
-    if checkpoint is not None:
-        step = int(read_json(checkpoint / "trainer_state.json")["global_step"])
-        writer.note(f"resumed after step {step}")
-        cut_metrics(folder, step)
-    else:
-        cut_metrics(folder, 0)
+    resume_from(checkpoint, folder, trainer, writer)
     writer.check_stop()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    writer.check_stop()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except best.EndedEarly:
+        pass
+    except StoppedError:
+        if trainer.state.global_step:  # in an evaluation: the step before it is not to be lost
+            trainer._save_checkpoint(trainer.model, trial=None)
+        raise
+    if writer.stops:
+        raise StoppedError
 
-    # The adapter as it will be used: its strength baked in, rounded to the type it is saved in. Then measured.
-    adapter = bake(trainer.model, config)
-    set_peft_model_state_dict(trainer.model, {name: tensor.float() for name, tensor in adapter.items()})
+    # The chosen step's adapter as it will be used: its strength baked in, rounded to the type it is saved in. Then measured.
+    last_step = trainer.state.global_step
+    step, reason = best.choice(folder, config, last_step)
+    trained = best.adapter_tensors(trainer.model) if step == last_step else best.load_tensors(folder, step)
+    adapter = bake(trained, config)
     if not writer.is_main:
         return
-    writer.update(phase="scoring the held-out pairs", eta_seconds=None)
-    metrics = held_out_metrics(trainer.model, held_out_rows.rows, pairs.held_out, config, writer)
+    writer.note(f"The adapter is that of {reason}")
+    if trainer.is_fsdp_enabled:  # no process holds the whole model
+        metrics: dict[str, Any] = {"held_out": None}
+        writer.note("The held-out pairs are not scored at the end under FSDP: run `python -m biasdpo evaluate`")
+    else:
+        set_peft_model_state_dict(trainer.model, {name: tensor.float() for name, tensor in adapter.items()})
+        writer.update(phase="scoring the held-out pairs", eta_seconds=None)
+        metrics = held_out_metrics(trainer, held_out_rows.rows, pairs.held_out, config, writer)
     provenance = {
         "model": spec.id,
-        "base_sha256": base_sha256(spec),
         "run_id": folder.id,
         **origin,
-        "rows": {"train": len(train_rows.rows), "held_out": len(held_out_rows.rows)},
+        "rows": {"train": len(train_rows.rows), "seen": len(seen), "held_out": len(held_out_rows.rows)},
+        "kept": {"step": step, "of": last_step, "reason": reason},
         "config": public_config(config),
         "metrics": metrics,
     }
     write_adapter(folder, trainer.model.peft_config["default"], adapter, spec, provenance)
+
+
+def load_policy(model_folder: Any, config: RunConfig, *, use_cpu: bool) -> Any:
+    """The base model's weights: in bf16 on a GPU where the run asks for it, else in fp32."""
+    dtype = torch.bfloat16 if config.precision == "bf16" and not use_cpu else torch.float32
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+
+
+def resume_from(checkpoint: Any, folder: RunFolder, trainer: Any, writer: StatusWriter) -> None:
+    """Take back what was written past the checkpoint (past the start, where there is none)."""
+    step = checkpoint_step(checkpoint) if checkpoint else 0
+    if writer.is_main:
+        cut_after(folder, step)
+        for torn in set(folder.checkpoints.glob("checkpoint-*")) - set(folder.whole_checkpoints()):
+            shutil.rmtree(torn)
+        best.prune(folder)
+    if checkpoint:
+        writer.note(f"resumed after step {step}")
+    tokens = [row["num_tokens"] for row in folder.read_metrics() if "num_tokens" in row and row["step"] <= step]
+    trainer._total_train_tokens = tokens[-1] if tokens else 0  # TRL counts them anew, and logs them
+    chosen = best.best_of([evaluation for evaluation in best.evaluations(folder) if evaluation.step <= step])
+    if chosen is not None:
+        writer.update(best_step=chosen.step, best_accuracy=chosen.accuracy)
+
+
+def public_config(config: RunConfig) -> dict[str, Any]:
+    """The config without folders of this machine: of a path, the file's name stays."""
+    return config.to_json() | {"datasets": list(map(run_data.public_name, config.datasets))}
 
 
 def build_trainer(
@@ -136,8 +176,12 @@ def build_trainer(
     writer: StatusWriter,
     *,
     use_cpu: bool,
+    reference: ReferenceCache | None = None,
 ) -> TokenisedDPOTrainer:
-    """TRL's trainer with this run's settings, and a fresh LoRA."""
+    """The trainer with this run's settings, a fresh LoRA, and the reference's log-probabilities of all rows.
+
+    reference   where these are kept; they are computed here if they are not there. None: they are computed in every step
+    """
     missing = [name for name in config.target_modules if not any(n.split(".")[-1] == name for n, _ in model.named_modules())]
     if missing:
         leaves = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"})
@@ -174,9 +218,10 @@ def build_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    return TokenisedDPOTrainer(
+    trainer = TokenisedDPOTrainer(
         text_kl_weight=config.text_kl_weight,
         anchor_texts=[text for text in anchor_texts if text],
+        note=writer.note,
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([row.as_trl() for row in train_rows]),
@@ -192,99 +237,10 @@ def build_trainer(
         callbacks=[FolderCallback(writer)],
     )
 
-
-def bake(model: Any, config: RunConfig) -> dict[str, torch.Tensor]:
-    """The adapter's tensors as they are saved: lora_B times `strength`, in `adapter_dtype`."""
-    state = get_peft_model_state_dict(model)
-    dtype = DTYPES[config.adapter_dtype]
-    return {
-        name: (tensor.detach().float() * (config.strength if "lora_B" in name else 1.0)).to(dtype).cpu().contiguous()
-        for name, tensor in state.items()
-    }
-
-
-def held_out_metrics(
-    model: Any, rows: tuple[TokenRow, ...], pairs: tuple[dataset.PreferencePair, ...], config: RunConfig, writer: StatusWriter
-) -> dict[str, Any]:
-    """What the adapter changed on the held-out pairs. Nats; see `biasdpo.rewards`. None where nothing was held out."""
-    if not rows:
-        return {"held_out": None}
-
-    def progress(done: int) -> None:
-        writer.update(phase=f"scoring the held-out pairs ({done} of {len(rows)})")
+    def on_reference(done: int, total: int) -> None:
+        writer.update(phase=f"computing the reference ({done} of {total} pairs)")
         writer.check_stop()
 
-    base, tuned = score_base_and_tuned(model, rows, batch_size=config.batch_size, on_batch=progress)
-    margins = rewards.reward_margin(tuned.chosen_logps, tuned.rejected_logps, base.chosen_logps, base.rejected_logps, config.beta)
-
-    def normalised_accuracy(scores: PairScores) -> float:
-        return rewards.length_normalised_accuracy(
-            scores.chosen_logps, scores.rejected_logps, scores.chosen_lengths, scores.rejected_lengths
-        )
-
-    held_out = {
-        "pairs": len(rows),
-        "reward_accuracy": rewards.reward_accuracy(margins),
-        "reward_accuracy_of_picking_the_longer": dataset.longer_baseline(pairs),
-        "reward_margin_nats": float(margins.mean()),
-        "logratio_margin_nats": float(margins.mean() / config.beta),
-        "length_normalised_accuracy_base": normalised_accuracy(base),
-        "length_normalised_accuracy_tuned": normalised_accuracy(tuned),
-        "kl_base_to_tuned_nats_per_token": tuned.kl,
-    }
-    return {"held_out": held_out}
-
-
-def write_adapter(
-    folder: RunFolder, lora: Any, tensors: dict[str, torch.Tensor], spec: models.ModelSpec, provenance: dict[str, Any]
-) -> None:
-    """Write adapter/ whole or not at all: weights, config, provenance. No pickle, and no path of this machine."""
-    unfinished = folder.path / ".adapter"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    lora.base_model_name_or_path = spec.hub_id or spec.title
-    lora.inference_mode = True
-    lora.save_pretrained(unfinished)
-    save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
-    (unfinished / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it private
-    write_json(unfinished / "provenance.json", provenance)
-    shutil.rmtree(folder.adapter, ignore_errors=True)
-    unfinished.rename(folder.adapter)
-
-
-def public_config(config: RunConfig) -> dict[str, Any]:
-    """The config without folders of this machine: of a path, the file's name stays."""
-    values = config.to_json()
-    values["datasets"] = [name if name.startswith(dataset.HUB) else Path(name).name for name in config.datasets]
-    return values
-
-
-def base_sha256(spec: models.ModelSpec) -> str:
-    """SHA-256 of the base weights: of the GGUF, else of the safetensors, whose hashes are hashed in their names' order."""
-    if spec.gguf_path is not None:
-        return sha256_of(spec.gguf_path)
-    import hashlib
-
-    assert spec.hf_folder is not None
-    files = sorted(spec.hf_folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return sha256_of(files[0])
-    return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
-
-
-def cause_and_remedy(exc: BaseException) -> str:
-    """One line for status.json."""
-    if isinstance(exc, BiasDPOError):
-        return str(exc)
-    if isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc):
-        return "Out of memory: lower batch_size (and raise gradient_accumulation as much) or max_length, and start again"
-    if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-        return "The disk is full: free some space, then resume the run; its checkpoints are kept"
-    first_line = (str(exc).strip() or type(exc).__name__).split("\n")[0]
-    return f"{type(exc).__name__}: {first_line[:300]}; the whole story is in the run's train.log"
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: accelerate launch -m training.dpo WORKSPACE/runs/ID")
-    sys.exit(main(RunFolder(Path(sys.argv[1]).resolve())))
+    if reference is not None:
+        trainer.use_reference(reference, on_reference)
+    return trainer

@@ -27,6 +27,7 @@ from biasdpo.dataset.journal import (
     retract,
     undo,
 )
+from biasdpo.dataset.mixture import Mixed, load_snapshot, mix, weighted
 from biasdpo.dataset.near_duplicates import normalise_prompt
 from biasdpo.dataset.overlap import Overlap, load_overlap
 from biasdpo.dataset.pairs import (
@@ -63,6 +64,7 @@ __all__ = [
     "Imported",
     "Journal",
     "Meter",
+    "Mixed",
     "Overlap",
     "Page",
     "PreferencePair",
@@ -90,9 +92,11 @@ __all__ = [
     "load_journal",
     "load_jsonl",
     "load_overlap",
+    "load_snapshot",
     "longer_baseline",
     "measure",
     "mend",
+    "mix",
     "new_judgment",
     "normalise_prompt",
     "pair_id_of",
@@ -113,4 +117,5 @@ __all__ = [
     "try_import",
     "undo",
     "validate",
+    "weighted",
 ]

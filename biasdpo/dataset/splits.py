@@ -44,9 +44,16 @@ def split(rows: Sequence[PreferencePair], held_out_share: float = 0.1) -> Split:
     return Split(*map(tuple, places))
 
 
-def snapshot(rows: Sequence[PreferencePair], path: Path) -> str:
-    """Write rows as canonical JSONL (fixed columns, sorted keys, UTF-8); return its SHA-256."""
+def snapshot(rows: Sequence[PreferencePair], path: Path, weights: Sequence[float] = ()) -> str:
+    """Write rows as canonical JSONL (fixed columns, sorted keys, UTF-8); return its SHA-256.
+
+    Weights, one a row, make a column `weight` where one of them is not 1.
+    """
+    columns: list[dict[str, float]] = (
+        [{}] * len(rows) if all(weight == 1 for weight in weights) else [{"weight": float(weight)} for weight in weights]
+    )
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps({"pair_id": row.pair_id, **asdict(row)}, ensure_ascii=False, sort_keys=True) + "\n")
+        for row, more in zip(rows, columns, strict=True):
+            values = {"pair_id": row.pair_id, **asdict(row), **more}
+            file.write(json.dumps(values, ensure_ascii=False, sort_keys=True) + "\n")
     return sha256_of(path)

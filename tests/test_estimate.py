@@ -1,0 +1,106 @@
+"""What a run will take: counted and measured on its own rows, remembered, and a refusal where it can't fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biasdpo import models, run_estimate, runs
+from biasdpo.errors import RunError
+from biasdpo.run_config import RunConfig
+from tests.run_line import CommandLine
+
+# 40 pairs, of which some 4 are held out; ten have numbers of one digit, thirty of two (see `pairs_file`).
+FULL: dict[str, Any] = {"max_steps": 0, "batch_size": 2, "eval_every": 5, "probe_every": 10, "probe_prompts": ("Who?",)}
+
+
+def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine) -> None:
+    arguments = ["--model", str(command_line.model), "--dataset", str(command_line.rows), "--estimate"]
+    settings = [part for name, value in FULL.items() if name != "probe_prompts" for part in ("--set", f"{name}={value}")]
+    done = command_line("train", *arguments, *settings, "--set", "threads=1", "--set", 'probe_prompts=["Who?"]', "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(command_line.workspace.runs.glob("*")) == []
+    train = found["pairs_train"]
+    assert train + found["pairs_held_out"] == 40
+    assert found["steps"] == math.ceil(math.ceil(train / 2) / 2)  # two batches of 2 a step
+    assert (found["dropped"], found["cut"], found["device"], found["fits"], found["refusal"]) == (0, 0, "cpu", True, "")
+    # 22 to 25 bytes of prompt, and two completions of 17 or 18 and an end each: 58 to 63 tokens a pair.
+    assert 58 * train <= found["tokens_per_epoch"] <= 63 * train
+    assert found["seconds_total"] == pytest.approx(sum(found["parts"].values()), abs=0.1)
+    assert found["parts"]["training"] == pytest.approx(found["steps"] * found["seconds_per_step"], abs=0.01)
+    assert all(found["parts"][name] > 0 for name in ("loading", "reference", "training", "evaluations", "probes", "scoring"))
+    assert 200e6 < found["memory_bytes"] < 3e9  # torch and TRL, and a model that is nothing beside them
+    assert found["memory_free_bytes"] > found["memory_bytes"]
+
+    # Remembered for a config that costs the same, and for that alone.
+    config = command_line.config(**FULL, gradient_accumulation=2, save_steps=50, rank=16)
+    known = runs.known_estimate(config, command_line.workspace)
+    assert known is not None
+    assert known.to_json() == found
+    assert runs.known_estimate(replace(config, learning_rate=0.5, seed=3), command_line.workspace) == known
+    assert runs.known_estimate(replace(config, batch_size=4), command_line.workspace) is None
+    assert runs.known_estimate(replace(config, datasets=("nowhere.jsonl",)), command_line.workspace) is None
+
+    # What is remembered not to fit is refused at once, unless memory has come free.
+    path = run_estimate._remembered_at(config, command_line.workspace)
+    much = replace(known, memory_bytes=10**15, fits=False, refusal="too much")
+    path.write_text(json.dumps(asdict(much)))
+    with pytest.raises(RunError, match=r"The run needs 1000000.0 GB of memory at its peak on cpu, .* lower batch_size") as caught:
+        runs.start(config, "big", command_line.workspace)
+    assert "\n" not in str(caught.value)
+    assert not command_line.workspace.runs.exists()
+    path.write_text(json.dumps(asdict(replace(much, memory_bytes=1))))
+    run_estimate.refuse_what_can_not_fit(config, models.find(config.model), command_line.workspace)
+
+
+def test_a_failing_measurement_is_one_line(command_line: CommandLine) -> None:
+    with pytest.raises(RunError, match="No pairs are left") as caught:
+        runs.estimate(command_line.config(max_length=16), command_line.workspace)
+    assert "\n" not in str(caught.value)
+    assert list((command_line.workspace.cache / "estimates").glob("*.json")) == []
+
+
+def test_it_can_be_cancelled(command_line: CommandLine) -> None:
+    asked: list[int] = []
+    with pytest.raises(RunError, match="was cancelled"):
+        runs.estimate(command_line.config(), command_line.workspace, cancelled=lambda: bool(asked.append(1)) or len(asked) > 3)
+    assert len(asked) == 4
+    assert [path.name for path in (command_line.workspace.cache / "estimates").iterdir()] == ["last.log"]
+
+
+def test_weights_that_can_not_fit_are_refused_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    phi = replace(models.catalog()["phi-2"], hf_folder=Path("/nowhere"))
+    monkeypatch.setattr(run_estimate, "free_memory_bytes", lambda _device: 8_000_000_000)
+    config = RunConfig(model="phi-2", accelerate="cpu")
+    # 2,779,683,840 parameters of 4 bytes.
+    with pytest.raises(RunError, match=r"Phi-2 can't be trained here: its weights alone take 11\.1 GB \(4 bytes each\), 8\.0 GB"):
+        run_estimate.refuse_weights_that_can_not_fit(config, phi)
+    monkeypatch.setattr(models, "free_gpu_memory_gb", lambda: 8.0)
+    on_gpu = RunConfig(model="phi-2", precision="bf16")  # 2 bytes each: 5.6 GB
+    run_estimate.refuse_weights_that_can_not_fit(on_gpu, phi)
+    with pytest.raises(RunError, match="of GPU memory are free"):
+        run_estimate.refuse_weights_that_can_not_fit(replace(on_gpu, precision="fp32"), phi)
+    with pytest.raises(RunError, match=r"44\.5 GB \(4 bytes each, 4 times\)"):
+        run_estimate.refuse_weights_that_can_not_fit(replace(config, num_processes=4), phi)
+
+
+def test_the_line_through_two_timed_batches() -> None:
+    from training.estimate import Timed, linear, steps_of, times
+
+    median, longest = Timed(100, 2.0), Timed(300, 5.0)
+    assert linear(100, median, longest) == 2.0
+    assert linear(200, median, longest) == 3.5  # half way
+    assert linear(50, Timed(100, 2.0), Timed(100, 2.0)) == 1.0  # one length: through nothing
+    assert linear(1000, median, Timed(300, 1.0)) == 2.0  # a longer one that was faster is noise
+    # 933 rows in batches of 4: 234 of them, two a step: 117 steps an epoch.
+    assert steps_of(RunConfig(epochs=1.0), 933) == 117
+    assert steps_of(RunConfig(epochs=2.5), 933) == 293
+    assert steps_of(RunConfig(epochs=1.0, num_processes=2), 933) == 59
+    assert steps_of(RunConfig(max_steps=20), 933) == 20
+    assert [times(40, steps) for steps in (117, 120, 20)] == [3, 3, 1]  # and at the last step

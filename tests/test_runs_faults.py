@@ -1,0 +1,226 @@
+"""What goes wrong in a run is one line of cause and remedy in its status, and costs no checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from biasdpo import runs
+from biasdpo.errors import WorkspaceError
+from biasdpo.run_folder import RunFolder
+from biasdpo.workspace import Workspace
+from tests.byte_model import save_tiny_llama
+from tests.run_line import ROOT, CommandLine, ended, wait_for
+
+# Of a training process: it may write files of at most so many bytes, once all is imported.
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from biasdpo.run_folder import RunFolder
+from training.__main__ import main
+import training.dpo
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(main(RunFolder(Path(sys.argv[2]))))
+"""
+
+
+def train_limited(folder: RunFolder, max_file_bytes: int) -> None:
+    subprocess.run(
+        [sys.executable, "-c", LIMITED, str(max_file_bytes), str(folder.path)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"learning_rate": 1.0, "max_steps": 200, "max_grad_norm": 1e6, "beta": 1000.0, "alpha": 4096}, "became "),
+        ({"target_modules": ("Wqkv",)}, "target_modules Wqkv: no such layers"),
+        ({"max_length": 16}, "No rows to train on"),
+    ],
+)
+def test_a_failure_is_one_line(command_line: CommandLine, settings: dict[str, Any], reason: str) -> None:
+    folder = command_line.train_here("bad", **settings)
+    status = folder.read_status()
+    assert status.state == "failed"
+    assert reason in status.error
+    assert "\n" not in status.error
+    assert not folder.adapter.exists()
+
+
+def test_no_checkpoint_holds_what_is_no_number(command_line: CommandLine) -> None:
+    """The gradient that is no number comes a step before the loss that is none, and spoils the weights: what was saved before it
+    can still be trained on."""
+    from safetensors.numpy import load_file
+
+    settings = {"learning_rate": 1.0, "max_steps": 200, "max_grad_norm": 1e6, "beta": 1000.0, "alpha": 4096, "save_steps": 1}
+    folder = command_line.train_here("nan", **settings)
+    assert folder.read_status().state == "failed"
+    checkpoints = folder.whole_checkpoints()
+    assert checkpoints
+    for checkpoint in checkpoints:
+        for tensor in load_file(checkpoint / "adapter_model.safetensors").values():
+            assert np.isfinite(tensor).all()
+
+
+def test_a_failing_command_line_says_why(command_line: CommandLine) -> None:
+    result = command_line.train("bad", "max_length=16")
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("biasdpo: Run 'bad' failed: No rows to train on")
+    assert json.loads(result.stdout)["state"] == "failed"
+
+
+def test_memory_that_runs_out(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third step asks torch for 32 TB."""
+    import torch
+
+    from training.trainer import TokenisedDPOTrainer
+
+    step = TokenisedDPOTrainer.training_step
+
+    def hungry_step(self: Any, *arguments: Any, **more: Any) -> Any:
+        if self.state.global_step == 2:
+            torch.empty(2**45, dtype=torch.uint8)
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(TokenisedDPOTrainer, "training_step", hungry_step)
+    folder = command_line.train_here("hungry")
+    status = folder.read_status()
+    assert (status.state, status.step, "\n" in status.error) == ("failed", 2, False)
+    assert status.error.startswith("Out of memory: start a new run with a lower batch_size"), status.error
+    monkeypatch.undo()
+    assert folder.last_checkpoint() is not None
+    command_line.go_on_here(folder)
+    assert folder.read_status().state == "finished"
+
+
+def test_a_full_disk(command_line: CommandLine) -> None:
+    """No file may grow past 100 KB: an optimizer's state does. Its checkpoints before are kept, and it goes on from there."""
+    settings = {"rank": 32, "max_steps": 6, "save_steps": 2, "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
+    folder = runs.make_folder(command_line.config(**settings), "full", command_line.workspace)
+    train_limited(folder, 100_000)
+    status = folder.read_status()
+    assert (status.state, status.step) == ("failed", 2)
+    assert status.error == "The disk is full: free some space, then resume the run; its checkpoints are kept"
+    command_line.go_on_here(folder)
+    assert folder.read_status().state == "finished"
+
+
+def fill(disk: Path) -> None:
+    """Write until not a byte more is taken."""
+    with suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_a_disk_with_no_room_for_a_status(command_line: CommandLine, tmp_path: Path) -> None:
+    """A file system of its own, filled to the last byte while the run trains: the reserve makes room for the last word."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
+    if done is None or done.returncode:
+        pytest.skip(f"{' '.join(mount)}: {done.stderr.strip() if done else 'needs root'}")
+    try:
+        command_line.workspace = Workspace(disk)
+        folder = command_line.start("full", max_steps=5000, save_steps=10)
+        wait_for(folder, lambda run: run.status.step >= 20 or ended(run))
+        fill(disk)
+        status = wait_for(folder, ended).status
+        assert status.state == "failed"
+        assert "The disk is full" in status.error
+        assert folder.last_checkpoint() is not None
+        fill(disk)
+        with pytest.raises(WorkspaceError, match="make room there"):
+            runs.resume("full", command_line.workspace)
+        with pytest.raises(WorkspaceError, match="make room there"):
+            command_line.start("another")
+        assert not command_line.workspace.run_folder("another").exists()
+        (disk / "filler").unlink()
+        runs.resume("full", command_line.workspace)
+        resumed_at = status.step
+        wait_for(folder, lambda run: run.status.step > resumed_at or ended(run))
+        runs.stop("full", command_line.workspace)
+        assert wait_for(folder, ended).status.state == "stopped"
+    finally:
+        command_line.kill_all()
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_bad_row_in_the_snapshot_and_one_that_was_changed(command_line: CommandLine) -> None:
+    folder = command_line.train_here("changed", max_steps=2)
+    lines = folder.snapshot.read_text().splitlines(keepends=True)
+    folder.snapshot.write_text("".join(lines[:-1]))
+    command_line.go_on_here(folder)
+    assert "was changed after the run was started" in folder.read_status().error
+    folder.snapshot.write_text("".join(lines[:-1]) + '{"prompt": "Who?"}\n')
+    from biasdpo.workspace import read_json, sha256_of, write_json
+
+    write_json(folder.origin, read_json(folder.origin) | {"dataset_sha256": sha256_of(folder.snapshot)})
+    command_line.go_on_here(folder)
+    error = folder.read_status().error
+    assert folder.read_status().state == "failed"
+    assert "dataset.jsonl:40: " in error
+
+
+def test_a_base_model_that_was_changed(command_line: CommandLine, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    command_line.model = save_tiny_llama(tmp_path / "own")
+    folder = command_line.train_here("moved", max_steps=2)
+    weights = command_line.model / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + torch.tensor(0.01)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    command_line.go_on_here(folder)
+    status = folder.read_status()
+    assert status.state == "failed"
+    assert status.error.startswith("The base model own was changed after the run was started: restore its files")
+
+
+@pytest.mark.parametrize("broken", ["the launcher", "the training process"])
+def test_what_fails_before_it_can_say_so_is_read_off_the_log(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    launch_command = runs.launch_command
+
+    def command(folder: RunFolder, *arguments: Any) -> list[str]:
+        made = launch_command(folder, *arguments)
+        if broken == "the launcher":
+            return [part.replace("cpu.yaml", "none.yaml") for part in made]
+        return [*made[:-2], "training.no_such_module", str(folder.path)]
+
+    monkeypatch.setattr(runs, "launch_command", command)
+    folder = command_line.start("unstarted")
+    status = wait_for(folder, ended).status
+    assert status.state == "failed"
+    assert "\n" not in status.error
+    assert {"the launcher": "none.yaml", "the training process": "no_such_module"}[broken] in status.error
+    assert "--run-id unstarted --resume" in status.error
+    monkeypatch.undo()
+    runs.resume("unstarted", command_line.workspace)
+    assert wait_for(folder, ended).status.state == "finished"
+
+
+def test_a_launch_that_is_killed_is_interrupted(command_line: CommandLine) -> None:
+    folder = command_line.start("killed")
+    run = wait_for(folder, lambda run: run.status.phase == "starting")
+    os.kill(run.status.pid, signal.SIGKILL)
+    status = wait_for(folder, lambda run: run.status.state != "queued").status
+    if status.state == "interrupted":
+        assert "ended before it began to train" in status.error

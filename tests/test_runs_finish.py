@@ -1,0 +1,204 @@
+"""Runs finish what they start: stopped, killed or short of something, they say so in a line, and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from biasdpo import runs
+from biasdpo.run_folder import RunFolder, Status
+from biasdpo.workspace import Workspace
+from tests.run_line import ROOT, SMALL, TIMEOUT_SECONDS, CommandLine, ended, wait_for
+
+# Evaluated, probed and logged at steps that differ from those of the checkpoints.
+LONG: dict[str, Any] = {
+    "max_steps": 60,
+    "save_steps": 20,
+    "learning_rate": 0.003,
+    "eval_every": 7,
+    "probe_every": 13,
+    "probe_prompts": ("Who?",),
+    "held_out_share": 0.3,
+    "adapter_dtype": "float32",
+}
+
+
+def assert_same_run(one: RunFolder, other: RunFolder) -> None:
+    """Metrics line by line to 1e-4, the same probes, the same step kept, the same adapter to 1e-4."""
+    lines = [folder.read_metrics() for folder in (one, other)]
+    assert [sorted(line) for line in lines[1]] == [sorted(line) for line in lines[0]]
+    for line, other_line in zip(*lines, strict=True):
+        assert other_line == pytest.approx(line, abs=1e-4)
+    assert other.read_probes() == one.read_probes()
+    kept = [json.loads((folder.adapter / "provenance.json").read_text())["kept"] for folder in (one, other)]
+    assert kept[0] == kept[1]
+    tensors = [load_file(folder.adapter / "adapter_model.safetensors") for folder in (one, other)]
+    for name, tensor in tensors[0].items():
+        np.testing.assert_allclose(tensors[1][name], tensor, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_bytes: Path, pairs_file: Path) -> RunFolder:
+    """The run that nothing interrupted."""
+    line = CommandLine(Workspace(tmp_path_factory.mktemp("whole")), tiny_bytes, pairs_file)
+    return line.train_here("whole", **LONG)
+
+
+def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command_line: CommandLine, whole: RunFolder) -> None:
+    assert whole.read_status().state == "finished"
+    assert len([line for line in whole.read_metrics() if "eval_loss" in line]) == 9  # 60 / 7, and the last
+
+    # Killed at a step drawn by lot, twice at most.
+    killed = command_line.start("killed", **LONG)
+    step = random.randint(3, 50)
+    print(f"killed at step {step}")
+    run = wait_for(killed, lambda run: run.status.step >= step or ended(run))
+    assert run.status.state == "running"
+    os.kill(run.status.pid, signal.SIGKILL)
+    interrupted = wait_for(killed, ended)
+    assert interrupted.status.state == "interrupted"
+    assert "--run-id killed --resume" in interrupted.status.error
+    shown = json.loads(command_line("runs", "show", "killed", "--json").stdout)
+    assert (shown["state"], shown["error"]) == ("interrupted", interrupted.status.error)
+    resumed = command_line("train", "--run-id", "killed", "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(whole, killed)
+
+    # Stopped by the command line.
+    stopped = command_line.start("stopped", **LONG)
+    wait_for(stopped, lambda run: run.status.step >= 1)
+    stopping = command_line("runs", "stop", "stopped", "--json")
+    assert json.loads(stopping.stdout)["state"] in ("stopping", "stopped")
+    at = wait_for(stopped, ended).status
+    assert at.state == "stopped"
+    assert 1 <= at.step < 60
+    checkpoint = stopped.last_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.name == f"checkpoint-{at.step}"
+    assert not stopped.adapter.exists()
+    resumed = command_line("train", "--run-id", "stopped", "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(whole, stopped)
+
+    again = command_line("train", "--run-id", "stopped", "--resume")
+    assert (again.returncode, "only a stopped, interrupted or failed run" in again.stderr) == (2, True)
+    with_settings = command_line("train", "--run-id", "stopped", "--resume", "--set", "beta=1")
+    assert (with_settings.returncode, "--set" in with_settings.stderr) == (2, True)
+
+
+PHASES = {  # where a stop is asked for: the status's phase then, and the step of the checkpoint that it leaves
+    "loading the model": None,
+    "evaluating on the held-out pairs": 7,
+    "completing the probe's prompts": 13,
+    "scoring the held-out pairs": 60,
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_stop_ends_every_phase(
+    command_line: CommandLine, whole: RunFolder, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    from training import status as training_status
+
+    folder = runs.make_folder(command_line.config(**LONG), "stopped", command_line.workspace)
+    update = training_status.StatusWriter.update
+
+    def update_and_stop(self: Any, **changes: Any) -> None:
+        update(self, **changes)
+        if self.status.phase == phase and (self.status.step > 0 or phase == "loading the model"):
+            folder.stop_request.touch()
+
+    monkeypatch.setattr(training_status.StatusWriter, "update", update_and_stop)
+    command_line.go_on_here(folder)
+    status, checkpoint, step = folder.read_status(), folder.last_checkpoint(), PHASES[phase]
+    assert (status.state, status.error) == ("stopped", "")
+    assert (int(checkpoint.name.rpartition("-")[2]) if checkpoint else None) == step
+    lines = folder.read_metrics()
+    assert [line["step"] for line in lines if "eval_loss" in line] == [*range(7, step or 0, 7), *([60] if step == 60 else [])]
+    assert not folder.adapter.exists()
+
+    monkeypatch.setattr(training_status.StatusWriter, "update", update)
+    folder.stop_request.unlink()
+    command_line.go_on_here(folder)
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("phase", ["starting", "loading the libraries"])
+def test_a_stop_before_anything_is_loaded(command_line: CommandLine, phase: str) -> None:
+    folder = command_line.start("early", max_steps=5000)
+    wait_for(folder, lambda run: run.status.phase == phase)
+    asked_at = time.monotonic()
+    runs.stop("early", command_line.workspace)
+    assert wait_for(folder, ended).status.state == "stopped"
+    assert time.monotonic() - asked_at < 30  # 10 s where nothing else takes the cores
+
+
+def test_ctrl_c_asks_the_run_to_stop(command_line: CommandLine) -> None:
+    folder = RunFolder(command_line.workspace.run_folder("interactive"))
+    command_line.run_ids.append("interactive")
+    sets = [part for setting in (*SMALL, "max_steps=5000") for part in ("--set", setting)]
+    files = ["--model", str(command_line.model), "--dataset", str(command_line.rows), "--workspace"]
+    arguments = [*files, str(command_line.workspace.root), "--run-id", "interactive", *sets]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "biasdpo", "train", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < end and not (folder.status_file.is_file() and folder.read_status().step >= 1):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 2
+    assert "was stopped at step" in stderr.splitlines()[-1]
+    assert "--resume" in stderr.splitlines()[-1]
+    assert folder.read_status().state == "stopped"
+
+
+def test_alive_means_pid_and_creation_time_and_no_zombie(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    me = psutil.Process()
+    folder.write_status(Status("running", pid=me.pid, pid_created=me.create_time()))
+    assert runs.poll(folder).status.state == "running"
+    folder.write_status(Status("running", pid=me.pid, pid_created=me.create_time() - 60))  # the pid was given anew
+    assert runs.poll(folder).status.state == "interrupted"
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    created = psutil.Process(child.pid).create_time()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    folder.write_status(Status("running", pid=child.pid, pid_created=created))
+    assert runs.poll(folder).status.state == "interrupted"
+    child.wait()
+
+
+@pytest.mark.parametrize("torn", ["no state", "half a state"])
+def test_a_torn_checkpoint_is_skipped(command_line: CommandLine, torn: str) -> None:
+    """As a kill leaves it while a checkpoint is saved: its folder is there, its last file is not, or not whole."""
+    settings = LONG | {"max_steps": 30, "save_steps": 10}
+    folder = command_line.train_here("torn", **settings)
+    whole = shutil.copytree(folder.path, folder.path.with_name("whole"))
+    shutil.rmtree(folder.adapter)
+    last = folder.last_checkpoint()
+    assert last is not None
+    state = last / "trainer_state.json"
+    if torn == "no state":
+        state.unlink()
+    else:
+        state.write_text(state.read_text()[:100])
+    before = folder.last_checkpoint()
+    assert before is not None
+    assert before.name == "checkpoint-20"
+    command_line.go_on_here(folder)
+    assert "resumed after step 20" in folder.read_status().notes
+    assert_same_run(RunFolder(whole), folder)
