@@ -44,7 +44,7 @@
     }
     const button = target?.closest(".bd-copy");
     if (button) {
-      const text = document.querySelector(`#${button.dataset.copies} textarea`)?.value ?? "";
+      const text = button.dataset.text ?? document.querySelector(`#${button.dataset.copies} textarea`)?.value ?? "";
       say(button, !text ? "Nothing yet" : (await copy(text)) ? "Copied" : "Not allowed");
     }
   });
@@ -117,6 +117,21 @@
     });
   };
 
+  // What is drawn anew every second while a run trains must not take the focus with it: what has a `data-focus` gets it back.
+  let focused = null;  // { key, box }
+  const keepsFocus = new MutationObserver(() => {
+    if (!focused || document.activeElement !== document.body) return;
+    focused.box.querySelector(`[data-focus="${CSS.escape(focused.key)}"]`)?.focus({ preventScroll: true });
+  });
+  document.addEventListener("focusin", (event) => {
+    const element = event.target instanceof Element ? event.target.closest("[data-focus]") : null;
+    const box = element?.closest(".html-container");
+    keepsFocus.disconnect();
+    focused = box ? { key: element.dataset.focus, box } : null;
+    if (box) keepsFocus.observe(box, { childList: true, subtree: true });
+  });
+  document.addEventListener("pointerdown", () => { focused = null; });
+
   // After the page has drawn what has changed: the focus goes to the first of these that is there, or a box comes into view.
   const drawn = (then) => requestAnimationFrame(() => setTimeout(then, 60));
   window.bdFocus = (...selectors) => drawn(() => {
@@ -127,6 +142,17 @@
     const box = visible(id);
     if (box && (box.getBoundingClientRect().top < 0 || box.getBoundingClientRect().top > innerHeight - 120)) box.scrollIntoView();
   });
+
+  // The address names the run that is shown on the Train tab, and nothing of it elsewhere: a reload shows the same.
+  let shownRun = "";
+  const address = (run) => {
+    const url = new URL(window.location);
+    if (run === (url.searchParams.get("run") ?? "")) return;
+    if (run) url.searchParams.set("run", run); else url.searchParams.delete("run");
+    history.replaceState(history.state, "", url);
+  };
+  window.bdTrainTab = (shown) => address(shown ? shownRun : "");
+  window.bdAddress = (run) => { shownRun = run; if (visible("train-machine") || visible("train-table") || !run) address(run); };
 
   window.bdCopyLink = (query) => {
     const address = query.startsWith("?") ? window.location.origin + window.location.pathname + query : query;

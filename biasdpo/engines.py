@@ -112,6 +112,16 @@ class EnginePool:
             for key in [key for key, loading in self._engines.items() if loading.leases == 0]:
                 self._close(key)
 
+    def free_gpu(self) -> list[str]:
+        """Close the engines on a GPU that nobody uses at this moment, so that a run has the room; their models' titles."""
+        with self._changed:
+            freed = []
+            for key, loading in list(self._engines.items()):
+                if loading.engine is not None and loading.leases == 0 and not loading.engine.backend.device.startswith("CPU"):
+                    freed.append(loading.engine.spec.title)
+                    self._close(key)
+            return freed
+
     def _open(self, key: EngineKey, loading: Loading) -> None:
         try:
             self._make_room(key)

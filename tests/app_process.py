@@ -26,24 +26,28 @@ def free_port() -> int:
 def running_app(workspace: Path, *flags: str, **environment: str) -> Iterator[str]:
     """The address of a started app; it is stopped when the block ends. Its output goes to `workspace`/app.log."""
     port = free_port()
+    process = start_app(workspace, port, *flags, **environment)
+    try:
+        url = f"http://127.0.0.1:{port}/"
+        wait_for_page(url, process, workspace / "app.log")
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def start_app(workspace: Path, port: int, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Start the app and do not wait for it. Its output goes to `workspace`/app.log."""
     command = [sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(port), "--workspace", str(workspace), *flags]
     kept = {name: value for name, value in os.environ.items() if name not in ("SPACE_ID", "BIASDPO_WORKSPACE")}
-    log = workspace / "app.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
+    with (workspace / "app.log").open("w") as output:
+        return subprocess.Popen(
             command, cwd=ROOT, env=kept | {"HF_HUB_OFFLINE": "1"} | environment, stdout=output, stderr=subprocess.STDOUT
         )
-        try:
-            url = f"http://127.0.0.1:{port}/"
-            wait_for_page(url, process, log)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def wait_for_page(url: str, process: subprocess.Popen[bytes], log: Path, timeout_seconds: float = 60.0) -> None:

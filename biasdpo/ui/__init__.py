@@ -15,6 +15,7 @@ from biasdpo.ui.label_sessions import LabelSessions
 from biasdpo.ui.label_tab import LabelTab
 from biasdpo.ui.startup import Startup
 from biasdpo.ui.store import Store
+from biasdpo.ui.train_tab import TrainTab
 from biasdpo.workspace import ASSETS, is_public_space
 
 # Fonts of the visitor's own system: a web font would ask another host.
@@ -36,6 +37,7 @@ _SPACE = """
 here, and models come from the catalog. Duplicate the Space, or run BiasDPO on your own machine, for the whole workbench.</div>
 """
 
+_QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _CACHE_SECONDS = (3600, 86400)  # how often uploads and exports in Gradio's cache are looked through, and how old they may get
 
 # What assets/style.css can't say, since Gradio puts its own scope before every selector there.
@@ -58,12 +60,18 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
         who = identity.browser_state()
         compare = CompareTab(pool, startup, sessions, store, who)
         with gr.Tabs() as tabs:
-            with gr.Tab("Compare", id="compare"):
+            with gr.Tab("Compare", id="compare") as tab:
                 compare.build(demo, tabs)
+                tab.select(compare.refresh_adapters, compare.engine_inputs[:2], compare.adapter, **_QUICK)
             with gr.Tab("Label", id="label") as tab:
                 LabelTab(sessions, store, who, compare.key, compare.engine_inputs).build(demo, tab)
             with gr.Tab("Data set", id="dataset") as tab:
                 DatasetTab(store, sessions, who).build(tab)
+            with gr.Tab("Train", id="train") as train_tab:
+                TrainTab(store, pool, compare.pick_adapter, compare.engine_outputs).build(demo, tabs, train_tab)
+        for tab in tabs.children:  # the address names the run that the Train tab shows, and none on the others
+            shows = "true" if tab is train_tab else "false"
+            tab.select(None, None, None, js=f"() => window.bdTrainTab({shows})", api_visibility="private")
     return demo
 
 
@@ -83,10 +91,10 @@ def launch_options() -> dict[str, Any]:
         slider_color="*primary_600",
         slider_color_dark="*primary_400",
     )
-    script = (ASSETS / "page.js").read_text(encoding="utf-8")
+    script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "charts.js"))
     return {
         "theme": theme,
-        "css_paths": [ASSETS / "style.css"],
+        "css_paths": [ASSETS / "style.css", ASSETS / "train.css"],
         "head": f"<style>{_STYLE}</style><script>{script}</script>",
         "footer_links": [],
         "run_history": False,

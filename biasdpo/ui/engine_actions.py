@@ -63,6 +63,14 @@ class EngineActions:
         """Another adapter, or another try."""
         return self.engine_view(model, adapter, load=True)
 
+    def refresh_adapters(self, model: str, adapter: str) -> Any:
+        """The tab was chosen: runs may have finished meanwhile, or were deleted."""
+        try:
+            key = self.key(model, adapter)
+            return gr.skip() if key is None else self._picked(key)[self.adapter]
+        except BiasDPOError:
+            return gr.skip()
+
     def engine_view(self, model: str, adapter: str, *, load: bool) -> Updates:
         """Everything on the page that depends on the engine of this model and adapter."""
         pick = load or model == "auto" or not adapter  # the pickers are the visitor's: a tick only fills what was left open
@@ -97,8 +105,10 @@ class EngineActions:
         choices = [("none (base only)", "none")]
         system: Any = gr.skip()
         spec = models.catalog().get(key.model)
+        names = {key.model, spec.hub_id if spec is not None else key.model}
+        trained = [a for a in models.adapters(self.pool.workspace) if a.model in names]
+        choices = [(_adapter_label(a), a.id) for a in trained] + choices
         if spec is not None:
-            choices = [(_adapter_label(a), a.id) for a in models.adapters_for(spec, self.pool.workspace)] + choices
             system = gr.update(visible=spec.template.has_system, placeholder=spec.template.default_system)
         if key.adapter not in [value for _, value in choices]:
             choices.insert(0, (key.adapter, key.adapter))

@@ -176,7 +176,7 @@ def base_only(spec: ModelSpec, adapters: int) -> str:
     return (
         '<div class="bd-base-only" role="note"><h2>Base only</h2>'
         f'<p>{escape(why)}</p><pre tabindex="0"><code>{escape(train_command(spec))}</code></pre>'
-        "<p>When it has finished, reload this page: the run is listed under Adapter.</p></div>"
+        "<p>Or start it on the Train tab. When the run has finished, it is listed under Adapter at once.</p></div>"
     )
 
 

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.app_process import ROOT, running_app
 from tests.browser.conftest import FLAGS, chromium_path
+from tests.run_folders import write_run
 
 PROMPT = "Are women too emotional to run a company?"
 
@@ -38,6 +39,10 @@ def main() -> None:
                 page = open_page(browser, url, adapter="none")
                 page.wait_for_selector(".bd-proven", timeout=60_000)
                 shoot(page, args.out / "space.png")
+                page.get_by_role("tab", name="Train").click()
+                page.wait_for_selector("#train-empty")
+                shoot(page, args.out / "train-space.png")
+            take_train(browser, args.out)
         browser.close()
 
 
@@ -98,6 +103,81 @@ def take_states(browser: Browser, url: str, adapter: str, out: Path) -> None:
             write(page)
             shoot(page, out / f"{scheme}-{width}.png")
             take_label(page, out, f"{scheme}-{width}")
+
+
+def take_train(browser: Browser, out: Path) -> None:
+    """The Train tab: without a run; a setting out of range; an estimate; a run early, later, at its end; then runs that have
+    ended, two compared, narrow and dark."""
+    with tempfile.TemporaryDirectory() as folder, running_app(Path(folder), "--model", "smollm2") as url:
+        page = open_train(browser, url)
+        page.wait_for_selector("#train-mixture .bd-meter")
+        shoot(page, out / "train-empty.png")
+        for box in ("loss", "evaluation"):
+            page.click(f"#train-group-{box} button.label-wrap")
+        fill(page, "train-batch-size", "0")
+        page.wait_for_selector("#train-batch-size:has-text('must be')")
+        page.click("#train-start")
+        page.wait_for_selector("#train-trouble .bd-error")
+        shoot(page, out / "train-out-of-range.png")
+        for name, value in (("batch-size", "2"), ("gradient-accumulation", "1"), ("max-steps", "12"), ("eval-every", "4")):
+            fill(page, f"train-{name}", value)
+        fill(page, "train-probe-every", "4")
+        page.click("#train-estimate")
+        page.wait_for_selector("#train-estimate-view .bd-estimate, #train-new-notice .bd-error", timeout=300_000)
+        shoot(page, out / "train-estimate.png")
+        page.click("#train-start")
+        page.wait_for_selector("#train-head .bd-is-running", timeout=120_000)
+        shoot(page, out / "train-early.png")
+        page.wait_for_selector("#train-charts .bd-key-best", timeout=600_000)
+        shoot(page, out / "train-running.png")
+        page.wait_for_selector("#train-head:has-text('its adapter is in every picker')", timeout=900_000)
+        shoot(page, out / "train-finished.png")
+    with tempfile.TemporaryDirectory() as folder:
+        write_runs(Path(folder))
+        with running_app(Path(folder), "--model", "smollm2") as url:
+            for scheme, width in (("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)):
+                take_runs(open_train(browser, url, scheme, width), out, f"{scheme}-{width}")
+
+
+def write_runs(root: Path) -> None:
+    write_run(
+        root, "first", status={"best_step": 80, "best_accuracy": 0.8, "notes": ("232 pairs to train on",)}, steps=120, total=120
+    )
+    write_run(root, "bolder", steps=120, total=120, learning_rate=1e-4, beta=0.3)
+    error = "The loss became nan at step 37: lower learning_rate, or set precision to fp32, and resume"
+    write_run(root, "too-hot", "failed", steps=37, total=120, status={"error": error}, learning_rate=1e-2)
+
+
+def take_runs(page: Page, out: Path, name: str) -> None:
+    page.click("#train-table tr[data-id=first] button")
+    page.wait_for_selector("#train-head section[aria-label='Run first']")
+    page.click("#train-details button.label-wrap")
+    shoot(page, out / f"train-run-{name}.png")
+    page.click("#train-table tr[data-id=too-hot] button")
+    page.wait_for_selector("#train-head section[aria-label='Run too-hot']")
+    page.click("#train-delete")
+    page.wait_for_selector("#train-keep")
+    shoot(page, out / f"train-failed-{name}.png")
+    page.click("#train-several")
+    page.wait_for_selector("#train-comparison figure")
+    shoot(page, out / f"train-compare-{name}.png")
+    page.click("#train-new-button")
+    page.wait_for_selector("#train-mixture .bd-meter")
+    shoot(page, out / f"train-new-{name}.png")
+
+
+def open_train(browser: Browser, url: str, scheme: str = "light", width: int = 1280) -> Page:
+    page = open_page(browser, url, scheme, width, adapter="none")
+    page.click("#dismiss-warning")
+    page.get_by_role("tab", name="Train").click()
+    page.wait_for_selector("#train-start, #train-head .bd-run")
+    return page
+
+
+def fill(page: Page, element: str, value: str) -> None:
+    page.locator(f"#{element} :is(input, textarea)").first.fill(value)
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(400)
 
 
 def take_label(page: Page, out: Path, name: str) -> None:
