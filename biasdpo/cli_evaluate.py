@@ -20,7 +20,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--adapter", default="", metavar="ID|PATH", help="default: the model's shipped adapter")
     command.add_argument("--backend", default="auto", metavar="B", help="auto, llamacpp or transformers")
     command.add_argument("--benchmark", required=True, metavar="NAME[,NAME]", help=", ".join(BENCHMARKS))
-    command.add_argument("--dataset", metavar="FILE", help="preference: the file trained on; its held-out part is scored")
+    command.add_argument("--dataset", metavar="FILE", help="preference: the file trained on; what the run held out is scored")
     command.add_argument("--data-dir", type=Path, default=Path(), metavar="DIR", help="holds one folder a benchmark")
     command.add_argument("--limit", type=int, metavar="N", help="items of each benchmark")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap")
@@ -38,11 +38,15 @@ def evaluate(args: argparse.Namespace) -> int:
     from biasdpo import evaluate as evaluation
     from biasdpo import models
     from biasdpo.engines import EngineKey, open_engine
+    from biasdpo.run_config import RunConfig
     from biasdpo.workspace import open_workspace, write_json
 
-    benchmarks = [_build(name, args) for name in args.benchmark.split(",")]
+    workspace = open_workspace(args.workspace)
     model = models.choose_auto()[0].id if args.model == "auto" else args.model
-    engine = open_engine(EngineKey(model, args.adapter, args.backend), open_workspace(args.workspace))
+    adapter = models.find_adapter(args.adapter, models.find(model), workspace)
+    held_out_share = RunConfig.held_out_share if adapter is None or adapter.held_out_share is None else adapter.held_out_share
+    benchmarks = [_build(name, args, held_out_share) for name in args.benchmark.split(",")]
+    engine = open_engine(EngineKey(model, args.adapter, args.backend), workspace)
     try:
         with tqdm(unit=" item", file=sys.stderr) as bar:
 
@@ -73,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _build(name: str, args: argparse.Namespace) -> Any:
+def _build(name: str, args: argparse.Namespace, held_out_share: float) -> Any:
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be at least 1: got {args.limit}; leave it out for all items")
     if name == "preference":
@@ -82,7 +86,8 @@ def _build(name: str, args: argparse.Namespace) -> Any:
 
         if args.dataset is None:
             raise ConfigError("preference needs the pairs: name the file that was trained on with --dataset")
-        return Preference(dataset.split(dataset.derive(dataset.load_jsonl(Path(args.dataset))).pairs, 0.1).held_out)
+        pairs = dataset.derive(dataset.load_jsonl(Path(args.dataset))).pairs
+        return Preference(dataset.split(pairs, held_out_share).held_out)
     if name == "utility":
         from biasdpo.benchmarks.utility import Utility, load_texts
 

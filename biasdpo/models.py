@@ -62,6 +62,7 @@ class AdapterSpec:
 
     `model`: the catalog id, Hub id or path of its base model ("" where its metadata name none).
     `dataset_sha256`: the snapshot that it was trained on; "" where unknown (an adapter from elsewhere).
+    `held_out_share`: of that snapshot's prompts, those that training never saw; None where unknown.
     """
 
     id: str
@@ -69,6 +70,7 @@ class AdapterSpec:
     model: str
     run_id: str = ""
     dataset_sha256: str = ""
+    held_out_share: float | None = None
 
     @property
     def weights(self) -> Path:
@@ -284,6 +286,7 @@ def _adapter_of_folder(folder: Path, adapter_id: str) -> AdapterSpec:
         model=provenance.get("model", config.get("base_model_name_or_path") or ""),
         run_id=provenance.get("run_id", ""),
         dataset_sha256=provenance.get("dataset_sha256", ""),
+        held_out_share=provenance.get("config", {}).get("held_out_share"),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import stats
+from biasdpo import dataset, stats
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.utility import Utility, load_texts
 from biasdpo.dataset import PreferencePair, is_held_out
@@ -98,6 +98,14 @@ def test_the_command(tmp_path):
     base, tuned = (written["benchmarks"]["utility"][side]["perplexity"]["value"] for side in ("base", "tuned"))
     assert change["value"] == pytest.approx(tuned - base)
     assert change["value"] != 0.0
+    # What a run held out is scored: with a share of half, more of the same file than with a tenth.
+    (adapter / "provenance.json").write_text(json.dumps({"model": "smollm2", "config": {"held_out_share": 0.5}}))
+    asked = [f"Question {i}?" for i in range(12)]
+    data.write_text("".join(json.dumps(rows[0] | {"prompt": p}) + "\n" for p in asked))
+    half = run(*common, "--benchmark", "preference", "--dataset", str(data), "--json")
+    expected = len(dataset.split([PreferencePair(p, "a", "b") for p in asked], 0.5).held_out)
+    assert json.loads(half.stdout)["benchmarks"]["preference"]["n"] == expected > 0
+    assert expected != len(dataset.split([PreferencePair(p, "a", "b") for p in asked], 0.1).held_out)
     for arguments, message in (
         (["--benchmark", "bbqq"], "Unknown benchmark 'bbqq'"),
         (["--benchmark", "preference"], "--dataset"),
