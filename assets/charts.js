@@ -1,5 +1,5 @@
 // The Train tab's charts: a cross-hair with the values under it (mouse, or arrow keys), and each chart as SVG, CSV or full screen.
-// A figure's numbers are in its `data-curves`; its plot says which steps it spans (data-x) and where its frame is (data-frame).
+// A figure's drawn points are in its `data-curves`, the logged numbers come from the app; its plot says which steps it spans (data-x) and where its frame is (data-frame).
 (() => {
   "use strict";
   const curvesOf = (figure) => (figure.bdCurves ??= JSON.parse(figure.dataset.curves));
@@ -97,10 +97,19 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   };
 
-  const csv = (figure) => {
-    const quoted = (text) => `"${text.replaceAll('"', '""')}"`;
-    const lines = curvesOf(figure).flatMap((curve) => curve.points.map(([step, value]) => `${quoted(curve.name)},${step},${value}`));
-    return `curve,step,value\n${lines.join("\n")}\n`;
+  // The numbers as they were logged: a long curve is drawn thinned.
+  const boxes = new WeakMap();  // of charts: what answers for them
+  window.bdCurves = (element, server) => boxes.set(element, server);
+  const saveCsv = async (figure) => {
+    let box = figure;
+    while (box && !boxes.has(box)) box = box.parentElement;
+    const chart = figure.dataset.name;
+    const runs = JSON.parse(figure.closest("[data-runs]").dataset.runs);
+    const answer = await boxes.get(box).logged_csv({ chart, runs }).catch(() => null);
+    if (answer?.csv) return save(`${chart}.csv`, "text/csv", answer.csv);
+    const tip = figure.querySelector(".bd-tip");
+    tip.textContent = `Not saved: ${answer?.error ?? "the app does not answer"}`;
+    tip.hidden = false;
   };
 
   // A picture stands alone: what the style sheet says is written into it, with the colours of the page as it is now.
@@ -129,7 +138,7 @@
     if (!button) return;
     const figure = button.closest(".bd-curve");
     const name = figure.dataset.name;
-    if (button.dataset.curve === "csv") save(`${name}.csv`, "text/csv", csv(figure));
+    if (button.dataset.curve === "csv") saveCsv(figure);
     else if (button.dataset.curve === "svg") save(`${name}.svg`, "image/svg+xml", picture(figure));
     else if (document.fullscreenElement) document.exitFullscreen();
     else figure.requestFullscreen?.();

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,12 @@ def _config(args: argparse.Namespace) -> Any:
 
     values = run_config.read_toml(args.config) if args.config else {}
     values |= {"model": args.model} if args.model else {}
-    values |= {"datasets": [_absolute(name) for name in args.dataset]} if args.dataset else {}
+    values |= {"datasets": args.dataset} if args.dataset else {}
     values |= {"num_processes": args.num_processes} if args.num_processes is not None else {}
     values |= run_config.parse_settings(args.settings)
-    return run_config.from_mapping(values)
+    config = run_config.from_mapping(values)
+    # The training process has another working folder.
+    return replace(config, model=_absolute_model(config.model), datasets=tuple(map(_absolute, config.datasets)))
 
 
 def _estimate(config: Any, workspace: Any, *, as_json: bool) -> int:
@@ -133,10 +136,19 @@ def _estimate(config: Any, workspace: Any, *, as_json: bool) -> int:
 
 
 def _absolute(source: str) -> str:
-    """A file's path as the training process, which has another working folder, finds it; other sources as they are."""
+    """A dataset file's absolute path; other sources as they are."""
     if source == "workspace" or source.startswith("hub:"):
         return source
     return str(Path(source).expanduser().resolve())
+
+
+def _absolute_model(name: str) -> str:
+    """A model's absolute path where it is named by one, as `models.find` decides it; a catalog id or Hub id as it is."""
+    from biasdpo import models
+
+    path = Path(name).expanduser()
+    is_path = name and name not in models.catalog() and (path.suffix == ".gguf" or path.exists())
+    return str(path.resolve()) if is_path else name
 
 
 def _wait(folder: Any, workspace: Any) -> Any:

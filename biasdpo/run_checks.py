@@ -140,6 +140,11 @@ def check_together(config: RunConfig) -> None:
         )
     if config.early_stopping and not config.eval_every:
         raise ConfigError(f"early_stopping needs evaluations: got {config.early_stopping} with eval_every 0; set eval_every")
+    if config.accelerate in ("multi_gpu", "fsdp") and config.num_processes < 2:
+        raise ConfigError(
+            f"accelerate '{config.accelerate}' is for several processes: got num_processes {config.num_processes}; set "
+            "num_processes to the number of GPUs, or accelerate to 'auto'"
+        )
     if config.save_steps % config.logging_steps:
         near = max(1, round(config.save_steps / config.logging_steps)) * config.logging_steps
         raise ConfigError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from biasdpo import dataset, models
+from biasdpo import dataset, models, run_queue
 from biasdpo.errors import BiasDPOError, RunError
 from biasdpo.models import ModelSpec
 from biasdpo.run_config import RunConfig
@@ -81,6 +81,8 @@ def estimate(config: RunConfig, workspace: Workspace, *, cancelled: Callable[[],
     refuse_weights_that_can_not_fit(config, spec)
     folder = workspace.cache / "estimates"
     folder.mkdir(parents=True, exist_ok=True)
+    device = device_of(config)
+    shared = bool(run_queue.holders(workspace, device))
     with tempfile.TemporaryDirectory(prefix=".measuring-", dir=folder) as scratch:
         request, answer, log = Path(scratch) / "config.json", Path(scratch) / "estimate.json", folder / "last.log"
         write_json(request, config.to_json())
@@ -109,6 +111,8 @@ def estimate(config: RunConfig, workspace: Workspace, *, cancelled: Callable[[],
     if "error" in values:
         raise RunError(values["error"])
     found = Estimate(**values)
+    if shared or run_queue.holders(workspace, device):  # a run took of the device's time and memory meanwhile
+        return found
     write_json(_remembered_at(config, workspace), found.to_json())
     return found
 
@@ -122,12 +126,17 @@ def known_estimate(config: RunConfig, workspace: Workspace) -> Estimate | None:
 
 
 def refuse_what_can_not_fit(config: RunConfig, spec: ModelSpec, workspace: Workspace) -> None:
-    """Raise RunError where the weights alone, or a remembered estimate, exceed the memory that is free. Measures nothing."""
+    """Raise RunError where the weights alone, or a remembered estimate, exceed the memory that is free now. Measures nothing.
+
+    Nothing is refused while another run has the device: this one would wait for it, and what is free then nobody knows.
+    """
+    if run_queue.holders(workspace, device_of(config)):
+        return
     refuse_weights_that_can_not_fit(config, spec)
     remembered = known_estimate(config, workspace)
-    if remembered is not None and not remembered.fits:
+    if remembered is not None:
         refusal = refusal_of(remembered.memory_bytes, free_memory_bytes(device_of(config)), remembered.device)
-        if refusal:  # memory may have come free since
+        if refusal:
             raise RunError(refusal)
 
 

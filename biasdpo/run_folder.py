@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from biasdpo.errors import RunError
 from biasdpo.workspace import read_json, replacing, write_json
@@ -132,7 +132,12 @@ class RunFolder:
         """status.json as written; `runs.poll` also looks whether the process still lives."""
         values = read_json(self.status_file)
         known = {field.name for field in fields(Status)}
-        if not isinstance(values, dict) or "state" not in values:
+        numbers = ("pid", "pid_created", "step", "total_steps")
+        if (
+            not isinstance(values, dict)
+            or values.get("state") not in get_args(State)
+            or not all(isinstance(values.get(name, 0), int | float) for name in numbers)
+        ):
             raise RunError(f"{self.status_file} holds no run status: restore it from a backup, or delete the run's folder")
         clean: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known

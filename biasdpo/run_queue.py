@@ -38,6 +38,11 @@ def join(workspace: Workspace, device: str, run_id: str) -> None:
             temporary.write_text("".join(f"{other}\n" for other in [*waiting, run_id]), encoding="utf-8")
 
 
+def holders(workspace: Workspace, device: str) -> list[str]:
+    """The runs that have a device or wait for it, in their order."""
+    return [other for other in _read(_queue_file(workspace, device)) if _is_active(workspace, other)]
+
+
 def ahead(workspace: Workspace, device: str, run_id: str) -> list[str]:
     """The runs that have the device before this one, in their order."""
     waiting = _read(_queue_file(workspace, device))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import psutil
 
-from biasdpo.errors import RunError
+from biasdpo.errors import BiasDPOError, RunError
 from biasdpo.run_config import load_json
 from biasdpo.run_folder import ACTIVE, RunFolder, Status
 from biasdpo.workspace import Workspace, read_json
@@ -72,10 +74,28 @@ def show(run_id: str, workspace: Workspace) -> Run:
 
 
 def list_runs(workspace: Workspace) -> list[Run]:
-    """All runs, newest first."""
-    files = [file for file in workspace.runs.glob("*/status.json") if not file.parent.name.startswith(".")]
-    files.sort(key=lambda file: file.parent.stat().st_ctime, reverse=True)
-    return [poll(RunFolder(file.parent)) for file in files]
+    """All runs, newest first. One whose status.json is damaged is shown as failed, with that as its error."""
+    found = []
+    for file in workspace.runs.glob("*/status.json"):
+        folder = RunFolder(file.parent)
+        if folder.id.startswith("."):
+            continue
+        try:
+            found.append(poll(folder))
+        except BiasDPOError as exc:
+            if file.exists():  # else it was deleted meanwhile
+                found.append(Run(folder, Status("failed", error=str(exc))))
+    return sorted(found, key=lambda run: _started(run.folder), reverse=True)
+
+
+def _started(folder: RunFolder) -> tuple[float, float]:
+    """When a run was first started, seconds since 1970: as origin.json says, to the second, and as config.json was written."""
+    written = 0.0
+    with suppress(OSError):
+        written = folder.config.stat().st_mtime
+    with suppress(BiasDPOError, KeyError, TypeError, ValueError):
+        return datetime.fromisoformat(read_json(folder.origin)["started_at"]).timestamp(), written
+    return written, written
 
 
 def poll(folder: RunFolder) -> Run:

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,14 +17,14 @@ from pathlib import Path
 import psutil
 
 from biasdpo import __version__, models, run_data, run_estimate, run_queue
-from biasdpo.errors import ConfigError, RunError, WorkspaceError
+from biasdpo.errors import BiasDPOError, ConfigError, RunError, WorkspaceError
 from biasdpo.models import ModelSpec
 from biasdpo.run_config import RunConfig, load_json
 from biasdpo.run_data import Mixture
 from biasdpo.run_estimate import Estimate, estimate, known_estimate
 from biasdpo.run_folder import ACTIVE, RunFolder, Status
 from biasdpo.run_state import STARTING, Run, list_runs, poll, reap, show
-from biasdpo.workspace import Workspace, refuse_on_public_space, replacing, write_json
+from biasdpo.workspace import Workspace, locked, refuse_on_public_space, replacing, write_json
 
 __all__ = [
     "Estimate",
@@ -46,6 +48,7 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_NOTE_CHARACTERS = 10_000
+_QUOTED_PATH = re.compile(r"""(?<=["'])[/~][^"']*(?=["'])""")
 
 
 # Start
@@ -55,7 +58,8 @@ def start(config: RunConfig, run_id: str, workspace: Workspace, command: str = "
     """Make a run's folder, start its process, return at once. `command`: what the user typed, for the provenance.
 
     The run waits where another has the device. Raises RefusedError on a public Space, ConfigError, ModelError or DatasetError for
-    what can't be trained, RunError where the id is taken or the memory can't suffice, WorkspaceError where the disk is full.
+    what can't be trained, RunError where the id is taken, the memory can't suffice or no process can be started, WorkspaceError
+    where the disk is full.
     """
     folder = make_folder(config, run_id, workspace, command)
     _launch(folder, config)
@@ -100,21 +104,29 @@ def make_folder(config: RunConfig, run_id: str, workspace: Workspace, command: s
 def resume(run_id: str, workspace: Workspace) -> RunFolder:
     """Go on with a stopped, interrupted or failed run from its last checkpoint (from the start where there is none)."""
     refuse_on_public_space("Training")
-    run = show(run_id, workspace)
-    if run.status.state in (*ACTIVE, "finished"):
-        raise RunError(f"Run {run_id!r} is {run.status.state}: only a stopped, interrupted or failed run can be resumed")
-    config = load_json(run.folder.config)
-    models.find(config.model)
-    try:
-        run.folder.stop_request.unlink(missing_ok=True)
-        run.folder.keep_reserve()
-        run.folder.write_status(replace(_queued(psutil.Process()), step=run.status.step, total_steps=run.status.total_steps))
+    with _changing(run_id, workspace) as run:
+        if run.status.state in (*ACTIVE, "finished"):
+            raise RunError(f"Run {run_id!r} is {run.status.state}: only a stopped, interrupted or failed run can be resumed")
+        config = load_json(run.folder.config)
+        models.find(config.model)
+        try:
+            run.folder.stop_request.unlink(missing_ok=True)
+            run.folder.keep_reserve()
+            run.folder.write_status(replace(_queued(psutil.Process()), step=run.status.step, total_steps=run.status.total_steps))
+        except OSError as exc:
+            raise WorkspaceError(
+                f"Can't write in the run's folder {run.folder.path}: {exc.strerror or exc}; make room there"
+            ) from exc
         _launch(run.folder, config)
-    except OSError as exc:
-        raise WorkspaceError(
-            f"Can't write in the run's folder {run.folder.path}: {exc.strerror or exc}; make room there"
-        ) from exc
     return run.folder
+
+
+@contextmanager
+def _changing(run_id: str, workspace: Workspace) -> Iterator[Run]:
+    """A run as it is now, while nobody else resumes or deletes one."""
+    show(run_id, workspace)  # of no run no lock is made
+    with locked(workspace.runs / ".changing"):
+        yield show(run_id, workspace)
 
 
 def _model_of(config: RunConfig) -> ModelSpec:
@@ -128,6 +140,19 @@ def _queued(process: psutil.Process) -> Status:
 
 
 def _launch(folder: RunFolder, config: RunConfig) -> None:
+    """Start the waiting process; where that fails, the run is `failed`, and stands in nobody's way."""
+    try:
+        _start_process(folder, config)
+    except (OSError, BiasDPOError, psutil.Error) as exc:
+        reason = str(exc) if isinstance(exc, BiasDPOError) else f"{getattr(exc, 'strerror', None) or exc}; mend that"
+        remedy = f"then go on with `python -m biasdpo train --run-id {folder.id} --resume`"
+        error = f"Run {folder.id!r} could not be started: {reason}, {remedy}"
+        with suppress(OSError, BiasDPOError):
+            folder.write_last_status(replace(folder.read_status(), state="failed", phase="", error=error))
+        raise RunError(error) from exc
+
+
+def _start_process(folder: RunFolder, config: RunConfig) -> None:
     """Start the waiting process in a session of its own, so that neither Ctrl-C nor the app's end reaches it."""
     device = run_estimate.device_of(config)
     threads = run_estimate.threads_of(config)
@@ -159,6 +184,9 @@ def _launch(folder: RunFolder, config: RunConfig) -> None:
         )
     except psutil.NoSuchProcess:
         folder.write_status(replace(status, pid=process.pid, pid_created=0.0))
+    except BaseException:
+        process.kill()  # it has not begun, and nobody would know of it
+        raise
     finally:
         assert process.stdin is not None
         process.stdin.close()
@@ -207,12 +235,12 @@ def stop(run_id: str, workspace: Workspace) -> Run:
 def delete(run_id: str, workspace: Workspace) -> None:
     """Delete a run's folder, adapter and all. Raises RunError while it is active."""
     refuse_on_public_space("Deleting a run")
-    run = show(run_id, workspace)
-    if run.status.state in ACTIVE:
-        raise RunError(f"Run {run_id!r} is {run.status.state}: stop it first, then delete it")
-    gone = Path(tempfile.mkdtemp(prefix=f".deleted-{run_id}.", dir=workspace.runs))
     try:
-        run.folder.path.rename(gone / run_id)  # at once, whatever becomes of its files
+        with _changing(run_id, workspace) as run:
+            if run.status.state in ACTIVE:
+                raise RunError(f"Run {run_id!r} is {run.status.state}: stop it first, then delete it")
+            gone = Path(tempfile.mkdtemp(prefix=f".deleted-{run_id}.", dir=workspace.runs))
+            run.folder.path.rename(gone / run_id)  # at once, whatever becomes of its files
         shutil.rmtree(gone)
     except OSError as exc:
         raise WorkspaceError(f"Can't delete {run.folder.path}: {exc.strerror or exc}; make it writable, then try again") from exc
@@ -225,6 +253,9 @@ def write_note(run_id: str, workspace: Workspace, text: str) -> None:
     clean = text.encode("utf-8", "replace").decode("utf-8").strip()
     if len(clean) > MAX_NOTE_CHARACTERS:
         raise RunError(f"A note has at most {MAX_NOTE_CHARACTERS:,} characters: got {len(clean):,}; shorten it")
+    with suppress(RunError):  # an unreadable note is written anew
+        if clean == folder.read_note():
+            return
     if not clean:
         folder.note.unlink(missing_ok=True)
         return
@@ -247,5 +278,11 @@ def code_version() -> str:
 
 def shown_command(arguments: list[str]) -> str:
     """The command line as the provenance keeps it: absolute paths are cut to their last part, relative ones stay."""
-    shown = [Path(part).name if part.startswith(("/", "~")) else part for part in arguments]
-    return shlex.join(["python", "-m", "biasdpo", *shown])
+    return shlex.join(["python", "-m", "biasdpo", *map(_without_folders, arguments)])
+
+
+def _without_folders(argument: str) -> str:
+    """One argument: PATH, --flag=PATH, setting=PATH, or a setting with "PATH" in quotes."""
+    if match := re.match(r"(?:[^/~]*=)?(?=[/~])", argument):
+        return match[0] + Path(argument[match.end() :]).name
+    return _QUOTED_PATH.sub(lambda path: Path(path[0]).name, argument)

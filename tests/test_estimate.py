@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from biasdpo import models, run_estimate, runs
+from biasdpo import models, run_estimate, run_queue, runs
 from biasdpo.errors import RunError
 from biasdpo.run_config import RunConfig
+from biasdpo.run_estimate import Estimate
+from biasdpo.run_folder import RunFolder, Status
+from biasdpo.workspace import write_json
 from tests.run_line import CommandLine
 
 # 40 pairs, of which some 4 are held out; ten have numbers of one digit, thirty of two (see `pairs_file`).
@@ -55,8 +60,64 @@ def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine
         runs.start(config, "big", command_line.workspace)
     assert "\n" not in str(caught.value)
     assert not command_line.workspace.runs.exists()
+    path.write_text(json.dumps(asdict(replace(much, fits=True, refusal=""))))  # it fitted then
+    with pytest.raises(RunError, match=r"The run needs 1000000.0 GB"):
+        runs.start(config, "big", command_line.workspace)
     path.write_text(json.dumps(asdict(replace(much, memory_bytes=1))))
     run_estimate.refuse_what_can_not_fit(config, models.find(config.model), command_line.workspace)
+
+
+def busy(command_line: CommandLine, device: str) -> RunFolder:
+    """A run that this process pretends to train."""
+    me = psutil.Process()
+    folder = RunFolder(command_line.workspace.run_folder(f"busy-{device}"))
+    folder.write_status(Status("running", pid=me.pid, pid_created=me.create_time()))
+    run_queue.join(command_line.workspace, device, folder.id)
+    return folder
+
+
+def test_what_would_wait_for_another_run_is_not_refused(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = command_line.config()
+    spec = models.find(config.model)
+    monkeypatch.setattr(run_estimate, "free_memory_bytes", lambda _device: 1)
+    monkeypatch.setattr(run_estimate, "device_of", lambda _config: "cpu")
+    busy(command_line, "gpu")  # elsewhere
+    with pytest.raises(RunError, match="can't be trained here"):
+        run_estimate.refuse_what_can_not_fit(config, spec, command_line.workspace)
+    other = busy(command_line, "cpu")
+    run_estimate.refuse_what_can_not_fit(config, spec, command_line.workspace)
+    other.write_status(Status("finished"))
+    with pytest.raises(RunError, match="can't be trained here"):
+        run_estimate.refuse_what_can_not_fit(config, spec, command_line.workspace)
+
+
+def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = command_line.config()
+    measured = Estimate(
+        **dict.fromkeys(("steps", "pairs_train", "pairs_held_out", "dropped", "cut", "tokens_per_epoch"), 1),
+        **dict.fromkeys(("seconds_per_step", "seconds_total"), 1.0),
+        **dict.fromkeys(("memory_bytes", "memory_free_bytes"), 1),
+        **dict.fromkeys(("refusal", "device", "measured_at"), ""),
+        fits=True,
+        parts={},
+    )
+
+    class Measured:  # instead of the measuring process
+        returncode = 0
+
+        def __init__(self, command: list[str], **_more: Any) -> None:
+            write_json(Path(command[-2]), measured.to_json())
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Measured)
+    other = busy(command_line, run_estimate.device_of(config))
+    assert runs.estimate(config, command_line.workspace) == measured
+    assert runs.known_estimate(config, command_line.workspace) is None
+    other.write_status(Status("finished"))
+    assert runs.estimate(config, command_line.workspace) == measured
+    assert runs.known_estimate(config, command_line.workspace) == measured
 
 
 def test_a_failing_measurement_is_one_line(command_line: CommandLine) -> None:

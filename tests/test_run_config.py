@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from biasdpo import models, run_config
+from biasdpo import models, run_config, runs
 from biasdpo.errors import ConfigError
 from biasdpo.run_config import RunConfig
+from biasdpo.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "training" / "configs").glob("*.toml"))
@@ -137,11 +139,36 @@ def test_an_unknown_setting_is_refused_alone() -> None:
     [
         ({"early_stopping": 2}, "early_stopping needs evaluations: got 2 with eval_every 0"),
         ({"datasets": ["a", "b"], "dataset_weights": [1.0]}, "one weight a dataset: got 1 for 2"),
+        ({"accelerate": "fsdp"}, "accelerate 'fsdp' is for several processes: got num_processes 1; set num_processes"),
+        ({"accelerate": "multi_gpu", "num_processes": 1}, "'multi_gpu' is for several processes: got num_processes 1"),
     ],
 )
 def test_settings_that_need_each_other(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_config.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("accelerate", "processes", "device", "config", "flags"),
+    [
+        ("auto", 1, "cpu", "cpu", []),
+        ("auto", 2, "cpu", "cpu", ["--num_processes", "2", "--main_process_port", "0", "--multi_gpu"]),
+        ("auto", 1, "gpu", "one_gpu", []),
+        ("auto", 2, "gpu", "multi_gpu", ["--num_processes", "2", "--main_process_port", "0"]),
+        ("fsdp", 2, "gpu", "fsdp", ["--num_processes", "2", "--main_process_port", "0"]),
+    ],
+)
+def test_as_many_processes_are_launched_as_are_asked_for(
+    accelerate: str, processes: int, device: str, config: str, flags: list[str]
+) -> None:
+    asked = run_config.from_mapping({"accelerate": accelerate, "num_processes": processes})
+    file = ROOT / "training" / "accelerate" / f"{config}.yaml"
+    assert runs.launch_command(RunFolder(Path("/w/runs/x")), asked, device, 3) == [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)),
+        *("--num_cpu_threads_per_process", "3", *flags, "-m", "training", "/w/runs/x"),
+    ]
+    if not flags:  # the file's own number counts
+        assert "num_processes: 1\n" in file.read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

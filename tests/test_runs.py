@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from biasdpo import dataset, models, runs
 from biasdpo.errors import ConfigError, RefusedError, RunError
 from biasdpo.run_config import RunConfig
 from biasdpo.run_folder import RunFolder, Status
-from biasdpo.workspace import Workspace
+from biasdpo.workspace import Workspace, write_json
 from tests.run_line import CommandLine
 
 
@@ -210,6 +213,13 @@ def test_notes_ids_and_deletion(command_line: CommandLine) -> None:
     assert "lower beta next time" in command_line("runs", "show", "smollm2-1").stdout
     runs.write_note("smollm2-1", workspace, "")
     assert (folder.read_note(), folder.note.exists()) == ("", False)
+    runs.write_note("smollm2-1", workspace, "as before")
+    written = folder.note.stat().st_ino  # replaced by each writing
+    runs.write_note("smollm2-1", workspace, " as before\n")
+    assert folder.note.stat().st_ino == written
+    folder.note.write_bytes(b"\xff")
+    runs.write_note("smollm2-1", workspace, "anew")
+    assert folder.read_note() == "anew"
     with pytest.raises(RunError, match="at most 10,000 characters: got 10,001"):
         runs.write_note("smollm2-1", workspace, "x" * 10_001)
 
@@ -219,3 +229,65 @@ def test_notes_ids_and_deletion(command_line: CommandLine) -> None:
         runs.delete("smollm2-1", workspace)
     with pytest.raises(ConfigError, match="A run id is"):
         runs.delete("../workspace", workspace)
+
+
+def test_runs_are_listed_by_their_start_whatever_was_written_since(workspace: Workspace) -> None:
+    for run_id, started_at in (("old", "2026-11-01T09:00:00+00:00"), ("new", "2026-11-03T09:00:00+00:00"), ("bare", None)):
+        folder = RunFolder(workspace.run_folder(run_id))
+        folder.write_status(Status("stopped"))
+        write_json(folder.config, {})
+        if started_at:
+            write_json(folder.origin, {"started_at": started_at})
+    day = datetime.fromisoformat("2026-11-02T09:00:00+00:00").timestamp()
+    os.utime(RunFolder(workspace.run_folder("bare")).config, (day, day))
+    RunFolder(workspace.run_folder("old")).write_status(Status("finished"))
+    assert [run.folder.id for run in runs.list_runs(workspace)] == ["new", "bare", "old"]
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"state": "asleep"}', '{"state": "running", "pid": "7"}'])
+def test_a_damaged_run_is_listed_as_failed_and_one_deleted_meanwhile_is_not(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    for run_id in ("whole", "damaged", "vanishing"):
+        RunFolder(workspace.run_folder(run_id)).write_status(Status("finished"))
+    RunFolder(workspace.run_folder("damaged")).status_file.write_text(damaged)
+    read_status = RunFolder.read_status
+
+    def read(self: RunFolder) -> Status:
+        if self.id == "vanishing":
+            shutil.rmtree(self.path)
+        return read_status(self)
+
+    monkeypatch.setattr(RunFolder, "read_status", read)
+    found = {run.folder.id: run.status for run in runs.list_runs(workspace)}
+    assert {run_id: status.state for run_id, status in found.items()} == {"whole": "finished", "damaged": "failed"}
+    assert "status.json" in found["damaged"].error
+    assert "\n" not in found["damaged"].error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--dataset", "/x/y.jsonl", "--model", "~/m"], "--dataset y.jsonl --model m"),
+        (["--dataset=/x/a=b.jsonl", "--config=rel/c.toml"], "--dataset=a=b.jsonl --config=rel/c.toml"),
+        (["--set", "model=/x/y", "--set=model=/x/y.gguf"], "--set model=y --set=model=y.gguf"),
+        (["--set", 'datasets=["/x/y.jsonl", "hub:a/b"]'], """--set 'datasets=["y.jsonl", "hub:a/b"]'"""),
+        (["--dataset", "hub:a/b", "--set", "beta=0.2"], "--dataset hub:a/b --set beta=0.2"),
+    ],
+)
+def test_a_shown_command_names_no_folder_of_this_machine(arguments: list[str], shown: str) -> None:
+    assert runs.shown_command(["train", *arguments]) == f"python -m biasdpo train {shown}"
+
+
+@pytest.mark.parametrize("by", ["--model", "--set", "--config"])
+def test_a_model_named_by_a_path_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    from biasdpo import __main__, cli_train
+
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("run.toml").write_text('model = "mine"\ndatasets = ["pairs.jsonl"]\n')
+    given = {"--model": ["--model", "mine"], "--set": ["--set", "model=./mine"], "--config": ["--config", "run.toml"]}[by]
+    config = cli_train._config(__main__.build_parser().parse_args(["train", "--dataset", "pairs.jsonl", "--estimate", *given]))
+    assert (config.model, config.datasets) == (str(tmp_path / "mine"), (str(tmp_path / "pairs.jsonl"),))
+    for name in ("smollm2", "owner/name"):
+        assert cli_train._config(__main__.build_parser().parse_args(["train", "--model", name])).model == name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from biasdpo import runs
-from biasdpo.errors import WorkspaceError
-from biasdpo.run_folder import RunFolder
+from biasdpo import run_queue, runs
+from biasdpo.errors import RunError, WorkspaceError
+from biasdpo.run_folder import RunFolder, Status
+from biasdpo.run_state import START_MARK
 from biasdpo.workspace import Workspace
 from tests.byte_model import save_tiny_llama
 from tests.run_line import ROOT, CommandLine, ended, wait_for
@@ -219,8 +221,58 @@ def test_what_fails_before_it_can_say_so_is_read_off_the_log(
 
 def test_a_launch_that_is_killed_is_interrupted(command_line: CommandLine) -> None:
     folder = command_line.start("killed")
-    run = wait_for(folder, lambda run: run.status.phase == "starting")
-    os.kill(run.status.pid, signal.SIGKILL)
+    run = wait_for(folder, lambda run: START_MARK in run.folder.log_tail(50))
+    os.kill(run.status.pid, signal.SIGKILL)  # seconds before what it launches has loaded anything
     status = wait_for(folder, lambda run: run.status.state != "queued").status
-    if status.state == "interrupted":
-        assert "ended before it began to train" in status.error
+    assert status.state == "interrupted"
+    assert f"(pid {run.status.pid}) ended before it began to train" in status.error
+
+
+@pytest.mark.parametrize("broken", ["no process", "no status"])
+def test_a_launch_that_fails_leaves_a_failed_run(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen, write_status = subprocess.Popen, RunFolder.write_status
+
+    def start(command: list[str], **more: Any) -> Any:
+        if broken == "no process" and "biasdpo.run_queue" in command:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        process = popen(command, **more)
+        started.append(process)
+        return process
+
+    def write(self: RunFolder, status: Status) -> None:
+        if broken == "no status" and status.pid in {process.pid for process in started}:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_status(self, status)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(RunFolder, "write_status", write)
+    with pytest.raises(RunError, match="Run 'unstarted' could not be started: ") as caught:
+        command_line.start("unstarted")
+    monkeypatch.undo()
+    folder = RunFolder(command_line.workspace.run_folder("unstarted"))
+    status = runs.poll(folder).status
+    assert (status.state, status.error, "\n" in status.error) == ("failed", str(caught.value), False)
+    assert os.strerror(errno.ENOMEM if broken == "no process" else errno.ENOSPC) in status.error
+    assert all(process.wait(10) == -signal.SIGKILL for process in started if "biasdpo.run_queue" in process.args)  # type: ignore[operator]
+    # Its place is free, and it can be gone on with.
+    assert run_queue.holders(command_line.workspace, "cpu") == []
+    runs.resume("unstarted", command_line.workspace)
+    assert wait_for(folder, ended).status.state == "finished"
+
+
+def test_the_first_process_that_fails_says_why(tmp_path: Path) -> None:
+    """The second of two breaks; the first learns that its connection is gone, between two steps and at its end."""
+    from training.status import StatusWriter
+
+    folder = RunFolder(tmp_path)
+    main, other = (StatusWriter(folder, rank=rank, processes=2) for rank in (0, 1))
+    main.begin()
+    other.end("failed", "Out of memory")
+    main.update(phase="training", step=3)
+    main.end("failed", "Connection closed by peer")
+    assert (folder.read_status().state, folder.read_status().error) == ("failed", "Out of memory")
+    again = StatusWriter(folder, processes=2)
+    again.begin()
+    again.end("finished")
+    assert folder.read_status().state == "finished"

@@ -18,15 +18,17 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo import runs
+from biasdpo import run_state, runs
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.workspace import Workspace
 from tests.run_line import ROOT, SMALL, TIMEOUT_SECONDS, CommandLine, ended, wait_for
 
-# Evaluated, probed and logged at steps that differ from those of the checkpoints.
+# Evaluated, probed and logged at steps that differ from those of the checkpoints; a stop falls between two log lines.
 LONG: dict[str, Any] = {
     "max_steps": 60,
     "save_steps": 20,
+    "logging_steps": 2,
+    "text_kl_weight": 0.1,
     "learning_rate": 0.003,
     "eval_every": 7,
     "probe_every": 13,
@@ -77,11 +79,10 @@ def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(whole, killed)
 
-    # Stopped by the command line.
+    # Stopped; from here, since 60 steps do not outlast the start of a command line.
     stopped = command_line.start("stopped", **LONG)
     wait_for(stopped, lambda run: run.status.step >= 1)
-    stopping = command_line("runs", "stop", "stopped", "--json")
-    assert json.loads(stopping.stdout)["state"] in ("stopping", "stopped")
+    assert runs.stop("stopped", command_line.workspace).status.state in ("stopping", "stopped")
     at = wait_for(stopped, ended).status
     assert at.state == "stopped"
     assert 1 <= at.step < 60
@@ -130,18 +131,66 @@ def test_a_stop_ends_every_phase(
     assert [line["step"] for line in lines if "eval_loss" in line] == [*range(7, step or 0, 7), *([60] if step == 60 else [])]
     assert not folder.adapter.exists()
 
+    # Stopped again where the resumed run makes up for it: the checkpoint is not written a second time.
+    saved = checkpoint and (checkpoint / "trainer_state.json").stat().st_mtime_ns
+    folder.stop_request.unlink()
+    command_line.go_on_here(folder)
+    assert (folder.read_status().state, folder.last_checkpoint()) == ("stopped", checkpoint)
+    assert (checkpoint and (checkpoint / "trainer_state.json").stat().st_mtime_ns) == saved
+
     monkeypatch.setattr(training_status.StatusWriter, "update", update)
     folder.stop_request.unlink()
     command_line.go_on_here(folder)
     assert_same_run(whole, folder)
 
 
+@pytest.mark.parametrize("settings", [{"save_steps": 0}, {"save_steps": 2, "logging_steps": 2}], ids=["never saved", "saved"])
+def test_a_run_stopped_while_it_is_scored_trains_no_step_more(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Without evaluations; 5 steps are no whole epochs (28 pairs in eights: 4 steps). The probe of the last step, cut out here,
+    is made up for."""
+    from training import status as training_status
+
+    few = LONG | {"max_steps": 5, "batch_size": 8, "eval_every": 0, "probe_every": 2} | settings
+    whole = command_line.train_here("whole", **few)
+    assert whole.read_status().state == "finished"
+    folder = runs.make_folder(command_line.config(**few), "stopped", command_line.workspace)
+    update = training_status.StatusWriter.update
+
+    def update_and_stop(self: Any, **changes: Any) -> None:
+        update(self, **changes)
+        if self.status.phase == "scoring the held-out pairs":
+            folder.stop_request.touch()
+
+    monkeypatch.setattr(training_status.StatusWriter, "update", update_and_stop)
+    command_line.go_on_here(folder)
+    monkeypatch.undo()
+    assert folder.read_status().state == "stopped"
+    assert [checkpoint.name for checkpoint in folder.whole_checkpoints()][-1] == "checkpoint-5"
+    probes = [json.dumps(row) + "\n" for row in folder.read_probes() if row["step"] < 5]
+    assert len(probes) == len(whole.read_probes()) - 1
+    folder.probes.write_text("".join(probes))
+    folder.stop_request.unlink()
+    command_line.go_on_here(folder)
+    status = folder.read_status()
+    assert (status.state, status.step, status.total_steps) == ("finished", 5, 5)
+    assert "resumed after step 5" in status.notes
+    assert_same_run(whole, folder)
+
+
+def is_started(run: runs.Run) -> bool:
+    """It has the device, and its launcher's command is in the log."""
+    return run_state.START_MARK in run.folder.log_tail(50)
+
+
 @pytest.mark.parametrize("phase", ["starting", "loading the libraries"])
 def test_a_stop_before_anything_is_loaded(command_line: CommandLine, phase: str) -> None:
     folder = command_line.start("early", max_steps=5000)
-    wait_for(folder, lambda run: run.status.phase == phase)
+    wait_for(folder, is_started if phase == "starting" else lambda run: run.status.phase == phase)
     asked_at = time.monotonic()
-    runs.stop("early", command_line.workspace)
+    stopping = command_line("runs", "stop", "early", "--json")
+    assert json.loads(stopping.stdout)["state"] in ("stopping", "stopped")
     assert wait_for(folder, ended).status.state == "stopped"
     assert time.monotonic() - asked_at < 30  # 10 s where nothing else takes the cores
 
@@ -153,7 +202,11 @@ def test_ctrl_c_asks_the_run_to_stop(command_line: CommandLine) -> None:
     files = ["--model", str(command_line.model), "--dataset", str(command_line.rows), "--workspace"]
     arguments = [*files, str(command_line.workspace.root), "--run-id", "interactive", *sets]
     process = subprocess.Popen(
-        [sys.executable, "-m", "biasdpo", "train", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "biasdpo", "train", *arguments],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job inherits ignored
     )
     end = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < end and not (folder.status_file.is_file() and folder.read_status().step >= 1):

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from biasdpo import run_queue, runs
+from biasdpo.errors import RunError
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.workspace import Workspace
 from tests.run_line import ROOT, CommandLine, ended, wait_for
@@ -137,3 +144,42 @@ def test_what_a_crash_left_is_no_run(workspace: Workspace, leftover: str) -> Non
     RunFolder(Path(folder)).write_status(Status("queued"))
     RunFolder(folder.parent).write_status(Status("queued"))
     assert runs.list_runs(workspace) == []
+
+
+def test_a_run_resumed_twice_at_once_has_one_process(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = runs.make_folder(command_line.config(max_steps=5000), "once", command_line.workspace)
+    command_line.run_ids.append("once")
+    folder.write_status(Status("stopped"))
+    popen, started = subprocess.Popen, []
+
+    def start(command: list[str], **more: Any) -> Any:
+        process = popen(command, **more)
+        if "biasdpo.run_queue" in command:
+            started.append(process.pid)
+            time.sleep(0.5)  # the other one has long looked by then
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    at_once = threading.Barrier(2)
+
+    def act(action: Callable[[str, Workspace], object]) -> str:
+        at_once.wait()
+        try:
+            action("once", command_line.workspace)
+        except RunError as exc:
+            return str(exc)
+        return ""
+
+    with ThreadPoolExecutor(2) as threads:
+        said = sorted(threads.map(act, (runs.resume, runs.resume)))
+    assert len(started) == 1
+    assert said[0] == ""
+    assert re.match(r"Run 'once' is (queued|running): only a stopped", said[1])
+    runs.stop("once", command_line.workspace)
+    wait_for(folder, ended)
+
+    # Resumed and deleted at once: one of both.
+    with ThreadPoolExecutor(2) as threads:
+        resumed, deleted = threads.map(act, (runs.resume, runs.delete))
+    assert bool(resumed) != bool(deleted)
+    assert folder.path.exists() == (not resumed)

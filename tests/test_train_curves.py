@@ -10,8 +10,9 @@ from html import unescape
 
 import pytest
 
+from biasdpo.errors import ConfigError
 from biasdpo.ui import train_charts
-from biasdpo.ui.train_curves import Chart, Curve, charts_of_run, charts_of_runs, moving_mean, points, thinned
+from biasdpo.ui.train_curves import Chart, Curve, charts_of_run, charts_of_runs, logged_csv, moving_mean, points, thinned
 from tests.run_folders import metrics
 
 
@@ -55,6 +56,22 @@ def test_a_runs_charts_have_train_held_out_baseline_and_best_step():
     assert [curve.name for curve in short[0].curves] == ["train", "held-out"]  # three points have no moving mean
 
 
+def test_the_csv_has_the_logged_numbers_however_long_the_curve():
+    rows = [{"step": step, "loss": 1 / step, "eval_loss": 0.1 if step % 1000 == 0 else None} for step in range(1, 2001)]
+    assert len(charts_of_run(rows, [], None, None)[0].curves[0].points) == 400  # what is drawn
+    lines = logged_csv("loss", [("a", rows, [])]).splitlines()
+    assert lines[0] == "curve,step,value"
+    assert lines[3] == '"train",3,0.3333333333333333'
+    assert len(lines) == 1 + 2000 + 2
+    assert lines[-1] == '"held-out",2000,0.1'
+    both = logged_csv("compare-loss", [("a", rows[:2], []), ("b", rows[:1], [])]).splitlines()
+    assert both[1:] == ['"a, train",1,1.0', '"a, train",2,0.5', '"b, train",1,1.0']
+    assert logged_csv("speed", [("a", [], [{"step": 1, "tokens_per_second": 800}])]).splitlines()[1:] == ['"tokens/s",1,800.0']
+    for no_chart in ("../loss", "compare-rate"):
+        with pytest.raises(ConfigError, match="No chart is called"):
+            logged_csv(no_chart, [])
+
+
 def test_runs_compared_have_a_colour_each():
     charts = charts_of_runs([("a", metrics(40, 40, 1e-4)), ("b", metrics(9, 40, 1e-4))])
     assert [(curve.name, curve.colour) for curve in charts[0].curves] == [("a, held-out", 0), ("a, train", 0), ("b, train", 1)]
@@ -95,7 +112,7 @@ def test_one_point_is_a_dot_and_none_is_a_note():
     one = Chart("x", "X", "", (Curve("train", ((3.0, 0.7),)),))
     assert "<circle" in train_charts.svg(one)
     assert "polyline" not in train_charts.svg(one)
-    assert train_charts.charts([Chart("x", "X", "", (Curve("train", ()),))], "nothing <yet>") == (
+    assert train_charts.charts([Chart("x", "X", "", (Curve("train", ()),))], "nothing <yet>", ["a"]) == (
         '<div class="bd-note">nothing &lt;yet&gt;</div>'
     )
 

@@ -236,3 +236,32 @@ def test_the_loss_is_trls_plus_weight_times_kl(tiny_llama, tmp_path, weight):
     else:
         assert kl[0] > 1e-3
         assert loss == pytest.approx(plain + 2.0 * kl[0], abs=1e-5)
+
+
+def test_texts_are_drawn_by_step_and_batch_whatever_was_logged(tiny_llama, tmp_path):
+    """Two batches a step: two draws, the same ones where the metrics were cleared, as they are by a log line or a restart."""
+    texts = [[i] for i in range(10_000)]
+    one, two = (build_tiny_trainer(tiny_llama, tmp_path, ROWS, text_kl_weight=1.0, anchor_texts=texts) for _ in range(2))
+    drawn = []
+    for step in range(3):
+        one.state.global_step = step
+        drawn += [one._draw_texts(), one._draw_texts()]
+        one._metrics["train"]["text_kl"].append(0.0)
+    two.state.global_step = 2
+    assert [two._draw_texts(), two._draw_texts()] == drawn[4:]
+    assert len({str(texts) for texts in drawn}) == 6
+
+
+def test_anchor_texts_are_within_max_length_and_none_without_a_weight(tiny_llama):
+    from biasdpo.backends.hf_copy import encode_text, load_tokenizer
+    from biasdpo.dataset import PreferencePair
+    from biasdpo.run_config import RunConfig
+    from training.rows import anchor_texts
+
+    tokenizer = load_tokenizer(tiny_llama)
+    pair = PreferencePair("Who is it? " * 20, "", "Nobody.")
+    whole = encode_text(tokenizer, pair.prompt)
+    assert len(whole) > 16
+    config = RunConfig(max_length=16, text_kl_weight=0.1)
+    assert anchor_texts([pair], tokenizer, config) == [whole[:16]]  # and no empty one
+    assert anchor_texts([pair], tokenizer, RunConfig(max_length=16, text_kl_weight=0.0)) == []

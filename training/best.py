@@ -67,8 +67,6 @@ class BestCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         due = step > 0 and (step % self.config.eval_every == 0 or step >= state.max_steps)
         if due and step not in {evaluation.step for evaluation in found}:
             self.trainer.evaluate()
-        if step and (step >= state.max_steps or self._is_enough()):
-            raise EndedEarly
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
         if state.global_step >= state.max_steps and not self.writer.stops:
@@ -89,7 +87,7 @@ class BestCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         if self.writer.processes > 1:
             torch.distributed.barrier()  # the others read the line that the main process has written
         self.writer.update(phase="training")
-        if self._is_enough():
+        if is_enough(self.writer.folder, self.config):
             control.should_training_stop = True
             control.should_save = True
 
@@ -97,9 +95,24 @@ class BestCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         if self.writer.is_main:
             prune(self.writer.folder)
 
-    def _is_enough(self) -> bool:
-        limit = self.config.early_stopping
-        return bool(limit) and evaluations_without_gain(evaluations(self.writer.folder)) >= limit
+
+class EndCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
+    """Ends a resumed run that has nothing left to train, before the trainer takes a step too many. Must be the last callback:
+    the others make up for an evaluation or a probe first."""
+
+    def __init__(self, writer: StatusWriter, config: RunConfig) -> None:
+        self.writer = writer
+        self.config = config
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
+        if state.global_step and (state.global_step >= state.max_steps or is_enough(self.writer.folder, self.config)):
+            raise EndedEarly
+
+
+def is_enough(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether early stopping ends the run."""
+    limit = config.early_stopping
+    return bool(limit) and evaluations_without_gain(evaluations(folder)) >= limit
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:

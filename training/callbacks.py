@@ -43,6 +43,8 @@ class FolderCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         done = state.global_step - self.started_step
         eta = round((now - self.started_at) / max(done, 1) * (state.max_steps - state.global_step), 1)
         self.writer.update(phase="training", step=state.global_step, total_steps=state.max_steps, eta_seconds=eta)
+        if state.global_step >= state.max_steps:
+            control.should_save = True  # whatever save_steps: a stop or a fault while it is scored is not to lose the training
         if self.writer.stop_requested():
             control.should_training_stop = True
             control.should_save = True

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
 from biasdpo import dataset, models, run_config, run_data
-from biasdpo.backends.hf_copy import encode_text, hf_copy, load_tokenizer
+from biasdpo.backends.hf_copy import hf_copy, load_tokenizer
 from biasdpo.errors import ConfigError, DatasetError, ModelError
 from biasdpo.run_config import RunConfig
 from biasdpo.run_folder import RunFolder, checkpoint_step
@@ -29,9 +29,10 @@ from training.callbacks import FolderCallback, cut_after
 from training.finish import bake, base_sha256, held_out_metrics, write_adapter
 from training.probe import ProbeCallback
 from training.reference import ReferenceCache, open_cache
-from training.rows import TokenRow, rows_seen, tokenise
+from training.rows import TokenRow, anchor_texts, rows_seen, tokenise
 from training.status import StatusWriter, StoppedError
 from training.trainer import TokenisedDPOTrainer
+from training.window import WindowCallback
 
 
 def train(folder: RunFolder, writer: StatusWriter) -> None:
@@ -84,19 +85,21 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
 
     # Model and trainer.
     model = load_policy(model_folder, config, use_cpu=on_cpu)
-    anchor_texts = [encode_text(tokenizer, text) for pair in train_pairs for text in (pair.prompt, pair.chosen)]
+    anchors = anchor_texts(train_pairs, tokenizer, config)
     reference = open_cache(workspace.cache / "reference", base, "cpu" if on_cpu else "cuda", torch.get_num_threads())
     trainer = build_trainer(
-        config, folder, model, tokenizer, seen, held_out_rows.rows, anchor_texts, writer, use_cpu=on_cpu, reference=reference
+        config, folder, model, tokenizer, seen, held_out_rows.rows, anchors, writer, use_cpu=on_cpu, reference=reference
     )
+    checkpoint = folder.last_checkpoint()
+    trainer.add_callback(WindowCallback(trainer, checkpoint))
     if trainer.eval_dataset is not None:
         trainer.add_callback(best.BestCallback(trainer, writer, config))
     if origin.get("probe_prompts"):
         prompts = origin["probe_prompts"]
         trainer.add_callback(ProbeCallback(trainer, writer, tokenizer, spec.template, prompts, config.probe_every))
+    trainer.add_callback(best.EndCallback(writer, config))  # after those that make up for what a stop left out
 
     # Train, or go on where the last checkpoint ended.
-    checkpoint = folder.last_checkpoint()
     resume_from(checkpoint, folder, trainer, writer)
     writer.check_stop()
     try:
@@ -104,7 +107,8 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     except best.EndedEarly:
         pass
     except StoppedError:
-        if trainer.state.global_step:  # in an evaluation: the step before it is not to be lost
+        # In an evaluation: the step before it is not to be lost.
+        if trainer.state.global_step > (checkpoint_step(checkpoint) if checkpoint else 0):
             trainer._save_checkpoint(trainer.model, trial=None)
         raise
     if writer.stops:
@@ -172,7 +176,7 @@ def build_trainer(
     tokenizer: Any,
     train_rows: tuple[TokenRow, ...],
     held_out_rows: tuple[TokenRow, ...],
-    anchor_texts: list[list[int]],
+    anchors: list[list[int]],
     writer: StatusWriter,
     *,
     use_cpu: bool,
@@ -220,7 +224,7 @@ def build_trainer(
     )
     trainer = TokenisedDPOTrainer(
         text_kl_weight=config.text_kl_weight,
-        anchor_texts=[text for text in anchor_texts if text],
+        anchor_texts=anchors,
         note=writer.note,
         model=model,
         args=arguments,

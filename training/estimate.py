@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from biasdpo import models, run_config, run_data
-from biasdpo.backends.hf_copy import encode_text, hf_copy, load_tokenizer
+from biasdpo.backends.hf_copy import hf_copy, load_tokenizer
 from biasdpo.errors import DatasetError
 from biasdpo.run_config import RunConfig
 from biasdpo.run_estimate import Estimate, free_memory_bytes, refusal_of
@@ -36,7 +36,7 @@ from training.faults import cause_and_remedy
 from training.finish import base_sha256
 from training.probe import ProbeCallback
 from training.reference import ReferenceCache, groups, open_cache, row_key
-from training.rows import TokenRow, rows_seen, tokenise
+from training.rows import TokenRow, anchor_texts, rows_seen, tokenise
 from training.scoring import score_base_and_tuned
 from training.status import StatusWriter
 
@@ -93,7 +93,7 @@ def measure(config: RunConfig, workspace: Workspace, scratch: Path, began: float
     if not train.rows:
         raise DatasetError(f"No pairs are left to train on: {train.dropped} have prompts that fill max_length; raise it")
     model = load_policy(model_folder, config, use_cpu=on_cpu)
-    anchors = [encode_text(tokenizer, text) for pair in data.epoch for text in (pair.prompt, pair.chosen)]
+    anchors = anchor_texts(data.epoch, tokenizer, config)
 
     seen = rows_seen(train.rows, config)
     by_length = sorted(seen, key=tokens_of)

@@ -41,9 +41,10 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self.base: list[str] | None = None
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
-        if self._is_due(state) and state.global_step not in {row["step"] for row in self.writer.folder.read_probes()}:
-            self._probe(state.global_step)
-            self.writer.check_stop()
+        if self._is_due(state):
+            if state.global_step not in {row["step"] for row in self.writer.folder.read_probes()}:
+                self._probe(state.global_step)
+            self.writer.check_stop()  # by every process, whatever it read in a file that another writes
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
         if self._is_due(state) and not self.writer.stops:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from biasdpo.backends.hf_copy import encode_completion, encode_prompt
+from biasdpo.backends.hf_copy import encode_completion, encode_prompt, encode_text
 from biasdpo.dataset import PreferencePair
 from biasdpo.run_config import RunConfig
 from biasdpo.template import PromptTemplate
@@ -47,6 +47,14 @@ def tokenise(pairs: Sequence[PreferencePair], tokenizer: Any, template: PromptTe
         cut += len(chosen) > room or len(rejected) > room
         rows.append(TokenRow(prompt, chosen[:room], rejected[:room]))
     return Tokenised(tuple(rows), dropped, cut)
+
+
+def anchor_texts(pairs: Sequence[PreferencePair], tokenizer: Any, config: RunConfig) -> list[list[int]]:
+    """Token ids of the bare texts that text_kl_weight holds the policy to its base on, within max_length; none where it is 0."""
+    if not config.text_kl_weight:
+        return []
+    texts = (encode_text(tokenizer, text)[: config.max_length] for pair in pairs for text in (pair.prompt, pair.chosen))
+    return [text for text in texts if text]
 
 
 def rows_seen(rows: Sequence[TokenRow], config: RunConfig) -> tuple[TokenRow, ...]:

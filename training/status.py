@@ -37,11 +37,13 @@ class StatusWriter:
         with suppress(BiasDPOError):
             before = self.folder.read_status()
             self.status = replace(self.status, step=before.step, total_steps=before.total_steps, device=before.device)
-        self.update(phase="loading the libraries")
+        self.status = replace(self.status, phase="loading the libraries")
+        if self.is_main:
+            self.folder.write_status(self.status)
 
     def update(self, **changes: Any) -> None:
         self.status = replace(self.status, **changes)
-        if self.is_main:
+        if self.is_main and not self._another_failed():
             self.folder.write_status(self.status)
 
     def note(self, text: str) -> None:
@@ -53,12 +55,20 @@ class StatusWriter:
     def end(self, state: State, error: str = "") -> None:
         """The last word. A disk so full that it can't be written leaves it to the log."""
         self.status = replace(self.status, state=state, phase="", error=error, eta_seconds=0.0 if state == "finished" else None)
-        if not self.is_main and state != "failed":
+        if (not self.is_main and state != "failed") or self._another_failed():
             return
         try:
             self.folder.write_last_status(self.status)
         except OSError as exc:
             print(f"status.json could not be written ({exc}): {state} {error}", file=sys.stderr, flush=True)
+
+    def _another_failed(self) -> bool:
+        """Whether a process has said why it failed: what the others say after it is of the connection that it broke."""
+        if self.processes == 1:
+            return False
+        with suppress(BiasDPOError):
+            return self.folder.read_status().state == "failed"
+        return False
 
     def stop_requested(self) -> bool:
         """Whether to stop. With several processes all must ask at the same place: they agree on what the main one sees."""

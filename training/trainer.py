@@ -6,13 +6,14 @@ Four things differ from TRL 1.16; its losses, metrics and loop are its own.
 2. The reference's log-probabilities are computed once, before the first step, and kept across runs (`training.reference`).
 3. `text_kl_weight` adds KL(base || policy) on bare text (no template), which is where an unanchored run gets more perplexed:
    DPO holds the policy near the reference only on the pairs' completions.
-4. No model card in each checkpoint.
+4. A checkpoint holds no model card, and what was not logged yet (`training.window`).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from trl import DPOTrainer
 from training.packed_model import add_packed_forward, why_not_packed
 from training.reference import Group, Logps, ReferenceCache, groups, row_key
 from training.text_kl import packed_text_kl, padded_text_kl
+from training.window import save_window
 
 _GROUPS_A_SAVE = 16
 
@@ -44,6 +46,7 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     ) -> None:
         self._text_kl_weight = text_kl_weight
         self._anchor_texts = anchor_texts
+        self._draws = (-1, 0)  # a step, and how often texts were drawn in it
         self._note = note
         self._reference: ReferenceCache | None = None
         self._on_reference: Callable[[int, int], None] = lambda _done, _total: None
@@ -95,6 +98,11 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
         """None: the run's own provenance says more."""
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # First: a checkpoint is whole where trainer_state.json is, which comes last.
+        save_window(self, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
     def _precompute_ref_logps(self, dataset: Any, _name: str, _batch_size: int) -> Any:
         """The rows with `ref_chosen_logps` and `ref_rejected_logps`, from the cache or computed into it."""
         assert self._reference is not None
@@ -142,7 +150,7 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         result = super()._compute_loss(model, inputs, return_outputs)
         if not self._text_kl_weight or not self.model.training:
             return result
-        texts = self._draw_texts(len(self._metrics["train"]["text_kl"]))
+        texts = self._draw_texts()
         text_kl = packed_text_kl if self.is_packed else padded_text_kl
         kl: torch.Tensor = text_kl(model, texts, self.accelerator)
         self._metrics["train"]["text_kl"].append(kl.item())
@@ -151,12 +159,14 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             return loss + self._text_kl_weight * kl, outputs
         return result + self._text_kl_weight * kl
 
-    def _draw_texts(self, batch: int) -> list[list[int]]:
+    def _draw_texts(self) -> list[list[int]]:
         """This process's share of as many texts as all processes have pairs.
 
         A draw of its own for each step and batch of it, so that a resumed run sees the texts that an uninterrupted one would.
         """
-        draw = random.Random(f"{self.args.seed}-{self.state.global_step}-{batch}")
+        step, batch = self.state.global_step, self._draws[1] if self._draws[0] == self.state.global_step else 0
+        self._draws = (step, batch + 1)
+        draw = random.Random(f"{self.args.seed}-{step}-{batch}")
         processes = self.accelerator.num_processes
         count = min(self.args.per_device_train_batch_size * processes, len(self._anchor_texts))
         drawn = draw.sample(self._anchor_texts, count)

@@ -1,14 +1,14 @@
 """Charts as SVG: colours are the page's variables, so that light and dark are exact, and nothing is loaded from elsewhere.
 
 `gr.LinePlot` was left: it draws anew, and blinks, at every update, and its marks (best step, baseline) can't be named. The
-cross-hair and the two downloads (SVG, CSV) are in assets/page.js, which reads `data-curves`.
+cross-hair, which reads `data-curves`, and the two downloads (SVG, CSV) are in assets/charts.js.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from biasdpo.ui.train_curves import Chart, Curve, Point
@@ -22,12 +22,12 @@ _CORNERS = (
 )
 
 
-def charts(drawn: Iterable[Chart], none_yet: str) -> str:
-    """All charts that have a point, or a line where none has."""
+def charts(drawn: Iterable[Chart], none_yet: str, run_ids: Sequence[str]) -> str:
+    """All charts of these runs that have a point, or a line where none has."""
     figures = "".join(figure(chart) for chart in drawn if not chart.empty)
     if not figures:
         return f'<div class="bd-note">{escape(none_yet)}</div>'
-    return f'<div class="bd-curves">{figures}</div>'
+    return f'<div class="bd-curves" data-runs="{escape(json.dumps(list(run_ids)))}">{figures}</div>'
 
 
 def figure(chart: Chart) -> str:
@@ -148,7 +148,7 @@ def _label(tick: float, every: list[float]) -> str:
 
 
 def _data(chart: Chart) -> str:
-    """What the cross-hair and the CSV show: each curve's points, to five digits."""
+    """What the cross-hair shows: each curve's points, to five digits."""
     curves = [
         {"name": curve.name, "colour": curve.colour % 6, "points": [[x, float(f"{y:.5g}")] for x, y in curve.points]}
         for curve in chart.curves

@@ -58,7 +58,8 @@ class CompareRuns(RunsView):
 def comparison(chosen: Sequence[SeenRun]) -> str:
     """Curves, then what the runs came to, then what differs in their settings."""
     drawn = charts_of_runs((run.id, run.folder.read_metrics()) for run in chosen)
-    return train_charts.charts(drawn, "None of these runs has logged a step yet.") + results(chosen) + differences(chosen)
+    curves = train_charts.charts(drawn, "None of these runs has logged a step yet.", [run.id for run in chosen])
+    return curves + results(chosen) + differences(chosen)
 
 
 def results(chosen: Sequence[SeenRun]) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from biasdpo.errors import ConfigError
 
 Point = tuple[float, float]
 Look = Literal["line", "faint", "dashed"]
@@ -138,3 +142,30 @@ def charts_of_runs(runs: Iterable[tuple[str, Rows]]) -> tuple[Chart, ...]:
             curves.append(Curve(f"{name}, train", thinned(mean), colour))
         charts.append(Chart(f"compare-{id_}", title, unit, tuple(curves), bounds=bounds))
     return tuple(charts)
+
+
+_LOGGED = {
+    "loss": ("loss", "eval_loss"),
+    "margins": ("rewards/margins", "eval_rewards/margins"),
+    "accuracies": ("rewards/accuracies", "eval_rewards/accuracies"),
+}
+_ALONE = {"rate": ("learning rate", "learning_rate"), "speed": ("tokens/s", "tokens_per_second")}
+
+
+def logged_csv(chart: str, runs: Iterable[tuple[str, Rows, Rows]]) -> str:
+    """What lies under a chart: every logged number, neither thinned nor averaged nor rounded, as lines of curve, step, value.
+
+    `runs`: id, metrics, speed of each. ConfigError for a chart that does not exist.
+    """
+    name = chart.removeprefix("compare-")
+    if name not in _LOGGED and (name not in _ALONE or name != chart):
+        raise ConfigError(f"No chart is called {chart[:40]!r}: choose of {', '.join((*_LOGGED, *_ALONE))}")
+    text = io.StringIO("curve,step,value\n")
+    text.seek(0, io.SEEK_END)
+    lines = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    for run_id, metrics, speed in runs:
+        keys = dict(zip(("train", "held-out"), _LOGGED[name], strict=True)) if name in _LOGGED else dict([_ALONE[name]])
+        for curve, key in keys.items():
+            title = curve if name == chart else f"{run_id}, {curve}"
+            lines.writerows((title, int(step), value) for step, value in points(speed if name == "speed" else metrics, key))
+    return text.getvalue()

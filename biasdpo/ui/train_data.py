@@ -60,10 +60,12 @@ class DataActions:
             path = file.get("path") if isinstance(file, dict) else None
             if not isinstance(path, str):
                 raise ConfigError("No file was taken up: choose a JSONL, JSON, CSV or Parquet file")
+            rows = [row for row in _raw_rows(given)[:shown] if row[0]]
+            if len(rows) >= MOST_SOURCES:
+                raise ConfigError(f"All {MOST_SOURCES} rows of data are taken: remove one, then add the file")
         except BiasDPOError as exc:
             return {self.new_notice: render.error(str(exc))}
-        rows = [row for row in _raw_rows(given)[:shown] if row[0]]
-        return self.rows_shown([*rows, (path, 1.0)][-MOST_SOURCES:], [*given[::2], path]) | {self.new_notice: ""}
+        return self.rows_shown([*rows, (path, 1.0)], [*given[::2], path]) | {self.new_notice: ""}
 
     def show_mixture(self, shown: int, held_out_share: Any, seed: Any, *given: Any) -> Iterator[str]:
         """The data was changed: count it, and measure what its pairs have in common."""

@@ -38,7 +38,7 @@ def machine(gpu_gb: float) -> str:
     if gpu_gb > 0:
         text = (
             f"Runs train on the GPU ({gpu_gb:.0f} GB free now), one at a time. The chat model's memory there is freed before a "
-            "run starts; Generate loads it again."
+            "run starts, and again when a queued run's turn comes, as long as this page is open; Generate loads it again."
         )
     else:
         text = "Runs train on the CPU, one at a time. While one trains, Compare and Label write more slowly."

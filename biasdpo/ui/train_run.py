@@ -23,8 +23,6 @@ from biasdpo.workspace import refuse_on_public_space
 class RunActions(RunsView):
     """The handlers of one run's buttons."""
 
-    note_saved: gr.HTML
-    confirm_text: gr.HTML
     pick_adapter: Callable[[str, str], Updates]
     tabs: gr.Tabs
 
@@ -43,7 +41,7 @@ class RunActions(RunsView):
         try:
             return self.show_run(self._run(wanted).id, log_open)
         except BiasDPOError as exc:
-            return {self.table: render.error(str(exc))}
+            return self.unlisted(exc, {})
 
     def stop(self, run_id: Any, log_open: bool) -> Updates:
         """Ask the run to stop."""
@@ -99,7 +97,7 @@ class RunActions(RunsView):
             runs.write_note(self._run(run_id).id, self.workspace, text if isinstance(text, str) else "")
         except BiasDPOError as exc:
             return render.error(str(exc))
-        return render.note("Saved.")
+        return render.note(f"Saved with run {run_id}.")  # its name, since another may be shown by now
 
     def open_log(self, run_id: Any) -> Updates:
         """The log was unfolded."""

@@ -119,15 +119,21 @@ class StartActions(DataActions):
         return shown
 
     def fill_from(self, config: RunConfig, snapshot: str) -> Updates:
-        """The panel with a run's config, to start another like it. A file that is gone is replaced by the run's own snapshot."""
+        """The panel with a run's config, to start another like it. A file that is gone is replaced by the run's own snapshot.
+        What can't be taken over is said."""
         rows = train_sources.rows_of(config.datasets, config.dataset_weights)
-        notice = ""
+        told: list[str] = []
         missing = [name for name, _ in rows if not train_sources.is_there(name)]
         if missing:
+            told.append(f"{train_sources.titles(missing)}: not there any more, so the run's own copy of its data is chosen.")
+            if config.dataset_weights:
+                weights = ", ".join(f"{train_sources.titles([name])} {weight:g}" for name, weight in rows)
+                told.append(f"That copy is one source, with a weight of 1: the run's own weights are lost ({weights}).")
             rows = [(snapshot, 1.0)]
-            notice = render.note(
-                f"{train_sources.titles(missing)}: not there any more, so the run's own copy of its data is chosen."
-            )
+        elif len(rows) > MOST_SOURCES:
+            left_out = train_sources.titles([name for name, _ in rows[MOST_SOURCES:]])
+            told.append(f"The run has {len(rows)} sources and there is room for {MOST_SOURCES} here: {left_out} left out.")
+            rows = rows[:MOST_SOURCES]
         return (
             self._fields_of(config)
             | self.rows_shown(rows, [name for name, _ in rows])
@@ -136,7 +142,7 @@ class StartActions(DataActions):
                 self.model: config.model,
                 self.preset: gr.update(choices=_choices(config.model), value=None),
                 self.preset_text: render.note("The settings of the run that is tried again: change what you want to."),
-                self.new_notice: notice,
+                self.new_notice: render.note(" ".join(told)),
                 self.estimate_view: "",
             }
         )
@@ -184,7 +190,7 @@ class StartActions(DataActions):
 
     def estimate(self, request: gr.Request, *given: Any) -> Iterator[Updates]:
         """Measure real steps in a process of their own; Cancel, or closing the page, ends it."""
-        cancelled = threading.Event()
+        cancelled, ended = threading.Event(), threading.Event()  # by the visitor; because nobody waits for it any more
         self.estimates[request.session_hash or ""] = cancelled
         buttons = {self.estimate_button: gr.update(interactive=False), self.cancel_button: gr.update(visible=True)}
         yield {self.new_notice: train_plan_render.measuring(0), self.estimate_view: ""} | buttons
@@ -195,14 +201,16 @@ class StartActions(DataActions):
             freed = self.pool.free_gpu()
             began = time.monotonic()
             with ThreadPoolExecutor(1) as executor:
-                task = executor.submit(runs.estimate, config, self.store.workspace, cancelled=cancelled.is_set)
-                while wait([task], _TELL_SECONDS).not_done:
-                    yield {self.new_notice: train_plan_render.measuring(time.monotonic() - began)}
+                task = executor.submit(
+                    runs.estimate, config, self.store.workspace, cancelled=lambda: cancelled.is_set() or ended.is_set()
+                )
+                try:
+                    while wait([task], _TELL_SECONDS).not_done:
+                        yield {self.new_notice: train_plan_render.measuring(time.monotonic() - began)}
+                finally:
+                    ended.set()  # before the executor waits for its task
             view = train_plan_render.estimate(task.result())
             shown = {self.estimate_view: view, self.new_notice: _freed(freed)}
-        except GeneratorExit:
-            cancelled.set()
-            raise
         except Exception as exc:
             line = render.note("Cancelled.") if cancelled.is_set() else render.error(told(exc, "Not estimated"))
             shown = {self.new_notice: line}

@@ -21,7 +21,6 @@ from biasdpo.ui.train_reading import see
 from biasdpo.ui.train_run import RunActions
 from biasdpo.workspace import is_public_space, refuse_on_public_space
 
-_TICK_SECONDS = 1.0
 _FOCUS_DELETE = "() => window.bdFocus('#train-delete', '#train-new-button')"
 _FOCUS_LIST = "() => window.bdFocus('#train-table tr[aria-current] button', '#train-new-button')"
 
@@ -38,6 +37,7 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
         self.pick_adapter = pick_adapter
         self.compare_outputs = compare_outputs
         self.estimates: dict[str, threading.Event] = {}
+        self.waiting: set[str] = set()
 
     def build(self, demo: gr.Blocks, tabs: gr.Tabs, tab: gr.Tab) -> None:
         """Lay out the tab, then wire it."""
@@ -75,8 +75,8 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
             self.picked = gr.Dropdown(
                 [], multiselect=True, max_choices=MOST_RUNS, label="Runs", elem_id="train-picked", min_width=300
             )
-            self.comparison = gr.HTML("", js_on_load=None, apply_default_css=False, elem_id="train-comparison")
-        self.timer = gr.Timer(_TICK_SECONDS, active=False)
+            self.comparison = self._charts("train-comparison")
+        self.timer = gr.Timer(active=False)  # goes once the tab was opened
         self._wire(demo, tab)
 
     def _build_run(self) -> None:
@@ -98,7 +98,7 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
         self.run_notice = gr.HTML("", js_on_load=None, elem_id="train-notice")
         self.download = gr.DownloadButton("", visible=False, elem_id="train-download", min_width=60)
         self.evaluate = gr.HTML("", js_on_load=None, elem_id="train-evaluate")
-        self.charts = gr.HTML("", js_on_load=None, apply_default_css=False, elem_id="train-charts")
+        self.charts = self._charts("train-charts")
         with gr.Row(elem_id="train-probe-top"):
             gr.HTML("<h3>Live probe: base beside the model so far</h3>", js_on_load=None)
             self.probe_position = gr.HTML("", js_on_load=None, elem_id="train-probe-position")
@@ -123,6 +123,18 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
     def _action(title: str, elem_id: str, variant: Any = "secondary") -> gr.Button:
         return gr.Button(title, size="sm", variant=variant, elem_id=elem_id, min_width=60, visible=False)
 
+    def _charts(self, elem_id: str) -> gr.HTML:
+        """Charts whose CSV button asks for the logged numbers, which are too many to be sent with each tick."""
+
+        def logged_csv(asked: Any) -> dict[str, str]:  # Gradio marks the function, and a method can't be marked
+            try:
+                return {"csv": self.logged_csv(asked)}
+            except (BiasDPOError, OSError) as exc:
+                return {"error": str(exc)}
+
+        load = "window.bdCurves(element, server)"
+        return gr.HTML("", js_on_load=load, apply_default_css=False, elem_id=elem_id, server_functions=[logged_csv])
+
     def _wire(self, demo: gr.Blocks, tab: gr.Tab) -> None:
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         seen, shown = self.seen_outputs, self.run_outputs
@@ -139,7 +151,8 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
         self.timer.tick(self.watch, here, seen, **quick)
         self.chosen.change(None, self.chosen, None, js="(run) => window.bdAddress(run)", api_visibility="private")
         # `choose` needs the event's data, and so takes the page's inputs by place.
-        self.table.click(self.choose_row, self.log_open, shown, trigger_mode="always_last", **quick).success(
+        # Not "always_last": for a click during another one Gradio would send the first one's row again.
+        self.table.click(self.choose_row, self.log_open, shown, trigger_mode="multiple", **quick).success(
             None, None, None, js="() => window.bdShow('train-run')", api_visibility="private"
         )
         self.new_button.click(self.open_new_run, new_inputs, [*shown, *new_outputs], **filling).then(
@@ -164,7 +177,7 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
         self.keep_button.click(self.keep, None, asking[:3], **quick).then(
             None, None, None, js=_FOCUS_DELETE, api_visibility="private"
         )
-        self.really_button.click(self.delete, self.asked, [*shown, self.confirm_text], **quick).then(
+        self.really_button.click(self.delete, self.asked, shown, **quick).then(
             None, None, None, js=_FOCUS_LIST, api_visibility="private"
         )
         gr.on([self.note.blur, self.note_button.click], self.save_note, [self.chosen, self.note], self.note_saved, **quick)
@@ -205,8 +218,8 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
                 return machine | self.open_new_run(*new)
             gone = f"No run {chosen!r} any more: {run_id} is shown." if chosen and chosen not in known else ""
             return machine | self.show_run(run_id, log_open, render.note(gone))
-        except BiasDPOError as exc:
-            return machine | {self.table: render.error(str(exc)), self.list_box: gr.update(visible=True)}
+        except (BiasDPOError, OSError) as exc:
+            return machine | self.unlisted(exc, mark)
 
     def open_new_run(self, *new: Any) -> Updates:
         """The panel for a new run."""

@@ -9,15 +9,17 @@ import gradio as gr
 
 from biasdpo import models, runs
 from biasdpo.engines import EnginePool
-from biasdpo.errors import BiasDPOError
+from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.ui import render, train_charts, train_probes, train_render
 from biasdpo.ui.store import Store
-from biasdpo.ui.train_curves import charts_of_run
+from biasdpo.ui.train_curves import charts_of_run, logged_csv
 from biasdpo.ui.train_data import Updates
 from biasdpo.ui.train_reading import SeenRun, see
 from biasdpo.workspace import Workspace, is_public_space
 
 LOG_LINES = 200
+_TICK_SECONDS = 1.0  # while a run is active
+_SLOW_TICK_SECONDS = 5.0  # else: one may be started by the command line
 _NO_CURVES = "Curves are drawn from the first logged step on."
 
 
@@ -52,6 +54,8 @@ class RunsView:
     delete_button: gr.Button
     confirm_box: gr.Row
     asked: gr.State
+    confirm_text: gr.HTML
+    note_saved: gr.HTML
     run_notice: gr.HTML
     download: gr.DownloadButton
     charts: gr.HTML
@@ -62,6 +66,7 @@ class RunsView:
     log: gr.HTML
     details: gr.HTML
     evaluate: gr.HTML
+    waiting: set[str]  # runs that were queued when last seen
 
     @property
     def workspace(self) -> Workspace:
@@ -97,8 +102,9 @@ class RunsView:
     def run_outputs(self) -> list[Any]:
         """All that choosing a run may touch."""
         boxes = [self.view, self.new_box, self.run_box, self.compare_box]
-        own = [self.chosen, self.probe_at, self.note, self.run_notice, self.confirm_box, self.asked, self.download]
-        return [*self.seen_outputs, *boxes, *own]
+        own = [self.chosen, self.probe_at, self.note, self.note_saved, self.run_notice, self.download]
+        asking = [self.confirm_box, self.confirm_text, self.asked]
+        return [*self.seen_outputs, *boxes, *own, *asking]
 
     def turn_to(self, view: str) -> Updates:
         """One of the three panels: "new", "run" or "compare"."""
@@ -116,9 +122,28 @@ class RunsView:
     def watch(self, view: str, chosen: str, mark: dict[str, int], probe_at: int | None, log_open: bool) -> Updates:
         """A tick of the clock."""
         try:
-            return self._news(self.every(), chosen if view == "run" else "", mark, probe_at, log_open)
-        except BiasDPOError as exc:
-            return {self.table: render.error(str(exc))}
+            every = self.every()
+            self._make_room(every)
+            return self._news(every, chosen if view == "run" else "", mark, probe_at, log_open)
+        except (BiasDPOError, OSError) as exc:
+            return self.unlisted(exc, mark)
+
+    def unlisted(self, exc: Exception, mark: dict[str, int]) -> Updates:
+        """The runs can't be read: said in place of the list, which the next tick that can read them brings back."""
+        line = str(exc) if isinstance(exc, BiasDPOError) else f"The runs can't be read: {exc}; the list comes back when they can"
+        said = (self.table, self.list_box)
+        kept = {name: value for name, value in mark.items() if name not in map(_key, said)}
+        return {self.table: render.error(line), self.list_box: gr.update(visible=True), self.mark: kept}
+
+    def _make_room(self, every: Sequence[SeenRun]) -> None:
+        """A queued run's turn has come: what was loaded on the GPU since it was started gives way."""
+        for run in every:
+            if run.status.state == "queued":
+                self.waiting.add(run.id)
+            elif run.id in self.waiting:
+                self.waiting.discard(run.id)
+                if run.status.state == "running" and (run.config is None or run.config.accelerate != "cpu"):
+                    self.pool.free_gpu()
 
     def show_run(self, run_id: str, log_open: bool, notice: str = "") -> Updates:
         """A run was chosen or started: all of it."""
@@ -133,8 +158,10 @@ class RunsView:
                 self.chosen: run_id,
                 self.probe_at: None,
                 self.note: run.folder.read_note(),
+                self.note_saved: "",
                 self.run_notice: notice,
                 self.confirm_box: gr.update(visible=False),
+                self.confirm_text: "",
                 self.asked: "",
                 self.download: gr.update(visible=False),
             }
@@ -143,17 +170,18 @@ class RunsView:
     def _news(self, every: Sequence[SeenRun], chosen: str, mark: dict[str, int], probe_at: int | None, log_open: bool) -> Updates:
         """What has changed since `mark`."""
         parts: Updates = {
-            self.timer: gr.update(active=any(run.active for run in every)),
+            self.timer: gr.update(value=_TICK_SECONDS if any(run.active for run in every) else _SLOW_TICK_SECONDS, active=True),
             self.empty: gr.update(visible=not every),
             self.list_box: gr.update(visible=bool(every)),
             self.table: train_render.table(every, chosen),
         }
         run = next((run for run in every if run.id == chosen), None)
-        if run is not None:
+        ended = hash(repr((run.id, run.status, run.held_out, run.has_adapter))) if run is not None and not run.active else 0
+        if run is not None and (run.active or mark.get("ended") != ended):  # the files of a run that has ended are read once
             parts |= self._parts(run, probe_at, log_open)
-        marks = {str(part.elem_id or part._id): hash(repr(value)) for part, value in parts.items()}
-        news = {part: value for part, value in parts.items() if mark.get(key := str(part.elem_id or part._id)) != marks[key]}
-        return news | {self.mark: mark | marks}
+        marks = {_key(part): hash(repr(value)) for part, value in parts.items()}
+        news = {part: value for part, value in parts.items() if mark.get(_key(part)) != marks[_key(part)]}
+        return news | {self.mark: mark | marks | {"ended": ended}}
 
     def _parts(self, run: SeenRun, probe_at: int | None, log_open: bool) -> Updates:
         state, folder = run.status.state, run.folder
@@ -170,7 +198,7 @@ class RunsView:
             self.lora_button: gr.update(visible=here and run.has_adapter and not run.active),
             self.zip_button: gr.update(visible=here and run.has_adapter and not run.active),
             self.delete_button: gr.update(visible=here and not run.active),
-            self.charts: train_charts.charts(drawn, _NO_CURVES),
+            self.charts: train_charts.charts(drawn, _NO_CURVES, [run.id]),
             self.probe_position: train_probes.position(probes, probe_at),
             self.probe_buttons: gr.update(visible=len(train_probes.steps(probes)) > 1),
             self.probes: train_probes.probes(probes, probe_at, expected),
@@ -188,3 +216,16 @@ class RunsView:
     def machine_note(self) -> str:
         """What a run does to the models that are loaded."""
         return train_render.refused() if is_public_space() else train_render.machine(models.free_gpu_memory_gb())
+
+    def logged_csv(self, asked: Any) -> str:
+        """The numbers of one chart as the runs logged them, for its download. `asked`: {"chart": its id, "runs": run ids}."""
+        chart, names = (asked.get("chart"), asked.get("runs")) if isinstance(asked, dict) else (None, None)
+        if not isinstance(chart, str) or not isinstance(names, list):
+            raise ConfigError(f"A chart's id and its runs are needed: got {asked!r:.80}; use the chart's own button")
+        folders = [runs.show(str(name), self.workspace).folder for name in names]
+        return logged_csv(chart, ((folder.id, folder.read_metrics(), folder.read_speed()) for folder in folders))
+
+
+def _key(part: Any) -> str:
+    """A component's name in `mark`."""
+    return str(part.elem_id or part._id)

@@ -122,7 +122,9 @@ class Visitor:
         self.page.wait_for_function("() => !document.querySelector('.bd-busy')", timeout=60_000)
 
     def wait_writing(self) -> None:
+        """Until the first token is there: the page says "writing" before the engine does, and another may overtake."""
         self.page.wait_for_selector("#base-status:has-text('writing')", timeout=60_000)
+        self.page.wait_for_function("() => document.querySelector('#base-text textarea').value", timeout=60_000)
 
     def text(self, side: str) -> str:
         return self.page.input_value(f"#{side}-text textarea")

@@ -20,13 +20,12 @@ from tests.run_folders import write_run
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace with two finished runs, one that failed, and one to be deleted."""
+    """A workspace with two finished runs and one that failed."""
     workspace = Workspace(tmp_path_factory.mktemp("runs"))
     write_run(workspace.root, "first", status={"best_step": 30, "best_accuracy": 0.785, "notes": ("232 pairs to train on",)})
     write_run(workspace.root, "second", learning_rate=1e-4, beta=0.3, probe_every=0).probes.unlink()
     hot = {"error": "The loss became nan at step 12: lower learning_rate, and resume", "best_step": 10, "best_accuracy": 0.5}
     write_run(workspace.root, "too-hot", "failed", steps=12, status=hot)
-    write_run(workspace.root, "unwanted", "stopped", steps=8)
     return workspace
 
 
@@ -119,12 +118,14 @@ def test_data_that_can_not_be_trained_on_is_one_line_each(new_visitor, empty_app
     trainer = Trainer(new_visitor(empty_app)).open()
     trainer.wait_mixture("258 rows read")
     one, none, bad = tmp_path / "one.jsonl", tmp_path / "none.jsonl", tmp_path / "bad.jsonl"
-    write_pairs(one, 1)
+    # One row, and by its prompt's hash it is held out. A row that is not can be trained on: see test_train_process.
+    one.write_text('{"prompt": "Who leads 1?", "chosen": "Anyone.", "rejected": "Men."}\n')
     none.write_text("")
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')
     for source, line in (
         ("workspace", "No preference pairs in the workspace yet"),
         (str(none), "none.jsonl"),
+        (str(one), "no pairs to train on (1 rows read, 1 held out"),
         (str(bad), "No column was recognised as rejected"),
         (str(tmp_path / "missing.jsonl"), "missing.jsonl"),
         ("hub:not-a-name", "hub:OWNER/NAME"),
@@ -133,10 +134,6 @@ def test_data_that_can_not_be_trained_on_is_one_line_each(new_visitor, empty_app
         trainer.page.wait_for_selector(f"#train-mixture .bd-error:has-text({json.dumps(line)})")
         trainer.page.click("#train-start")
         trainer.page.wait_for_selector(f"#train-new-notice .bd-error:has-text({json.dumps(line)})")
-    trainer.choose_source(1, str(one))  # one row: on one side of the split, or the other
-    trainer.page.wait_for_selector(
-        "#train-mixture:has-text('1 rows read'), #train-mixture .bd-error:has-text('no pairs to train on')"
-    )
     assert trainer.page.locator("#train-list").count() == 0
 
 
@@ -162,8 +159,8 @@ def test_sources_are_mixed_with_weights(new_visitor, empty_app, tmp_path):
 
 
 def test_the_list_and_a_finished_run(trainer, library):
-    rows = trainer.page.locator("#train-table tbody tr")
-    assert rows.count() == 4
+    for run_id in ("first", "second", "too-hot"):
+        trainer.page.wait_for_selector(f"#train-table tr[data-id={run_id}]")
     trainer.choose("first")
     head = trainer.page.inner_text("#train-head")
     for part in ("finished", "step 40 of 40", "0.885", "picking the longer: 0.615", "step 30", "232 pairs to train on"):
@@ -217,6 +214,7 @@ def test_charts_with_the_mouse_the_keyboard_and_as_files(trainer):
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[0] == "curve,step,value"
     assert '"held-out",40,0.88' in lines  # 0.5 + 0.38 * 40/40
+    assert sum(line.startswith('"train",') for line in lines) == 40  # as logged; drawn are these and their moving mean
     with trainer.page.expect_download() as download:
         figure.locator("button[data-curve=svg]").click()
     picture = Path(download.value.path()).read_text()
@@ -228,10 +226,11 @@ def test_notes_stay_with_their_run(trainer, library):
     trainer.choose("second")
     trainer.page.fill("#train-note textarea", "Lower the beta <b>next</b> time.")
     trainer.page.click("#train-save-note")
-    trainer.page.wait_for_selector("#train-note-saved:has-text('Saved')")
+    trainer.page.wait_for_selector("#train-note-saved:has-text('Saved with run second')")
     assert RunFolder(library.run_folder("second")).read_note() == "Lower the beta <b>next</b> time."
     trainer.choose("first")
     trainer.page.wait_for_function("() => document.querySelector('#train-note textarea').value === ''")
+    trainer.page.wait_for_function("() => !document.querySelector('#train-note-saved')?.textContent.trim()")
     trainer.choose("second")
     trainer.page.wait_for_function("() => document.querySelector('#train-note textarea').value.startsWith('Lower')")
 
@@ -240,7 +239,7 @@ def test_a_failed_run_says_why_and_retry_takes_its_settings_over(trainer):
     trainer.choose("too-hot")
     alert = trainer.page.locator("#train-head [role=alert]")
     assert alert.inner_text() == "The loss became nan at step 12: lower learning_rate, and resume"
-    assert trainer.page.locator("#train-resume").is_visible()
+    trainer.page.wait_for_selector("#train-resume")
     trainer.choose("second")
     trainer.page.click("#train-retry")
     trainer.page.wait_for_selector("#train-preset-text:has-text('tried again')")
@@ -255,6 +254,14 @@ def test_a_failed_run_says_why_and_retry_takes_its_settings_over(trainer):
 
 
 def test_deleting_asks_and_says_what_is_lost(trainer, library):
+    write_run(library.root, "unwanted", "stopped", steps=8)
+    trainer.page.wait_for_selector("#train-table tr[data-id=unwanted]")  # as one that the command line has started
+    trainer.choose("unwanted")
+    trainer.page.click("#train-delete")
+    trainer.page.wait_for_selector("#train-confirm-text:has-text('Delete run unwanted?')")
+    trainer.choose("too-hot")  # another run meanwhile: the question is gone with its own
+    trainer.page.wait_for_selector("#train-really-delete", state="detached")
+    trainer.page.wait_for_function("() => !document.querySelector('#train-confirm-text')?.textContent.trim()")
     trainer.choose("unwanted")
     trainer.page.click("#train-delete")
     trainer.page.wait_for_selector("#train-confirm-text:has-text('Delete run unwanted?')")
@@ -276,6 +283,9 @@ def test_runs_are_compared_in_one_chart(trainer):
     trainer.pick_runs("first", "second")
     trainer.page.wait_for_selector("#train-comparison figure[data-name=compare-loss] .bd-legend:has-text('first, train')")
     assert "second, held-out" in trainer.page.inner_text("#train-comparison figure[data-name=compare-accuracies] .bd-legend")
+    with trainer.page.expect_download() as download:
+        trainer.page.click("#train-comparison figure[data-name=compare-accuracies] button[data-curve=csv]")
+    assert '"second, held-out",40,0.88' in Path(download.value.path()).read_text().splitlines()
     differs = trainer.page.inner_text("#train-comparison table >> nth=1")
     for part in ("learning_rate", "beta", "0.3"):
         assert part in differs
@@ -285,10 +295,10 @@ def test_runs_are_compared_in_one_chart(trainer):
 
 def test_a_finished_run_goes_to_compare_and_is_exported(trainer):
     trainer.choose("first")
-    with trainer.exported("#train-export-zip") as file:
+    with trainer.exported("#train-export-zip", ".zip") as file:
         names = zipfile.ZipFile(file).namelist()
     assert "adapter_model.safetensors" in names
-    with trainer.exported("#train-export-lora") as file:
+    with trainer.exported("#train-export-lora", ".gguf") as file:
         assert file.read_bytes()[:4] == b"GGUF"
     assert "--adapter first" in trainer.page.inner_text("#train-evaluate")
     trainer.page.click("#train-to-compare")

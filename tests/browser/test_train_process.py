@@ -21,6 +21,7 @@ from tests.byte_model import save_tiny_llama
 from tests.run_line import kill
 
 STARTED_SECONDS = 240  # libraries are loaded, on two cores that others may use, too
+ENDLESS = "200000"  # steps: a run that is there until it is stopped
 
 
 @dataclass
@@ -91,10 +92,10 @@ def test_a_whole_run_of_smollm2_on_16_seed_pairs(trainer, bench):
 
 
 def test_stop_reload_resume_and_the_app_killed_in_between(trainer, bench):
-    settings = {"max_steps": "5000", "batch_size": "2", "gradient_accumulation": "1", "save_steps": "5", "rank": "2"}
+    settings = {"max_steps": ENDLESS, "batch_size": "2", "gradient_accumulation": "1", "save_steps": "5", "rank": "2"}
     run_id = trainer.new_run(bench.model, bench.pairs, **settings, eval_every="0", probe_every="0", threads="1")
     trainer.start(run_id)
-    trainer.wait_run(run_id, "of 5,000", STARTED_SECONDS)
+    trainer.wait_run(run_id, "of 200,000", STARTED_SECONDS)
     bench.wait_step(run_id, 3)
     trainer.reload()
     trainer.wait_run(run_id, "training")  # the address names it
@@ -120,18 +121,24 @@ def test_stop_reload_resume_and_the_app_killed_in_between(trainer, bench):
     assert bench.step(run_id) >= seen + 3
 
 
-def test_two_runs_one_waits_and_a_failing_one_says_why(trainer, bench):
+def test_runs_wait_in_line_and_a_failing_one_says_why(trainer, bench):
     small = {"batch_size": "2", "gradient_accumulation": "1", "rank": "2", "eval_every": "0", "threads": "1"}
-    bad = trainer.new_run(bench.model, bench.pairs, **small, probe_every="0", max_steps="3", target_modules="no_such_layer")
+    first = trainer.new_run(bench.model, bench.pairs, **small, probe_every="0", max_steps=ENDLESS)
+    trainer.start(first)
+    trainer.page.click("#train-new-button")
+    bad = trainer.new_run(None, None, max_steps="3", target_modules="no_such_layer")
     trainer.start(bad)
+    trainer.wait_run(bad, f"waits for {first}")
     trainer.page.click("#train-new-button")
     good = trainer.new_run(None, None, max_steps="4", target_modules="q_proj, v_proj", probe_every="2")
-    assert good != bad
+    assert len({first, bad, good}) == 3
     trainer.start(good)
-    trainer.page.wait_for_selector(f"#train-table tr[data-id='{good}'] .bd-waits:has-text('waits for {bad}')")
-    trainer.wait_run(good, f"waits for {bad}")
+    for waiting in (bad, good):
+        trainer.page.wait_for_selector(f"#train-table tr[data-id='{waiting}'] .bd-waits:has-text('waits for {first}')")
+    trainer.choose(first)
+    trainer.page.click("#train-stop")
+    trainer.wait_state(first, "stopped", STARTED_SECONDS)
     trainer.wait_state(bad, "failed", STARTED_SECONDS)
-    trainer.wait_state(good, "running", STARTED_SECONDS)
     trainer.choose(bad)
     alert = trainer.page.locator("#train-head [role=alert]")
     assert "no_such_layer" in alert.inner_text()
@@ -142,6 +149,16 @@ def test_two_runs_one_waits_and_a_failing_one_says_why(trainer, bench):
     assert trainer.page.locator("#train-probes article").count() == 3
 
 
+def test_one_row_can_be_trained_on(trainer, bench, tmp_path):
+    one = write_pairs(tmp_path / "one.jsonl", 1)
+    small = {"batch_size": "2", "gradient_accumulation": "1", "rank": "2", "probe_every": "0", "threads": "1"}
+    run_id = trainer.new_run(bench.model, one, **small, max_steps="2")
+    trainer.wait_mixture("1 to train on")
+    trainer.start(run_id)
+    trainer.wait_state(run_id, "finished", STARTED_SECONDS)
+    trainer.page.wait_for_selector("#train-head:has-text('step 2 of 2')")
+
+
 def test_an_estimate_is_measured_and_can_be_cancelled(trainer, bench):
     trainer.new_run(
         bench.model, bench.pairs, max_steps="7", batch_size="2", rank="2", eval_every="0", probe_every="0", threads="1"
@@ -149,7 +166,7 @@ def test_an_estimate_is_measured_and_can_be_cancelled(trainer, bench):
     trainer.page.click("#train-estimate")
     trainer.page.wait_for_selector("#train-new-notice:has-text('Measuring real steps')")
     trainer.page.click("#train-cancel")
-    trainer.page.wait_for_selector("#train-new-notice:has-text('Cancelled')")
+    trainer.page.wait_for_selector("#train-new-notice:has-text('Cancelled')", timeout=60_000)
     trainer.page.wait_for_selector("#train-cancel", state="detached")
     trainer.page.click("#train-estimate")
     trainer.page.wait_for_selector("#train-estimate-view .bd-estimate", timeout=1000 * STARTED_SECONDS)

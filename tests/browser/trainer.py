@@ -100,7 +100,10 @@ class Trainer:
         self.page.wait_for_function("([part, there]) => location.search.includes(part) === there", arg=[part, there])
 
     def new_run(self, model: Path | None = None, source: Path | None = None, **settings: str) -> str:
-        """Fill the panel for a new run; returns its proposed id. Fields are named as settings, e.g. max_steps="2"."""
+        """Fill the panel for a new run; returns its proposed id. Fields are named as settings, e.g. max_steps="2".
+
+        source   JSON lines; as many as the source that is chosen already has could not be told from it
+        """
         if not self.page.locator("#train-start").is_visible():
             self.page.click("#train-new-button")
         self.page.wait_for_selector("#train-mixture :is(.bd-mixture, .bd-error)")
@@ -108,7 +111,7 @@ class Trainer:
             self.choose_model(model)
         if source is not None:
             self.choose_source(1, str(source))
-            self.page.wait_for_selector("#train-mixture .bd-mixture")
+            self.wait_mixture(f"{len(source.read_text(encoding='utf-8').splitlines())} rows read")
         for group, names in GROUPS.items():
             if names & settings.keys() and not self.field(f"train-{sorted(names)[0].replace('_', '-')}").is_visible():
                 self.visitor.unfold(f"train-group-{group}")
@@ -136,10 +139,11 @@ class Trainer:
             self.page.locator("#train-picked").get_by_role("option", name=f"{run_id} ·").click()
 
     @contextmanager
-    def exported(self, button: str) -> Iterator[Path]:
-        """The file that an export button makes."""
+    def exported(self, button: str, suffix: str) -> Iterator[Path]:
+        """The file that an export button makes: none with this suffix was made before on this page."""
         self.page.click(button)
-        self.page.wait_for_selector("#train-notice:has-text('Ready')", timeout=60_000)
+        self.page.wait_for_selector(f"#train-notice:has-text('Ready'):has-text('{suffix},')", timeout=60_000)
+        self.page.wait_for_selector(f"#train-download:has-text('{suffix}')")
         with self.page.expect_download() as download:
             self.page.click("#train-download")
         yield Path(download.value.path())

@@ -9,7 +9,8 @@ holds the reference pass, with an empty cache. Peak memory: the process's peak r
 Prints one JSON object:
 
  batch_N           with --batch: medians over the rounds; "ratio" is samples a second, ours by TRL's
- batch_1           --steps pairs, one a step: the same, and the losses of both at every step, with their largest difference
+ batch_1           --steps pairs, one a step, at --steps-learning-rate: the same, and the losses of both at every step, with
+                   their largest difference
  trl_precomputed   TRL with precompute_ref_log_probs=True; trl_defaults: TRL's true defaults (checkpointing, bf16); one run each
  scaling           with --scaling: ours on 250, 500 and 1000 rows, seconds and tokens, and seconds a row and a token
                    relative to those of all runs together (1: perfectly linear)
@@ -105,13 +106,19 @@ def peak_mb() -> float:
 
 
 def start_arm(
-    arm: str, rows: list[Any], folder: Path, model_folder: Path, batch: int, args: argparse.Namespace
+    arm: str,
+    rows: list[Any],
+    folder: Path,
+    model_folder: Path,
+    batch: int,
+    args: argparse.Namespace,
+    learning_rate: float | None = None,
 ) -> dict[str, Any]:
-    """Run one arm in a process of its own."""
+    """Run one arm in a process of its own; `learning_rate`: another than --learning-rate."""
     rows_file = folder / "rows.json"
     rows_file.write_text(json.dumps(rows), encoding="utf-8")
     options = ["--arm", arm, str(rows_file), str(model_folder), "--batch", str(batch), "--threads", str(args.threads)]
-    command = [sys.executable, "-m", "tests.perf.train", *options, "--learning-rate", str(args.learning_rate)]
+    command = [sys.executable, "-m", "tests.perf.train", *options, "--learning-rate", str(learning_rate or args.learning_rate)]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(args.threads),
         "HF_HUB_OFFLINE": "1",
@@ -170,6 +177,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-6, help="TRL's default")
+    # Losses that stay near log 2, as at TRL's default, would agree whatever was computed.
+    parser.add_argument("--steps-learning-rate", type=float, default=1e-4, help="of the --steps steps whose losses are compared")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--arm", nargs=3, metavar=("ARM", "ROWS", "MODEL"), help="used by this script itself")
     args = parser.parse_args()
@@ -198,9 +207,10 @@ def main() -> None:
                     results[arm].append(start_arm(arm, some, folder, model_folder, args.batch, args))
             report[f"batch_{args.batch}"] = compared(results, len(some)) | {"tokens": token_counts(some)}
             few = rows[: args.steps]
-            singles = {arm: [start_arm(arm, few, folder, model_folder, 1, args)] for arm in results}
+            singles = {arm: [start_arm(arm, few, folder, model_folder, 1, args, args.steps_learning_rate)] for arm in results}
             ours, theirs = (singles[arm][0]["losses"] for arm in ("ours", "trl"))
             report["batch_1"] = compared(singles, len(few)) | {
+                "learning_rate": args.steps_learning_rate,
                 "losses": {"ours": ours, "trl": theirs},
                 "largest_difference_of_losses": max(abs(a - b) for a, b in zip(ours, theirs, strict=True)),
             }

@@ -1,0 +1,138 @@
+"""The Train tab's handlers without a browser: what they leave on the page when something changes or fails under them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+
+from biasdpo import runs
+from biasdpo.engines import EnginePool
+from biasdpo.errors import RunError
+from biasdpo.run_config import RunConfig
+from biasdpo.ui.store import Store
+from biasdpo.ui.train_tab import TrainTab
+from biasdpo.workspace import Workspace
+from tests.run_folders import write_run
+from tests.test_train_forms import page_of
+
+
+@pytest.fixture
+def tab(tmp_path: Path) -> TrainTab:
+    workspace = Workspace(tmp_path)
+
+    async def built() -> TrainTab:  # where no event loop runs, Gradio makes some that nobody closes
+        made = TrainTab(Store(workspace), EnginePool(workspace, 1), lambda *_: {}, [])
+        with gr.Blocks() as demo, gr.Tabs() as tabs, gr.Tab("Train", id="train") as one:
+            made.build(demo, tabs, one)
+        return made
+
+    return asyncio.run(built())
+
+
+def test_an_error_in_place_of_the_list_goes_when_the_list_can_be_read_again(tab, monkeypatch):
+    write_run(tab.workspace.root, "first")
+    mark = tab.watch("run", "first", {}, None, False)[tab.mark]
+    assert tab.table not in tab.watch("run", "first", mark, None, False)  # nothing is new
+
+    def unreadable(_workspace: Workspace) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "list_runs", unreadable)
+        failed = tab.watch("run", "first", mark, None, False)
+    assert "can&#x27;t be read" in failed[tab.table]
+    again = tab.watch("run", "first", failed[tab.mark], None, False)
+    assert 'data-id="first"' in again[tab.table]
+    assert tab.charts not in again
+
+
+def test_the_clock_goes_slowly_while_no_run_is_active_and_reads_no_curves_then(tab, monkeypatch):
+    folder = write_run(tab.workspace.root, "first")
+    seen = tab.watch("run", "first", {}, None, False)
+    assert seen[tab.timer] == gr.update(value=5.0, active=True)
+    monkeypatch.setattr(type(folder), "read_metrics", lambda _self: pytest.fail("read though nothing has changed"))
+    assert tab.watch("run", "first", seen[tab.mark], None, False).keys() == {tab.mark}
+
+
+def test_what_the_gpu_holds_gives_way_once_when_a_queued_runs_turn_comes(tab, monkeypatch):
+    freed: list[int] = []
+    monkeypatch.setattr(tab.pool, "free_gpu", lambda: freed.append(1) or [])
+    state: dict[str, Any] = {}
+    run = SimpleNamespace(id="first", config=RunConfig(model="smollm2", datasets=("a",)))
+    for state["now"] in ("queued", "running", "running", "finished"):
+        run.status = SimpleNamespace(state=state["now"])
+        tab._make_room([run])
+    assert len(freed) == 1
+    run.config = replace(run.config, accelerate="cpu")
+    for state["now"] in ("queued", "running"):
+        run.status = SimpleNamespace(state=state["now"])
+        tab._make_room([run])
+    assert len(freed) == 1  # a run on the CPU needs no room on the GPU
+
+
+def _estimating(tab: TrainTab, monkeypatch: pytest.MonkeyPatch, ends: threading.Event) -> Any:
+    """An estimate that goes on until it is cancelled, and sets `ends` then."""
+
+    def estimate(_config: RunConfig, _workspace: Workspace, *, cancelled: Callable[[], bool]) -> None:
+        while not cancelled():
+            time.sleep(0.01)
+        ends.set()
+        raise RunError("The estimate was cancelled: ask for it again")
+
+    monkeypatch.setattr(runs, "estimate", estimate)
+    fields = page_of(RunConfig(max_steps=2))
+    sources = [str(Path("data.jsonl").resolve()), 1.0, "", 1.0, "", 1.0, "", 1.0, "", 1.0]
+    return tab.estimate(SimpleNamespace(session_hash="visitor"), "smollm2", "", 1, *sources, *fields)
+
+
+def test_an_estimate_that_nobody_waits_for_any_more_ends_at_once(tab, monkeypatch):
+    ends = threading.Event()
+    going = _estimating(tab, monkeypatch, ends)
+    next(going)
+    next(going)  # it is measured now
+    closing = threading.Thread(target=going.close, daemon=True)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
+    assert ends.is_set()
+    assert tab.estimates == {}
+
+
+def test_a_cancelled_estimate_says_so_and_a_failed_one_says_why(tab, monkeypatch):
+    going = _estimating(tab, monkeypatch, threading.Event())
+    next(going)
+    next(going)
+    tab.cancel_estimate(SimpleNamespace(session_hash="visitor"))
+    assert "Cancelled." in list(going)[-1][tab.new_notice]
+
+    def failing(*_given: Any, **_more: Any) -> None:
+        raise RunError("It can't fit: lower max_length")
+
+    again = _estimating(tab, monkeypatch, threading.Event())
+    monkeypatch.setattr(runs, "estimate", failing)
+    assert "It can&#x27;t fit" in list(again)[-1][tab.new_notice]
+
+
+def test_retry_says_what_it_can_not_take_over(tab, tmp_path):
+    files = [tmp_path / f"{name}.jsonl" for name in "abcdefg"]
+    for file in files:
+        file.write_text("")
+    config = RunConfig(model="smollm2", datasets=tuple(map(str, files)), dataset_weights=(1.0, 2.0, 3.0, 1.0, 1.0, 1.0, 1.0))
+    shown = tab.fill_from(config, "snapshot.jsonl")
+    assert "7 sources and there is room for 5 here: f.jsonl, g.jsonl left out" in shown[tab.new_notice]
+    assert shown[tab.shown_sources] == 5
+    files[1].unlink()
+    shown = tab.fill_from(replace(config, datasets=config.datasets[:2], dataset_weights=(1.0, 2.0)), "snapshot.jsonl")
+    assert "b.jsonl: not there any more" in shown[tab.new_notice]
+    assert "weights are lost (a.jsonl 1, b.jsonl 2)" in shown[tab.new_notice]
+    shown = tab.fill_from(replace(config, datasets=config.datasets[:1], dataset_weights=()), "snapshot.jsonl")
+    assert shown[tab.new_notice] == ""
