@@ -183,7 +183,8 @@ class DatasetTab(DatasetActions, FileActions):
         pager = [self.previous_button.click, self.next_button.click]
         gr.on(pager, self.turn, view, listed, trigger_mode="always_last", **quick)
 
-        self.table.click(self.choose, None, [*in_full, self.position], trigger_mode="always_last", **quick).success(
+        # Not "always_last": that would send the first row's id again for a click while it is answered.
+        self.table.click(self.choose, None, [*in_full, self.position], trigger_mode="multiple", **quick).success(
             None, None, None, js="() => window.bdShow('dataset-detail')", api_visibility="private"
         )
         self.close_button.click(self.close_detail, view, [*in_full, *listed], **quick).then(
