@@ -63,8 +63,8 @@ def dpo_norm_loss(
     beta: float,
 ) -> Array:
     """Eq. 7 with each log-ratio divided by its completion's tokens, so that length earns nothing. (B,); TRL's `sigmoid_norm`."""
-    chosen = (_array(policy_chosen_logps) - _array(reference_chosen_logps)) / _array(chosen_lengths)
-    rejected = (_array(policy_rejected_logps) - _array(reference_rejected_logps)) / _array(rejected_lengths)
+    chosen = _log_ratio_per_token(policy_chosen_logps, reference_chosen_logps, chosen_lengths)
+    rejected = _log_ratio_per_token(policy_rejected_logps, reference_rejected_logps, rejected_lengths)
     return -log_sigmoid(beta * (chosen - rejected))
 
 
@@ -78,8 +78,8 @@ def ipo_loss(
     beta: float,
 ) -> Array:
     """Eq. 17, arXiv:2310.12036, on log-ratios per token: (chosen - rejected - 1 / (2 beta))^2. (B,), nats^2; TRL's `ipo`."""
-    chosen = (_array(policy_chosen_logps) - _array(reference_chosen_logps)) / _array(chosen_lengths)
-    rejected = (_array(policy_rejected_logps) - _array(reference_rejected_logps)) / _array(rejected_lengths)
+    chosen = _log_ratio_per_token(policy_chosen_logps, reference_chosen_logps, chosen_lengths)
+    rejected = _log_ratio_per_token(policy_rejected_logps, reference_rejected_logps, rejected_lengths)
     result: Array = (chosen - rejected - 1 / (2 * beta)) ** 2
     return result
 
@@ -155,6 +155,11 @@ def log_sigmoid(x: ArrayLike) -> Array:
     """log(1 / (1 + exp(-x))), without overflow at either end."""
     result: Array = -np.logaddexp(0.0, -_array(x))
     return result
+
+
+def _log_ratio_per_token(policy_logps: ArrayLike, reference_logps: ArrayLike, lengths: ArrayLike) -> Array:
+    """(log pi - log pi_ref) / tokens. (B,), nats a token."""
+    return (_array(policy_logps) - _array(reference_logps)) / _array(lengths)
 
 
 def _array(values: ArrayLike) -> Array:

@@ -28,12 +28,12 @@ def table(folder: Path | None) -> str:
     """
     if folder is None:
         return ""
-    metrics = _mapping(_mapping(_read(folder / "provenance.json")).get("metrics"))
-    held_out = {name: value for name, value in _mapping(metrics.get("held_out", metrics)).items() if name not in _LEFT_OUT}
+    metrics = mapping(mapping(read_or_none(folder / "provenance.json")).get("metrics"))
+    held_out = {name: value for name, value in mapping(metrics.get("held_out", metrics)).items() if name not in _LEFT_OUT}
     for name in [name.removesuffix("_base") for name in held_out if name.endswith("_base")]:
         held_out[name] = {"before": held_out.pop(f"{name}_base"), "after": held_out.pop(f"{name}_tuned", None)}
-    utility = _mapping(_mapping(_mapping(_read(folder / "evaluation.json")).get("benchmarks")).get("utility"))
-    before, after = (_mapping(_mapping(utility.get(side)).get("perplexity")).get("value") for side in ("base", "tuned"))
+    utility = mapping(mapping(mapping(read_or_none(folder / "evaluation.json")).get("benchmarks")).get("utility"))
+    before, after = (mapping(mapping(utility.get(side)).get("perplexity")).get("value") for side in ("base", "tuned"))
     if before is not None:
         held_out["perplexity"] = {"before": before, "after": after}
     shown = "".join(_row(name, value) for name, value in held_out.items())
@@ -45,14 +45,16 @@ def table(folder: Path | None) -> str:
     )
 
 
-def _read(file: Path) -> Any:
+def read_or_none(file: Path) -> Any:
+    """A JSON file's content; None where it is missing or damaged, which a page shows as nothing."""
     try:
         return read_json(file)
     except BiasDPOError:
         return None
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """An object that a file should hold; empty where it holds something else."""
     return dict(value) if isinstance(value, dict) else {}
 
 

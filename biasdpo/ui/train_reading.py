@@ -13,7 +13,8 @@ from biasdpo.errors import BiasDPOError
 from biasdpo.run_config import RunConfig, load_json
 from biasdpo.run_folder import ACTIVE, RunFolder, Status
 from biasdpo.runs import Run
-from biasdpo.workspace import ASSETS, read_json
+from biasdpo.ui.measured import mapping, read_or_none
+from biasdpo.workspace import ASSETS
 
 SEED_SET = ASSETS / "seed_pairs.jsonl"
 
@@ -80,8 +81,8 @@ def see(run: Run) -> SeenRun:
         config = load_json(folder.config)
     except BiasDPOError:
         config = None
-    metrics = _mapping(_mapping(_read(folder.adapter / "provenance.json")).get("metrics"))
-    return SeenRun(folder, run.status, config, _mapping(_read(folder.origin)), _mapping(metrics.get("held_out")))
+    metrics = mapping(mapping(read_or_none(folder.adapter / "provenance.json")).get("metrics"))
+    return SeenRun(folder, run.status, config, mapping(read_or_none(folder.origin)), mapping(metrics.get("held_out")))
 
 
 def model_title(name: str) -> str:
@@ -132,14 +133,3 @@ def seconds_since(moment: str) -> float | None:
         return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
     except (ValueError, TypeError):
         return None
-
-
-def _read(file: Path) -> Any:
-    try:
-        return read_json(file)
-    except BiasDPOError:
-        return None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, dict) else {}
