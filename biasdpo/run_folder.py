@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from biasdpo.errors import RunError
-from biasdpo.workspace import read_json, replacing, write_json
+from biasdpo.workspace import as_json, read_json, replacing, write_json
 
 State = Literal["queued", "running", "stopping", "stopped", "finished", "failed", "interrupted"]
 ACTIVE: tuple[State, ...] = ("queued", "running", "stopping")
@@ -108,7 +108,7 @@ class RunFolder:
 
     @property
     def reserve(self) -> Path:
-        """Room that is given up on a full disk, so that status.json can still say so."""
+        """Blocks of the disk that are ours already: on a full one, status.json can still say so in them."""
         return self.path / ".reserve"
 
     @property
@@ -146,16 +146,22 @@ class RunFolder:
 
     def write_status(self, status: Status) -> None:
         """Replace status.json; the time of writing is added."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(self.status_file, {**asdict(status), "updated_at": now})
+        write_json(self.status_file, _status_values(status))
 
     def write_last_status(self, status: Status) -> None:
-        """The same, of a process that ends: on a full disk the reserve is given up for it."""
+        """The same, of a process that ends: on a full disk it is written over the reserve, which then takes status.json's place.
+
+        To remove the reserve and write anew would be a race: whoever fills the disk may be first to take the room."""
         try:
             self.write_status(status)
         except OSError:
-            self.reserve.unlink(missing_ok=True)
-            self.write_status(status)
+            if not self.reserve.exists():
+                raise
+            with self.reserve.open("r+", encoding="utf-8") as file:
+                file.write(as_json(_status_values(status)))
+                file.truncate()
+                os.fsync(file.fileno())
+            self.reserve.replace(self.status_file)
 
     def keep_reserve(self) -> None:
         """Set the reserve aside again. Raises OSError on a full disk."""
@@ -210,6 +216,10 @@ class RunFolder:
 def checkpoint_step(checkpoint: Path) -> int:
     """The step after which a checkpoint was saved."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _status_values(status: Status) -> dict[str, Any]:
+    return {**asdict(status), "updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

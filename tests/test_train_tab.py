@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,8 @@ def tab(tmp_path: Path) -> TrainTab:
             made.build(demo, tabs, one)
         return made
 
-    return asyncio.run(built())
+    with ThreadPoolExecutor(1) as thread:  # Playwright keeps a loop running in the main one
+        return thread.submit(asyncio.run, built()).result()
 
 
 def test_an_error_in_place_of_the_list_goes_when_the_list_can_be_read_again(tab, monkeypatch):
