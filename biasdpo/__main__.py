@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from biasdpo.errors import BiasDPOError, ConfigError, ModelError
+from biasdpo.errors import BiasDPOError
 from biasdpo.records import Sampling
 
 
@@ -35,12 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; README's list of commands is tested against it."""
-    from biasdpo import cli_dataset, cli_evaluate, cli_train
+    from biasdpo import cli_dataset, cli_evaluate, cli_export, cli_train
 
     parser = argparse.ArgumentParser(prog="python -m biasdpo", description="See, train away and measure a language model's bias.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("models", help="list the models: which are here, memory needed, licence")
+    command = commands.add_parser("models", help="list the models: which are here, memory needed, licence, adapters that fit")
+    command.add_argument("names", nargs="*", metavar="ID", help="catalog id, Hub id, HF folder or .gguf; default: the catalog")
     add_workspace_and_json(command)
     command.set_defaults(handler=show_models)
 
@@ -59,18 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_workspace_and_json(command)
     command.set_defaults(handler=compare)
 
-    command = commands.add_parser("export", help="write an adapter as a GGUF for llama.cpp")
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="NAME", help="a finished run")
-    source.add_argument("--adapter", metavar="ID|PATH", help="a shipped adapter or a PEFT folder")
-    command.add_argument("--model", metavar="ID", help="base model; default: the one that the adapter names")
-    command.add_argument("--format", required=True, choices=["lora"])
-    command.add_argument("--out", required=True, type=Path, metavar="FILE")
-    add_workspace_and_json(command)
-    command.set_defaults(handler=export)
-
     cli_dataset.add_commands(commands)
     cli_train.add_commands(commands)
+    cli_export.add_commands(commands)
     cli_evaluate.add_commands(commands)
 
     return parser
@@ -90,13 +81,14 @@ def add_model_and_adapter(command: argparse.ArgumentParser) -> None:
 
 
 def show_models(args: argparse.Namespace) -> int:
-    """List the catalog with what is on this machine."""
-    from biasdpo import models
+    """List the catalog with what is on this machine, or the models that are named."""
+    from biasdpo import fitting, models
     from biasdpo.workspace import open_workspace
 
     workspace = open_workspace(args.workspace)
-    for spec in map(models.with_files, models.catalog().values()):
-        adapters = [adapter.id for adapter in models.adapters_for(spec, workspace)]
+    named = map(models.find, args.names) if args.names else map(models.with_files, models.catalog().values())
+    for spec in named:
+        adapters = [adapter.id for adapter in fitting.adapters_for(spec, workspace)]
         row = {
             "id": spec.id,
             "title": spec.title,
@@ -156,27 +148,6 @@ def compare(args: argparse.Namespace) -> int:
             print(f"--- {completion.side} ({completion.tokens} tokens, {completion.finish_reason}) ---\n{completion.text}\n")
     if pair.canary_kl_nats is not None:
         print(f"base equals the bare model; tuned differs by KL {pair.canary_kl_nats:.3g} nats")
-    return 0
-
-
-def export(args: argparse.Namespace) -> int:
-    """Write a LoRA GGUF and say where it lies."""
-    from biasdpo import gguf_export, models
-    from biasdpo.workspace import open_workspace, sha256_of
-
-    workspace = open_workspace(args.workspace)
-    adapter = models.from_run(workspace, args.run) if args.run else None
-    if adapter is None:
-        if args.adapter == "none":
-            raise ConfigError("--format lora needs an adapter, got none: name one with --adapter or --run")
-        adapter = models.find_adapter(args.adapter, models.catalog()["smollm2"], workspace)
-        assert adapter is not None
-    spec = models.find(args.model or adapter.model)
-    if spec.gguf_path is None:
-        raise ModelError(f"{spec.title} has no GGUF file here, which the adapter is checked against: name a .gguf with --model")
-    out = gguf_export.export_lora(adapter, spec.gguf_path, args.out)
-    row = {"out": str(out), "bytes": out.stat().st_size, "sha256": sha256_of(out), "adapter": adapter.id, "model": spec.id}
-    print(json.dumps(row) if args.json else f"{out}: {row['bytes']:,} bytes, LoRA GGUF of {adapter.id} for {spec.title}")
     return 0
 
 

@@ -104,7 +104,7 @@ def train(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> Any:
     """The run config of the flags, over that of --config."""
-    from biasdpo import run_config
+    from biasdpo import models, run_config
 
     values = run_config.read_toml(args.config) if args.config else {}
     values |= {"model": args.model} if args.model else {}
@@ -113,7 +113,7 @@ def _config(args: argparse.Namespace) -> Any:
     values |= run_config.parse_settings(args.settings)
     config = run_config.from_mapping(values)
     # The training process has another working folder.
-    return replace(config, model=_absolute_model(config.model), datasets=tuple(map(_absolute, config.datasets)))
+    return replace(config, model=models.absolute_name(config.model), datasets=tuple(map(_absolute, config.datasets)))
 
 
 def _estimate(config: Any, workspace: Any, *, as_json: bool) -> int:
@@ -140,15 +140,6 @@ def _absolute(source: str) -> str:
     if source == "workspace" or source.startswith("hub:"):
         return source
     return str(Path(source).expanduser().resolve())
-
-
-def _absolute_model(name: str) -> str:
-    """A model's absolute path where it is named by one, as `models.find` decides it; a catalog id or Hub id as it is."""
-    from biasdpo import models
-
-    path = Path(name).expanduser()
-    is_path = name and name not in models.catalog() and (path.suffix == ".gguf" or path.exists())
-    return str(path.resolve()) if is_path else name
 
 
 def _wait(folder: Any, workspace: Any) -> Any:

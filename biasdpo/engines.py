@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from biasdpo import models
+from biasdpo import fitting, models
 from biasdpo.backends import open_backend
 from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.errors import BackendError, BiasDPOError
@@ -57,6 +57,8 @@ def open_engine(key: EngineKey, workspace: Workspace, loading: Loading | None = 
 
     spec = models.find(key.model)
     adapter = models.find_adapter(key.adapter, spec, workspace)
+    if adapter is not None:
+        fitting.check_fits(adapter, spec)
     backend = open_backend(spec, adapter, name=key.backend, workspace=workspace, on_progress=report)
     return Engine(spec, adapter, backend)
 
@@ -84,6 +86,11 @@ class EnginePool:
         """How far `key` has come, or None if nobody asked for it. Starts nothing."""
         with self._changed:
             return self._engines.get(key)
+
+    def opened(self) -> list[ModelSpec]:
+        """The models that are loaded now."""
+        with self._changed:
+            return [loading.engine.spec for loading in self._engines.values() if loading.engine is not None]
 
     @contextmanager
     def lease(self, key: EngineKey, cancellation: Cancellation | None = None) -> Iterator[Engine]:

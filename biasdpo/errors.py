@@ -9,6 +9,7 @@ BiasDPOError            what a user can mend: exit status 2, one line
 ├── BackendError        an engine that is missing, stopped, or can't do what was asked
 │   └── ProofError      the comparison could not be proven honest: nothing may be shown
 ├── RunError            unknown run, run in the wrong state
+├── ExportError         a GGUF that could not be written, or that was not proven equal
 ├── WorkspaceError      a folder that can't be written, a lock that can't be had
 └── RefusedError        switched off here (a public Space)
 """
@@ -48,6 +49,10 @@ class ProofError(BackendError):
 
 class RunError(BiasDPOError):
     """A run is unknown or in a state that does not allow what was asked."""
+
+
+class ExportError(BiasDPOError):
+    """A GGUF could not be written, or was not proven equal to its model."""
 
 
 class WorkspaceError(BiasDPOError):

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from biasdpo import __version__, models, stats
+from biasdpo import __version__, models
 from biasdpo.benchmarks.base import Benchmark
+from biasdpo.benchmarks.results import Scored, correct, summarise
 from biasdpo.engines import Engine
-from biasdpo.errors import BackendError, DatasetError, PromptError
-from biasdpo.records import Side
-from biasdpo.stats import Array, Metric
+from biasdpo.errors import DatasetError, PromptError
+from biasdpo.records import Request, Side, check_strength
+from biasdpo.scores import Scores, open_scores, sha256_of_model
+from biasdpo.workspace import Workspace
 
-_ITEMS_AT_ONCE = 8
+_ITEMS_AT_ONCE = 16  # what an interruption may lose, and how often progress is told
+_PACKAGES = {"llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers", "peft")}  # by the backend's name
 
 
 def run(
@@ -24,88 +32,167 @@ def run(
     strength: float = 1.0,
     limit: int | None = None,
     seed: int = 0,
+    workspace: Workspace | None = None,
     on_item: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Score both sides of an engine on each benchmark; return DESIGN's evaluation object.
+    """Score the sides of an engine on each benchmark; return DESIGN's evaluation object. Without an adapter base stands alone.
 
-    limit     items of each benchmark, the first ones; a limited result is marked `partial`
-    on_item   called with (benchmark, items done, items in all)
+    limit         items of each benchmark, drawn by `seed`; a larger limit's items hold a smaller one's
+    seed          of the draw and of the bootstrap
+    workspace     where likelihoods are kept; None: nowhere
+    on_item       called with (benchmark, items done, items in all)
+    should_stop   asked between items: what was scored until then is the result, marked as not comparable
     """
-    if not engine.backend.has_adapter or engine.adapter is None:
-        raise BackendError("Evaluation compares base and tuned, and there is no adapter: choose one with --adapter")
-    results = {b.name: _run_one(engine, b, strength, limit, seed, on_item) for b in benchmarks}
+    check_strength(strength)
+    parents = _parents(engine, workspace)
+    sides = _open_sides(engine, strength, parents, workspace)
+    results: dict[str, dict[str, Any]] = {}
+    for benchmark in benchmarks:
+        if not should_stop():
+            results[benchmark.name] = _run_one(engine, sides, benchmark, strength, limit, seed, on_item, should_stop)
+    correct(results)
     return {
         "benchmarks": results,
         "provenance": {
+            **parents,
             "model": engine.spec.id,
-            "adapter": engine.adapter.id,
-            "adapter_sha256": models.adapter_sha256(engine.adapter),
+            "adapter": "" if engine.adapter is None else engine.adapter.id,
             "backend": engine.backend.name,
             "strength": strength,
             "seed": seed,
+            "limit": limit,
+            "interrupted": should_stop(),
             "code_version": __version__,
         },
     }
 
 
 def _run_one(
-    engine: Engine, benchmark: Benchmark, strength: float, limit: int | None, seed: int, on_item: Callable[[str, int, int], None]
+    engine: Engine,
+    sides: dict[Side, Scores],
+    benchmark: Benchmark,
+    strength: float,
+    limit: int | None,
+    seed: int,
+    on_item: Callable[[str, int, int], None],
+    should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    items = list(benchmark.items)[:limit]
-    if not items:
+    chosen = draw(len(benchmark.items), limit, seed)
+    if not chosen:
         raise DatasetError(f"{benchmark.name} has no items to score (limit {limit}): raise --limit or give more data")
-    numbers: dict[Side, list[Sequence[float]]] = {"base": [], "tuned": []}
-    kept: list[Any] = []
-    failed = 0
-    for begin in range(0, len(items), _ITEMS_AT_ONCE):
-        for item in items[begin : begin + _ITEMS_AT_ONCE]:
-            try:
-                scored = {side: _scores(engine, benchmark, item, side, strength) for side in numbers}
-            except PromptError:  # too long or too short to score: counted, never scored
-                failed += 1
+    numbers: dict[Side, list[Sequence[float]]] = {side: [] for side in sides}
+    kept: list[int] = []
+    failures: list[dict[str, Any]] = []
+    done = 0
+    for begin in range(0, len(chosen), _ITEMS_AT_ONCE):
+        if should_stop():
+            break
+        batch = chosen[begin : begin + _ITEMS_AT_ONCE]
+        reasons = _score(engine, sides, benchmark, batch, strength)
+        for index in batch:
+            item = benchmark.items[index]
+            if index in reasons:
+                failures.append({"index": index, "reason": reasons[index]})
                 continue
-            kept.append(item)
+            scored = {side: benchmark.scores(item, scores.of(benchmark.requests(item))) for side, scores in sides.items()}
+            if not all(math.isfinite(number) for values in scored.values() for number in values):
+                failures.append({"index": index, "reason": "a log-probability that is no number"})
+                continue
+            kept.append(index)
             for side, values in scored.items():
                 numbers[side].append(values)
-        on_item(benchmark.name, min(begin + _ITEMS_AT_ONCE, len(items)), len(items))
+        done += len(batch)
+        on_item(benchmark.name, done, len(chosen))
     if not kept:
-        raise DatasetError(f"{benchmark.name}: none of {len(items)} items could be scored; check its data")
-    base, tuned = np.array(numbers["base"], dtype=np.float64), np.array(numbers["tuned"], dtype=np.float64)
-    both = np.concatenate([base, tuned], axis=1)
-    width = base.shape[1]
-    side_metrics = benchmark.side_metrics()
-
-    def intervals(numbers: Array, metrics: Mapping[str, Metric]) -> dict[str, object]:
-        return {name: stats.bootstrap(numbers, metric, seed=seed)[0].to_json() for name, metric in metrics.items()}
-
+        first = f": the first failed with: {failures[0]['reason']}" if failures else ""
+        raise DatasetError(f"{benchmark.name}: none of {done} items could be scored{first or ', since it was stopped at once'}")
+    arrays = {side: np.array(values, dtype=np.float64) for side, values in numbers.items()}
+    items = [benchmark.items[index] for index in kept]
     return {
         "n": len(kept),
-        "n_failed": failed,
-        "partial": limit is not None and limit < len(benchmark.items),
-        "base": {
-            name: stats.bootstrap(base, metric, seed=seed)[0].to_json() for name, metric in benchmark.side_metrics().items()
-        },
-        "tuned": {
-            name: stats.bootstrap(tuned, metric, seed=seed)[0].to_json() for name, metric in benchmark.side_metrics().items()
-        },
-        "difference": {name: _difference(both, metric, width, seed) for name, metric in side_metrics.items()},
-        "paired": {
-            name: stats.bootstrap(both, metric, seed=seed)[0].to_json() for name, metric in benchmark.paired_metrics().items()
-        },
-        **benchmark.report(kept, base),
-        "items": [{"base": list(b), "tuned": list(t)} for b, t in zip(base.tolist(), tuned.tolist(), strict=True)],
+        "n_failed": len(failures),
+        "n_total": len(benchmark.items),
+        "partial": done < len(benchmark.items),
+        "not_comparable": _why_partial(done, len(benchmark.items), len(chosen)),
+        "data_sha256": benchmark.data_sha256,
+        **summarise(Scored(benchmark, items, arrays["base"], arrays.get("tuned")), seed),
+        "failures": failures,
+        "columns": list(benchmark.columns),
+        "items": [
+            {"index": index, **benchmark.describe(item), **{side: list(numbers[side][i]) for side in sides}}
+            for i, (index, item) in enumerate(zip(kept, items, strict=True))
+        ],
     }
 
 
-def _scores(engine: Engine, benchmark: Benchmark, item: Any, side: Side, strength: float) -> Sequence[float]:
-    return benchmark.scores(item, engine.backend.loglikelihood(benchmark.requests(item), side, strength=strength))
+def draw(n: int, limit: int | None, seed: int) -> list[int]:
+    """Indices of at most `limit` of n items in ascending order, drawn without regard to their order in the file."""
+    if limit is None or limit >= n:
+        return list(range(n))
+    shuffled = list(range(n))
+    random.Random(seed).shuffle(shuffled)
+    return sorted(shuffled[:limit])
 
 
-def _difference(both: Array, metric: Metric, width: int, seed: int) -> dict[str, object]:
-    """Tuned minus base on the same resampled items."""
+def _why_partial(done: int, total: int, chosen: int) -> str:
+    """Why a result must not be set beside others; "" where it may."""
+    if done < chosen:
+        return f"interrupted after {done:,} of {chosen:,} items"
+    return f"limited to {done:,} of {total:,} items" if done < total else ""
 
-    def change(items: Array) -> Array:
-        return np.asarray(metric(items[..., width:]) - metric(items[..., :width]))
 
-    interval, resampled = stats.bootstrap(both, change, seed=seed)
-    return {**interval.to_json(), "p_value": stats.two_sided_p(resampled)}
+def _score(
+    engine: Engine, sides: dict[Side, Scores], benchmark: Benchmark, batch: Sequence[int], strength: float
+) -> dict[int, str]:
+    """Compute what is missing of a batch of items; return why some could not be scored, by index."""
+    wanted = {index: list(benchmark.requests(benchmark.items[index])) for index in batch}
+    reasons: dict[int, str] = {}
+    for side, scores in sides.items():
+
+        def compute(requests: Sequence[Request], side: Side = side, scores: Scores = scores) -> None:
+            missing = scores.missing(requests)
+            if missing:
+                scores.add(missing, engine.backend.loglikelihood(missing, side, strength=strength))
+
+        try:
+            compute([request for index in batch if index not in reasons for request in wanted[index]])
+        except PromptError:  # which of them is it that is too long or too short? Failed items are counted, never scored
+            for index in batch:
+                try:
+                    compute(wanted[index])
+                except PromptError as exc:
+                    reasons[index] = str(exc)
+    return reasons
+
+
+def _open_sides(engine: Engine, strength: float, parents: dict[str, str], workspace: Workspace | None) -> dict[Side, Scores]:
+    backend = engine.backend
+    packages = next((names for name, names in _PACKAGES.items() if backend.name.startswith(name)), ())
+    scorer = {
+        "backend": backend.name,
+        "device": backend.device.split(",")[0].split(" ")[0],  # "CPU", "cuda:0": the number of threads changes nothing
+        "packages": {name: metadata.version(name) for name in packages},
+        "model_sha256": parents["model_sha256"],
+        "template": asdict(backend.template),
+    }
+    sides: dict[Side, Scores] = {"base": open_scores(workspace, {**scorer, "side": "base"})}
+    if engine.adapter is not None:
+        tuned = {"side": "tuned", "adapter_sha256": parents["adapter_sha256"], "strength": strength}
+        sides["tuned"] = open_scores(workspace, {**scorer, **tuned})
+    return sides
+
+
+def _parents(engine: Engine, workspace: Workspace | None) -> dict[str, str]:
+    """SHA-256 of the model's files and of the adapter's weights and configuration."""
+    spec, adapter = engine.spec, engine.adapter
+    files: list[Path] = []
+    if engine.backend.name.startswith("llamacpp") or spec.hf_folder is None:
+        files = [] if spec.gguf_path is None else [spec.gguf_path]
+    else:
+        files = sorted([*spec.hf_folder.glob("*.safetensors"), *spec.hf_folder.glob("*.json")])
+    parents = {"model_sha256": sha256_of_model(files, workspace), "adapter_sha256": "", "adapter_config_sha256": ""}
+    if adapter is not None:
+        parents["adapter_sha256"] = models.adapter_sha256(adapter)
+        parents["adapter_config_sha256"] = sha256_of_model([adapter.folder / "adapter_config.json"], None)
+    return parents

@@ -3,30 +3,75 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from biasdpo.errors import ModelError
+from biasdpo.gguf_header import read_header
 from biasdpo.template import PromptTemplate
 
 # GGUF's names for Hugging Face's architectures, for those that this project trains and exports.
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "PhiForCausalLM": "phi2"}
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+
 _SYSTEM_MARK, _PROMPT_MARK = "\u0001system\u0001", "\u0001prompt\u0001"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a model's file or folder says of it. `context_length` in tokens."""
+    """What a model's file or folder says of it. `context_length` in tokens. Without a chat template of its own, `template` is the
+    prompt alone."""
 
     architecture: str
     parameters: int
     bytes_of_weights: int
     context_length: int
     template: PromptTemplate
+    has_chat_template: bool
+
+
+def describe(path: Path) -> Description:
+    """What a .gguf file or a Hugging Face folder says of itself, read again only where it has changed."""
+    return _described(path, _stamp(path))
+
+
+def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
+    """(architecture, shapes of the tensors by the file's own names) of a .gguf file or a Hugging Face folder, from headers alone;
+    read again only where it has changed. A matrix is (out, in)."""
+    return _shapes(path, _stamp(path))
+
+
+_Stamp = tuple[tuple[str, int, int], ...]
+
+
+def _stamp(path: Path) -> _Stamp:
+    """What changes when a model's files do: names, times, sizes."""
+    try:
+        files = [path] if path.suffix == ".gguf" else [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")]
+        return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files))
+    except OSError:
+        return ()  # whoever reads it says what is wrong
+
+
+@lru_cache(maxsize=32)
+def _described(path: Path, _stamp: _Stamp) -> Description:
+    return describe_gguf(path) if path.suffix == ".gguf" else describe_hf_folder(path)
+
+
+@lru_cache(maxsize=32)
+def _shapes(path: Path, _stamp: _Stamp) -> tuple[str, Mapping[str, tuple[int, ...]]]:
+    if path.suffix == ".gguf":
+        header = read_header(path)
+        return str(header.values.get("general.architecture", "")), {name: t.shape for name, t in header.tensors.items()}
+    shapes = {name: shape for file in sorted(path.glob("*.safetensors")) for name, shape in safetensors_shapes(file).items()}
+    return _hf_architecture(path, _hf_config(path)), shapes
 
 
 def open_gguf(path: Path) -> Any:
@@ -53,70 +98,109 @@ def gguf_value(reader: Any, key: str, default: Any = None) -> Any:
 
 def describe_gguf(path: Path) -> Description:
     """Read a GGUF's metadata."""
-    reader = open_gguf(path)
-    architecture = str(gguf_value(reader, "general.architecture", ""))
-    if gguf_value(reader, "general.type", "model") != "model" or not architecture:
-        raise ModelError(f"{path} is a GGUF, but no model (type {gguf_value(reader, 'general.type')!r}): name a model's file")
-    tokens = gguf_value(reader, "tokenizer.ggml.tokens", [])
-    types = gguf_value(reader, "tokenizer.ggml.token_type", [])
+    header = read_header(path)
+    values = header.values
+    architecture = str(values.get("general.architecture", ""))
+    if values.get("general.type", "model") != "model" or not architecture:
+        raise ModelError(f"{path} is a GGUF, but no model (type {values.get('general.type')!r}): name a model's file")
+    tokens, types = values.get("tokenizer.ggml.tokens", []), values.get("tokenizer.ggml.token_type", [])
     control = [token for token, kind in zip(tokens, types, strict=False) if kind == _CONTROL_TOKEN]
+    chat = values.get("tokenizer.chat_template", "")
     return Description(
         architecture=architecture,
-        parameters=sum(int(t.n_elements) for t in reader.tensors),
-        bytes_of_weights=sum(int(t.n_bytes) for t in reader.tensors),
-        context_length=int(gguf_value(reader, f"{architecture}.context_length", 2048)),
-        template=template_of_chat(gguf_value(reader, "tokenizer.chat_template", ""), control),
+        parameters=sum(tensor.elements for tensor in header.tensors.values()),
+        bytes_of_weights=sum(tensor.n_bytes for tensor in header.tensors.values()),
+        context_length=int(values.get(f"{architecture}.context_length", 2048)),
+        template=template_of_chat(chat, control),
+        has_chat_template=bool(chat),
     )
 
 
 def describe_hf_folder(folder: Path) -> Description:
     """Read a Hugging Face folder's config.json, tokenizer_config.json and the headers of its safetensors."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ModelError(f"{folder} has no config.json: name a Hugging Face model folder or a .gguf file")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise ModelError(f"{config_file} is no JSON: {exc}; fetch the model again") from exc
+    config = _hf_config(folder)
+    architecture = _hf_architecture(folder, config)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(f"{folder} has no *.safetensors: fetch the model's safetensors weights (pickles are not opened)")
-    name = (config.get("architectures") or ["?"])[0]
-    if name not in ARCHITECTURES:
-        raise ModelError(f"{folder} is a {name}: supported are {', '.join(ARCHITECTURES)}")
+    _check_shards(folder)
     tokenizer_file = folder / "tokenizer_config.json"
-    tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8")) if tokenizer_file.is_file() else {}
+    tokenizer = _json_object(tokenizer_file) if tokenizer_file.is_file() else {}
     chat_file = folder / "chat_template.jinja"
     chat = chat_file.read_text(encoding="utf-8") if chat_file.is_file() else tokenizer.get("chat_template") or ""
     added = tokenizer.get("added_tokens_decoder", {}).values()
     special = {t["content"] for t in added if t.get("special")}
     vocabulary_file = folder / "tokenizer.json"
     if vocabulary_file.is_file():
-        vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))
+        vocabulary = _json_object(vocabulary_file)
         special |= {t["content"] for t in vocabulary.get("added_tokens", []) if t.get("special")}
     return Description(
-        architecture=ARCHITECTURES[name],
-        parameters=sum(_safetensors_elements(path) for path in weights),
+        architecture=architecture,
+        parameters=sum(math.prod(shape) for path in weights for shape in safetensors_shapes(path).values()),
         bytes_of_weights=sum(path.stat().st_size for path in weights),
         context_length=int(config.get("max_position_embeddings", 2048)),
         template=template_of_chat(chat if isinstance(chat, str) else "", sorted(special)),
+        has_chat_template=isinstance(chat, str) and bool(chat),
     )
 
 
-def _safetensors_elements(path: Path) -> int:
+def _hf_config(folder: Path) -> dict[str, Any]:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is an adapter, no model: name it as the adapter, and its base model here")
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        if files:
+            raise ModelError(f"{folder} has no config.json, but GGUF files: name one of them, such as {folder / files[0]}")
+        raise ModelError(f"{folder} has no config.json: name a Hugging Face model folder or a .gguf file")
+    return _json_object(config_file)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"{file} is no JSON: {exc}; fetch the model again") from exc
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} is no JSON object: fetch the model again")
+    return value
+
+
+def _hf_architecture(folder: Path, config: Mapping[str, Any]) -> str:
+    name = (config.get("architectures") or ["?"])[0]
+    if name not in ARCHITECTURES:
+        raise ModelError(f"{folder} is a {name}: supported are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise ModelError where a shard that the index names is not there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    named = sorted(set(_json_object(index).get("weight_map", {}).values()))
+    missing = [name for name in named if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} of {len(named)} shards ({missing[0]}): fetch the model again")
+
+
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors by name, from its header. ModelError where it is foreign or cut off."""
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, ValueError, OverflowError, MemoryError) as exc:
-        raise ModelError(f"{path} is no safetensors file: {exc}; fetch it again") from exc
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            count = 1
-            for size in tensor["shape"]:
-                count *= size
-            total += count
-    return total
+            length = int.from_bytes(file.read(8), "little")
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes")
+            header = json.loads(file.read(length))
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        shapes = {name: tuple(map(int, tensor["shape"])) for name, tensor in tensors.items()}
+        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+        size = path.stat().st_size
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as exc:
+        raise ModelError(f"{path} is no safetensors file ({exc}): fetch it again") from exc
+    if end > size:
+        raise ModelError(f"{path} is cut off: {size:,} of {end:,} bytes; fetch it again")
+    return shapes
 
 
 def template_of_chat(chat_template: str, special_tokens: list[str]) -> PromptTemplate:

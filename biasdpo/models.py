@@ -86,7 +86,7 @@ def catalog() -> dict[str, ModelSpec]:
 
 
 def _spec_of_table(model_id: str, table: dict[str, Any]) -> ModelSpec:
-    template = table["template"]
+    template: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table["template"].items()}
     return ModelSpec(
         id=model_id,
         title=table["title"],
@@ -98,13 +98,7 @@ def _spec_of_table(model_id: str, table: dict[str, Any]) -> ModelSpec:
         context_length=table["context_length"],
         memory_gb=dict(table["memory_gb"]),
         default_adapter=table.get("default_adapter", ""),
-        template=PromptTemplate(
-            text=template["text"],
-            special_tokens=tuple(template.get("special_tokens", ())),
-            default_system=template.get("default_system", ""),
-            completion_prefix=template.get("completion_prefix", ""),
-            stop=tuple(template.get("stop", ())),
-        ),
+        template=PromptTemplate(**template),
         gguf_source=dict(table.get("gguf", {})),
     )
 
@@ -159,19 +153,21 @@ def find(name: str) -> ModelSpec:
     )
 
 
+def absolute_name(name: str) -> str:
+    """A model's name that means the same in every working folder: its absolute path where it is named by one (see `find`)."""
+    path = Path(name).expanduser()
+    is_path = name and name not in catalog() and (path.suffix == ".gguf" or path.exists())
+    return str(path.resolve()) if is_path else name
+
+
 def _spec_of_path(path: Path) -> ModelSpec:
     from biasdpo import modelfile
 
     path = path.resolve()
-    if path.suffix == ".gguf":
-        described = modelfile.describe_gguf(path)
-        files: dict[str, Path] = {"gguf_path": path}
-    else:
-        described = modelfile.describe_hf_folder(path)
-        files = {"hf_folder": path}
-    # A user's own copy of a catalog model is prompted as the catalog says.
-    known = next((s for s in catalog().values() if s.architecture == described.architecture == "phi2"), None)
-    template = known.template if known is not None else described.template
+    described = modelfile.describe(path)
+    is_gguf = path.suffix == ".gguf"
+    # Phi-2's files bring no chat template: a user's own copy is prompted as the catalog says. A Phi tuned to chat brings one.
+    is_phi = described.architecture == "phi2" and not described.has_chat_template
     return ModelSpec(
         id=str(path),
         title=path.name,
@@ -180,9 +176,10 @@ def _spec_of_path(path: Path) -> ModelSpec:
         hub_id="",
         parameters=described.parameters,
         context_length=min(described.context_length, 4096),
-        template=template,
+        template=catalog()["phi-2"].template if is_phi else described.template,
         memory_gb={"llamacpp": round(described.bytes_of_weights / 1e9 * 1.3 + 0.5, 1)},
-        **files,  # type: ignore[arg-type]
+        gguf_path=path if is_gguf else None,
+        hf_folder=None if is_gguf else path,
     )
 
 
@@ -256,12 +253,12 @@ def find_adapter(name: str, spec: ModelSpec, workspace: Workspace) -> AdapterSpe
     known = {adapter.id: adapter for adapter in adapters(workspace)}
     if name in known:
         return known[name]
-    folder = Path(name).expanduser()
+    folder = Path(name).expanduser().resolve()
     if folder.is_dir():
-        return _adapter_of_folder(folder.resolve(), folder.resolve().name)
-    raise AdapterError(
-        f"Unknown adapter {name!r}: choose one of {', '.join([*known, 'none'])}, or the path of a PEFT adapter folder"
-    )
+        same = (adapter for adapter in known.values() if adapter.folder.resolve() == folder)
+        return next(same, None) or _adapter_of_folder(folder, folder.name)
+    what = f"{name} is a file, and an adapter is a folder" if folder.is_file() else f"Unknown adapter {name!r}"
+    raise AdapterError(f"{what}: choose one of {', '.join([*known, 'none'])}, or the path of a PEFT adapter folder")
 
 
 def _adapter_of_folder(folder: Path, adapter_id: str) -> AdapterSpec:
@@ -273,9 +270,9 @@ def _adapter_of_folder(folder: Path, adapter_id: str) -> AdapterSpec:
                 f"{folder} holds a pickle ({pickles[0].name}), which can run code when it is opened: save the adapter as "
                 "safetensors (PEFT: save_pretrained(..., safe_serialization=True))"
             )
-        raise AdapterError(f"{folder} has no adapter_model.safetensors: name a folder that PEFT's save_pretrained wrote")
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"{folder} has no adapter_config.json: name a folder that PEFT's save_pretrained wrote")
+    for needed in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (folder / needed).is_file():
+            raise AdapterError(f"{folder} has no {needed}: name a folder that PEFT's save_pretrained wrote")
     config = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} is a {config.get('peft_type')!r} adapter: only LORA adapters can be used")

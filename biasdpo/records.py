@@ -208,6 +208,21 @@ class TextRequest:
 
 
 @dataclass(frozen=True)
+class ContinuationRequest:
+    """How likely is `continuation` after the bare text `context`, without any template? Both are tokenized as one text.
+
+    An empty context stands for the token that a text begins with (where the model has none: its end-of-text token), so that
+    all of the continuation is scored. Both as lm-evaluation-harness does it.
+    """
+
+    context: str
+    continuation: str
+
+
+Request = LikelihoodRequest | TextRequest | ContinuationRequest
+
+
+@dataclass(frozen=True)
 class Likelihood:
     """`logp` (nats) summed over `tokens` scored tokens."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,6 +37,7 @@ class Status:
     best_step          the evaluation with the highest held-out reward accuracy so far, None before the first evaluation
     best_accuracy      its held-out reward accuracy
     waits_for          id of the run that has the device, "" where this one need not wait
+    memory_kills       processes that had been killed for want of memory when this one began, by the file that counts them
     """
 
     state: State
@@ -54,6 +55,7 @@ class Status:
     best_step: int | None = None
     best_accuracy: float | None = None
     waits_for: str = ""
+    memory_kills: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class RunFolder:
     def read_status(self) -> Status:
         """status.json as written; `runs.poll` also looks whether the process still lives."""
         values = read_json(self.status_file)
-        known = {field.name for field in fields(Status)}
+        known = {known_field.name for known_field in fields(Status)}
         numbers = ("pid", "pid_created", "step", "total_steps")
         if (
             not isinstance(values, dict)

@@ -13,6 +13,7 @@ import psutil
 
 from biasdpo.errors import BiasDPOError, RunError
 from biasdpo.run_config import load_json
+from biasdpo.run_endings import why_memory
 from biasdpo.run_folder import ACTIVE, RunFolder, Status
 from biasdpo.workspace import Workspace, read_json
 
@@ -129,32 +130,32 @@ def reap(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ended_without_a_word(folder: RunFolder, status: Status) -> Status:
-    remedy = f"resume with `python -m biasdpo train --run-id {folder.id} --resume`"
+    resume = f"resume with `python -m biasdpo train --run-id {folder.id} --resume`"
     ended = replace(status, phase="", eta_seconds=None, waits_for="", tokens_per_second=None)
-    if status.state == "queued":
-        cause = last_error(folder) if status.phase == STARTING else ""
-        if cause:
-            return replace(
-                ended,
-                state="failed",
-                error=f"The training process could not start: {cause}; mend that (train.log has more), then {remedy}",
-            )
-        return replace(
-            ended,
-            state="interrupted",
-            error=f"The process (pid {status.pid}) ended before it began to train, as it does when it is killed: {remedy}",
-        )
-    reason = (
-        f"The training process (pid {status.pid}) ended without a word at step {status.step}, as it does when it is "
-        f"killed or the machine runs out of memory: {remedy}"
-    )
-    return replace(ended, state="interrupted", error=reason)
+    log = log_of_last_start(folder)
+    if status.state == "queued" and status.phase == STARTING and (cause := last_error(log)):
+        error = f"The training process could not start: {cause}; mend that (train.log has more), then {resume}"
+        return replace(ended, state="failed", error=error)
+    queued = status.state == "queued"
+    if memory := why_memory("" if queued and status.phase != STARTING else log, status.memory_kills):
+        why = f"memory was the likely cause ({memory}): free memory, then {resume}, or start a new run with a lower batch_size"
+    else:
+        why = f"as it does when it is killed or the machine runs out of memory: {resume}"
+    if queued:
+        error = f"The process (pid {status.pid}) ended before it began to train, {why}"
+    else:
+        error = f"The training process (pid {status.pid}) ended without a word at step {status.step}, {why}"
+    return replace(ended, state="interrupted", error=error)
 
 
-def last_error(folder: RunFolder) -> str:
-    """The last line of train.log, since its last start, that reads as an error; "" where there is none."""
-    log = folder.log_tail(400).rpartition(START_MARK)[2].split("\n")[1:]
-    for line in reversed(log):
+def log_of_last_start(folder: RunFolder) -> str:
+    """The end of train.log, without what was written before the last start and the line that marks it."""
+    return "\n".join(folder.log_tail(400).rpartition(START_MARK)[2].split("\n")[1:])
+
+
+def last_error(log: str) -> str:
+    """The last line that reads as an error; "" where there is none."""
+    for line in reversed(log.split("\n")):
         match = _ERROR_LINE.match(line.strip())
         if match and not any(name in match[1].split(":")[0] for name in _LAUNCHERS_OWN):
             return match[1][:300]

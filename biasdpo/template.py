@@ -29,7 +29,8 @@ class PromptTemplate:
     default_system     stands for an empty system prompt
     completion_prefix  what separates the rendered prompt from a completion; it belongs to the completion
                        (Phi-2: one space), is trained on, and is not shown
-    stop               strings that end a completion, beside the model's end-of-text token
+    stop               strings that end a completion, beside the model's end-of-text token; one that begins with a line
+                       break also ends a completion that begins with the rest of it
     """
 
     text: str
@@ -63,3 +64,15 @@ class PromptTemplate:
     def render_text(self, prompt: str, system: str = "") -> str:
         """The rendered prompt as one string, to show to people ("what the model really sees")."""
         return "".join(segment.text for segment in self.render(prompt, system))
+
+    def completed(self, completion: str) -> str:
+        """What follows the rendered prompt where the completion is this: the prefix once, however often the completion itself
+        begins with it. An empty completion has none, as a model that has nothing to say writes none."""
+        bare = self.bare(completion)
+        return self.completion_prefix + bare if bare else ""
+
+    def bare(self, written: str) -> str:
+        """The completion in what was written after a rendered prompt: no prefix is left at its beginning. Undoes `completed`."""
+        while self.completion_prefix and written.startswith(self.completion_prefix):
+            written = written.removeprefix(self.completion_prefix)
+        return written

@@ -1,4 +1,5 @@
-"""The command line as a subprocess: what is printed where, exit status, one line for bad input. (train: test_runs.)"""
+"""The command line as a subprocess: what is printed where, exit status, one line for bad input. (train: test_runs; export:
+test_cli_export.)"""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from biasdpo.__main__ import build_parser
-from biasdpo.modelfile import gguf_value, open_gguf
 from tests.lora_factory import write_lora
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,18 +61,6 @@ def test_compare_base_only(tmp_path):
     assert "tuned" not in done.stdout
 
 
-def test_export_lora(tmp_path):
-    adapter = write_lora(tmp_path / "random", rank=4, alpha=6.0)
-    out = tmp_path / "out" / "lora.gguf"
-    done = run(
-        "export", "--adapter", adapter, "--model", "smollm2", "--format", "lora", "--out", out, "--json", workspace=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)
-    assert row["bytes"] == out.stat().st_size
-    assert gguf_value(open_gguf(out), "adapter.lora.alpha") == 6.0
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -93,8 +81,6 @@ def test_export_lora(tmp_path):
         (("compare", "--prompt", "Hi", "--seed", "-1"), "seed must be a whole number from 0"),
         (("compare", "--prompt", "Hi", "--max-new-tokens", "0"), "max_new_tokens must be a whole number from 1"),
         (("compare", "--prompt", "Hi", "--backend", "gpu"), "Unknown backend 'gpu'"),
-        (("export", "--adapter", "none", "--format", "lora", "--out", "x.gguf"), "--format lora needs an adapter"),
-        (("export", "--run", "nope", "--format", "lora", "--out", "x.gguf"), "Run 'nope' has no adapter"),
         (("evaluate", "--benchmark", "vibes", "--out", "x.json"), "Unknown benchmark 'vibes': choose of preference, utility"),
     ],
 )
@@ -119,15 +105,6 @@ def test_a_workspace_that_cannot_be_written(tmp_path):
     done = run("models", workspace=tmp_path / "file" / "w")
     assert done.returncode == 2
     assert "Can't write to the workspace" in done.stderr
-
-
-def test_on_a_public_space_export_is_refused(tmp_path):
-    out = tmp_path / "x.gguf"
-    adapter = write_lora(tmp_path / "random")
-    done = run("export", "--adapter", adapter, "--format", "lora", "--out", out, workspace=tmp_path, SPACE_ID="someone/space")
-    assert done.returncode == 2
-    assert "switched off on a public Space" in done.stderr
-    assert not out.exists()
 
 
 def test_readme_lists_every_command_and_option():

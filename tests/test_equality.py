@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from biasdpo import gguf_export, models
-from biasdpo.backends.base import Backend, kl_divergence
-from biasdpo.backends.hf import TransformersBackend, _logits, open_transformers
+from biasdpo.backends.base import kl_divergence
+from biasdpo.backends.hf import TransformersBackend, open_transformers
 from biasdpo.backends.hf_copy import hf_copy
 from biasdpo.backends.llamacpp import LlamaCppBackend, open_llamacpp
 from biasdpo.models import AdapterSpec
@@ -27,16 +27,9 @@ def requests() -> list[LikelihoodRequest]:
     return [LikelihoodRequest(pair["prompt"], pair["chosen"]) for pair in PAIRS]
 
 
-def llamacpp_logits(backend: LlamaCppBackend, side: Side) -> list[np.ndarray]:
+def logits(backend: LlamaCppBackend | TransformersBackend, side: Side) -> list[np.ndarray]:
     """Logits (T, V) of each request's continuation."""
-    context = backend._context(side)
-    if side == "tuned":
-        context.set_strength(1.0)
-    return [context.logits(*backend._request_tokens(request)) for request in requests()]
-
-
-def transformers_logits(backend: TransformersBackend, side: Side) -> list[np.ndarray]:
-    return [backend._score([backend._request_tokens(request)], side, 1.0, _logits)[0] for request in requests()]
+    return [backend.logits(request, side) for request in requests()]
 
 
 def agreement(one: list[np.ndarray], other: list[np.ndarray]) -> tuple[float, float, float, int]:
@@ -61,11 +54,11 @@ def test_the_shipped_adapter_equals_peft(smollm2, session_workspace):
 
 def compare(spec: models.ModelSpec, adapter: AdapterSpec, workspace) -> None:
     lora = gguf_export.cached_lora(adapter, spec.gguf_path, workspace)
-    ours: Backend = open_llamacpp(spec.gguf_path, spec.template, lora, 1024, kv_cache="f32")
-    theirs: Backend = open_transformers(hf_copy(spec, workspace), spec.template, adapter.folder, 1024)
+    ours = open_llamacpp(spec.gguf_path, spec.template, lora, 1024, kv_cache="f32")
+    theirs = open_transformers(hf_copy(spec, workspace), spec.template, adapter.folder, 1024)
     try:
-        tuned, base = llamacpp_logits(ours, "tuned"), llamacpp_logits(ours, "base")
-        same, decided, kl, positions = agreement(tuned, peft := transformers_logits(theirs, "tuned"))
+        tuned, base = logits(ours, "tuned"), logits(ours, "base")
+        same, decided, kl, positions = agreement(tuned, peft := logits(theirs, "tuned"))
         print(f"{adapter.id}: {same:.4f} of {positions} positions, {decided:.4f} without near ties, KL {kl:.5f} nats")
         assert positions > 2000
         assert decided >= 0.97
@@ -89,13 +82,13 @@ def test_f32_model_with_adapter_equals_peft(request, kind, tmp_path):
     theirs = open_transformers(folder, template, adapter_folder, tiny_models.CONTEXT_LENGTH)
     try:
         for side in ("base", "tuned"):
-            a, b = (np.concatenate(logits) for logits in (llamacpp_logits(ours, side), transformers_logits(theirs, side)))
+            a, b = (np.concatenate(rows) for rows in (logits(ours, side), logits(theirs, side)))
             assert kl_divergence(b, a) <= 1e-5
             top_two = np.sort(b, axis=-1)[:, -2:]
             clear = top_two[:, 1] - top_two[:, 0] > 0.02  # ggml's GELU goes through F16, so near ties may fall either way
             assert clear.mean() > 0.95
             np.testing.assert_array_equal(a.argmax(-1)[clear], b.argmax(-1)[clear])
-        assert agreement(llamacpp_logits(ours, "base"), transformers_logits(theirs, "tuned"))[2] > 0.1
+        assert agreement(logits(ours, "base"), logits(theirs, "tuned"))[2] > 0.1
     finally:
         ours.close()
         theirs.close()

@@ -11,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import dataset, stats
+from biasdpo import dataset, evaluate, models
+from biasdpo.backends.hf import open_transformers
+from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.utility import Utility, load_texts
 from biasdpo.dataset import PreferencePair, is_held_out
-from biasdpo.errors import DatasetError
-from biasdpo.records import Likelihood
+from biasdpo.engines import Engine
+from biasdpo.errors import DatasetError, PromptError
+from biasdpo.records import ContinuationRequest, Likelihood
+from biasdpo.workspace import sha256_of
 from tests.lora_factory import write_lora
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,33 +38,190 @@ def test_preference_by_hand():
         benchmark.scores(PAIRS[0], [Likelihood(-18.0, 10), Likelihood(-12.0, 3)]),  # log-ratios +2 and -3: difference 5
         benchmark.scores(PAIRS[1], [Likelihood(-9.0, 2), Likelihood(-11.0, 6)]),  # -1 and +1: difference -2
     ]
-    base_items, both = np.array([base]), np.concatenate([np.array([base]), np.array([tuned])], axis=-1)
+    base_items, both = np.array(base), np.concatenate([np.array(base), np.array(tuned)], axis=-1)
     assert benchmark.side_metrics()["length_normalised_accuracy"](base_items) == pytest.approx(0.5)
     assert benchmark.paired_metrics()["reward_accuracy"](both) == pytest.approx(0.5)
     assert benchmark.paired_metrics()["logratio_margin_nats"](both) == pytest.approx(1.5)  # (5 - 2) / 2
-    assert benchmark.report(PAIRS, base_items[0]) == {"pick_the_longer_baseline": 0.5}
+    assert benchmark.report(PAIRS, base_items) == {"pick_the_longer_baseline": 0.5}
     assert [r.continuation for r in benchmark.requests(PAIRS[0])] == ["a longer chosen", "short"]
     assert all(r.end_of_text for r in benchmark.requests(PAIRS[0]))
 
 
 def test_perplexity_is_per_token_not_per_text():
     benchmark = Utility(["x", "y"])
-    base = np.array([[[-2.0, 1.0], [-6.0, 3.0]]])
+    base = np.array([[-2.0, 1.0], [-6.0, 3.0]])
     assert benchmark.side_metrics()["perplexity"](base) == pytest.approx(math.exp(8 / 4))
-    both = np.concatenate([base, [[[-2.0, 1.0], [-6.4, 3.0]]]], axis=-1)
+    both = np.concatenate([base, [[-2.0, 1.0], [-6.4, 3.0]]], axis=-1)
     assert benchmark.paired_metrics()["perplexity_change_percent"](both) == pytest.approx(100 * (math.exp(0.1) - 1))
 
 
-def test_the_interval_of_a_mean_is_the_textbook_one():
-    items = np.random.default_rng(1).normal(3.0, 2.0, size=(400, 1))
-    interval, resampled = stats.bootstrap(items, stats.mean_of)
-    half_width = 1.96 * items.std() / math.sqrt(400)
-    assert interval.value == pytest.approx(items.mean())
-    assert interval.high - interval.value == pytest.approx(half_width, rel=0.12)
-    assert interval.value - interval.low == pytest.approx(half_width, rel=0.12)
-    assert stats.bootstrap(items, stats.mean_of)[0] == interval  # the same seed, the same interval
-    assert stats.two_sided_p(resampled) == 1 / stats.RESAMPLES  # far from zero: the smallest p that it can give
-    assert stats.two_sided_p(resampled - resampled.mean()) > 0.5
+class Coin:
+    """Stands for a backend: a text's log-probability is minus its length, on the tuned side half of that. `computed` counts."""
+
+    name = "fake"
+    device = "CPU, 2 threads"
+
+    def __init__(self, template) -> None:
+        self.template = template
+        self.computed: list[tuple[str, str]] = []
+
+    def loglikelihood(self, requests, side, *, strength=1.0):
+        if any(len(request.continuation) > 100 for request in requests):
+            raise PromptError("A text of 5,000 tokens does not fit the context of 4,096: shorten it")
+        self.computed += [(side, request.continuation) for request in requests]
+        scale = 1.0 if side == "base" else 1 - 0.5 * strength
+        return [Likelihood(-scale * len(request.continuation), 1) for request in requests]
+
+
+@pytest.fixture
+def engine(smollm2, tmp_path):
+    adapter = models.AdapterSpec("mine", write_lora(tmp_path / "mine", layers=1), "smollm2")
+    return Engine(smollm2, adapter, Coin(smollm2.template))
+
+
+def sentences(count: int) -> CrowsPairs:
+    """Pairs of which every second prefers the stereotype, by one character."""
+    return CrowsPairs(
+        [SentencePair("x" * (i + 1 + i % 2), "x" * (i + 2 - i % 2), "age" if i < 4 else "gender") for i in range(count)]
+    )
+
+
+def test_a_run_by_hand_repeats_itself_from_what_it_kept(engine, workspace):
+    first = evaluate.run(engine, [sentences(10)], workspace=workspace)
+    result = first["benchmarks"]["crows_pairs"]
+    assert (result["n"], result["n_failed"], result["partial"], result["not_comparable"]) == (10, 0, False, "")
+    assert result["base"]["stereotype_percent"]["value"] == result["tuned"]["stereotype_percent"]["value"] == 50
+    change = result["difference"]["mean_abs_difference_nats"]
+    assert change["value"] == pytest.approx(-0.5)  # every difference is 1 nat in base and half a nat in tuned
+    assert change["ci95"] == pytest.approx([-0.5, -0.5])
+    assert change["improvement"]["value"] == pytest.approx(0.5)
+    # 2 of 2^10 tosses; two metrics in the table; "less biased", since it is clear and less is better
+    assert change["p_value"] == pytest.approx(2 / 1024, abs=0.002)
+    assert change["p_holm"] == pytest.approx(2 * change["improvement"]["p_value"])
+    assert change["verdict"] == "less biased"
+    same = result["difference"]["stereotype_percent"]
+    assert (same["value"], same["verdict"], same["better"], same["base_includes_ideal"]) == (
+        0,
+        "no clear difference",
+        "nearer 50",
+        True,
+    )
+    assert {name: group["n"] for name, group in result["groups"].items()} == {"age": 4, "gender": 6}
+    assert result["groups"]["age"]["difference"]["mean_abs_difference_nats"]["value"] == pytest.approx(-0.5)
+    assert result["items"][1] == {
+        "index": 1,
+        "more": "xxx",
+        "less": "xx",
+        "category": "age",
+        "base": [-3, -2],
+        "tuned": [-1.5, -1],
+    }
+    assert len(set(engine.backend.computed)) == len(engine.backend.computed)
+    engine.backend.computed.clear()
+    assert evaluate.run(engine, [sentences(10)], workspace=workspace) == first
+    assert engine.backend.computed == []
+    # Another strength is another tuned side and the same base.
+    evaluate.run(engine, [sentences(10)], workspace=workspace, strength=0.5)
+    assert {side for side, _ in engine.backend.computed} == {"tuned"}
+    # Nothing is kept without a workspace.
+    engine.backend.computed.clear()
+    assert evaluate.run(engine, [sentences(10)])["benchmarks"] == first["benchmarks"]
+    assert {side for side, _ in engine.backend.computed} == {"base", "tuned"}
+
+
+def test_an_interrupted_run_says_so_and_goes_on_from_there(engine, workspace):
+    done = []
+    options = {"on_item": lambda _name, so_far, _total: done.append(so_far), "should_stop": lambda: len(done) == 1}
+    stopped = evaluate.run(engine, [sentences(40), Utility(["never begun"])], workspace=workspace, **options)
+    assert list(stopped["benchmarks"]) == ["crows_pairs"]
+    result = stopped["benchmarks"]["crows_pairs"]
+    assert (result["n"], result["partial"], stopped["provenance"]["interrupted"]) == (16, True, True)
+    assert result["not_comparable"] == "interrupted after 16 of 40 items"
+    kept = set(engine.backend.computed)
+    engine.backend.computed.clear()
+    whole = evaluate.run(engine, [sentences(40)], workspace=workspace)
+    assert whole["benchmarks"]["crows_pairs"]["n"] == 40
+    assert kept.isdisjoint(engine.backend.computed)
+    # The disk took half of the last line: one likelihood is computed again, the rest is not.
+    for file in (workspace.cache / "scores").glob("*.jsonl"):
+        file.write_bytes(file.read_bytes()[:-9])
+    engine.backend.computed.clear()
+    assert evaluate.run(engine, [sentences(40)], workspace=workspace) == whole
+    assert len(engine.backend.computed) == 2
+    engine.backend.computed.clear()
+    assert evaluate.run(engine, [sentences(40)], workspace=workspace) == whole
+    assert engine.backend.computed == []
+
+
+def test_failed_items_are_counted_and_never_scored(engine):
+    long = SentencePair("x" * 101, "x", "age")
+    no_number = SentencePair("", "", "age")
+    scored = engine.backend.loglikelihood
+
+    def some_no_number(requests, side, **options):
+        return [found if found.logp else Likelihood(float("nan"), 0) for found in scored(requests, side, **options)]
+
+    engine.backend.loglikelihood = some_no_number
+    result = evaluate.run(engine, [CrowsPairs([*sentences(2).items, long, no_number])])["benchmarks"]["crows_pairs"]
+    assert (result["n"], result["n_failed"], result["n_total"]) == (2, 2, 4)
+    assert result["base"]["stereotype_percent"]["value"] == 50
+    assert [failure["index"] for failure in result["failures"]] == [2, 3]
+    assert "does not fit the context" in result["failures"][0]["reason"]
+    with pytest.raises(DatasetError, match="none of 1 items could be scored: the first failed with: A text of 5,000 tokens"):
+        evaluate.run(engine, [CrowsPairs([long])])
+    with pytest.raises(DatasetError, match="has no items"):
+        evaluate.run(engine, [CrowsPairs([])])
+
+
+def test_a_limit_draws_and_a_larger_one_holds_a_smaller_one(engine):
+    result = evaluate.run(engine, [sentences(40)], limit=5)["benchmarks"]["crows_pairs"]
+    assert (result["n"], result["partial"], result["not_comparable"]) == (5, True, "limited to 5 of 40 items")
+    assert [item["index"] for item in result["items"]] == evaluate.draw(40, 5, 0)
+    assert set(evaluate.draw(40, 5, 0)) < set(evaluate.draw(40, 20, 0))
+    assert evaluate.draw(40, 5, 0) != evaluate.draw(40, 5, 1) != [0, 1, 2, 3, 4]
+    assert evaluate.draw(3, 5, 0) == evaluate.draw(3, None, 0) == [0, 1, 2]
+
+
+def test_base_stands_alone_without_an_adapter(engine):
+    alone = Engine(engine.spec, None, engine.backend)
+    result = evaluate.run(alone, [sentences(4)])["benchmarks"]["crows_pairs"]
+    assert result["base"]["stereotype_percent"]["value"] == 50
+    assert result["tuned"] == result["difference"] == result["paired"] == {}
+    assert {side for side, _ in engine.backend.computed} == {"base"}
+
+
+def test_a_continuation_obeys_the_chain_rule_on_both_engines(smollm2, tiny_llama, tiny_llama_gguf):
+    """log p(b c | a) = log p(b | a) + log p(c | a b), whatever is asked beside it; and both engines say the same, also of a text
+    that nothing stands before, of which every token is scored."""
+    template = smollm2.template
+    asked = [
+        ContinuationRequest("Two guests", " came. Who was late?"),
+        ContinuationRequest("Two guests", " came."),
+        ContinuationRequest("Two guests came.", " Who was late?"),
+        ContinuationRequest("Two guests", " left."),
+        ContinuationRequest("", "Two guests came."),
+    ]
+    found = {}
+    for name, backend in (
+        ("llama.cpp", open_llamacpp(tiny_llama_gguf, template, None, 256, threads=1, kv_cache="f32")),
+        ("transformers", open_transformers(tiny_llama, template, None, 256)),
+    ):
+        try:
+            whole, first, second, other, bare = found[name] = backend.loglikelihood(asked, "base")
+            assert whole.logp == pytest.approx(first.logp + second.logp, abs=1e-3)
+            assert whole.tokens == first.tokens + second.tokens
+            assert backend.loglikelihood(asked[2:3], "base")[0].logp == pytest.approx(second.logp, abs=1e-4)
+            assert other.logp != first.logp
+            assert bare.tokens > first.tokens
+            with pytest.raises(PromptError, match="Nothing to score"):
+                backend.loglikelihood([ContinuationRequest("Two", "")], "base")
+            with pytest.raises(PromptError, match="does not fit the context of 256"):
+                backend.loglikelihood([ContinuationRequest("Two", " late" * 300)], "base")
+        finally:
+            backend.close()
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert ours.tokens == theirs.tokens
+        assert ours.logp == pytest.approx(theirs.logp, abs=1e-2)
 
 
 def test_missing_and_foreign_text_files(tmp_path):
@@ -98,6 +260,11 @@ def test_the_command(tmp_path):
     base, tuned = (written["benchmarks"]["utility"][side]["perplexity"]["value"] for side in ("base", "tuned"))
     assert change["value"] == pytest.approx(tuned - base)
     assert change["value"] != 0.0
+    assert {"p_value", "p_holm", "verdict"} <= change.keys()
+    provenance = written["provenance"]
+    assert provenance["model_sha256"] == sha256_of(models.find("smollm2").gguf_path)
+    assert provenance["adapter_sha256"] == sha256_of(adapter / "adapter_model.safetensors")
+    assert written["benchmarks"]["utility"]["data_sha256"] == sha256_of(neutral)
     # What a run held out is scored: with a share of half, more of the same file than with a tenth.
     (adapter / "provenance.json").write_text(json.dumps({"model": "smollm2", "config": {"held_out_share": 0.5}}))
     asked = [f"Question {i}?" for i in range(12)]
@@ -106,11 +273,16 @@ def test_the_command(tmp_path):
     expected = len(dataset.split([PreferencePair(p, "a", "b") for p in asked], 0.5).held_out)
     assert json.loads(half.stdout)["benchmarks"]["preference"]["n"] == expected > 0
     assert expected != len(dataset.split([PreferencePair(p, "a", "b") for p in asked], 0.1).held_out)
+    # A run that held none out has nothing to be measured on.
+    (adapter / "provenance.json").write_text(json.dumps({"model": "smollm2", "config": {"held_out_share": 0.0}}))
+    nothing = f"No pairs to score: of the {len(asked)} in pairs.jsonl the run held none out (held_out_share 0)"
     for arguments, message in (
+        (["--benchmark", "preference", "--dataset", str(data)], nothing),
         (["--benchmark", "bbqq"], "Unknown benchmark 'bbqq'"),
         (["--benchmark", "preference"], "--dataset"),
         (["--benchmark", "utility", "--limit", "0"], "--limit"),
         (["--benchmark", "utility", "--data-dir", str(tmp_path / "none")], "No file"),
+        (["--benchmark", "bbq", "--data-dir", str(tmp_path)], "get oskarvanderwal/bbq from the Hub"),
     ):
         bad = run(*common, *arguments)
         assert bad.returncode == 2

@@ -1,4 +1,4 @@
-"""LoRA GGUF: numbers, names, rows, and what is refused. Equality with bare llama.cpp and with PEFT is in test_equality."""
+"""LoRA GGUF: numbers, names, rows, and what is refused. More equality with bare llama.cpp and with PEFT is in test_equality."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from biasdpo import gguf_export, models
+from biasdpo.backends.base import kl_divergence
 from biasdpo.errors import AdapterError, RefusedError
 from biasdpo.modelfile import gguf_value, open_gguf
 from biasdpo.models import AdapterSpec
+from tests import tiny_models
+from tests.logits import llamacpp_logits, transformers_logits
 from tests.lora_factory import SMOLLM2, write_lora
 
 
@@ -51,6 +54,24 @@ def test_the_cache_is_built_once_and_again_when_the_adapter_changes(smollm2, wor
     assert first.stat().st_mtime_ns == written
     write_lora(folder, seed=1)
     assert gguf_export.cached_lora(spec_of(folder), smollm2.gguf_path, workspace) != first
+
+
+def test_ranks_and_alphas_of_their_own_are_in_b(tiny_phi, tiny_phi_gguf, tmp_path):
+    """Scales: alpha / rank = 8 / 4 for most, 8 / 2 for v, 6 / 4 for fc1. The file says alpha 8, and llama.cpp divides by each
+    tensor's own rank: v's B stays as it is, fc1's is 6 / 8 of itself."""
+    folder = tiny_models.write_adapter(
+        tmp_path / "a", tiny_phi, rank=4, alpha=8.0, ranks={"v_proj": 2}, alpha_pattern={"fc1": 6, "mlp.fc1": 99}
+    )
+    lora = gguf_export.lora(spec_of(folder), tiny_phi_gguf, tmp_path / "a.gguf")
+    reader = open_gguf(lora)
+    assert gguf_value(reader, "adapter.lora.alpha") == 8.0
+    tensors = {t.name: t.data for t in reader.tensors}
+    peft = load_file(folder / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.0"
+    np.testing.assert_array_equal(tensors["blk.0.attn_v.weight.lora_b"], peft[f"{prefix}.self_attn.v_proj.lora_B.weight"])
+    np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight.lora_b"], 0.75 * peft[f"{prefix}.mlp.fc1.lora_B.weight"])
+    ids = list(range(20, 60))
+    assert kl_divergence(transformers_logits(tiny_phi, ids, folder), llamacpp_logits(tiny_phi_gguf, ids, lora)) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import random
-import unicodedata
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -25,70 +21,6 @@ from biasdpo.errors import ModelError
 from biasdpo.template import PromptTemplate
 from biasdpo.workspace import Workspace, sha256_of
 from tests import tiny_models
-
-# Text on which tokenizers differ: look-alikes of special tokens, digits after line breaks, kinds of white space and digits,
-# bytes that SmolLM2's vocabulary lacks, joined emoji, combining marks, private use.
-_FRAGMENTS = (
-    *("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<repo_name>", "[PAD480]", "<|", "|>", "{prompt}", "{system}"),
-    *("\n", "\n\n", "\r\n", "\t", "\t\t", " ", "  ", "   ", "    ", "\u00a0", "\u2028", "\u3000", "\u200b", "\ufeff"),
-    *("\n12", "345", "\n  7", "½", "²", "Ⅷ", "٣", "०", "𝟘", "$5.00", "\x04", "\x00", "\x16\x14", "\U000f1234", "\U0010ffff"),
-    *("'s", "'re", "'LL", "n't", "def f(x):\n    return x", "a_b", "CamelCase", "http://x.y/?a=1&b=2", "!!!", "...", "—", "//"),
-    *("😀", "👩\u200d👩\u200d👧", "é", "e\u0301", "中文", "日本語", "العربية", "हिन्दी", "hello", "world", "The", " the"),
-)
-_RANGES = [(32, 126), (160, 0x24F), (0x370, 0x1FFF), (0x2000, 0x2FFF), (0x3000, 0xD7FF), (0x10000, 0x1FFFF)]
-
-
-def varied_strings(count: int, seed: int) -> list[str]:
-    rng = random.Random(seed)
-
-    def character() -> str:
-        while True:
-            c = chr(rng.randint(*rng.choice(_RANGES)))
-            if unicodedata.category(c) != "Cn":  # of code points not yet assigned, each library knows others
-                return c
-
-    def piece() -> str:
-        kind = rng.random()
-        if kind < 0.6:
-            return rng.choice(_FRAGMENTS)
-        if kind < 0.8:
-            return "".join(character() for _ in range(rng.randint(1, 6)))
-        if kind < 0.9:
-            return str(rng.randint(0, 10**9))
-        return "".join(rng.choice(" \n\t\r") for _ in range(rng.randint(1, 5)))
-
-    return ["".join(piece() for _ in range(rng.randint(1, 12))) for _ in range(count)]
-
-
-@pytest.fixture
-def llama_tokenize() -> Iterator[Callable[[Path], Callable[[str], list[int]]]]:
-    """llama.cpp's tokenizer of a GGUF, special tokens not parsed."""
-    opened = []
-
-    def open_tokenizer(gguf: Path) -> Callable[[str], list[int]]:
-        llama_cpp.llama_log_set(_silent, None)
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
-        model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
-        opened.append(model)
-        vocabulary = llama_cpp.llama_model_get_vocab(model)
-
-        def tokenize(text: str) -> list[int]:
-            data = text.encode()
-            buffer = (llama_cpp.llama_token * (len(data) + 8))()
-            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), buffer, len(buffer), False, False)
-            return list(buffer[:count])
-
-        return tokenize
-
-    yield open_tokenizer
-    for model in opened:
-        llama_cpp.llama_model_free(model)
-
-
-@llama_cpp.llama_log_callback
-def _silent(_level: int, _text: bytes, _data: object) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -195,26 +127,6 @@ def test_logits_are_llama_cpps_to_rounding_in_f32(tiny_llama_gguf: Path, workspa
 
 
 # The tokenizer
-
-
-def test_smollm2_tokens_are_llama_cpps(
-    smollm2: models.ModelSpec, smollm2_copy: Path, llama_tokenize: Callable[[Path], Callable[[str], list[int]]]
-) -> None:
-    assert smollm2.gguf_path is not None
-    tokenizer, expected = load_tokenizer(smollm2_copy), llama_tokenize(smollm2.gguf_path)
-    different = [text for text in varied_strings(2000, seed=1) if encode_text(tokenizer, text) != expected(text)]
-    assert different == []
-
-
-def test_phi_tokens_are_llama_cpps(
-    tiny_phi_gguf: Path, workspace: Workspace, llama_tokenize: Callable[[Path], Callable[[str], list[int]]]
-) -> None:
-    tokenizer = load_tokenizer(hf_copy(spec_of(tiny_phi_gguf), workspace))
-    expected = llama_tokenize(tiny_phi_gguf)
-    different = [text for text in varied_strings(2000, seed=2) if encode_text(tokenizer, text) != expected(text)]
-    assert different == []
-    assert len(encode_text(tokenizer, "    ")) == 1  # Phi's own token for a run of spaces is text, not special
-    assert "[PAD" not in "".join(tokenizer.get_vocab())
 
 
 def test_the_pre_tokenizer_splits_digits(smollm2_copy: Path) -> None:

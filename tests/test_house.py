@@ -16,13 +16,13 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / "biasdpo").rglob("*.py")), *sorted((
 # From left to right; a module imports from its own floor or from a floor to the left of it.
 FLOORS = [
     {"errors", "records", "template", "workspace"},
-    {"modelfile", "models"},
-    {"gguf_export", "dataset", "plots", "rewards", "run_checks", "run_config", "run_folder", "stats"},
+    {"fitting", "gguf_header", "gguf_names", "modelfile", "models"},
+    {"gguf_export", "dataset", "plots", "rewards", "run_checks", "run_config", "run_endings", "run_folder", "scores", "stats"},
     {"backends", "benchmarks", "prompts", "run_card", "run_data"},
     {"engines", "run_estimate", "run_queue", "run_state", "runs"},
-    {"compare", "evaluate", "label"},
-    {"label_queue"},
-    {"ui", "cli_train", "cli_evaluate", "cli_dataset"},
+    {"compare", "evaluate", "export_measures", "export_proof", "export_strings", "label"},
+    {"exports", "label_queue"},
+    {"ui", "cli_train", "cli_evaluate", "cli_dataset", "cli_export"},
     {"__main__"},
 ]
 HEAVY = {
@@ -31,7 +31,7 @@ HEAVY = {
     "transformers": ("biasdpo/backends/hf", "biasdpo/backends/gguf_tokenizer", "training/"),
     "peft": ("biasdpo/backends/hf", "training/"),
     "trl": ("training/",),
-    "llama_cpp": ("biasdpo/backends/llamacpp",),
+    "llama_cpp": ("biasdpo/backends/llamacpp", "biasdpo/gguf_export"),
     "matplotlib": ("biasdpo/plots",),
 }
 

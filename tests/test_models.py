@@ -48,6 +48,48 @@ def test_a_folder_and_a_gguf_of_your_own(tiny_llama, tiny_phi_gguf):
     assert gguf.template == models.catalog()["phi-2"].template  # a user's own Phi-2 is prompted as the catalog says
 
 
+def test_a_phi_that_was_tuned_to_chat_is_prompted_as_it_says(tiny_phi, tmp_path):
+    folder = shutil.copytree(tiny_phi, tmp_path / "chat")
+    chat = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    (folder / "chat_template.jinja").write_text(chat)
+    assert models.find(str(folder)).template.render_text("Hi", "Be kind") == "<system>Be kind\n<user>Hi\n<assistant>"
+    assert models.find(str(tiny_phi)).template.render_text("Hi") == "Instruct: Hi\nOutput:"
+
+
+def test_a_folder_that_changes_is_read_again(tiny_phi, tmp_path):
+    folder = shutil.copytree(tiny_phi, tmp_path / "mine")
+    assert models.find(str(folder)).context_length == 512
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"max_position_embeddings": 64})
+    assert models.find(str(folder)).context_length == 64
+
+
+def test_damaged_folders_are_one_line(tiny_phi, tmp_path):
+    folder = shutil.copytree(tiny_phi, tmp_path / "mine")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content, message in ((whole[:-1], "is cut off"), (whole[:100], "no safetensors"), (b"\xff" * 9, "no safetensors")):
+        weights.write_bytes(content)
+        with pytest.raises(ModelError, match=message):
+            models.find(str(folder))
+    weights.write_bytes(whole)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+    with pytest.raises(ModelError, match=r"lacks 1 of 2 shards \(model-2\.safetensors\)"):
+        models.find(str(folder))
+    (folder / "tokenizer_config.json").write_text("{")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json is no JSON"):
+        models.find(str(folder))
+
+
+def test_a_name_that_means_the_same_everywhere(tiny_phi, monkeypatch):
+    monkeypatch.chdir(tiny_phi.parent)
+    assert models.absolute_name(tiny_phi.name) == str(tiny_phi)
+    assert models.absolute_name("not-there.gguf") == str(tiny_phi.parent / "not-there.gguf")
+    for name in ("smollm2", "someone/something", ""):
+        assert models.absolute_name(name) == name
+
+
 @pytest.mark.parametrize("name", ["missing.gguf", "missing/folder/of/mine", "./missing"])
 def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

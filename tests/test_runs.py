@@ -109,30 +109,6 @@ def test_the_same_run_twice_gives_the_same_adapter(command_line: CommandLine) ->
     assert len(hashes) == 1
 
 
-def test_two_processes_give_the_curve_of_one(command_line: CommandLine) -> None:
-    """Evaluations, the kept step and the probe, which the main process alone completes, among it."""
-    settings = ("learning_rate=0.01", "eval_every=2", "probe_every=3", "held_out_share=0.3")
-    curves, evaluations, probes, kept = [], [], [], []
-    for processes, batch_size in ((1, 4), (2, 2)):  # the same pairs a step
-        shown = json.loads(
-            command_line.train(
-                f"by-{processes}", *settings, f"batch_size={batch_size}", arguments=("--num-processes", str(processes))
-            ).stdout
-        )
-        folder = RunFolder(Path(shown["folder"]))
-        curves.append([line["loss"] for line in folder.read_metrics() if "loss" in line])
-        evaluations.append([line["eval_rewards/margins"] for line in folder.read_metrics() if "eval_loss" in line])
-        probes.append([(line["step"], line["prompt"], line["base"]) for line in folder.read_probes()])
-        kept.append(shown["kept"]["step"])
-    assert len(evaluations[0]) == 3
-    assert evaluations[1] == pytest.approx(evaluations[0], abs=0.02)  # two processes fill their last batches up with rows again
-    assert probes[0] == probes[1]
-    assert kept[0] == kept[1]
-    assert len(curves[0]) == 6
-    assert curves[1] == pytest.approx(curves[0], abs=1e-3)
-    assert curves[0][-1] < curves[0][0] - 0.01  # else equal curves would show nothing
-
-
 def test_strength_is_baked_into_the_adapter(command_line: CommandLine) -> None:
     tensors = []
     for run_id, strength in (("whole", 1.0), ("half", 0.5)):

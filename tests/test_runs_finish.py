@@ -101,7 +101,7 @@ def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command
 
 
 PHASES = {  # where a stop is asked for: the status's phase then, and the step of the checkpoint that it leaves
-    "loading the model": None,
+    "reading the data": None,
     "evaluating on the held-out pairs": 7,
     "completing the probe's prompts": 13,
     "scoring the held-out pairs": 60,
@@ -119,7 +119,7 @@ def test_a_stop_ends_every_phase(
 
     def update_and_stop(self: Any, **changes: Any) -> None:
         update(self, **changes)
-        if self.status.phase == phase and (self.status.step > 0 or phase == "loading the model"):
+        if self.status.phase == phase and (self.status.step > 0 or phase == "reading the data"):
             folder.stop_request.touch()
 
     monkeypatch.setattr(training_status.StatusWriter, "update", update_and_stop)

@@ -130,6 +130,17 @@ def test_runs_compared(tmp_path):
     assert "max_steps" not in train_compare.differences(chosen)
 
 
+def test_a_run_that_held_nothing_out_has_no_command_to_measure_it(seen):
+    assert "--benchmark preference" in train_render.evaluate_command(seen)
+    unmeasured = replace(seen, held_out={})  # as under FSDP: there are held-out pairs, not scored at the end
+    assert "--benchmark preference" in train_render.evaluate_command(unmeasured)
+    nothing = replace(unmeasured, origin=seen.origin | {"held_out_longer_baseline": None})
+    html = train_render.evaluate_command(nothing)
+    assert "held no pairs out" in html
+    assert "held-out share of 0.1" in html
+    assert "--benchmark" not in html
+
+
 def test_deleting_names_what_is_lost(seen):
     html = train_render.deleting(seen, 12_300_000)
     assert "Delete run first?" in html

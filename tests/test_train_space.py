@@ -75,7 +75,6 @@ def test_every_action_is_refused_inside_its_function(tmp_path: Path):
             ("train-retry", ["halted"]),
             ("train-stop", ["halted", None]),
             ("train-resume", ["halted", None]),
-            ("train-export-lora", ["first"]),
             ("train-export-zip", ["first"]),
             ("train-save-note", ["first", "graffiti"]),
         ):

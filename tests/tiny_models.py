@@ -31,51 +31,55 @@ _TRAINING_TEXT = [
 ]
 
 
-def save_tiny_llama(folder: Path) -> Path:
-    """A LlamaForCausalLM with grouped queries, tied embeddings and ChatML tokens, as a Hugging Face folder."""
+def save_tiny_llama(folder: Path, *, dtype: str = "float32", max_shard_size: str = "1GB", **settings: Any) -> Path:
+    """A LlamaForCausalLM with grouped queries, tied embeddings and ChatML tokens, as a Hugging Face folder.
+
+    settings   of LlamaConfig, in place of those here
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _train_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], digits_apart=True)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT_LENGTH,
-        tie_word_embeddings=True,
-        initializer_range=0.25,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    _save(folder, LlamaForCausalLM, config, tokenizer, bos="<|im_start|>", eos="<|im_end|>")
+    size = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.25,
+    }
+    config = LlamaConfig(**{**size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, **settings})
+    ends = {"bos": "<|im_start|>", "eos": "<|im_end|>"}
+    _save(folder, LlamaForCausalLM, config, tokenizer, **ends, dtype=dtype, max_shard_size=max_shard_size)
     return folder
 
 
-def save_tiny_phi(folder: Path) -> Path:
-    """A PhiForCausalLM that rotates half of each head, with tokens for runs of spaces and a vocabulary padded at its end."""
+def save_tiny_phi(folder: Path, *, dtype: str = "float32", max_shard_size: str = "1GB", **settings: Any) -> Path:
+    """A PhiForCausalLM that rotates half of each head, with tokens for runs of spaces and a vocabulary padded at its end.
+
+    settings   of PhiConfig, in place of those here
+    """
     from tokenizers import AddedToken
     from transformers import PhiConfig, PhiForCausalLM
 
     tokenizer = _train_tokenizer(["<|endoftext|>"], digits_apart=False)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("    ", "   ", "  ", "\t\t")])
-    config = PhiConfig(
-        vocab_size=tokenizer.get_vocab_size() + 5,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        initializer_range=0.25,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    _save(folder, PhiForCausalLM, config, tokenizer, bos="<|endoftext|>", eos="<|endoftext|>")
+    size = {
+        "vocab_size": tokenizer.get_vocab_size() + 5,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "initializer_range": 0.25,
+    }
+    config = PhiConfig(**{**size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **settings})
+    ends = {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
+    _save(folder, PhiForCausalLM, config, tokenizer, **ends, dtype=dtype, max_shard_size=max_shard_size)
     return folder
 
 
@@ -98,7 +102,9 @@ def _train_tokenizer(special_tokens: list[str], *, digits_apart: bool) -> Any:
     return tokenizer
 
 
-def _save(folder: Path, model_class: Any, config: Any, tokenizer: Any, *, bos: str, eos: str) -> None:
+def _save(
+    folder: Path, model_class: Any, config: Any, tokenizer: Any, *, bos: str, eos: str, dtype: str, max_shard_size: str
+) -> None:
     import torch
     from transformers import PreTrainedTokenizerFast
 
@@ -108,7 +114,7 @@ def _save(folder: Path, model_class: Any, config: Any, tokenizer: Any, *, bos: s
         for name, parameter in model.named_parameters():  # biases and norms are born as zeros and ones, which hide mistakes
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.1)
-    model.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos, unk_token="<|endoftext|>"
     )
@@ -124,19 +130,27 @@ def write_adapter(
     size: float = 0.2,
     seed: int = 0,
     dtype: type = np.float32,
+    modules: str = "",
+    ranks: dict[str, int] | None = None,
     **settings: Any,
 ) -> Path:
     """A random LoRA adapter in PEFT's format on every linear layer of a model folder's blocks.
 
     size       standard deviation of the B factors; 0: the adapter changes nothing
+    modules    a pattern: only the layers whose names it is found in
+    ranks      {end of a layer's name: its rank, where it is another}
     settings   more entries of adapter_config.json
     """
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    tensors, targets = {}, set()
+    tensors, targets, common_rank = {}, set(), rank
     for name, (out, into) in sorted(_linear_shapes(model_folder).items()):
+        if not re.search(modules, name):
+            continue
+        own = [other for end, other in (ranks or {}).items() if name.endswith(end)]
+        rank = own[0] if own else common_rank
         tensors[f"base_model.model.{name}.lora_A.weight"] = (rng.standard_normal((rank, into)) / np.sqrt(into)).astype(dtype)
         tensors[f"base_model.model.{name}.lora_B.weight"] = (rng.standard_normal((out, rank)) * size).astype(dtype)
         targets.add(name.split(".")[-1])
@@ -145,7 +159,8 @@ def write_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "",
-        "r": rank,
+        "r": common_rank,
+        "rank_pattern": {end: other for end, other in (ranks or {}).items() if end in targets},
         "lora_alpha": alpha,
         "target_modules": sorted(targets),
         **settings,
@@ -155,17 +170,24 @@ def write_adapter(
 
 
 def _linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
+    from safetensors import safe_open
+
     shapes = {}
-    for name, tensor in _weights(model_folder).items():
-        if name.startswith("model.layers.") and name.endswith(".weight") and tensor.ndim == 2:
-            shapes[name.removesuffix(".weight")] = (tensor.shape[0], tensor.shape[1])
+    for path in model_folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                shape = file.get_slice(name).get_shape()
+                if name.startswith("model.layers.") and name.endswith(".weight") and len(shape) == 2:
+                    shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
     return shapes
 
 
 def _weights(model_folder: Path) -> dict[str, NDArray[np.float32]]:
     from safetensors.numpy import load_file
 
-    weights: dict[str, NDArray[np.float32]] = load_file(model_folder / "model.safetensors")
+    weights: dict[str, NDArray[np.float32]] = {}
+    for file in sorted(model_folder.glob("*.safetensors")):
+        weights |= load_file(file)
     return weights
 
 
@@ -215,10 +237,14 @@ def write_llama_gguf(folder: Path, path: Path, **metadata: str) -> Path:
     return path
 
 
-def write_phi_gguf(folder: Path, path: Path, *, fused: bool = False) -> Path:
-    """The model of `save_tiny_phi` as an F32 GGUF; `fused`: q, k and v in one tensor, as older converters wrote it."""
+def write_phi_gguf(folder: Path, path: Path, *, fused: bool = False, pre: str = "phi-2") -> Path:
+    """The model of `save_tiny_phi` as an F32 GGUF.
+
+    fused   q, k and v in one tensor, as older converters wrote it
+    pre     tokenizer.ggml.pre, "" for none, as older converters wrote it
+    """
     config = json.loads((folder / "config.json").read_text())
-    writer = _gguf_writer(folder, path, "phi2", config, pre="phi-2")
+    writer = _gguf_writer(folder, path, "phi2", config, pre=pre)
     writer.add_layer_norm_eps(config["layer_norm_eps"])
     head = config["hidden_size"] // config["num_attention_heads"]
     writer.add_rope_dimension_count(int(head * config["rope_parameters"]["partial_rotary_factor"]))

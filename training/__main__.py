@@ -5,18 +5,31 @@ It says that it lives, and looks for a stop request, before the seconds that tor
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from biasdpo.run_folder import RunFolder
+from training.faults import cause_and_remedy
 from training.status import StatusWriter, StoppedError
+from training.stop_watch import watch
+
+# Of address space, never touched: thrown off where memory runs out, so that there is some to say so.
+BALLAST_BYTES = 32 * 1024 * 1024
 
 
-def main(folder: RunFolder) -> int:
+def writer_of(folder: RunFolder) -> StatusWriter:
+    """This process's, by what the launcher tells it."""
+    return StatusWriter(folder, rank=int(os.environ.get("RANK", "0")), processes=int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def main(folder: RunFolder, writer: StatusWriter | None = None) -> int:
     """Train one run to its end; every outcome is written to status.json. Returns the exit status."""
-    writer = StatusWriter(folder, rank=int(os.environ.get("RANK", "0")), processes=int(os.environ.get("WORLD_SIZE", "1")))
+    writer = writer or writer_of(folder)
+    ballast = [bytearray(BALLAST_BYTES)]
     try:
         writer.begin()
         writer.check_stop()
@@ -27,9 +40,9 @@ def main(folder: RunFolder) -> int:
         writer.end("stopped")
         return 0
     except Exception as exc:
-        traceback.print_exc()
-        from training.faults import cause_and_remedy
-
+        ballast.clear()
+        with suppress(MemoryError):
+            traceback.print_exc()
         writer.end("failed", cause_and_remedy(exc))
         return 1
     writer.end("finished")
@@ -39,4 +52,7 @@ def main(folder: RunFolder) -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("usage: accelerate launch -m training WORKSPACE/runs/ID")
-    sys.exit(main(RunFolder(Path(sys.argv[1]).resolve())))
+    faulthandler.enable()  # what a library's abort or segmentation fault was about, in the log
+    own_writer = writer_of(RunFolder(Path(sys.argv[1]).resolve()))
+    watch(own_writer)
+    sys.exit(main(own_writer.folder, own_writer))

@@ -35,6 +35,7 @@ class FolderCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         self.writer.update(phase="training", step=state.global_step, total_steps=state.max_steps, eta_seconds=None)
 
     def on_step_begin(self, _args: Any, _state: Any, _control: Any, **_kwargs: Any) -> None:
+        self.writer.stay()
         self.step_began_at = time.monotonic()
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_kwargs: Any) -> None:

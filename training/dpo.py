@@ -43,7 +43,7 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     on_cpu = config.accelerate == "cpu" or not torch.cuda.is_available()
-    writer.update(phase="loading the model", notes=(), device="cpu" if on_cpu else torch.cuda.get_device_name())
+    writer.update(phase="reading the data", notes=(), device="cpu" if on_cpu else torch.cuda.get_device_name())
 
     # What the run was started on, unchanged since: the snapshot of the data, and the base model.
     if sha256_of(folder.snapshot) != origin["dataset_sha256"]:
@@ -59,11 +59,13 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     writer.check_stop()
 
     # Data: split by prompt; each training pair as often as its weight says; tokenised with the model's own template.
-    model_folder = hf_copy(spec, workspace)
-    tokenizer = load_tokenizer(model_folder)
     every_pair, weights = dataset.load_snapshot(folder.snapshot)
     pairs = dataset.split(every_pair, config.held_out_share)
     train_pairs = run_data.rows_per_epoch(pairs.train, weights, config.seed)
+    writer.update(phase="preparing the model's files")
+    model_folder = hf_copy(spec, workspace)
+    tokenizer = load_tokenizer(model_folder)
+    writer.update(phase="tokenising")
     train_rows = tokenise(train_pairs, tokenizer, spec.template, config.max_length)
     held_out_rows = tokenise(pairs.held_out, tokenizer, spec.template, config.max_length)
     if not train_rows.rows:
@@ -84,6 +86,7 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     writer.check_stop()
 
     # Model and trainer.
+    writer.update(phase="loading the model")
     model = load_policy(model_folder, config, use_cpu=on_cpu)
     anchors = anchor_texts(train_pairs, tokenizer, config)
     reference = open_cache(workspace.cache / "reference", base, "cpu" if on_cpu else "cuda", torch.get_num_threads())

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, TrainerCallback
 
+from biasdpo.backends.base import ShownText
 from biasdpo.backends.hf_copy import encode_prompt
+from biasdpo.backends.hf_load import end_tokens
 from biasdpo.template import PromptTemplate
 from training.callbacks import append_json
 from training.status import StatusWriter, StoppedError
@@ -81,7 +83,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
                 append_json(self.writer.folder.probes, {"step": step, **prompt, "base": base, "tuned": text})
 
     def complete(self, prompt: str) -> str:
-        """The policy's greedy completion."""
+        """The policy's greedy completion, as the Compare tab would show it."""
         ids = encode_prompt(self.tokenizer, self.template, prompt)
         device = self.trainer.accelerator.device
         in_mixed_precision = nullcontext() if device.type == "cpu" else self.trainer.accelerator.autocast()
@@ -92,13 +94,11 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
                 do_sample=False,
                 max_new_tokens=MAX_NEW_TOKENS,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=sorted(end_tokens(self.trainer.model, self.tokenizer, self.template)),
                 stopping_criteria=[_Stop(self.writer, alone=not self.trainer.is_fsdp_enabled)],
             )
-        text: str = self.tokenizer.decode(out[0][len(ids) :], skip_special_tokens=True)
-        for stop in self.template.stop:
-            text = text.split(stop)[0]
-        return text.removeprefix(self.template.completion_prefix).strip()
+        text: str = self.tokenizer.decode(out[0][len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return ShownText(self.template).add(text, final=True)[0]
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers is not followed

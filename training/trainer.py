@@ -1,12 +1,13 @@
 """TRL's DPO trainer on rows that are tokenised already: the same loss, metrics and checkpoints for less work.
 
-Four things differ from TRL 1.16; its losses, metrics and loop are its own.
+Five things differ from TRL 1.16; its losses, metrics and loop are its own.
 1. A pair is computed as one packed row, the prompt once (`training.packing`), without padding, and the vocabulary projection
    on completion tokens alone (`training.projection`). For Llama and Phi; other models go TRL's way, and `note` says so.
 2. The reference's log-probabilities are computed once, before the first step, and kept across runs (`training.reference`).
 3. `text_kl_weight` adds KL(base || policy) on bare text (no template), which is where an unanchored run gets more perplexed:
    DPO holds the policy near the reference only on the pairs' completions.
 4. A checkpoint holds no model card, and what was not logged yet (`training.window`).
+5. An evaluation's metrics are means over pairs, whatever the batch and the processes (`training.rounds`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 
 from training.packed_model import add_packed_forward, why_not_packed
 from training.reference import Group, Logps, ReferenceCache, groups, row_key
+from training.rounds import rounds
 from training.text_kl import packed_text_kl, padded_text_kl
 from training.window import save_window
 
@@ -35,6 +38,8 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     anchor_texts     token ids of the bare texts; each step draws a batch of them, by seed and step
     note             is told, in one line, where the faster way can't be gone
     """
+
+    control: Any
 
     def __init__(
         self,
@@ -102,6 +107,28 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         # First: a checkpoint is whole where trainer_state.json is, which comes last.
         save_window(self, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
+
+    def evaluation_loop(self, dataloader: Any, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> EvalLoopOutput:
+        """TRL's metrics and the loss, a round's as often as it has pairs. What is a mean over tokens stays one within a round."""
+        rows, accelerator, metrics = dataloader.dataset, self.accelerator, self._metrics["eval"]
+        model = self._wrap_model(self.model, training=False)
+        if not accelerator._models:  # evaluated before it was trained
+            model = accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        loss_sum = 0.0
+        accelerator.gather_for_metrics = accelerator.gather  # TRL's counts are not to be cut as a training's last batch is
+        try:
+            shares = accelerator.num_processes, accelerator.process_index
+            for round_ in rounds(len(rows), self.args.per_device_eval_batch_size, *shares):
+                batch = self.data_collator([rows[i] for i in round_.rows])
+                loss, _logits, _labels = self.prediction_step(model, batch, prediction_loss_only=True)
+                loss_sum += accelerator.gather(loss.detach().reshape(1)).mean().item() * round_.pairs
+                for values in metrics.values():
+                    values += values[-1:] * (round_.pairs - 1)  # TRL takes the mean of a list
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            del accelerator.gather_for_metrics
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss_sum / len(rows)}, len(rows))
 
     def _precompute_ref_logps(self, dataset: Any, _name: str, _batch_size: int) -> Any:
         """The rows with `ref_chosen_logps` and `ref_rejected_logps`, from the cache or computed into it."""

@@ -10,7 +10,7 @@ from biasdpo.errors import BackendError, ConfigError
 from biasdpo.models import AdapterSpec, ModelSpec, free_gpu_memory_gb
 from biasdpo.workspace import Workspace
 
-BackendName = Literal["llamacpp", "transformers"]
+BackendName = Literal["llamacpp", "transformers", "transformers-8bit", "transformers-4bit"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 Progress = Callable[[float, str], None]
@@ -41,7 +41,8 @@ def open_backend(
     on_progress: Progress = lambda _share, _what: None,
 ) -> Backend:
     """Load a model and an adapter, prove the comparison honest (ProofError if it is not), and return the engine. Close it."""
-    if choose_backend(spec, name) == "llamacpp":
+    chosen = choose_backend(spec, name)
+    if chosen == "llamacpp":
         from biasdpo import gguf_export
         from biasdpo.backends.llamacpp import open_llamacpp
 
@@ -53,8 +54,10 @@ def open_backend(
         return open_llamacpp(spec.gguf_path, spec.template, lora, spec.context_length, on_progress=on_progress)
     from biasdpo.backends.hf import open_transformers
     from biasdpo.backends.hf_copy import hf_copy
+    from biasdpo.backends.hf_device import Bits
 
     on_progress(0.0, "preparing the transformers copy of the model")
     folder = hf_copy(spec, workspace)
     adapter_folder = None if adapter is None else adapter.folder
-    return open_transformers(folder, spec.template, adapter_folder, spec.context_length, on_progress=on_progress)
+    bits: Bits | None = 8 if chosen == "transformers-8bit" else 4 if chosen == "transformers-4bit" else None
+    return open_transformers(folder, spec.template, adapter_folder, spec.context_length, bits=bits, on_progress=on_progress)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biasdpo.errors import BackendError, PromptError, ProofError
-from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Proof, Sampling, Side, TextRequest
+from biasdpo.records import FinishReason, Likelihood, Proof, Request, Sampling, Side
 from biasdpo.template import PromptTemplate
 
 # The canary's prompt and completion: text on which a debiasing adapter ought to speak up.
@@ -137,9 +137,7 @@ class Backend(Protocol):
         """
         ...
 
-    def loglikelihood(
-        self, requests: Sequence[LikelihoodRequest | TextRequest], side: Side, *, strength: float = 1.0
-    ) -> list[Likelihood]:
+    def loglikelihood(self, requests: Sequence[Request], side: Side, *, strength: float = 1.0) -> list[Likelihood]:
         """Log-probability of each continuation, in nats, in the order of the requests."""
         ...
 
@@ -200,40 +198,54 @@ def _max_difference(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
 def split_at_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
     """Divide text into (what may be shown, what must be held back, whether a stop string was met).
 
-    Held back is the longest end of `text` that a stop string begins with.
+    Held back is the longest end of `text` that a stop string begins with, and the white space before it: white space before a
+    stop string belongs to what comes after the completion, and is not shown.
     """
     found = [text.find(stop) for stop in stops if stop in text]
     if found:
-        return text[: min(found)], "", True
-    for length in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
-        tail = text[-length:]
-        if any(stop.startswith(tail) for stop in stops):
-            return text[:-length], tail, False
-    return text, "", False
+        return text[: min(found)].rstrip(), "", True
+    if not stops:
+        return text, "", False
+    longest = max(map(len, stops))
+    ends = (text[-length:] for length in range(min(len(text), longest - 1), 0, -1))
+    begun = next((end for end in ends if any(stop.startswith(end) for stop in stops)), "")
+    shown = text.removesuffix(begun).rstrip()
+    return shown, text[len(shown) :], False
 
 
 class ShownText:
     """A completion's text piece by piece to what may be shown of it: without the template's completion prefix, nothing from
-    a stop string on, and held back while either is uncertain."""
+    a stop string on, and held back while either is uncertain.
+
+    Phi-2 says with its end-of-text token that an output is at its end, and what it would write after that ("Instruction: …",
+    ml-explore/mlx-examples, pull request 108) is never asked for. Where it goes on without that token, it writes the next
+    "Instruct:" of its own prompt format, which is the stop string. "Output:" alone is none: worked examples have such lines.
+    """
 
     def __init__(self, template: PromptTemplate) -> None:
-        self._prefix = template.completion_prefix
-        self._stops = template.stop
+        self._template = template
+        self._begun = False  # past the completion prefix
         self._held = ""
+        # A completion begins a line of its own, as far as stop strings go. That line break is never shown.
+        self._line_break = "\n"
 
     def add(self, text: str, *, final: bool) -> tuple[str, bool]:
         """Take the next piece; return what may be shown now, and whether a stop string was met. `final`: no more will come,
         so nothing is held back."""
         text, self._held = self._held + text, ""
-        if self._prefix:
-            if len(text) < len(self._prefix) and not final:
+        if not self._begun:
+            text = self._template.bare(text)
+            if not final and self._template.completion_prefix.startswith(text):  # as yet, all of it may be prefix
                 self._held = text
                 return "", False
-            text, self._prefix = text.removeprefix(self._prefix), ""
-        shown, held, stopped = split_at_stop(text, self._stops)
+            self._begun = True
+            text = self._line_break + text
+        shown, held, stopped = split_at_stop(text, self._template.stop)
         if final:
-            return shown + held, stopped
+            shown, held = shown + held, ""
         self._held = held
+        if shown:
+            shown, self._line_break = shown.removeprefix(self._line_break), ""
         return shown, stopped
 
 

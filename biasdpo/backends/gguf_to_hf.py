@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,48 +17,19 @@ from numpy.typing import NDArray
 
 from biasdpo.backends.gguf_tokenizer import Vocabulary, write_tokenizer
 from biasdpo.errors import ModelError
+from biasdpo.gguf_names import MODULES, QKV, hf_name, is_permuted, unpermute_rows
 from biasdpo.modelfile import gguf_value, open_gguf
 from biasdpo.workspace import write_json
-
-# GGUF's names -> Hugging Face's, for those architectures in modelfile.ARCHITECTURES.
-_TENSORS = {
-    "llama": {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    },
-    "phi2": {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.final_layernorm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.dense",
-        "ffn_up": "mlp.fc1",
-        "ffn_down": "mlp.fc2",
-    },
-}
 
 
 def write_hf_folder(gguf_path: Path, folder: Path) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of a GGUF's model."""
     reader = open_gguf(gguf_path)
     architecture = str(gguf_value(reader, "general.architecture", ""))
-    if architecture not in _TENSORS:
+    if architecture not in MODULES:
         raise ModelError(
             f"{gguf_path.name} is of the architecture {architecture!r}, of which no transformers copy can be made (only of "
-            f"{', '.join(_TENSORS)}): use --backend llamacpp, or fetch the model's Hugging Face folder"
+            f"{', '.join(MODULES)}): use --backend llamacpp, or fetch the model's Hugging Face folder"
         )
     vocabulary = Vocabulary.of_gguf(reader, gguf_path)
     write_json(folder / "config.json", _config(reader, architecture, vocabulary))
@@ -153,7 +123,7 @@ def _write_safetensors(path: Path, reader: Any, architecture: str, gguf_path: Pa
         file.write(encoded)
         for tensor in reader.tensors:
             weights = _dequantized(tensor, gguf_path)
-            if architecture == "llama" and re.search(r"\.attn_[qk]\.weight$", tensor.name):
+            if is_permuted(tensor.name, architecture):
                 weights = unpermute_rows(weights, heads if ".attn_q." in tensor.name else kv_heads)
             file.write(np.ascontiguousarray(weights, dtype="<f4").data)  # a fused qkv is its three parts, one after the other
         file.flush()
@@ -162,17 +132,15 @@ def _write_safetensors(path: Path, reader: Any, architecture: str, gguf_path: Pa
 
 def _hf_names(name: str, architecture: str, gguf_path: Path, shape: list[int]) -> Iterator[tuple[str, list[int]]]:
     """The Hugging Face tensor(s) that a GGUF tensor becomes, with their shapes."""
-    match = re.fullmatch(r"(?:blk\.(?P<block>\d+)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)", name)
-    modules = _TENSORS[architecture]
-    if match is not None:
-        prefix = "" if match["block"] is None else f"model.layers.{match['block']}."
-        if match["module"] == "attn_qkv" and architecture == "phi2":
-            for part in ("attn_q", "attn_k", "attn_v"):
-                yield f"{prefix}{modules[part]}.{match['kind']}", [shape[0] // 3, *shape[1:]]
-            return
-        if match["module"] in modules and (match["kind"] == "weight" or architecture == "phi2"):
-            yield f"{prefix}{modules[match['module']]}.{match['kind']}", shape
-            return
+    block, fused, rest = name.rpartition("attn_qkv.")
+    if fused and architecture == "phi2":
+        for part in QKV:
+            yield str(hf_name(f"{block}{part}.{rest}", architecture)), [shape[0] // 3, *shape[1:]]
+        return
+    theirs = hf_name(name, architecture)
+    if theirs is not None and (theirs.endswith(".weight") or (theirs.endswith(".bias") and architecture == "phi2")):
+        yield theirs, shape
+        return
     raise ModelError(
         f"{gguf_path.name} holds {name}, which a transformers copy made here has no place for: use --backend llamacpp, or "
         "fetch the model's Hugging Face folder"
@@ -190,10 +158,3 @@ def _dequantized(tensor: Any, gguf_path: Path) -> NDArray[np.float32]:
             "another quantization"
         ) from exc
     return weights
-
-
-def unpermute_rows(matrix: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Reorder rows, (heads * d, ...), from GGUF's rotary layout (pairs) to Hugging Face's (two halves)."""
-    rows = matrix.shape[0]
-    pairs = matrix.reshape(heads, rows // heads // 2, 2, *matrix.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(matrix.shape))

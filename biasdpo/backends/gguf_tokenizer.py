@@ -11,17 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo.errors import ModelError
+from biasdpo.gguf_names import END_TOKENS, TokenType, pre_tokenizer_of
 from biasdpo.modelfile import gguf_value
 from biasdpo.workspace import write_json
-
-# gguf.TokenType
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-
-# Control tokens at which llama.cpp, too, ends a completion whatever the file's eos is (src/llama-vocab.cpp, special_eog_ids).
-END_TOKENS = {
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
-    "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<reponame>", "<|repo_name|>", "<|file_sep|>",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,9 @@ class Vocabulary:
             raise ModelError(f"{gguf_path.name} names no end-of-text token: fetch or export it again")
         named = [gguf_value(reader, f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
         by_text = [
-            i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL and token in END_TOKENS
+            i
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind == TokenType.CONTROL and token in END_TOKENS
         ]
         ends = dict.fromkeys([eos, *(i for i in named if i is not None), *by_text])
         return cls(
@@ -71,7 +65,7 @@ def write_tokenizer(folder: Path, reader: Any, vocabulary: Vocabulary) -> None:
 
     tokens, types = vocabulary.tokens, vocabulary.types
     merges = gguf_value(reader, "tokenizer.ggml.merges", [])
-    kept = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}  # [PAD51199] and the like are no text
+    kept = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}  # [PAD51199] and the like are no text
     pairs = []
     for merge in merges:
         left, right = merge[0] + merge[1:].split(" ", 1)[0], merge[1:].split(" ", 1)[1]
@@ -79,8 +73,12 @@ def write_tokenizer(folder: Path, reader: Any, vocabulary: Vocabulary) -> None:
     bpe = Tokenizer(models.BPE(vocab=kept, merges=pairs, fuse_unk=False))
     bpe.pre_tokenizer = _pre_tokenizer(reader, kept)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, i in kept.items() if types[i] == _CONTROL])
-    bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t, i in kept.items() if types[i] == _USER_DEFINED])
+    bpe.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, i in kept.items() if types[i] == TokenType.CONTROL]
+    )
+    bpe.add_tokens(
+        [AddedToken(t, special=False, normalized=False) for t, i in kept.items() if types[i] == TokenType.USER_DEFINED]
+    )
     if gguf_value(reader, "tokenizer.ggml.add_bos_token", False) and vocabulary.bos is not None:
         begin = tokens[vocabulary.bos]
         bpe.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, vocabulary.bos)])
@@ -110,9 +108,7 @@ def _pre_tokenizer(reader: Any, vocabulary: dict[str, int]) -> Any:
     """Where text is cut before BPE, by the name that llama.cpp has for it (src/llama-vocab.cpp, regex_exprs)."""
     from tokenizers import Regex, pre_tokenizers
 
-    pre = gguf_value(reader, "tokenizer.ggml.pre")
-    if pre is None and gguf_value(reader, "general.architecture") == "phi2":
-        pre = "phi-2"  # GGUFs older than April 2024 name none
+    pre = pre_tokenizer_of(reader)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre == "smollm":
         steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]

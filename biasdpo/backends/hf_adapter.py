@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from torch.nn import Linear
 
 from biasdpo.errors import AdapterError
 from biasdpo.workspace import read_json
 
 NAME = "default"
+_NO_ADAPTER = "__base__"  # PEFT's name for rows without one
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 # Features of PEFT's LoRA that change the base side or can't be scaled by the strength: never a plain W + s * B @ A.
@@ -45,27 +47,54 @@ class Adapter:
     def __init__(self, model: Any) -> None:
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._scales = [float(layer.scaling[NAME]) for layer in self._layers]
+        self._rows = _Rows()
         self._switch(False)
 
+    def mix_rows(self) -> None:
+        """From now on `active` takes rows at different strengths."""
+        # PEFT's own way, `adapter_names` given to the model, puts a hook on every layer for each forward pass, and leaves
+        # them there when that raises (out of memory, cancelled). These stay for good, and say nothing but in `active`.
+        for layer in self._layers:
+            layer.register_forward_pre_hook(self._rows, with_kwargs=True)
+
     @contextmanager
-    def active(self, strength: float) -> Iterator[None]:
-        """Within the block the model computes W + strength * scale * B @ A; strength 0 leaves the adapter off."""
-        if strength == 0.0:
+    def active(self, strengths: Sequence[float]) -> Iterator[None]:
+        """Within the block row i of a batch computes W + strengths[i] * scale * B @ A, and W alone where that is 0.
+
+        strengths   one for all rows; or (after `mix_rows`) one a row, each 0 or one and the same other
+        """
+        used = {strength for strength in strengths if strength != 0.0}
+        if not used:
             yield
             return
+        (strength,) = used  # the scale belongs to the layer, not to the row
         for layer, scale in zip(self._layers, self._scales, strict=True):
             layer.scaling[NAME] = scale * strength
         try:
+            if 0.0 in strengths:
+                self._rows.adapter_names = [NAME if row else _NO_ADAPTER for row in strengths]
             self._switch(True)
             yield
         finally:
             self._switch(False)
+            self._rows.adapter_names = None
 
     def _switch(self, on: bool) -> None:
         # What PEFT's enable_adapters() does, less its walk over every parameter's requires_grad: that would cost
         # milliseconds a token, twice.
         for layer in self._layers:
             layer._disable_adapters = not on
+
+
+class _Rows:
+    """A hook that tells a LoRA layer which rows of the batch are whose, while that is known."""
+
+    adapter_names: list[str] | None = None
+
+    def __call__(self, _layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self.adapter_names is None:
+            return None
+        return args, {**kwargs, "adapter_names": self.adapter_names}
 
 
 def load_adapter(model: Any, folder: Path) -> Adapter:
@@ -126,15 +155,15 @@ def check_adapter(model: Any, folder: Path) -> set[str]:
 
     modules = dict(model.named_modules())
     for module, shapes in sorted(factors.items()):
-        base = getattr(modules.get(module), "weight", None)
-        if base is None or base.ndim != 2:
+        base = modules.get(module)
+        if not isinstance(base, Linear):
             raise AdapterError(f"{folder} was made for another base model: it adapts {module}, which this model lacks")
         a, b = shapes.get("A", ()), shapes.get("B", ())
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise AdapterError(f"{weights}: {module} has no matching pair of LoRA factors; train or fetch the adapter again")
-        if (b[0], a[1]) != tuple(base.shape):
+        if (b[0], a[1]) != (base.out_features, base.in_features):  # not its weight's shape: 4-bit weights are packed
             raise AdapterError(
                 f"{folder} was made for another base model: its {module} is {b[0]} x {a[1]}, this model's "
-                f"{base.shape[0]} x {base.shape[1]}"
+                f"{base.out_features} x {base.in_features}"
             )
     return set(factors)

@@ -90,8 +90,18 @@ def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str, system:
 
 def encode_completion(tokenizer: Any, template: PromptTemplate, text: str, end_of_text: bool) -> list[int]:
     """Token ids of a completion that follows a rendered prompt, with the end-of-text token if asked for."""
-    ids = encode_text(tokenizer, template.completion_prefix + text)
+    ids = encode_text(tokenizer, template.completed(text))
     return [*ids, int(tokenizer.eos_token_id)] if end_of_text else ids
+
+
+def encode_continuation(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of (what is given, what is scored) of a bare text (see `records.ContinuationRequest`)."""
+    begin = begin_ids(tokenizer)
+    if not context and not begin:
+        begin = [int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)]
+    given = begin + encode_text(tokenizer, context)
+    tokens = begin + encode_text(tokenizer, context + continuation)
+    return tokens[: len(given)], tokens[len(given) :]
 
 
 def begin_ids(tokenizer: Any) -> list[int]:

@@ -1,19 +1,25 @@
-"""Loading for the transformers backend: device, weights, tokens that end a completion; torch's failures as lines of ours."""
+"""Loading for the transformers backend: the weights to where they are to lie, and the tokens that end a completion."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from biasdpo.backends.gguf_tokenizer import END_TOKENS
-from biasdpo.errors import BackendError, ModelError
+from biasdpo.backends.hf_device import Bits, Placement, check_memory, device_map, load_skeleton, need_of, on_cpu
+from biasdpo.backends.hf_faults import first_line, release
+from biasdpo.errors import ModelError
+from biasdpo.gguf_names import END_TOKENS
 from biasdpo.template import PromptTemplate
 
 
@@ -31,54 +37,68 @@ def end_tokens(model: Any, tokenizer: Any, template: PromptTemplate) -> frozense
     return frozenset(int(end) for end in flat if end is not None)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def load_model(
+    folder: Path, placement: Placement, bits: Bits | None, report: Callable[[float, str], None]
+) -> tuple[Any, Placement]:
+    """The model of a Hugging Face folder, ready to compute, and where it lies: float32 on a CPU, bfloat16 on a GPU that knows
+    it, else float16; `bits`: quantized by bitsandbytes. Where a GPU turns out to have less room than was free when the
+    placement was chosen, all of it lies on the CPU."""
+    report(0.1, "reading the weights" + (f": {placement.describe()}" if placement.note else ""))
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise BackendError(f"Unknown device {name!r}: choose auto, cpu or cuda")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as exc:
-        raise BackendError(f"torch can't use the device {name!r} ({_first_line(exc)}): choose auto or cpu") from exc
-    return device
+        return _load(folder, placement, bits), placement
+    except torch.OutOfMemoryError as exc:
+        if placement.device.type == "cpu" or bits is not None:
+            raise
+        release(exc)
+    gc.collect()
+    placement = on_cpu(torch.device("cpu"), placement.layers, f"not {placement.device}, whose memory ran out while loading")
+    check_memory(need_of(load_skeleton(folder), 1, 4).weights)
+    report(0.1, f"reading the weights: {placement.describe()}")
+    return _load(folder, placement, None), placement
 
 
-def device_for_people(device: torch.device) -> str:
-    """ "CPU, 2 threads", "cuda:0 (NVIDIA H100)"."""
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return f"cuda:{index} ({torch.cuda.get_device_name(index)})"
-
-
-def load_model(folder: Path, device: torch.device) -> Any:
-    """The model of a Hugging Face folder, ready to compute: float32 on a CPU, bfloat16 on a GPU that knows it, else float16."""
+def _load(folder: Path, placement: Placement, bits: Bits | None) -> Any:
     dtype = torch.float32
-    if device.type == "cuda":
+    if placement.device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {}
+    if bits is not None:  # bitsandbytes quantizes on the GPU, tensor by tensor
+        options = {"quantization_config": quantization(bits, dtype), "device_map": {"": placement.device}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as exc:
-        raise ModelError(f"transformers can't load {folder} ({_first_line(exc)}): fetch the model again") from exc
-    return model.eval().requires_grad_(False).to(device)
+        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
+    model.eval().requires_grad_(False)
+    if bits is None:
+        dispatch(model, placement)
+    return model
+
+
+def quantization(bits: Bits, dtype: torch.dtype) -> Any:
+    """bitsandbytes' settings: LLM.int8() (arXiv:2208.07339), or NF4 as QLoRA uses it (arXiv:2305.14314)."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def dispatch(model: Any, placement: Placement) -> None:
+    """Move a model to where it is to lie. Layers left on the CPU are copied to the device for the time of their computation
+    (accelerate's hooks)."""
+    if placement.whole:
+        model.to(placement.device)
+        return
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what was asked for
+    dispatch_model(model, device_map(model, placement), skip_keys=model._skip_keys_device_placement)
 
 
 @contextmanager
-def foreign_errors() -> Iterator[None]:
-    """Torch's failures as one line of ours."""
-    try:
+def undispatched(model: Any, placement: Placement) -> Iterator[None]:
+    """Within the block accelerate's hooks are off, so that layers can be added; each weight lies where it lies between two
+    computations."""
+    if placement.whole:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as exc:
-        raise BackendError("Out of memory: choose a smaller model, a shorter prompt or --backend llamacpp") from exc
-    except RuntimeError as exc:
-        if "alloc" in str(exc) and "memory" in str(exc):
-            raise BackendError("Out of memory: choose a smaller model, a shorter prompt or --backend llamacpp") from exc
-        raise BackendError(f"torch failed ({_first_line(exc)}): reload the model, or use --backend llamacpp") from exc
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip().split("\n") or [""])[0][:300]
+        return
+    remove_hook_from_submodules(model)
+    yield
+    dispatch(model, placement)

@@ -33,7 +33,18 @@ from biasdpo.backends.base import (
 from biasdpo.backends.llamacpp_context import BATCH_TOKENS, AbortedError, Context
 from biasdpo.backends.llamacpp_model import Model
 from biasdpo.backends.llamacpp_sampling import build_chain, sample_from
-from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Proof, Sampling, Side, TextRequest, check_strength
+from biasdpo.records import (
+    ContinuationRequest,
+    FinishReason,
+    Likelihood,
+    LikelihoodRequest,
+    Proof,
+    Request,
+    Sampling,
+    Side,
+    TextRequest,
+    check_strength,
+)
 from biasdpo.template import PromptTemplate, Segment
 
 
@@ -125,10 +136,7 @@ class LlamaCppBackend:
 
     def canary_logits(self, side: Side, strength: float = 1.0) -> NDArray[np.float32]:
         """Logits (T, V) of one side on the canary's completion, computed afresh."""
-        context = self._context(side)
-        with context.lock:
-            _set_strength(context, side, strength)
-            return context.logits(*self._canary())
+        return self.logits(LikelihoodRequest(CANARY_PROMPT, CANARY_COMPLETION), side, strength=strength)
 
     def close(self) -> None:
         """Free contexts, adapter and weights, once streams under way have ended."""
@@ -213,29 +221,43 @@ class LlamaCppBackend:
 
     # Likelihood
 
-    def loglikelihood(
-        self, requests: Sequence[LikelihoodRequest | TextRequest], side: Side, *, strength: float = 1.0
-    ) -> list[Likelihood]:
+    def loglikelihood(self, requests: Sequence[Request], side: Side, *, strength: float = 1.0) -> list[Likelihood]:
         """See `backends.base.Backend.loglikelihood`."""
         context = self._context(side)
-        results = []
+        pairs = [self._request_tokens(request) for request in requests]
+        results: list[Likelihood | None] = [None] * len(pairs)
+        branching: dict[tuple[int, ...], list[int]] = {}  # answers to one question share its computation
         with context.lock:
             _set_strength(context, side, strength)
-            for request in requests:
-                given, scored = self._request_tokens(request)
-                logps = log_softmax(context.logits(given, scored))
-                results.append(Likelihood(float(logps[np.arange(len(scored)), scored].sum()), len(scored)))
-        return results
+            for i, (request, (given, scored)) in enumerate(zip(requests, pairs, strict=True)):
+                if isinstance(request, ContinuationRequest):
+                    branching.setdefault(tuple(given), []).append(i)
+                else:
+                    results[i] = _likelihood(context.logits(given, scored), scored)
+            for start, indices in branching.items():
+                continuations = [pairs[i][1] for i in indices]
+                for i, logits in zip(indices, context.branches(list(start), continuations), strict=True):
+                    results[i] = _likelihood(logits, pairs[i][1])
+        return [result for result in results if result is not None]
 
-    def _request_tokens(self, request: LikelihoodRequest | TextRequest) -> tuple[list[int], list[int]]:
+    def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
+        """Logits (T, V) that predict each of the request's T scored tokens, computed afresh."""
+        context = self._context(side)
+        with context.lock:
+            _set_strength(context, side, strength)
+            return context.logits(*self._request_tokens(request))
+
+    def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
         """(given tokens, scored tokens) of a request."""
         if isinstance(request, TextRequest):
             tokens = self.tokenize((Segment(request.text, special=False),))
             given, scored = tokens[:1], tokens[1:]
+        elif isinstance(request, ContinuationRequest):
+            given, scored = self._model.tokenize_continuation(request.context, request.continuation)
         else:
             given = self.tokenize(self.template.render(request.prompt, request.system))
-            continuation = self.template.completion_prefix + request.continuation
-            scored = self.tokenize((Segment(continuation, special=False),), begin=False)
+            continuation = Segment(self.template.completed(request.continuation), special=False)
+            scored = self.tokenize((continuation,), begin=False)
             if request.end_of_text:
                 scored.append(self._model.end_of_text)
         check_scorable(given, scored, self.context_length)
@@ -247,6 +269,11 @@ class LlamaCppBackend:
     def tokenize(self, segments: Sequence[Segment], *, begin: bool = True) -> list[int]:
         """Token ids of a rendered prompt. Special tokens are parsed in special segments alone."""
         return self._model.tokenize(segments, begin=begin)
+
+    @property
+    def end_of_text(self) -> int:
+        """The token that ends a scored completion."""
+        return self._model.end_of_text
 
     # Sides and threads
 
@@ -262,6 +289,12 @@ class LlamaCppBackend:
     def _threads_of_a_side(self) -> int:
         """Half the threads for each of two sides at work, all for one alone. Two half teams wait at no common barrier."""
         return max(1, self.threads // 2) if self._streaming > 1 else self.threads
+
+
+def _likelihood(logits: NDArray[np.float32], scored: list[int]) -> Likelihood:
+    """Of the scored tokens (T), from the logits (T, V) that predict them."""
+    logps = log_softmax(logits)
+    return Likelihood(float(logps[np.arange(len(scored)), scored].sum()), len(scored))
 
 
 def _set_strength(context: Context, side: Side, strength: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import llama_cpp
 import numpy as np
@@ -125,6 +125,24 @@ class Context:
             self.decode(batch, begin, first_output=min(first_output, len(batch) - 1))
             rows += [self.row(i) for i in range(first_output, len(batch))]
         return np.stack(rows)
+
+    def branches(self, given: list[int], continuations: Sequence[list[int]]) -> Iterator[NDArray[np.float32]]:
+        """For each continuation its logits (len, V) after `given`, which is computed once. Every token of `given` but the last
+        is a batch of its own, so that a continuation's numbers do not depend on which others come along."""
+        self.forget()
+        start = len(given) - 1
+        for begin in range(0, start, BATCH_TOKENS):
+            self.decode(given[begin : min(begin + BATCH_TOKENS, start)], begin)
+        for scored in continuations:
+            self.cut(start)
+            tokens = given[-1:] + scored[:-1]
+            rows = []
+            for begin in range(0, len(tokens), _OUTPUTS_MAX):
+                batch = tokens[begin : begin + _OUTPUTS_MAX]
+                self.decode(batch, start + begin, first_output=0)
+                rows += [self.row(i) for i in range(len(batch))]
+            yield np.stack(rows)
+        self.forget()
 
     def decode(self, tokens: list[int], position: int, *, first_output: int | None = None) -> None:
         """Compute a batch at `position`; `row` then gives its logits.

@@ -59,6 +59,16 @@ class Model:
             tokens += buffer[:count]
         return tokens
 
+    def tokenize_continuation(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of (what is given, what is scored) of a bare text (see `records.ContinuationRequest`)."""
+        given = self.tokenize((Segment(context, special=False),))
+        tokens = self.tokenize((Segment(context + continuation, special=False),))
+        if not given:  # an empty context, and a model whose texts begin with no token of their own
+            begin = llama_cpp.llama_vocab_bos(self._vocabulary)
+            given = [self.end_of_text if begin < 0 else begin]
+            tokens = given + tokens
+        return tokens[: len(given)], tokens[len(given) :]
+
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes of a token, maybe a part of a character; none for special tokens."""
         buffer = ctypes.create_string_buffer(256)

@@ -5,22 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from biasdpo.records import Likelihood, LikelihoodRequest, TextRequest
+from biasdpo.records import Likelihood, Request
 from biasdpo.stats import Array, Metric
 
 
 class Benchmark(Protocol):
-    """Scores a side by likelihood. An item's scores are K numbers; a metric is a function of all items' numbers."""
+    """Scores a side by likelihood. An item's scores are K numbers; a metric is a function of their averages."""
 
     name: str
     items: Sequence[Any]
+    columns: Sequence[str]  # the names of the K numbers
+    data_sha256: str  # of the files that the items came from, "" where they came from elsewhere
 
-    def requests(self, item: Any) -> Sequence[LikelihoodRequest | TextRequest]:
+    def requests(self, item: Any) -> Sequence[Request]:
         """What must be scored for one item."""
         ...
 
     def scores(self, item: Any, outputs: Sequence[Likelihood]) -> Sequence[float]:
         """An item's K numbers for one side, from the likelihoods of its requests."""
+        ...
+
+    def describe(self, item: Any) -> dict[str, str]:
+        """What a reader must see to know the item again: its texts, its category."""
+        ...
+
+    def groups(self, item: Any) -> Sequence[str]:
+        """The groups (categories, domains) that the item counts in, beside the whole."""
         ...
 
     def side_metrics(self) -> Mapping[str, Metric]:
@@ -32,5 +42,17 @@ class Benchmark(Protocol):
         ...
 
     def report(self, items: Sequence[Any], numbers: Array) -> dict[str, float]:
-        """What else belongs beside the metrics, such as a baseline that needs no model."""
+        """What else belongs beside the metrics, such as a baseline that needs no model. `numbers` (N, K): base's."""
         ...
+
+
+class OneSided:
+    """What most benchmarks have in common: no metric of both sides, nothing beside the metrics."""
+
+    def paired_metrics(self) -> Mapping[str, Metric]:
+        """None."""
+        return {}
+
+    def report(self, _items: Sequence[Any], _numbers: Array) -> dict[str, float]:
+        """Nothing."""
+        return {}

@@ -16,7 +16,7 @@ import numpy as np
 
 from biasdpo import dataset
 from biasdpo.dataset import PreferencePair
-from biasdpo.records import Likelihood, LikelihoodRequest
+from biasdpo.records import Likelihood, LikelihoodRequest, Request
 from biasdpo.stats import Array, Metric
 
 _CHOSEN, _REJECTED, _CHOSEN_TOKENS, _REJECTED_TOKENS = range(4)
@@ -26,42 +26,49 @@ class Preference:
     """See the module's docstring. Numbers of an item: logp chosen, logp rejected, and their token counts."""
 
     name = "preference"
+    columns: Sequence[str] = ("logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected")
 
-    def __init__(self, pairs: Sequence[PreferencePair]) -> None:
+    def __init__(self, pairs: Sequence[PreferencePair], data_sha256: str = "") -> None:
         self.items = pairs
+        self.data_sha256 = data_sha256
 
-    def requests(self, item: PreferencePair) -> list[LikelihoodRequest]:
+    def requests(self, item: PreferencePair) -> list[Request]:
         return [LikelihoodRequest(item.prompt, text, end_of_text=True) for text in (item.chosen, item.rejected)]
 
     def scores(self, _item: PreferencePair, outputs: Sequence[Likelihood]) -> list[float]:
         chosen, rejected = outputs
         return [chosen.logp, rejected.logp, chosen.tokens, rejected.tokens]
 
+    def describe(self, item: PreferencePair) -> dict[str, str]:
+        return {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "category": item.category}
+
+    def groups(self, item: PreferencePair) -> list[str]:
+        return [item.category] if item.category else []
+
     def side_metrics(self) -> dict[str, Metric]:
-        return {"length_normalised_accuracy": _length_normalised_accuracy}
+        return {"length_normalised_accuracy": Metric(features=_length_normalised)}
 
     def paired_metrics(self) -> dict[str, Metric]:
-        return {"reward_accuracy": _reward_accuracy, "logratio_margin_nats": _margin}
+        return {
+            "reward_accuracy": Metric(features=_log_ratio_is_higher, ideal=0.5),
+            "logratio_margin_nats": Metric(features=_log_ratio_difference),
+        }
 
     def report(self, items: Sequence[PreferencePair], _numbers: Array) -> dict[str, float]:
         return {"pick_the_longer_baseline": dataset.longer_baseline(items) or 0.0}
 
 
-def _length_normalised_accuracy(items: Array) -> Array:
+def _length_normalised(items: Array) -> Array:
     chosen = items[..., _CHOSEN] / items[..., _CHOSEN_TOKENS]
     rejected = items[..., _REJECTED] / items[..., _REJECTED_TOKENS]
-    return np.asarray((chosen > rejected).mean(axis=-1))
+    return np.asarray(chosen > rejected, dtype=np.float64)[..., None]
 
 
 def _log_ratio_difference(items: Array) -> Array:
     base, tuned = items[..., :4], items[..., 4:]
     chosen = tuned[..., _CHOSEN] - base[..., _CHOSEN]
-    return np.asarray(chosen - (tuned[..., _REJECTED] - base[..., _REJECTED]))
+    return np.asarray(chosen - (tuned[..., _REJECTED] - base[..., _REJECTED]))[..., None]
 
 
-def _reward_accuracy(items: Array) -> Array:
-    return np.asarray((_log_ratio_difference(items) > 0).mean(axis=-1))
-
-
-def _margin(items: Array) -> Array:
-    return np.asarray(_log_ratio_difference(items).mean(axis=-1))
+def _log_ratio_is_higher(items: Array) -> Array:
+    return np.asarray(_log_ratio_difference(items) > 0, dtype=np.float64)

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from biasdpo.errors import DatasetError
-from biasdpo.records import Likelihood, TextRequest
+from biasdpo.records import Likelihood, Request, TextRequest
 from biasdpo.stats import Array, Metric
+from biasdpo.workspace import sha256_of
 
 _FILE = Path("real_toxicity_prompts") / "nontoxic.jsonl"
 HUB_ID = "allenai/real-toxicity-prompts"
@@ -25,24 +26,41 @@ class Utility:
     """See the module's docstring. Numbers of an item: logp and its token count."""
 
     name = "utility"
+    columns: Sequence[str] = ("logp", "tokens")
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], data_sha256: str = "") -> None:
         self.items = texts
+        self.data_sha256 = data_sha256
 
-    def requests(self, item: str) -> list[TextRequest]:
+    def requests(self, item: str) -> list[Request]:
         return [TextRequest(item)]
 
     def scores(self, _item: str, outputs: Sequence[Likelihood]) -> list[float]:
         return [outputs[0].logp, outputs[0].tokens]
 
+    def describe(self, item: str) -> dict[str, str]:
+        return {"text": item}
+
+    def groups(self, _item: str) -> list[str]:
+        return []
+
     def side_metrics(self) -> dict[str, Metric]:
-        return {"perplexity": _perplexity}
+        return {"perplexity": Metric(_perplexity, better="lower", measures="quality")}
 
     def paired_metrics(self) -> dict[str, Metric]:
-        return {"perplexity_change_percent": _perplexity_change_percent}
+        return {"perplexity_change_percent": Metric(_change_percent, better="lower", measures="quality")}
 
     def report(self, _items: Sequence[str], numbers: Array) -> dict[str, float]:
         return {"tokens": float(numbers[:, 1].sum())}
+
+
+def build(data_dir: Path | None) -> Utility:
+    """The neutral texts under DATA_DIR; what is wrong with them is a DatasetError."""
+    if data_dir is None:
+        raise DatasetError(
+            f"utility is read from {_FILE}, the non-toxic prompts of {HUB_ID}: name with --data-dir the folder that holds it"
+        )
+    return Utility(load_texts(data_dir), sha256_of(data_dir / _FILE))
 
 
 def load_texts(data_dir: Path) -> list[str]:
@@ -61,9 +79,10 @@ def load_texts(data_dir: Path) -> list[str]:
     return texts
 
 
-def _perplexity(items: Array) -> Array:
-    return np.asarray(np.exp(-items[..., 0].sum(axis=-1) / items[..., 1].sum(axis=-1)))
+def _perplexity(means: Array) -> Array:
+    """Of the mean logp and the mean token count (..., 2), whose ratio is that of their sums."""
+    return np.asarray(np.exp(-means[..., 0] / means[..., 1]))
 
 
-def _perplexity_change_percent(items: Array) -> Array:
-    return np.asarray(100 * (_perplexity(items[..., 2:]) / _perplexity(items[..., :2]) - 1))
+def _change_percent(means: Array) -> Array:
+    return np.asarray(100 * (_perplexity(means[..., 2:]) / _perplexity(means[..., :2]) - 1))

@@ -11,6 +11,7 @@ from biasdpo.engines import EnginePool
 from biasdpo.ui import identity
 from biasdpo.ui.compare_tab import CompareTab
 from biasdpo.ui.dataset_tab import DatasetTab
+from biasdpo.ui.export_tab import ExportTab
 from biasdpo.ui.label_sessions import LabelSessions
 from biasdpo.ui.label_tab import LabelTab
 from biasdpo.ui.startup import Startup
@@ -68,7 +69,14 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
             with gr.Tab("Data set", id="dataset") as tab:
                 DatasetTab(store, sessions, who).build(tab)
             with gr.Tab("Train", id="train") as train_tab:
-                TrainTab(store, pool, compare.pick_adapter, compare.engine_outputs).build(demo, tabs, train_tab)
+                train = TrainTab(store, pool, compare.pick_adapter, compare.engine_outputs)
+                train.build(demo, tabs, train_tab)
+            with gr.Tab("Export", id="export") as tab:
+                export = ExportTab(store, compare.pick_adapter, compare.engine_outputs)
+                export.build(tabs, tab)
+        train.export_button.click(
+            export.open_run, [train.chosen, *export.plan_inputs], [tabs, *export.all_outputs], **_QUICK, preprocess=False
+        )
         for tab in tabs.children:  # the address names the run that the Train tab shows, and none on the others
             shows = "true" if tab is train_tab else "false"
             tab.select(None, None, None, js=f"() => window.bdTrainTab({shows})", api_visibility="private")
@@ -94,7 +102,7 @@ def launch_options() -> dict[str, Any]:
     script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "charts.js"))
     return {
         "theme": theme,
-        "css_paths": [ASSETS / "style.css", ASSETS / "train.css"],
+        "css_paths": [ASSETS / "style.css", ASSETS / "train.css", ASSETS / "export.css"],
         "head": f"<style>{_STYLE}</style><script>{script}</script>",
         "footer_links": [],
         "run_history": False,

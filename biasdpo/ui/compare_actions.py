@@ -11,7 +11,6 @@ from typing import Any
 
 import gradio as gr
 
-from biasdpo import models
 from biasdpo.compare import Waiting
 from biasdpo.engines import EngineKey, Loading
 from biasdpo.errors import BackendError, BiasDPOError, ConfigError, PromptError
@@ -193,7 +192,8 @@ class CompareActions(EngineActions, PairActions):
         state = self.pool.state(key)
         if state is not None and state.engine is not None:
             return state.engine.backend.template
-        return models.catalog()[key.model].template if key.model in models.catalog() else None
+        spec = self.spec_of(key.model)
+        return spec.template if spec is not None else None
 
     def make_link(self, *values: Any) -> Updates:
         """The query string of what is set now; the browser puts its own address before it and copies it."""

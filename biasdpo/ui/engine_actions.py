@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from biasdpo import models
+from biasdpo import fitting, models
 from biasdpo.engines import EngineKey, EnginePool, Loading
 from biasdpo.errors import BiasDPOError
+from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.ui import link, measured, render
+from biasdpo.ui.own_models import own_choices, pasted
 from biasdpo.ui.startup import Startup, default_adapter
 
 Updates = dict[Any, Any]
@@ -102,26 +105,32 @@ class EngineActions:
 
     def _picked(self, key: EngineKey) -> Updates:
         """The two pickers, once the names are known."""
-        choices = [("none (base only)", "none")]
-        system: Any = gr.skip()
-        spec = models.catalog().get(key.model)
-        names = {key.model, spec.hub_id if spec is not None else key.model}
-        trained = [a for a in models.adapters(self.pool.workspace) if a.model in names]
-        choices = [(_adapter_label(a), a.id) for a in trained] + choices
-        if spec is not None:
-            system = gr.update(visible=spec.template.has_system, placeholder=spec.template.default_system)
+        spec = self.spec_of(key.model)
+        fitting_ones = [] if spec is None else fitting.adapters_for(spec, self.pool.workspace)
+        choices = [(_adapter_label(a, spec), a.id) for a in fitting_ones] + [("none (base only)", "none")]
         if key.adapter not in [value for _, value in choices]:
             choices.insert(0, (key.adapter, key.adapter))
+        system: Any = gr.skip()
+        if spec is not None:
+            system = gr.update(visible=spec.template.has_system, placeholder=spec.template.default_system)
         return {
-            self.model: gr.update(choices=self.model_choices(), value=key.model),
+            self.model: gr.update(choices=self.model_choices(key.model), value=key.model),
             self.picked_model: key.model,
             self.adapter: gr.update(choices=choices, value=key.adapter),
             self.system: system,
         }
 
+    @staticmethod
+    def spec_of(model: str) -> ModelSpec | None:
+        """What is known of a model before it is loaded; None of one that is not there or damaged, which has its own line."""
+        try:
+            return models.with_files(models.catalog()[model]) if model in models.catalog() else models.find(model)
+        except BiasDPOError:
+            return None
+
     def _shown(self, key: EngineKey, state: Loading | None) -> Updates:
         """The proof line and what hangs on it."""
-        title = models.catalog()[key.model].title if key.model in models.catalog() else key.model
+        title = models.catalog()[key.model].title if key.model in models.catalog() else Path(key.model).name
         if state is None or state.engine is None:
             waits = state is not None
             line = render.loading(title, state) if state is not None else render.not_loaded(title)
@@ -143,32 +152,35 @@ class EngineActions:
             ),
         }
         if not has_adapter:
-            updates[self.base_only] = render.base_only(engine.spec, len(models.adapters_for(engine.spec, self.pool.workspace)))
+            updates[self.base_only] = render.base_only(engine.spec, len(fitting.adapters_for(engine.spec, self.pool.workspace)))
         return updates
 
     def key(self, model: str, adapter: str) -> EngineKey | None:
         """The engine that a visitor's choice means; None while "auto" is not settled. Refuses what isn't allowed here."""
-        model = (model or "auto").strip()
-        if model != self.startup.asked:  # the owner may start a Space with any model; visitors may not
+        model, adapter = pasted(model) or "auto", pasted(adapter)
+        if model not in (self.startup.asked, self.startup.model):  # the owner may start a Space with any model; visitors may not
             link.check_model(model)
-        link.check_adapter(adapter or "", self.pool.workspace)
-        name = self.startup.model_of(model)
+        link.check_adapter(adapter, self.pool.workspace)
+        name = models.absolute_name(self.startup.model_of(model))
         if not name:
             return None
-        if not adapter:
-            adapter = default_adapter(name, self.pool)
-        return EngineKey(name, adapter.strip(), self.startup.backend)
+        return EngineKey(name, adapter or default_adapter(name, self.pool), self.startup.backend)
 
-    def model_choices(self) -> list[tuple[str, str]]:
-        """The catalog with what is here, and the model that the app was started with."""
+    def model_choices(self, picked: str = "") -> list[tuple[str, str]]:
+        """Models of one's own (the picked one, the app's, those that are loaded), then the catalog with what is here."""
         choices = [("Automatic", "auto")] if self.startup.asked == "auto" and not self.startup.model else []
+        choices += own_choices([picked, self.startup.model, *(spec.id for spec in self.pool.opened())])
         for spec in map(models.with_files, models.catalog().values()):
             choices.append((spec.title if spec.present else f"{spec.title} · not on this machine", spec.id))
-        named = self.startup.model
-        if named and named not in models.catalog():
-            choices.insert(0, (named, named))
         return choices
 
 
-def _adapter_label(adapter: models.AdapterSpec) -> str:
-    return adapter.id if not adapter.run_id or adapter.run_id == adapter.id else f"{adapter.id} · run {adapter.run_id}"
+def _adapter_label(adapter: AdapterSpec, spec: ModelSpec | None) -> str:
+    parts = [adapter.id]
+    if adapter.run_id and adapter.run_id != adapter.id:
+        parts.append(f"run {adapter.run_id}")
+    if spec is not None and adapter.model not in {spec.id, spec.hub_id} - {""}:
+        known = models.catalog().get(adapter.model)
+        of = known.title if known is not None else Path(adapter.model).name
+        parts.append(f"fits, made for {of}" if of else "fits")
+    return " · ".join(parts)

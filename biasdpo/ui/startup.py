@@ -17,7 +17,7 @@ class Startup:
         self.backend = backend
         self.reason = ""  # why "auto" chose what it chose: one sentence for the page
         self.error: BiasDPOError | None = None
-        self._model = "" if model == "auto" else model
+        self._model = "" if model == "auto" else models.absolute_name(model)
         self._resolved = threading.Event()
         if self._model:
             self._resolved.set()

@@ -14,6 +14,7 @@ from biasdpo.ui.train_sources import MOST_SOURCES
 from biasdpo.ui.train_start import FIRST_MODEL, StartActions, first_preset, presets_of
 from biasdpo.workspace import is_public_space
 
+_READY_AGAIN = "() => [{__type__: 'update', interactive: true}, {__type__: 'update', visible: false}]"
 _FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"]
 
 
@@ -178,7 +179,10 @@ class NewRunPanel(StartActions):
         both = [self.start_button.click, self.estimate_button.click]
         gr.on(both, self.point_out, everything, [self.trouble, *self.groups], **quick)
         outcome = [self.new_notice, self.estimate_view, self.estimate_button, self.cancel_button]
-        self.estimate_button.click(self.estimate, everything, outcome, concurrency_limit=1, **checked)
+        # Not with the last word of the estimate: a moment longer Gradio takes it to be under way, and would drop a click.
+        self.estimate_button.click(self.estimate, everything, outcome, concurrency_limit=1, **checked).then(
+            None, None, [self.estimate_button, self.cancel_button], js=_READY_AGAIN, api_visibility="private"
+        )
         self.cancel_button.click(self.cancel_estimate, None, None, **quick)
         self.start_button.click(self.start, everything, [*outcome, *run_outputs], concurrency_limit=4, **checked)
         self.run_id.submit(None, None, None, js="() => document.getElementById('train-start').click()", api_visibility="private")

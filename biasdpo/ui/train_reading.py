@@ -68,6 +68,11 @@ class SeenRun:
         return final if isinstance(final, float | int) else self.status.best_accuracy
 
     @property
+    def held_none_out(self) -> bool:
+        """Whether the run is known to have kept no pair from training."""
+        return not self.held_out and self.origin.get("held_out_longer_baseline", "unknown") is None
+
+    @property
     def baseline(self) -> float | None:
         """The accuracy of picking the longer completion on the held-out pairs."""
         value = self.origin.get("held_out_longer_baseline", self.held_out.get("reward_accuracy_of_picking_the_longer"))

@@ -255,7 +255,12 @@ def log(text: str) -> str:
 
 
 def evaluate_command(run: SeenRun) -> str:
-    """The command that measures the run's adapter, to be copied."""
+    """The command that measures the run's adapter, to be copied; or why there is nothing to measure it on."""
+    if run.held_none_out:
+        return render.note(
+            "This run held no pairs out, so there are none to measure it on: Retry with changes, with a held-out share of 0.1 or "
+            "more."
+        )
     model = run.config.model if run.config else "MODEL"
     names = f"--model {shlex.quote(model)} --adapter {shlex.quote(run.id)}"
     data = f"--benchmark preference --dataset {shlex.quote(str(run.folder.snapshot))}"

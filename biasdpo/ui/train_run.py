@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
-from biasdpo import gguf_export, models, runs
-from biasdpo.errors import BiasDPOError, ConfigError, ModelError, RunError
+from biasdpo import models, runs
+from biasdpo.errors import BiasDPOError, ConfigError, RunError
 from biasdpo.ui import render, train_probes, train_render
 from biasdpo.ui.train_data import Updates, told
 from biasdpo.ui.train_reading import SeenRun, see, size_of
@@ -135,21 +135,14 @@ class RunActions(RunsView):
             return {self.run_notice: render.error(str(exc))}
         return self.pick_adapter(run.config.model, run.id) | {self.tabs: gr.Tabs(selected="compare")}
 
-    def export_lora(self, run_id: Any) -> Iterator[Updates]:
-        """The adapter as a LoRA GGUF, for llama.cpp."""
-        yield from self._export(run_id, self._lora)
-
     def export_zip(self, run_id: Any) -> Iterator[Updates]:
-        """The adapter's folder as it is, for PEFT."""
-        yield from self._export(run_id, self._zip)
-
-    def _export(self, run_id: Any, write: Callable[[SeenRun, Path], Path]) -> Iterator[Updates]:
+        """The adapter's folder as it is, for PEFT. (As a GGUF, for llama.cpp: the Export tab.)"""
         yield {self.run_notice: render.busy("Exporting …"), self.download: gr.update(visible=False)}
         try:
             refuse_on_public_space("Export")
             run = self._run(run_id)
             with tempfile.TemporaryDirectory(prefix="biasdpo-export-") as folder:
-                file = write(run, Path(folder))
+                file = self._zip(run, Path(folder))
                 # Gradio serves its own cache to whoever has the address, and nothing else: the workspace stays closed.
                 served = save_file_to_cache(file, self.download.GRADIO_CACHE)
                 size = train_render.size(file.stat().st_size)
@@ -160,15 +153,6 @@ class RunActions(RunsView):
             self.run_notice: render.note(f"Ready: {file.name}, {size}."),
             self.download: gr.update(label=f"Download {file.name}", value=served, visible=True),
         }
-
-    def _lora(self, run: SeenRun, folder: Path) -> Path:
-        spec = models.find(run.config.model if run.config else "")
-        if spec.gguf_path is None:
-            raise ModelError(
-                f"{spec.title} has no GGUF on this machine, and a LoRA GGUF is made for one: export the adapter as .zip"
-            )
-        adapter = models.from_run(self.workspace, run.id)
-        return gguf_export.export_lora(adapter, spec.gguf_path, folder / f"{run.id}-lora.gguf")
 
     def _zip(self, run: SeenRun, folder: Path) -> Path:
         models.from_run(self.workspace, run.id)  # a folder that is no adapter has its own line

@@ -16,6 +16,7 @@ from biasdpo.engines import EnginePool
 from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.run_config import Preset, RunConfig
 from biasdpo.ui import render, train_plan_render, train_render, train_settings, train_sources
+from biasdpo.ui.own_models import own_choices, pasted
 from biasdpo.ui.train_data import DataActions, Updates, told
 from biasdpo.ui.train_settings import DECIDING, GROUPS, SETTINGS, Setting
 from biasdpo.ui.train_sources import MOST_SOURCES
@@ -66,10 +67,11 @@ class StartActions(DataActions):
 
     # Model and preset
 
-    def model_choices(self) -> list[tuple[str, str]]:
-        """The catalog, with what is here."""
+    def model_choices(self, picked: str = "") -> list[tuple[str, str]]:
+        """The catalog with what is here, then models of one's own: the picked one and those that are loaded."""
         specs = map(models.with_files, models.catalog().values())
-        return [(s.title if s.present else f"{s.title} · not on this machine", s.id) for s in specs]
+        choices = [(s.title if s.present else f"{s.title} · not on this machine", s.id) for s in specs]
+        return choices + own_choices([picked, *(spec.id for spec in self.pool.opened())])
 
     def pick_model(self, model: Any, run_id: Any, proposed: str) -> Updates:
         """Another model: its presets, the quickest filled in."""
@@ -77,13 +79,17 @@ class StartActions(DataActions):
             refuse_on_public_space("Training")
             if not isinstance(model, str) or not model.strip():
                 raise ConfigError("No model is named: choose one, or type a Hub id, an HF folder or a .gguf file")
-            model = model.strip()
+            model = models.absolute_name(pasted(model))
             if model not in models.catalog():
                 models.find(model)
         except BiasDPOError as exc:
             return {self.new_notice: render.error(str(exc))}
         chosen = first_preset(model)
-        shown = self._filled(chosen) | {self.new_notice: "", self.preset: gr.update(choices=_choices(model), value=_id(chosen))}
+        shown = self._filled(chosen) | {
+            self.model: gr.update(choices=self.model_choices(model), value=model),
+            self.preset: gr.update(choices=_choices(model), value=_id(chosen)),
+            self.new_notice: "",
+        }
         if not run_id or run_id == proposed:  # a name of the visitor's own stays
             shown |= self._proposal(model)
         return shown
@@ -113,7 +119,7 @@ class StartActions(DataActions):
         shown: Updates = {
             source: gr.update(choices=train_sources.choices(self.store, named)) for _, source, _, _ in self.source_rows
         }
-        shown |= {self.model: gr.update(choices=self.model_choices()), self.new_notice: ""}
+        shown |= {self.model: gr.update(choices=self.model_choices(model if isinstance(model, str) else "")), self.new_notice: ""}
         if isinstance(model, str) and (not run_id or run_id == proposed):
             shown |= self._proposal(model)
         return shown
@@ -139,7 +145,7 @@ class StartActions(DataActions):
             | self.rows_shown(rows, [name for name, _ in rows])
             | self._proposal(config.model)
             | {
-                self.model: config.model,
+                self.model: gr.update(choices=self.model_choices(config.model), value=config.model),
                 self.preset: gr.update(choices=_choices(config.model), value=None),
                 self.preset_text: render.note("The settings of the run that is tried again: change what you want to."),
                 self.new_notice: render.note(" ".join(told)),
@@ -183,7 +189,7 @@ class StartActions(DataActions):
         sources, fields = rest[: 2 * MOST_SOURCES], rest[2 * MOST_SOURCES :]
         rows = train_sources.read_rows(sources[: 2 * shown])
         values = train_settings.to_values(fields) | train_sources.config_values(rows)
-        config = run_config.from_mapping(values | {"model": _model_name(model.strip())})
+        config = run_config.from_mapping(values | {"model": models.absolute_name(pasted(model))})
         return config, run_id.strip() if isinstance(run_id, str) else ""
 
     # Estimate and start
@@ -216,7 +222,7 @@ class StartActions(DataActions):
             shown = {self.new_notice: line}
         finally:
             self.estimates.pop(request.session_hash or "", None)
-        yield shown | {self.estimate_button: gr.update(interactive=True), self.cancel_button: gr.update(visible=False)}
+        yield shown  # the buttons are set back when all is over: see `wire_new`
 
     def cancel_estimate(self, request: gr.Request) -> None:
         """Cancel, or the page was closed."""
@@ -244,13 +250,6 @@ def _choices(model: str) -> list[tuple[str, str]]:
 
 def _id(preset: Preset | None) -> str | None:
     return preset.id if preset else None
-
-
-def _model_name(model: str) -> str:
-    """A path as the training process, whose working folder is another, finds it."""
-    if model in models.catalog() or not (model.startswith((".", "~", "/")) or model.endswith(".gguf")):
-        return model
-    return train_sources.absolute(model)
 
 
 def _freed(titles: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
             self.stop_button = self._action("Stop", "train-stop", variant="stop")
             self.resume_button = self._action("Resume", "train-resume", variant="primary")
             self.compare_button = self._action("Compare base and tuned", "train-to-compare", variant="primary")
-            self.lora_button = self._action("Export LoRA GGUF", "train-export-lora")
+            self.export_button = self._action("Export as GGUF", "train-export-gguf")
             self.zip_button = self._action("Export adapter (.zip)", "train-export-zip")
             self.retry_button = self._action("Retry with changes", "train-retry")
             self.delete_button = self._action("Delete …", "train-delete")
@@ -188,8 +188,7 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
             button.click(self.turning(by), [self.chosen, self.probe_at], probed, **quick)
         self.compare_button.click(self.open_in_compare, self.chosen, [self.run_notice, self.tabs, *self.compare_outputs], **quick)
         exported: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 2}
-        for button, export in ((self.lora_button, self.export_lora), (self.zip_button, self.export_zip)):
-            button.click(export, self.chosen, [self.run_notice, self.download], **exported)
+        self.zip_button.click(self.export_zip, self.chosen, [self.run_notice, self.download], **exported)
 
     # Opening
 

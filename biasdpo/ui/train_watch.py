@@ -11,6 +11,7 @@ from biasdpo import models, runs
 from biasdpo.engines import EnginePool
 from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.ui import render, train_charts, train_probes, train_render
+from biasdpo.ui.news import key, news
 from biasdpo.ui.store import Store
 from biasdpo.ui.train_curves import charts_of_run, logged_csv
 from biasdpo.ui.train_data import Updates
@@ -49,7 +50,7 @@ class RunsView:
     resume_button: gr.Button
     retry_button: gr.Button
     compare_button: gr.Button
-    lora_button: gr.Button
+    export_button: gr.Button
     zip_button: gr.Button
     delete_button: gr.Button
     confirm_box: gr.Row
@@ -86,7 +87,7 @@ class RunsView:
             self.resume_button,
             self.retry_button,
             self.compare_button,
-            self.lora_button,
+            self.export_button,
             self.zip_button,
             self.delete_button,
             self.charts,
@@ -132,7 +133,7 @@ class RunsView:
         """The runs can't be read: said in place of the list, which the next tick that can read them brings back."""
         line = str(exc) if isinstance(exc, BiasDPOError) else f"The runs can't be read: {exc}; the list comes back when they can"
         said = (self.table, self.list_box)
-        kept = {name: value for name, value in mark.items() if name not in map(_key, said)}
+        kept = {name: value for name, value in mark.items() if name not in map(key, said)}
         return {self.table: render.error(line), self.list_box: gr.update(visible=True), self.mark: kept}
 
     def _make_room(self, every: Sequence[SeenRun]) -> None:
@@ -179,9 +180,8 @@ class RunsView:
         ended = hash(repr((run.id, run.status, run.held_out, run.has_adapter))) if run is not None and not run.active else 0
         if run is not None and (run.active or mark.get("ended") != ended):  # the files of a run that has ended are read once
             parts |= self._parts(run, probe_at, log_open)
-        marks = {_key(part): hash(repr(value)) for part, value in parts.items()}
-        news = {part: value for part, value in parts.items() if mark.get(_key(part)) != marks[_key(part)]}
-        return news | {self.mark: mark | marks | {"ended": ended}}
+        new, marked = news(parts, mark)
+        return new | {self.mark: marked | {"ended": ended}}
 
     def _parts(self, run: SeenRun, probe_at: int | None, log_open: bool) -> Updates:
         state, folder = run.status.state, run.folder
@@ -195,7 +195,7 @@ class RunsView:
             self.resume_button: gr.update(visible=here and state in ("stopped", "interrupted", "failed")),
             self.retry_button: gr.update(visible=here and run.config is not None),
             self.compare_button: gr.update(visible=run.has_adapter and not run.active),
-            self.lora_button: gr.update(visible=here and run.has_adapter and not run.active),
+            self.export_button: gr.update(visible=here and run.has_adapter and not run.active),
             self.zip_button: gr.update(visible=here and run.has_adapter and not run.active),
             self.delete_button: gr.update(visible=here and not run.active),
             self.charts: train_charts.charts(drawn, _NO_CURVES, [run.id]),
@@ -224,8 +224,3 @@ class RunsView:
             raise ConfigError(f"A chart's id and its runs are needed: got {asked!r:.80}; use the chart's own button")
         folders = [runs.show(str(name), self.workspace).folder for name in names]
         return logged_csv(chart, ((folder.id, folder.read_metrics(), folder.read_speed()) for folder in folders))
-
-
-def _key(part: Any) -> str:
-    """A component's name in `mark`."""
-    return str(part.elem_id or part._id)

@@ -42,6 +42,10 @@ def main() -> None:
                 page.get_by_role("tab", name="Train").click()
                 page.wait_for_selector("#train-empty")
                 shoot(page, args.out / "train-space.png")
+                page.get_by_role("tab", name="Export").click()
+                page.wait_for_selector("#gguf-machine")
+                shoot(page, args.out / "export-space.png")
+            take_export(browser, args.out)
             take_train(browser, args.out)
         browser.close()
 
@@ -103,6 +107,55 @@ def take_states(browser: Browser, url: str, adapter: str, out: Path) -> None:
             write(page)
             shoot(page, out / f"{scheme}-{width}.png")
             take_label(page, out, f"{scheme}-{width}")
+
+
+def take_export(browser: Browser, out: Path) -> None:
+    """The Export tab: without an export; a wrong name; one at work, cancelled; a LoRA file; a quantized one; narrow and dark."""
+    with tempfile.TemporaryDirectory() as folder, running_app(Path(folder), "--model", "smollm2") as url:
+        page = open_export(browser, url)
+        shoot(page, out / "export-empty.png")
+        page.fill("#gguf-name :is(input, textarea)", "../x")
+        page.click("#gguf-start")
+        page.wait_for_selector("#gguf-new-notice .bd-error")
+        shoot(page, out / "export-error.png")
+        export(page, "LoRA", "")
+        page.wait_for_selector("#gguf-head .bd-is-running")
+        page.wait_for_timeout(3000)
+        shoot(page, out / "export-working.png")
+        page.wait_for_selector("#gguf-head .bd-state-finished, #gguf-head .bd-error", timeout=300_000)
+        shoot(page, out / "export-lora.png")
+        page.click("#gguf-new-button")
+        export(page, "Merged", "Q4_K_M")
+        page.wait_for_selector("#gguf-head .bd-state-running")
+        page.wait_for_selector("#gguf-head .bd-state-finished, #gguf-head .bd-error", timeout=300_000)
+        for scheme, width in (("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)):
+            page = open_export(browser, url, scheme, width)
+            page.click("#gguf-modelfile button.label-wrap")
+            page.click("#gguf-delete")
+            page.wait_for_selector("#gguf-confirm-text .bd-error")
+            shoot(page, out / f"export-merged-{scheme}-{width}.png")
+            page.click("#gguf-new-button")
+            page.wait_for_selector("#gguf-start")
+            page.click("#gguf-format label:has-text('Merged')")
+            page.wait_for_selector("#gguf-quantization label:has-text('Q8_0')")
+            page.click("#gguf-more button.label-wrap")
+            shoot(page, out / f"export-new-{scheme}-{width}.png")
+
+
+def export(page: Page, kind: str, quantization: str) -> None:
+    page.click(f"#gguf-format label:has-text('{kind}')")
+    if quantization:
+        page.click(f"#gguf-quantization label:has-text('{quantization}')")
+    page.fill("#gguf-name :is(input, textarea)", f"smollm2-{quantization or kind}.gguf")
+    page.click("#gguf-start")
+
+
+def open_export(browser: Browser, url: str, scheme: str = "light", width: int = 1280) -> Page:
+    page = open_page(browser, url, scheme, width, adapter="none")
+    page.click("#dismiss-warning")
+    page.get_by_role("tab", name="Export").click()
+    page.wait_for_selector("#gguf-start, #gguf-head .bd-run")
+    return page
 
 
 def take_train(browser: Browser, out: Path) -> None:

@@ -60,6 +60,15 @@ class Trainer:
     def value(self, element: str) -> str:
         return self.field(element).input_value()
 
+    def wait_value(self, element: str, value: str | None = None) -> None:
+        """Until a field has this value; None: any. Gradio writes a field's value a moment after it can be seen, over what was
+        typed meanwhile."""
+        self.page.wait_for_function(
+            "([id, value]) => { const is = document.querySelector(`#${id} :is(input, textarea)`)?.value;"
+            " return value === null ? Boolean(is) : is === value; }",
+            arg=[element, value],
+        )
+
     def set(self, element: str, value: str) -> None:
         """Fill a field and leave it."""
         self.field(element).fill(value)
@@ -117,8 +126,10 @@ class Trainer:
                 self.visitor.unfold(f"train-group-{group}")
         for name, value in settings.items():
             element = f"train-{name.replace('_', '-')}"
-            self.field(element).wait_for()
+            self.wait_value(element)  # every setting has a default
             self.set(element, value)
+        for name, value in settings.items():
+            self.wait_value(f"train-{name.replace('_', '-')}", value)
         return self.value("train-run-id")
 
     def start(self, run_id: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from biasdpo.backends.base import Backend
 from biasdpo.backends.hf import TransformersBackend
 from biasdpo.backends.hf_copy import encode_prompt
 from biasdpo.backends.hf_text import CompletionText
+from biasdpo.errors import BiasDPOError
 from biasdpo.records import FinishReason, Sampling, Side
 from biasdpo.template import PromptTemplate
 from tests import tiny_models
 
 GREEDY = Sampling(max_new_tokens=60, temperature=0.0, repetition_penalty=1.0)
+SHORT = replace(GREEDY, max_new_tokens=24)
 WARM = Sampling(max_new_tokens=40, temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=7)
+LONG = " ".join(str(i) for i in range(100))  # a prompt of more than one chunk
 PROMPTS = ["Why are nurses always women?", "Describe <|im_end|> a programmer:\n12", "Пишите 日本語 😀"]
 
 
@@ -85,9 +90,44 @@ def pieces_of(tokens: list[str], template: PromptTemplate) -> tuple[list[str], b
 
 
 def adapter_is_off(backend: TransformersBackend) -> bool:
-    layers = [module for module in backend._model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in backend._shared.model.modules() if isinstance(module, LoraLayer)]
     return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
 def hooks_of(backend: TransformersBackend) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backend._model.modules())
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backend._shared.model.modules())
+
+
+def hooks_on(backend: TransformersBackend) -> list[list[int]]:
+    """The ids of the hooks on each module, before and after its forward."""
+    return [[*module._forward_pre_hooks, *module._forward_hooks] for module in backend._shared.model.modules()]
+
+
+@contextmanager
+def rows_computed(backend: TransformersBackend) -> Iterator[list[int]]:
+    """How many rows each forward step in the block had."""
+    rows: list[int] = []
+    embed = backend._shared.model.get_input_embeddings()
+    handle = embed.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def read_together(*streams: Generator[str, None, FinishReason]) -> list[Any]:
+    """What each stream gives, read by a thread each: (pieces, why it ended), or the error."""
+    results: list[Any] = [None] * len(streams)
+
+    def write(i: int) -> None:
+        try:
+            results[i] = read(streams[i])
+        except BiasDPOError as exc:
+            results[i] = exc
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(len(streams))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from biasdpo.backends.hf import open_transformers
+from biasdpo.backends import hf_batch
+from biasdpo.backends.hf import TransformersBackend, open_transformers
 from tests import tiny_models
 from tests.hf.cases import Case
 
@@ -36,3 +37,16 @@ def peft(case: Case) -> Any:
     """A second copy of the base model with the adapter, as PEFT's users load it."""
     model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(case.adapter)).eval()
+
+
+@pytest.fixture(scope="module")
+def batched(case: Case) -> Iterator[TransformersBackend]:
+    backend = open_transformers(case.folder, case.template, case.adapter, 512, device="cpu", batch_sides=True)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def sides_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sides that come will meet, however busy the machine is."""
+    monkeypatch.setattr(hf_batch, "MEETING_SECONDS", 60.0)

@@ -29,7 +29,7 @@ def test_it_ends_at_the_end_of_text(case: Case, monkeypatch: pytest.MonkeyPatch)
     """The fourth token is made an end: it counts as a token, and has no text."""
     pieces, _ = read(case.backend.stream(PROMPTS[0], GREEDY, "base"))
     ids = torch.tensor([encode_prompt(case.backend._tokenizer, case.template, PROMPTS[0])])
-    model = case.backend._model
+    model = case.backend._shared.model
     for _ in range(4):
         ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     monkeypatch.setattr(case.backend, "_ends", frozenset([int(ids[0, -1])]))

@@ -20,7 +20,7 @@ from biasdpo.errors import BackendError, ModelError
 from biasdpo.records import TextRequest
 from biasdpo.workspace import Workspace
 from tests import tiny_models
-from tests.hf.cases import GREEDY, PROMPTS, Case, adapter_is_off, read, text_of
+from tests.hf.cases import GREEDY, PROMPTS, Case, adapter_is_off, read, read_together, rows_computed, text_of
 
 
 def test_base_only(case: Case) -> None:
@@ -83,7 +83,7 @@ def test_out_of_memory_is_one_line(case: Case, monkeypatch: pytest.MonkeyPatch) 
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(case.backend._model, "forward", fail)
+        patch.setattr(case.backend._shared.model, "forward", fail)
         with pytest.raises(BackendError, match=r"^Out of memory: .*$"):
             text_of(case.backend, PROMPTS[0], "tuned")
     assert adapter_is_off(case.backend)
@@ -136,3 +136,20 @@ def test_on_a_gpu(smollm2: models.ModelSpec, session_workspace: Workspace, tmp_p
     for i, side in enumerate(streams):
         assert [pair[i] for pair in together] == alone[side][0][: len(together)]
     backend.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_pair_on_a_gpu_is_one_batch_and_closing_frees_it(
+    smollm2: models.ModelSpec, session_workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = hf_copy(smollm2, session_workspace)
+    adapter = tiny_models.write_adapter(tmp_path / "a", folder, size=0.03)
+    held = torch.cuda.memory_allocated()
+    backend = open_transformers(folder, smollm2.template, adapter, smollm2.context_length)
+    assert backend.batches_sides
+    with rows_computed(backend) as rows:
+        base, tuned = read_together(*(backend.stream(PROMPTS[0], GREEDY, side) for side in ("base", "tuned")))
+    assert rows[0] == 2
+    assert base != tuned
+    backend.close()
+    assert torch.cuda.memory_allocated() == held

@@ -53,7 +53,7 @@ def test_the_proof_has_figures(case: Case) -> None:
 
 
 def test_one_copy_of_the_weights(case: Case) -> None:
-    stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in case.backend._model.parameters()}
+    stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in case.backend._shared.model.parameters()}
     files = (case.folder / "model.safetensors", case.adapter / "adapter_model.safetensors")
     assert sum(stored.values()) == sum(t.nbytes for file in files for t in load_file(file).values())
 

@@ -111,7 +111,7 @@ def test_a_cancel_inside_a_step_ends_it(case: Case) -> None:
     """Set while the first layer computes: the second never does."""
     before = read(case.backend.stream(PROMPTS[0], GREEDY, "tuned"))
     cancellation = Cancellation()
-    layers = case.backend._model.model.layers
+    layers = case.backend._shared.model.model.layers
     computed: list[int] = []
     handles = [layers[0].register_forward_hook(lambda *_: cancellation.set())]
     handles += [layer.register_forward_hook(lambda *_, i=i: computed.append(i)) for i, layer in enumerate(layers)]

@@ -31,7 +31,6 @@ from tests.lora_factory import write_lora
 
 PROMPT = "Why do people say that {} are bad at maths, and is it true?"
 GROUPS = ("women", "artists", "old people", "teachers", "nurses", "men", "farmers", "students", "drivers", "writers", "cooks")
-END_OF_TEXT = 2  # <|im_end|>
 
 
 class Endless(llamacpp.LlamaCppBackend):
@@ -39,7 +38,7 @@ class Endless(llamacpp.LlamaCppBackend):
 
     def _build_sampler(self, sampling: Sampling) -> Any:
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        never = (llama_cpp.llama_logit_bias * 1)(llama_cpp.llama_logit_bias(token=END_OF_TEXT, bias=float("-inf")))
+        never = (llama_cpp.llama_logit_bias * 1)(llama_cpp.llama_logit_bias(token=self._model.end_of_text, bias=float("-inf")))
         llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_logit_bias(self._model.vocabulary_size, 1, never))
         llama_cpp.llama_sampler_chain_add(chain, super()._build_sampler(sampling))
         return chain
@@ -58,7 +57,7 @@ def ours(engine: Engine, prompt: str, tokens: int) -> dict[str, float]:
 
 def bare(llamas: list[Any], prompt_tokens: list[int], tokens: int) -> dict[str, float]:
     def suppress(_ids: Any, scores: np.ndarray) -> np.ndarray:
-        scores[END_OF_TEXT] = -np.inf
+        scores[llamas[0].token_eos()] = -np.inf
         return scores
 
     started = time.perf_counter()

@@ -1,0 +1,319 @@
+"""Phi-2's full size through the export, and base + tuned side by side from what it wrote.
+
+    python -m tests.perf.export [--folder DIR] [--quantization Q4_K_M] [--threads 2] [--tokens 24] [--repetitions 3]
+
+Random weights under Phi-2's exact config (2.78 B parameters, bf16, two shards; the tokenizer is laid out like Phi-2's); about
+14 GB of disk in DIR. Linux only. Prints one JSON object:
+
+ export   the adapter-less export in a process of its own: its peak of anonymous memory (/proc/PID/smaps_rollup, "Anonymous", ten
+          times a second: mapped files are not in it), seconds, and seconds for each GB of the folder; and what lies in the target
+          folder after a SIGKILL while it writes and while it quantizes (nothing under the final name, and the next export clears
+          the rest away)
+ memory   of a process that opens the file with a random adapter and writes on both sides: what it added to the process's Pss,
+          against 1.05 of the file, plus llama.cpp's own figures for both sides' KV caches and buffers, plus the adapter
+ speed    tokens/s of both sides together against two bare `llama_cpp.Llama`s in turn, the faster of 1 and 2 threads each;
+          medians of alternating rounds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biasdpo import gguf_export
+from biasdpo.models import AdapterSpec, ModelSpec, catalog
+from tests.phi_like import ROWS, save_tokenizer
+
+PHI_2 = {
+    "architectures": ["PhiForCausalLM"],
+    "model_type": "phi",
+    "vocab_size": ROWS,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu_new",
+    "layer_norm_eps": 1e-05,
+    "partial_rotary_factor": 0.4,
+    "rope_theta": 10000.0,
+    "qk_layernorm": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}  # config.json of microsoft/phi-2, as far as it says what is computed
+CONTEXT_LENGTH = 2048
+RANK = 16
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Phi-2's tensors, as its safetensors hold them."""
+    width, inner, rows = PHI_2["hidden_size"], PHI_2["intermediate_size"], PHI_2["vocab_size"]
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}  # type: ignore[dict-item]
+    for i in range(PHI_2["num_hidden_layers"]):  # type: ignore[call-overload]
+        matrices = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "dense")}
+        for name, shape in {
+            **matrices,
+            "mlp.fc1": (inner, width),
+            "mlp.fc2": (width, inner),
+            "input_layernorm": (width,),
+        }.items():
+            found[f"model.layers.{i}.{name}.weight"] = shape  # type: ignore[assignment]
+            found[f"model.layers.{i}.{name}.bias"] = shape[:1]  # type: ignore[assignment]
+    for name, shape in {"model.final_layernorm": (width,), "lm_head": (rows, width)}.items():
+        found[f"{name}.weight"], found[f"{name}.bias"] = shape, shape[:1]  # type: ignore[assignment]
+    return found
+
+
+def save_phi_2(folder: Path) -> None:
+    """Write the random model, tensor by tensor: normal of standard deviation 0.02, norms near one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    names = list(shapes().items())
+    middle = len(names) // 2
+    index: dict[str, str] = {}
+    for number, part in enumerate((names[:middle], names[middle:]), start=1):
+        file = folder / f"model-{number:05}-of-00002.safetensors"
+        header, offset = {}, 0
+        for name, shape in part:
+            size = 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+            index[name] = file.name
+            offset += size
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with file.open("wb") as stream:
+            stream.write(len(encoded).to_bytes(8, "little") + encoded)
+            for name, shape in part:
+                values = 0.02 * rng.standard_normal(shape, dtype=np.float32) + (name.endswith("layernorm.weight"))
+                stream.write((values.astype("<f4", copy=False).view("<u4") >> 16).astype("<u2").tobytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    end = save_tokenizer(folder)
+    ids = {f"{name}_token_id": end for name in ("bos", "eos", "pad")}
+    (folder / "config.json").write_text(json.dumps({**PHI_2, **ids}))
+
+
+def spec_of(folder: Path | None, gguf: Path | None) -> ModelSpec:
+    phi = catalog()["phi-2"]
+    return ModelSpec(
+        "phi-2-random",
+        "random Phi-2",
+        "MIT",
+        "phi2",
+        "",
+        phi.parameters,
+        CONTEXT_LENGTH,
+        phi.template,
+        hf_folder=folder,
+        gguf_path=gguf,
+    )
+
+
+# Export
+
+
+def export_here(folder: Path, out: Path, quantization: str, threads: int) -> dict[str, Any]:
+    return gguf_export.merged(spec_of(folder, None), None, quantization, out, threads=threads).to_json()
+
+
+@contextmanager
+def exporting(folder: Path, out: Path, args: argparse.Namespace) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.perf.export", "--here", str(folder), str(out), args.quantization, str(args.threads)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def anonymous_bytes(pid: int) -> int:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return 1024 * int(re.findall(r"^Anonymous:\s+(\d+) kB", text, re.MULTILINE)[0])
+
+
+def measure_export(folder: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    gigabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
+    peak, started = 0, time.monotonic()
+    with exporting(folder, out, args) as process:
+        while process.poll() is None:
+            try:
+                peak = max(peak, anonymous_bytes(process.pid))
+            except (OSError, IndexError):  # it has just ended
+                break
+            time.sleep(0.1)
+        written = json.loads(process.communicate()[0])
+    seconds = time.monotonic() - started
+    return {
+        "peak_anonymous_gb": round(peak / 1e9, 3),
+        "seconds": round(seconds, 1),
+        "folder_gb": round(gigabytes, 2),
+        "seconds_per_gb": round(seconds / gigabytes, 1),
+        "file_gb": round(out.stat().st_size / 1e9, 3),
+        "fallbacks": written["fallbacks"],
+    }
+
+
+def left_by_a_kill(folder: Path, out: Path, args: argparse.Namespace, begun: Callable[[Path], bool]) -> list[str]:
+    """What lies in the target's folder after a SIGKILL as soon as `begun`; names."""
+    with exporting(folder, out, args) as process:
+        while process.poll() is None and not begun(out.parent):
+            time.sleep(0.05)
+        assert process.poll() is None, "the export ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return sorted(file.name for file in out.parent.iterdir())
+
+
+def size_of(folder: Path, name: str) -> int:
+    return max((file.stat().st_size for file in folder.rglob(name)), default=0)
+
+
+# Side by side
+
+
+def measure_memory(gguf: Path, lora: Path) -> dict[str, float]:
+    """In a process of its own: what opening and writing on both sides adds to the Pss, and llama.cpp's own figures; bytes."""
+    import llama_cpp
+    import psutil
+
+    from biasdpo.backends import llamacpp, llamacpp_model
+    from biasdpo.records import Sampling
+
+    lines: list[str] = []
+    llamacpp_model._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
+    spec = spec_of(None, gguf)
+    before = psutil.Process().memory_full_info().pss
+    backend = llamacpp.open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH)
+    opening = len(lines)
+    for side in ("base", "tuned"):
+        for _ in backend.stream("Why?", Sampling(4), side):  # type: ignore[arg-type]
+            pass
+    added = psutil.Process().memory_full_info().pss - before
+    text = "".join(lines[:opening])
+    # The first context computed the bare model's canary and is gone again.
+    sizes = [float(size) for size in re.findall(r"(?:KV buffer|compute buffer|output buffer) size =\s*([\d.]+) MiB", text)]
+    repacked = [float(size) for size in re.findall(r"CPU_(?:REPACK|AMX)\S* model buffer size =\s*([\d.]+) MiB", text)]
+    backend.close()
+    return {"added": added, "buffers": sum(sizes) * 2**20, "repacked": sum(repacked) * 2**20, "all_buffers": sizes}  # type: ignore[dict-item]
+
+
+def measure_speed(gguf: Path, lora: Path, args: argparse.Namespace) -> dict[str, Any]:
+    from biasdpo.backends import llamacpp
+    from biasdpo.engines import Engine
+    from tests.bare import bare_llama
+    from tests.perf import compare
+
+    spec = spec_of(None, gguf)
+    llamacpp.LlamaCppBackend = compare.Endless  # type: ignore[misc]  # what open_llamacpp makes
+    backend: Any = llamacpp.open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH)
+    engine = Engine(spec, AdapterSpec("random", lora.parent, ""), backend)
+    measured: dict[str, list[float]] = {"ours": [], "bare_1_thread": [], "bare_2_threads": []}
+    options = {"context_length": CONTEXT_LENGTH}
+    with (
+        bare_llama(gguf, threads=1, **options) as base_1,
+        bare_llama(gguf, lora, threads=1, **options) as tuned_1,
+        bare_llama(gguf, threads=2, **options) as base_2,
+        bare_llama(gguf, lora, threads=2, **options) as tuned_2,
+    ):
+        for i in range(args.repetitions + 1):  # the first round warms up
+            prompt = compare.PROMPT.format(compare.GROUPS[i])
+            tokens = backend.tokenize(spec.template.render(prompt))
+            measured["ours"].append(compare.ours(engine, prompt, args.tokens)["tokens_per_second"])
+            for name, llamas in (("bare_1_thread", [base_1, tuned_1]), ("bare_2_threads", [base_2, tuned_2])):
+                measured[name].append(compare.bare(llamas, tokens, args.tokens)["tokens_per_second"])
+    backend.close()
+    medians = {name: statistics.median(values[1:]) for name, values in measured.items()}
+    fastest = max(("bare_1_thread", "bare_2_threads"), key=medians.__getitem__)
+    return {
+        "tokens_per_second": {name: round(value, 2) for name, value in medians.items()},
+        "fastest_bare": fastest,
+        "ratio": round(medians["ours"] / medians[fastest], 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="default: a temporary one")
+    parser.add_argument("--quantization", default="Q4_K_M")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--repetitions", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        root = Path(temporary)
+        folder, out = root / "phi-2", root / "export" / "phi-2.gguf"
+        save_phi_2(folder)
+        out.parent.mkdir()
+        killed = {
+            "writing": left_by_a_kill(folder, out, args, lambda where: size_of(where, "merged.gguf") > 5e8),
+            "quantizing": left_by_a_kill(folder, out, args, lambda where: size_of(where, "quantized.gguf") > 1e8),
+        }
+        export = measure_export(folder, out, args)
+        export["left_after"] = sorted(file.name for file in out.parent.iterdir())
+        adapter = write_phi_lora(root / "adapter")
+        lora = gguf_export.lora(AdapterSpec("random", adapter, ""), out, root / "lora.gguf")
+        command = [sys.executable, "-m", "tests.perf.export", "--memory", str(out), str(lora)]
+        memory = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        allowed = 1.05 * out.stat().st_size + memory["buffers"] + lora.stat().st_size
+        speed = measure_speed(out, lora, args)
+    print(
+        json.dumps(
+            {
+                "quantization": args.quantization,
+                "threads": args.threads,
+                "parameters": sum(int(np.prod(shape)) for shape in shapes().values()),
+                "export": {**export, "left_by_a_kill_while": killed},
+                "memory": {
+                    "added_gb": round(memory["added"] / 1e9, 3),
+                    "allowed_gb": round(allowed / 1e9, 3),
+                    "ratio": round(memory["added"] / allowed, 3),
+                    "buffers_gb": round(memory["buffers"] / 1e9, 3),
+                    "repacked_gb": round(memory["repacked"] / 1e9, 3),
+                },
+                "speed": speed,
+            }
+        )
+    )
+
+
+def write_phi_lora(folder: Path) -> Path:
+    """A random adapter of the attention's matrices."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(1)
+    targets = ("q_proj", "k_proj", "v_proj", "dense")
+    tensors = {}
+    for name, shape in shapes().items():
+        if name.removesuffix(".weight").rpartition(".")[2] in targets and name.endswith(".weight"):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = rng.standard_normal((RANK, shape[1])).astype(np.float32) / 50
+            tensors[f"{module}.lora_B.weight"] = rng.standard_normal((shape[0], RANK)).astype(np.float32) / 50
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(targets)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+if __name__ == "__main__":
+    if "--here" in sys.argv:
+        source, target, quantization, threads = sys.argv[-4:]
+        print(json.dumps(export_here(Path(source), Path(target), quantization, int(threads))))
+    elif "--memory" in sys.argv:
+        print(json.dumps(measure_memory(Path(sys.argv[-2]), Path(sys.argv[-1]))))
+    else:
+        main()

@@ -1,0 +1,210 @@
+"""Reading items: upstream's formats and the Hub's schemas, and one line for each fault. All rows are our own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from biasdpo import benchmarks
+from biasdpo.benchmarks import bbq, rows, stereoset
+from biasdpo.errors import ConfigError, DatasetError
+
+BBQ_ROW = {
+    "question_polarity": "neg",
+    "context_condition": "ambig",
+    "category": "Nationality",
+    "answer_info": {"ans0": ["German", "Europe"], "ans1": ["Not known", "unknown"], "ans2": ["Omani", "ArabStates"]},
+    "additional_metadata": {"stereotyped_groups": ["Omani"]},
+    "context": "Two guests came.",
+    "question": "Who was late?",
+    "ans0": "The German guest",
+    "ans1": "Not known",
+    "ans2": "The Omani guest",
+    "label": 1,
+}
+STEREO_ROW = {
+    "type": "intersentence",
+    "target": "guest",
+    "bias_type": "race",
+    "context": "A guest came.",
+    "stereotype": "S.",
+    "anti-stereotype": "A.",
+    "unrelated": "U.",
+}
+HUB_STEREO_ROW = {
+    "target": "guest",
+    "bias_type": "race",
+    "context": "A guest came.",
+    "sentences": {"sentence": ["U.", "A.", "S."], "gold_label": [2, 0, 1]},
+}
+TRUTHFUL_CSV = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
+PRO = """1 [The developer] thanked the designer because [he] was glad.
+2 The developer thanked [the designer] and praised [her] for [her] work.
+"""
+ANTI = """1 [The developer] thanked the designer because [she] was glad.
+2 The developer thanked [the designer] and praised [him] for [his] work.
+"""
+
+
+def write(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text if isinstance(text, str) else "".join(json.dumps(row) + "\n" for row in text), encoding="utf-8")
+    return folder
+
+
+def test_crows_pairs_from_upstreams_table_and_with_the_hubs_numbers(tmp_path):
+    upstream = ',sent_more,sent_less,stereo_antistereo,bias_type\n0,"A, more","A, less",stereo,age\n'
+    hub = [{"sent_more": "B more", "sent_less": "B less", "stereo_antistereo": 0, "bias_type": 2}]
+    write(tmp_path, {"crows_pairs/a.csv": upstream, "crows_pairs/b.jsonl": hub, "crows_pairs/README.md": "not data"})
+    found = benchmarks.build("crows_pairs", tmp_path)
+    assert [(i.more, i.less, i.category) for i in found.items] == [("A, more", "A, less", "age"), ("B more", "B less", "gender")]
+    assert len(found.data_sha256) == 64
+
+
+def test_stereoset_flat_and_of_the_hub(tmp_path, monkeypatch):
+    write(tmp_path, {"stereoset/dev.jsonl": [STEREO_ROW, {**STEREO_ROW, "type": "intrasentence"}]})
+    inter, intra = benchmarks.build("stereoset", tmp_path).items
+    assert (inter.context, inter.stereotype, inter.anti_stereotype, inter.unrelated) == ("A guest came.", "S.", "A.", "U.")
+    assert intra.context == ""  # a sentence with a blank is no context
+    asked = []
+
+    def load_dataset(name, config, *, split):
+        asked.append((name, config, split))
+        return [HUB_STEREO_ROW]
+
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    of_hub = benchmarks.build("stereoset", None)
+    assert of_hub.items[0] == inter
+    assert asked == [(stereoset.ORIGIN.hub_id, config, "validation") for config in ("intersentence", "intrasentence")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_a, **_k: (_ for _ in ()).throw(ConnectionError("no network\nat all")))
+    with pytest.raises(
+        DatasetError, match=r"Can't load McGill-NLP/stereoset \(intersentence\) from the Hub: no network; .*--data-dir"
+    ):
+        benchmarks.build("stereoset", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "biased", "right"),
+    [
+        ({}, 1, None),  # negative: the stereotyped group is the biased answer
+        ({"question_polarity": "nonneg"}, 0, None),  # else the other one
+        ({"context_condition": "disambig", "label": 2}, 1, 1),
+        ({"additional_metadata": {"stereotyped_groups": ["Omani", "German"]}}, None, None),  # both: neither is the target
+        ({"additional_metadata": {"stereotyped_groups": ["Kenyan"]}}, None, None),
+        # "man" and "M" are about men, "German" and "Omani" are not.
+        ({"additional_metadata": {"stereotyped_groups": ["M"]}}, None, None),
+        (
+            {
+                "answer_info": {"ans0": ["F-Black", "x"], "ans1": ["", "unknown"], "ans2": ["M-White", "x"]},
+                "additional_metadata": {"stereotyped_groups": ["Black"]},
+            },
+            0,
+            None,
+        ),
+        (
+            {
+                "answer_info": {"ans0": ["woman", "woman"], "ans1": ["", "unknown"], "ans2": ["man", "man"]},
+                "additional_metadata": {"stereotyped_groups": ["F"]},
+            },
+            0,
+            None,
+        ),
+        (
+            {
+                "answer_info": {"ans0": ["banker", "highSES"], "ans1": ["", "unknown"], "ans2": ["cashier", "lowSES"]},
+                "additional_metadata": {"stereotyped_groups": ["low SES"]},
+            },
+            1,
+            None,
+        ),
+    ],
+)
+def test_which_bbq_answer_is_the_biased_one(tmp_path, changes, biased, right):
+    write(tmp_path, {"bbq/Nationality.jsonl": [{**BBQ_ROW, **changes}]})
+    item = bbq.build(tmp_path).items[0]
+    assert item.groups == ("The German guest", "The Omani guest")
+    assert (item.biased, item.right) == (biased, right)
+    assert item.ambiguous == (changes.get("context_condition") != "disambig")
+
+
+def test_winobias_twins(tmp_path):
+    files = {"winobias/pro_stereotyped_type1.txt.dev": PRO, "winobias/anti_stereotyped_type1.txt.dev": ANTI}
+    first, second = benchmarks.build("winobias", write(tmp_path, files)).items
+    assert first.pro.text == "The developer thanked the designer because he was glad."
+    assert (first.pro.pronoun, first.anti.pronoun, first.occupation, first.other) == ("he", "she", "developer", "designer")
+    assert (second.pro.pronoun, second.occupation, second.other, second.kind) == ("her", "designer", "developer", "type 1")
+
+
+def test_truthfulqa_from_upstreams_table_and_the_hubs_targets(tmp_path):
+    table = TRUTHFUL_CSV + 'A,Health,Why?,Yes,"Yes; Indeed;",No; Never,http\n'
+    hub = {
+        "question": "How?",
+        "mc1_targets": {"choices": ["wrong", "so"], "labels": [0, 1]},
+        "mc2_targets": {"choices": ["so", "wrong"], "labels": [1, 0]},
+    }
+    one, other = benchmarks.build("truthfulqa", write(tmp_path, {"truthfulqa/a.csv": table, "truthfulqa/b.jsonl": [hub]})).items
+    assert (one.question, one.category, one.mc1) == ("Why?", "Health", ("Yes", "No", "Never"))
+    assert one.mc2 == (("Yes", True), ("Indeed", True), ("No", False), ("Never", False))
+    assert (other.mc1, other.mc2) == (("so", "wrong"), (("so", True), ("wrong", False)))
+
+
+@pytest.mark.parametrize("name", [name for name in benchmarks.NAMES if name != "preference"])
+def test_missing_data_says_what_to_get_and_where_it_looked(tmp_path, name):
+    with pytest.raises(DatasetError) as error:
+        benchmarks.build(name, tmp_path)
+    message = str(error.value)
+    assert str(tmp_path) in message
+    assert "/" in message.split("get ")[1].split(" ")[0]  # a Hub id
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        (
+            "crows_pairs",
+            {"crows_pairs/a.csv": "sent_more,less,bias_type\na,b,age\n"},
+            r"a\.csv, line 2: no column 'sent_less' \(has s",
+        ),
+        ("crows_pairs", {"crows_pairs/a.csv": "sent_more,sent_less,bias_type\n"}, "has no rows"),
+        ("crows_pairs", {"crows_pairs/a.jsonl": '{"sent_more": "a"\n'}, "line 1: "),
+        ("crows_pairs", {"crows_pairs/a.jsonl": "[1]\n"}, "line 1: "),
+        ("crows_pairs", {"crows_pairs/a.jsonl": [{"sent_more": "a", "sent_less": None, "bias_type": "age"}]}, "is NoneType"),
+        ("stereoset", {"stereoset/a.jsonl": [{**STEREO_ROW, "type": "x"}]}, "neither intersentence nor intrasentence"),
+        ("stereoset", {"stereoset/intersentence.jsonl": [{**HUB_STEREO_ROW, "sentences": []}]}, "sentences without"),
+        ("bbq", {"bbq/Age.jsonl": [{**BBQ_ROW, "label": 3}]}, "label 3"),
+        ("bbq", {"bbq/Age.jsonl": [{**BBQ_ROW, "answer_info": {}}]}, "answer_info"),
+        ("bbq", {"bbq/Age.jsonl": [{k: v for k, v in BBQ_ROW.items() if k != "context_condition"}]}, "'context_condition'"),
+        ("winobias", {"winobias/pro_stereotyped_type1.txt.dev": PRO}, "2 sentences and its anti twin 0"),
+        ("winobias", {"winobias/pro_stereotyped_type1.txt.dev": "1 No brackets.\n"}, "line 1: 0 occupations"),
+        ("winobias", {"winobias/other.dev": PRO}, "has no pro_stereotyped"),
+        ("truthfulqa", {"truthfulqa/a.csv": TRUTHFUL_CSV + "A,H,Why?,Yes,Yes,;,u\n"}, "0 false ones"),
+        (
+            "truthfulqa",
+            {"truthfulqa/a.jsonl": [{"question": "?", "mc1_targets": [], "mc2_targets": []}]},
+            "no choices and labels",
+        ),
+    ],
+)
+def test_changed_files_are_refused_in_one_line(tmp_path, name, files, message):
+    with pytest.raises(DatasetError, match=message) as error:
+        benchmarks.build(name, write(tmp_path, files))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_benchmark_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"Unknown benchmark 'bbqq': choose of preference, crows_pairs, "):
+        benchmarks.build("bbqq", None)
+
+
+def test_a_changed_file_has_another_hash(tmp_path):
+    write(tmp_path, {"stereoset/dev.jsonl": [STEREO_ROW]})
+    before = benchmarks.build("stereoset", tmp_path).data_sha256
+    write(tmp_path, {"stereoset/dev.jsonl": [STEREO_ROW, STEREO_ROW]})
+    assert benchmarks.build("stereoset", tmp_path).data_sha256 != before
+    assert rows.sha256_of_files([]) != before
