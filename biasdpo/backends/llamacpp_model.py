@@ -85,26 +85,16 @@ def _log(_level: int, _text: bytes, _data: Any) -> None:
     """llama.cpp's own log is not for our users: every failure is raised with a line of ours."""
 
 
-def cpu_has_amx() -> bool:
-    """Whether llama.cpp would choose its AMX kernels, which crash where GCC older than 12.4 or 13.3 built them.
-
-    There `_tile_loadconfig` loses all but eight bytes of its argument (GCC bug 114098), so `ldtilecfg` faults. pip builds
-    llama.cpp with whatever compiler is there (Debian 12: GCC 12.2), so the repacked weights that lead to AMX are left alone.
-    """
-    try:
-        return " amx_tile" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
-
-
 def _load(gguf: Path, on_progress: Callable[[float, str], None]) -> Any:
     llama_cpp.llama_log_set(_log, None)
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
-    if cpu_has_amx():
-        params.use_extra_bufts = False
+    # One copy of the weights: llama.cpp would repack some quantizations (Q4_K, Q4_0, …) into memory of its own beside the mapped
+    # file. The repacked weights also lead to its AMX kernels, which crash where GCC older than 12.4 or 13.3 built them:
+    # `_tile_loadconfig` loses all but eight bytes of its argument (GCC bug 114098).
+    params.use_extra_bufts = False
 
     @llama_cpp.llama_progress_callback  # type: ignore[untyped-decorator]
     def report(share: float, _data: Any) -> bool:
