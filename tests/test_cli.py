@@ -81,7 +81,7 @@ def test_compare_base_only(tmp_path):
         (("compare", "--prompt", "Hi", "--seed", "-1"), "seed must be a whole number from 0"),
         (("compare", "--prompt", "Hi", "--max-new-tokens", "0"), "max_new_tokens must be a whole number from 1"),
         (("compare", "--prompt", "Hi", "--backend", "gpu"), "Unknown backend 'gpu'"),
-        (("evaluate", "--benchmark", "vibes", "--out", "x.json"), "Unknown benchmark 'vibes': choose of preference, utility"),
+        (("evaluate", "--benchmark", "vibes", "--out", "x.json"), "Unknown benchmark 'vibes': choose of preference, crows_pairs"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, words, tmp_path):

@@ -103,7 +103,7 @@ def test_widths_that_256_does_not_divide_fall_back_and_it_is_said(tiny_llama, tm
     assert told["token_embd.weight"] == ("Q6_K", "Q8_0")
     assert all(types[name] == got for name, (_, got) in told.items())
     expected = gguf_export.expected_bytes(models.find(str(tiny_llama)), "Q4_K_M")
-    assert expected == pytest.approx(written.bytes, rel=0.05)
+    assert expected == pytest.approx(written.bytes, abs=10_000)  # the header is guessed by the rule of a real vocabulary
     assert written.to_json()["fallbacks"][0] == {"tensor": "token_embd.weight", "wanted": "Q6_K", "got": "Q8_0"}
 
 
