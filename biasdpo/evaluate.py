@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,12 +15,12 @@ from biasdpo import __version__, models
 from biasdpo.benchmarks.base import Benchmark
 from biasdpo.benchmarks.results import Scored, correct, summarise
 from biasdpo.engines import Engine
-from biasdpo.errors import DatasetError, PromptError
-from biasdpo.records import Request, Side, check_strength
+from biasdpo.errors import DatasetError
+from biasdpo.records import Side, check_strength
 from biasdpo.scores import Scores, open_scores, sha256_of_model
+from biasdpo.scoring import score_items
 from biasdpo.workspace import Workspace
 
-_ITEMS_AT_ONCE = 16  # what an interruption may lose, and how often progress is told
 _PACKAGES = {"llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers", "peft")}  # by the backend's name
 
 
@@ -81,29 +80,16 @@ def _run_one(
     chosen = draw(len(benchmark.items), limit, seed)
     if not chosen:
         raise DatasetError(f"{benchmark.name} has no items to score (limit {limit}): raise --limit or give more data")
-    numbers: dict[Side, list[Sequence[float]]] = {side: [] for side in sides}
-    kept: list[int] = []
-    failures: list[dict[str, Any]] = []
-    done = 0
-    for begin in range(0, len(chosen), _ITEMS_AT_ONCE):
-        if should_stop():
-            break
-        batch = chosen[begin : begin + _ITEMS_AT_ONCE]
-        reasons = _score(engine, sides, benchmark, batch, strength)
-        for index in batch:
-            item = benchmark.items[index]
-            if index in reasons:
-                failures.append({"index": index, "reason": reasons[index]})
-                continue
-            scored = {side: benchmark.scores(item, scores.of(benchmark.requests(item))) for side, scores in sides.items()}
-            if not all(math.isfinite(number) for values in scored.values() for number in values):
-                failures.append({"index": index, "reason": "a log-probability that is no number"})
-                continue
-            kept.append(index)
-            for side, values in scored.items():
-                numbers[side].append(values)
-        done += len(batch)
-        on_item(benchmark.name, done, len(chosen))
+    scored = score_items(
+        engine.backend,
+        sides,
+        benchmark,
+        chosen,
+        strength=strength,
+        on_done=lambda done: on_item(benchmark.name, done, len(chosen)),
+        should_stop=should_stop,
+    )
+    kept, numbers, failures, done = scored.kept, scored.numbers, scored.failures, scored.done
     if not kept:
         first = f": the first failed with: {failures[0]['reason']}" if failures else ""
         raise DatasetError(f"{benchmark.name}: none of {done} items could be scored{first or ', since it was stopped at once'}")
@@ -140,30 +126,6 @@ def _why_partial(done: int, total: int, chosen: int) -> str:
     if done < chosen:
         return f"interrupted after {done:,} of {chosen:,} items"
     return f"limited to {done:,} of {total:,} items" if done < total else ""
-
-
-def _score(
-    engine: Engine, sides: dict[Side, Scores], benchmark: Benchmark, batch: Sequence[int], strength: float
-) -> dict[int, str]:
-    """Compute what is missing of a batch of items; return why some could not be scored, by index."""
-    wanted = {index: list(benchmark.requests(benchmark.items[index])) for index in batch}
-    reasons: dict[int, str] = {}
-    for side, scores in sides.items():
-
-        def compute(requests: Sequence[Request], side: Side = side, scores: Scores = scores) -> None:
-            missing = scores.missing(requests)
-            if missing:
-                scores.add(missing, engine.backend.loglikelihood(missing, side, strength=strength))
-
-        try:
-            compute([request for index in batch if index not in reasons for request in wanted[index]])
-        except PromptError:  # which of them is it that is too long or too short? Failed items are counted, never scored
-            for index in batch:
-                try:
-                    compute(wanted[index])
-                except PromptError as exc:
-                    reasons[index] = str(exc)
-    return reasons
 
 
 def _open_sides(engine: Engine, strength: float, parents: dict[str, str], workspace: Workspace | None) -> dict[Side, Scores]:

@@ -20,6 +20,7 @@ FLOORS = [
     {"gguf_export", "dataset", "plots", "rewards", "run_checks", "run_config", "run_endings", "run_folder", "scores", "stats"},
     {"backends", "benchmarks", "prompts", "run_card", "run_data"},
     {"engines", "run_estimate", "run_queue", "run_state", "runs"},
+    {"scoring"},
     {"compare", "evaluate", "export_measures", "export_proof", "export_strings", "label"},
     {"exports", "label_queue"},
     {"ui", "cli_train", "cli_evaluate", "cli_dataset", "cli_export"},

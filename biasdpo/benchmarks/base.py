@@ -29,6 +29,11 @@ class Benchmark(Protocol):
         """What a reader must see to know the item again: its texts, its category."""
         ...
 
+    def outcome(self, item: Any, numbers: Sequence[float]) -> str:
+        """What the side that got these numbers decided, in words ("prefers the stereotype"); "" where nothing is decided.
+        Where base's and tuned's differ, the item flipped."""
+        ...
+
     def groups(self, item: Any) -> Sequence[str]:
         """The groups (categories, domains) that the item counts in, beside the whole."""
         ...
@@ -47,7 +52,11 @@ class Benchmark(Protocol):
 
 
 class OneSided:
-    """What most benchmarks have in common: no metric of both sides, nothing beside the metrics."""
+    """What most benchmarks have in common: nothing is decided, no metric of both sides, nothing beside the metrics."""
+
+    def outcome(self, _item: Any, _numbers: Sequence[float]) -> str:
+        """Nothing."""
+        return ""
 
     def paired_metrics(self) -> Mapping[str, Metric]:
         """None."""

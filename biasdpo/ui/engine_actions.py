@@ -67,10 +67,14 @@ class EngineActions:
         return self.engine_view(model, adapter, load=True)
 
     def refresh_adapters(self, model: str, adapter: str) -> Any:
-        """The tab was chosen: runs may have finished meanwhile, or were deleted."""
+        """The tab was chosen: runs may have finished meanwhile, or were deleted.
+
+        Gradio also says so of the tab that a page opens with: then nothing is picked yet, and an answer that comes late would
+        overwrite what the page's link names. So what is picked stays as it is, and only the list is renewed.
+        """
         try:
-            key = self.key(model, adapter)
-            return gr.skip() if key is None else self._picked(key)[self.adapter]
+            key = self.key(model, adapter) if adapter else None
+            return gr.skip() if key is None else gr.update(choices=self._adapter_choices(key))
         except BiasDPOError:
             return gr.skip()
 
@@ -106,19 +110,24 @@ class EngineActions:
     def _picked(self, key: EngineKey) -> Updates:
         """The two pickers, once the names are known."""
         spec = self.spec_of(key.model)
-        fitting_ones = [] if spec is None else fitting.adapters_for(spec, self.pool.workspace)
-        choices = [(_adapter_label(a, spec), a.id) for a in fitting_ones] + [("none (base only)", "none")]
-        if key.adapter not in [value for _, value in choices]:
-            choices.insert(0, (key.adapter, key.adapter))
         system: Any = gr.skip()
         if spec is not None:
             system = gr.update(visible=spec.template.has_system, placeholder=spec.template.default_system)
         return {
             self.model: gr.update(choices=self.model_choices(key.model), value=key.model),
             self.picked_model: key.model,
-            self.adapter: gr.update(choices=choices, value=key.adapter),
+            self.adapter: gr.update(choices=self._adapter_choices(key), value=key.adapter),
             self.system: system,
         }
+
+    def _adapter_choices(self, key: EngineKey) -> list[tuple[str, str]]:
+        """The adapters that fit this model, the picked one among them."""
+        spec = self.spec_of(key.model)
+        fitting_ones = [] if spec is None else fitting.adapters_for(spec, self.pool.workspace)
+        choices = [(_adapter_label(a, spec), a.id) for a in fitting_ones] + [("none (base only)", "none")]
+        if key.adapter not in [value for _, value in choices]:
+            choices.insert(0, (key.adapter, key.adapter))
+        return choices
 
     @staticmethod
     def spec_of(model: str) -> ModelSpec | None:
