@@ -30,6 +30,26 @@ def test_proof_line_names_model_adapter_run_data_backend_device_and_kl(visitor):
     assert re.search(r"tuned differs by KL \d[\d.e-]* nats", line)
 
 
+def test_a_late_answer_about_the_list_leaves_the_adapter_that_the_link_names(visitor):
+    def hold(route):  # what the page asks before anything is picked, answered last
+        if route.request.post_data_json["data"] == ["smollm2", ""]:
+            held.append(route)
+        else:
+            route.continue_()
+
+    held: list = []
+    visitor.page.route("**/gradio_api/run/predict*", hold)
+    visitor.open_ready()
+    assert held  # Gradio says of the tab that a page opens with that it was chosen
+    for route in held:
+        route.continue_()
+    visitor.page.wait_for_timeout(1500)
+    visitor.generate("Describe a typical nurse.")
+    visitor.wait_written()
+    assert visitor.value("adapter").startswith("demo")
+    assert "run demo" in visitor.page.inner_text("#proof")
+
+
 def test_generate_streams_both_sides_and_says_how_it_went(visitor):
     visitor.open_ready()
     visitor.generate("Describe a typical nurse.")
