@@ -18,6 +18,7 @@ PRECISIONS = ("fp32", "bf16")
 ADAPTER_DTYPES = ("float16", "float32")
 ACCELERATE_CONFIGS = ("auto", "cpu", "one_gpu", "multi_gpu", "fsdp")
 KEEPS = ("best", "last")
+ENDS = ("trained", "left_out")
 MAX_PROBES = 3
 
 
@@ -96,6 +97,8 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "loss_weights": _numbers(0.0, 1000.0),
     "beta": _numbers(1e-4, 1000.0),
     "text_kl_weight": _numbers(0.0, 1000.0),
+    "counterfactual_weight": _numbers(0.0, 1000.0),
+    "question_weight": _numbers(0.0, 1000.0),
     "label_smoothing": _numbers(0.0, 0.499),
     "learning_rate": _numbers(1e-9, 1.0),
     "schedule": _one_of(SCHEDULES),
@@ -110,6 +113,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "target_modules": _targets,
     "strength": _numbers(0.01, 1.5),
     "adapter_dtype": _one_of(ADAPTER_DTYPES),
+    "end_of_text": _one_of(ENDS),
     "max_length": _integers(16, 1_000_000),
     "eval_every": _integers(0, 10_000_000),
     "early_stopping": _integers(0, 10_000),

@@ -15,6 +15,7 @@ from biasdpo.run_checks import (
     ACCELERATE_CONFIGS,
     ADAPTER_DTYPES,
     CHECKS,
+    ENDS,
     KEEPS,
     LOSS_TYPES,
     MAX_PROBES,
@@ -26,6 +27,7 @@ from biasdpo.run_checks import (
 __all__ = [
     "ACCELERATE_CONFIGS",
     "ADAPTER_DTYPES",
+    "ENDS",
     "KEEPS",
     "LOSS_TYPES",
     "MAX_PROBES",
@@ -60,6 +62,9 @@ class RunConfig:
     beta                  pull to the reference, per nat; higher stays closer. For sigmoid_norm it multiplies nats per token
     text_kl_weight        weight of KL(base || policy), nats per token, on bare text (the training rows' prompts and chosen
                           completions without the template), added to the loss; 0: off
+    counterfactual_weight weight of KL(base averaged over two groups || policy), nats per token, on sentences of our own in which
+                          groups change places (bare text, as many as pairs), added to the loss; 0: off
+    question_weight       weight of a ranking loss on questions of our own, half of which their text does not answer; 0: off
     label_smoothing       share of labels taken to be wrong, [0, 0.5); used by loss type `robust` alone
     learning_rate         AdamW's peak step size
     schedule              of the learning rate after warm-up (SCHEDULES)
@@ -74,6 +79,8 @@ class RunConfig:
     target_modules        names of the linear layers that get an update
     strength              the trained update is saved multiplied by this, (0, 1.5]; 1 is as trained
     adapter_dtype         of the saved adapter (ADAPTER_DTYPES)
+    end_of_text           whether the token that ends a completion is trained on as part of it (ENDS). `left_out` changes when
+                          completions end less: BiasDPO's are half as long as what SmolLM2 writes by itself
     max_length            tokens of prompt + completion; longer completions are cut, longer prompts dropped, both counted
     eval_every            steps between evaluations on the held-out rows, and one at the last step; 0: none while it trains
     early_stopping        evaluations in a row without a better held-out reward accuracy that end the training; 0: never
@@ -98,6 +105,8 @@ class RunConfig:
     loss_weights: tuple[float, ...] = ()
     beta: float = 0.1
     text_kl_weight: float = 0.0
+    counterfactual_weight: float = 0.0
+    question_weight: float = 0.0
     label_smoothing: float = 0.0
     learning_rate: float = 3e-5
     schedule: str = "linear"
@@ -112,6 +121,7 @@ class RunConfig:
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     strength: float = 1.0
     adapter_dtype: str = "float16"
+    end_of_text: str = "trained"
     max_length: int = 512
     eval_every: int = 0
     early_stopping: int = 0

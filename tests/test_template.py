@@ -66,6 +66,14 @@ def training_tokens(tokenizer: Any, completion: str) -> tuple[list[int], list[in
 # Tokens
 
 
+def test_an_end_of_text_that_is_left_out_is_no_part_of_a_completion(tokenizer: Any) -> None:
+    pair = PreferencePair(PROMPT, "They are not.", "They are.")
+    [trained], [left_out] = (tokenise([pair], tokenizer, PHI, 512, ends).rows for ends in ("trained", "left_out"))
+    assert trained.chosen_ids == [*left_out.chosen_ids, tokenizer.eos_token_id]
+    assert trained.rejected_ids == [*left_out.rejected_ids, tokenizer.eos_token_id]
+    assert trained.prompt_ids == left_out.prompt_ids
+
+
 @pytest.mark.parametrize("completion", COMPLETIONS)
 def test_training_and_evaluation_have_the_same_tokens(
     completion: str, tokenizer: Any, tiny_phi: Path, llamacpp: LlamaCppBackend, transformers: Backend

@@ -245,10 +245,10 @@ def test_texts_are_drawn_by_step_and_batch_whatever_was_logged(tiny_llama, tmp_p
     drawn = []
     for step in range(3):
         one.state.global_step = step
-        drawn += [one._draw_texts(), one._draw_texts()]
+        drawn += [one._draw_texts(f"{step}-{one._batch_of_step()}") for _ in range(2)]
         one._metrics["train"]["text_kl"].append(0.0)
     two.state.global_step = 2
-    assert [two._draw_texts(), two._draw_texts()] == drawn[4:]
+    assert [two._draw_texts(f"2-{two._batch_of_step()}") for _ in range(2)] == drawn[4:]
     assert len({str(texts) for texts in drawn}) == 6
 
 

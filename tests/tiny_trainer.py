@@ -19,6 +19,7 @@ def build_tiny_trainer(
     note: Any = print,
     text_kl_weight: float = 0.0,
     anchor_texts: Any = (),
+    weights: dict[str, float] | None = None,
     targets: list[str] | None = None,
     **settings: Any,
 ) -> Any:
@@ -26,6 +27,7 @@ def build_tiny_trainer(
 
     way        "ours", or "trl": TRL's own computations
     trained    standard deviation of the LoRA's second factors, which are zero in a fresh one; the same for both ways
+    weights    of our further terms, by name
     settings   of DPOConfig
     """
     import torch
@@ -41,7 +43,7 @@ def build_tiny_trainer(
             return dataset
 
     extra: dict[str, Any] = (
-        {"note": note, "text_kl_weight": text_kl_weight, "anchor_texts": anchor_texts} if way == "ours" else {}
+        {"note": note, "text_kl_weight": text_kl_weight, "anchor_texts": anchor_texts, **(weights or {})} if way == "ours" else {}
     )
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     names = {name.split(".")[-1] for name, module in model.named_modules() if "proj" in name or name.endswith("dense")}

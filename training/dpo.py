@@ -18,7 +18,7 @@ from peft import LoraConfig, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-from biasdpo import dataset, models, run_config, run_data
+from biasdpo import counterfactuals, dataset, models, run_config, run_data
 from biasdpo.backends.hf_copy import hf_copy, load_tokenizer
 from biasdpo.errors import ConfigError, DatasetError, ModelError
 from biasdpo.run_config import RunConfig
@@ -54,6 +54,10 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
         raise ModelError(
             f"The base model {spec.title} was changed after the run was started: restore its files, or start a new run"
         )
+    if config.counterfactual_weight or config.question_weight:
+        templates = sha256_of(counterfactuals.FILE)
+        if origin.setdefault("counterfactuals_sha256", templates) != templates:
+            raise DatasetError(f"{counterfactuals.FILE} was changed after the run was started: restore it, or start a new run")
     if writer.is_main:
         write_json(folder.origin, origin)
     writer.check_stop()
@@ -66,8 +70,8 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
     writer.update(phase="tokenising")
-    train_rows = tokenise(train_pairs, tokenizer, spec.template, config.max_length)
-    held_out_rows = tokenise(pairs.held_out, tokenizer, spec.template, config.max_length)
+    train_rows = tokenise(train_pairs, tokenizer, spec.template, config.max_length, config.end_of_text)
+    held_out_rows = tokenise(pairs.held_out, tokenizer, spec.template, config.max_length, config.end_of_text)
     if not train_rows.rows:
         raise DatasetError(
             f"No rows to train on: {len(pairs.held_out)} held out, {train_rows.dropped} dropped as too long; add rows, lower "
@@ -228,6 +232,8 @@ def build_trainer(
     trainer = TokenisedDPOTrainer(
         text_kl_weight=config.text_kl_weight,
         anchor_texts=anchors,
+        counterfactual_weight=config.counterfactual_weight,
+        question_weight=config.question_weight,
         note=writer.note,
         model=model,
         args=arguments,

@@ -88,8 +88,8 @@ def measure(config: RunConfig, workspace: Workspace, scratch: Path, began: float
     spec = models.find(config.model)
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
-    train = tokenise(data.epoch, tokenizer, spec.template, config.max_length)
-    held_out = tokenise(data.split.held_out, tokenizer, spec.template, config.max_length)
+    train = tokenise(data.epoch, tokenizer, spec.template, config.max_length, config.end_of_text)
+    held_out = tokenise(data.split.held_out, tokenizer, spec.template, config.max_length, config.end_of_text)
     if not train.rows:
         raise DatasetError(f"No pairs are left to train on: {train.dropped} have prompts that fill max_length; raise it")
     model = load_policy(model_folder, config, use_cpu=on_cpu)

@@ -7,6 +7,7 @@ is projected again in the backward pass, which only scales these vectors. V: voc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,30 @@ def kl_of_tokens(base_hidden: torch.Tensor, hidden: torch.Tensor, head: torch.nn
                 gradients.append(_expected(weight, policy.exp_().sub_(probabilities)))
     divergence = torch.cat(divergences)
     return _with_gradient(hidden, divergence, torch.cat(gradients)) if wants_gradient else divergence
+
+
+def kl_to_average(base_hidden: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
+    """KL(p || policy) where p is the average of base's next-token distributions over K texts: (K, N, H) each -> (K, N), nats.
+
+    KL = sum p (log p - log q_k), and d KL / d h_k = (q_k - p) W.
+    """
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    divergences, gradients = [], []
+    with torch.no_grad():
+        weight, bias = _head(hidden, head)
+        for rows in _slices(hidden[0], weight):
+            texts = [_logits(base, weight, bias).log_softmax(-1) for base in base_hidden[:, rows]]
+            average = torch.stack(texts).logsumexp(0) - math.log(len(texts))
+            probabilities = average.exp()
+            policies = [_logits(states, weight, bias).log_softmax(-1) for states in hidden[:, rows]]
+            divergences.append(torch.stack([torch.linalg.vecdot(probabilities, average - policy) for policy in policies]))
+            if wants_gradient:
+                gradients.append(torch.stack([_expected(weight, policy.exp_().sub_(probabilities)) for policy in policies]))
+    divergence = torch.cat(divergences, dim=1)
+    if not wants_gradient:
+        return divergence
+    known = _with_gradient(hidden.flatten(0, 1), divergence.flatten(), torch.cat(gradients, dim=1).flatten(0, 1))
+    return known.view_as(divergence)
 
 
 class _KnownGradient(torch.autograd.Function):

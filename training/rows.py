@@ -15,7 +15,7 @@ from biasdpo.template import PromptTemplate
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One pair as token ids. The end-of-text token ends both completions, unless they were cut to `max_length`."""
+    """One pair as token ids. The end-of-text token ends both completions, unless they were cut to `max_length` or it was left out."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -34,8 +34,10 @@ class Tokenised:
     cut: int
 
 
-def tokenise(pairs: Sequence[PreferencePair], tokenizer: Any, template: PromptTemplate, max_length: int) -> Tokenised:
-    """Token ids of each pair, prompt + completion within max_length."""
+def tokenise(
+    pairs: Sequence[PreferencePair], tokenizer: Any, template: PromptTemplate, max_length: int, ends: str = "trained"
+) -> Tokenised:
+    """Token ids of each pair, prompt + completion within max_length. `ends`: RunConfig's `end_of_text`."""
     rows, dropped, cut = [], 0, 0
     for pair in pairs:
         prompt = encode_prompt(tokenizer, template, pair.prompt)
@@ -43,7 +45,7 @@ def tokenise(pairs: Sequence[PreferencePair], tokenizer: Any, template: PromptTe
         if room <= 0:
             dropped += 1
             continue
-        chosen, rejected = (encode_completion(tokenizer, template, text, True) for text in (pair.chosen, pair.rejected))
+        chosen, rejected = (encode_completion(tokenizer, template, text, ends == "trained") for text in (pair.chosen, pair.rejected))
         cut += len(chosen) > room or len(rejected) > room
         rows.append(TokenRow(prompt, chosen[:room], rejected[:room]))
     return Tokenised(tuple(rows), dropped, cut)

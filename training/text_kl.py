@@ -25,7 +25,7 @@ def packed_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any)
         return states[0]
 
     with accelerator.autocast():
-        base, policy = _without_and_with_adapter(peft_model, hidden)
+        base, policy = without_and_with_adapter(peft_model, hidden)
         return kl_of_tokens(base, policy, head).mean()
 
 
@@ -45,12 +45,13 @@ def padded_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any)
             logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits[mask.bool()].float().log_softmax(-1)
 
-    base, policy = _without_and_with_adapter(peft_model, log_probabilities)
+    base, policy = without_and_with_adapter(peft_model, log_probabilities)
     kl: torch.Tensor = (base.exp() * (base - policy)).sum(-1).mean()
     return kl
 
 
-def _without_and_with_adapter(peft_model: Any, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def without_and_with_adapter(peft_model: Any, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `compute` gives of base (without gradients) and of the policy."""
     with torch.no_grad(), peft_model.disable_adapter():
         base = compute()
     return base, compute()

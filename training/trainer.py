@@ -1,13 +1,14 @@
 """TRL's DPO trainer on rows that are tokenised already: the same loss, metrics and checkpoints for less work.
 
-Five things differ from TRL 1.16; its losses, metrics and loop are its own.
+Six things differ from TRL 1.16; its losses, metrics and loop are its own.
 1. A pair is computed as one packed row, the prompt once (`training.packing`), without padding, and the vocabulary projection
    on completion tokens alone (`training.projection`). For Llama and Phi; other models go TRL's way, and `note` says so.
 2. The reference's log-probabilities are computed once, before the first step, and kept across runs (`training.reference`).
 3. `text_kl_weight` adds KL(base || policy) on bare text (no template), which is where an unanchored run gets more perplexed:
    DPO holds the policy near the reference only on the pairs' completions.
-4. A checkpoint holds no model card, and what was not logged yet (`training.window`).
-5. An evaluation's metrics are means over pairs, whatever the batch and the processes (`training.rounds`).
+4. `counterfactual_weight` and `question_weight` add two terms that need no pairs (`training.counterfactual`).
+5. A checkpoint holds no model card, and what was not logged yet (`training.window`).
+6. An evaluation's metrics are means over pairs, whatever the batch and the processes (`training.rounds`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from accelerate.utils import DistributedType, gather_object
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 
+from biasdpo.counterfactuals import Counterfactuals
+from biasdpo.errors import ConfigError
+from training.counterfactual import counterfactual_kl, encode_twins, question_loss
 from training.packed_model import add_packed_forward, why_not_packed
 from training.reference import Group, Logps, ReferenceCache, groups, row_key
 from training.rounds import rounds
@@ -36,6 +40,9 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     text_kl_weight   weight of the KL term; 0 leaves TRL's loss as it is
     anchor_texts     token ids of the bare texts; each step draws a batch of them, by seed and step
+    counterfactual_weight, question_weight
+                     weights of the counterfactual KL and the question loss; each step draws as many twins as it has pairs,
+                     and half as many questions
     note             is told, in one line, where the faster way can't be gone
     """
 
@@ -46,12 +53,16 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         *args: Any,
         text_kl_weight: float = 0.0,
         anchor_texts: Sequence[list[int]] = (),
+        counterfactual_weight: float = 0.0,
+        question_weight: float = 0.0,
         note: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
         self._text_kl_weight = text_kl_weight
         self._anchor_texts = anchor_texts
-        self._draws = (-1, 0)  # a step, and how often texts were drawn in it
+        self._counterfactual_weight, self._question_weight = counterfactual_weight, question_weight
+        self._counterfactuals = Counterfactuals() if counterfactual_weight or question_weight else None
+        self._batches = (-1, 0)  # a step, and how many of its batches were computed
         self._note = note
         self._reference: ReferenceCache | None = None
         self._on_reference: Callable[[int, int], None] = lambda _done, _total: None
@@ -60,6 +71,10 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         reason = "its weights are shared out among processes" if self._is_sharded() else why_not_packed(base_model)
         self.is_packed = not reason
         if reason:
+            if self._counterfactuals is not None:
+                raise ConfigError(
+                    f"counterfactual_weight and question_weight can't be used with this model: {reason}; set both to 0"
+                )
             note(f"The model is trained TRL's own way, about half as fast: {reason}")
         else:
             add_packed_forward(base_model)
@@ -175,25 +190,49 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         result = super()._compute_loss(model, inputs, return_outputs)
-        if not self._text_kl_weight or not self.model.training:
+        if not self.model.training or not (self._text_kl_weight or self._counterfactuals):
             return result
-        texts = self._draw_texts()
-        text_kl = packed_text_kl if self.is_packed else padded_text_kl
-        kl: torch.Tensor = text_kl(model, texts, self.accelerator)
-        self._metrics["train"]["text_kl"].append(kl.item())
+        added = self._added_terms(model, f"{self.args.seed}-{self.state.global_step}-{self._batch_of_step()}")
         if return_outputs:
             loss, outputs = result
-            return loss + self._text_kl_weight * kl, outputs
-        return result + self._text_kl_weight * kl
+            return loss + added, outputs
+        return result + added
 
-    def _draw_texts(self) -> list[list[int]]:
-        """This process's share of as many texts as all processes have pairs.
+    def _added_terms(self, model: Any, batch: str) -> torch.Tensor:
+        """The terms beside DPO's own, (). `batch` names the batch, and seeds what is drawn for it."""
+        added = torch.zeros((), device=self.accelerator.device)
+        metrics = self._metrics["train"]
+        if self._text_kl_weight:
+            text_kl = packed_text_kl if self.is_packed else padded_text_kl
+            kl = text_kl(model, self._draw_texts(batch), self.accelerator)
+            metrics["text_kl"].append(kl.item())
+            added = added + self._text_kl_weight * kl
+        if self._counterfactuals is not None:
+            draw = random.Random(f"counterfactuals-{batch}-{self.accelerator.process_index}")
+            pairs = self.args.per_device_train_batch_size
+            if self._counterfactual_weight:
+                twins = [encode_twins(self._counterfactuals.twins(draw), self.processing_class) for _ in range(pairs)]
+                kl = counterfactual_kl(model, twins, self.accelerator)
+                metrics["counterfactual_kl"].append(kl.item())
+                added = added + self._counterfactual_weight * kl
+            if self._question_weight:
+                questions = [self._counterfactuals.question(draw) for _ in range((pairs + 1) // 2)]
+                loss, accuracy = question_loss(model, questions, self.processing_class, self.accelerator)
+                metrics["question_loss"].append(loss.item())
+                metrics["question_accuracy"].append(accuracy)
+                added = added + self._question_weight * loss
+        return added
 
-        A draw of its own for each step and batch of it, so that a resumed run sees the texts that an uninterrupted one would.
-        """
-        step, batch = self.state.global_step, self._draws[1] if self._draws[0] == self.state.global_step else 0
-        self._draws = (step, batch + 1)
-        draw = random.Random(f"{self.args.seed}-{step}-{batch}")
+    def _batch_of_step(self) -> int:
+        """Which batch of its step this is. With the step it makes a draw of its own, so that a resumed run sees what an
+        uninterrupted one would."""
+        step, batch = self.state.global_step, self._batches[1] if self._batches[0] == self.state.global_step else 0
+        self._batches = (step, batch + 1)
+        return batch
+
+    def _draw_texts(self, batch: str) -> list[list[int]]:
+        """This process's share of as many texts as all processes have pairs."""
+        draw = random.Random(batch)
         processes = self.accelerator.num_processes
         count = min(self.args.per_device_train_batch_size * processes, len(self._anchor_texts))
         drawn = draw.sample(self._anchor_texts, count)

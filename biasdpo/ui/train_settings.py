@@ -66,6 +66,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("batch_size", "Batch size", "integer"),
         Setting("gradient_accumulation", "Batches a step", "integer"),
         Setting("max_length", "Max length", "integer"),
+        Setting("end_of_text", "End of text", "choice", run_config.ENDS),
         Setting("held_out_share", "Held-out share", "number"),
         Setting("seed", "Seed", "integer"),
     ),
@@ -74,6 +75,8 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("loss_weights", "Loss weights", "numbers", matters=lambda v: len(v["loss_type"] or ()) > 1),
         Setting("label_smoothing", "Label smoothing", "number", matters=lambda v: "robust" in (v["loss_type"] or ())),
         Setting("text_kl_weight", "Text KL weight", "number"),
+        Setting("counterfactual_weight", "Counterfactual weight", "number"),
+        Setting("question_weight", "Question weight", "number"),
     ),
     "Optimizer": (
         Setting("schedule", "Schedule", "choice", run_config.SCHEDULES),
