@@ -1,8 +1,8 @@
 """Sentences said of one group and of another, and questions that a text does or does not answer: what the counterfactual terms of
 training draw (`training.counterfactual`). Built from the templates of assets/counterfactuals.toml; no two draws need be alike.
 
-The idea of training on a text and its counterfactual, in which the group is another: Kusner et al., 2017 (arXiv:1703.06856, fairness
-by counterfactuals), Garg et al., 2019 (arXiv:1809.10610, counterfactual logit pairing). The templates are our own.
+The idea of training on a text and its counterfactual, in which the group is another: Kusner et al., 2017 (arXiv:1703.06856), and
+Garg et al., 2019 (arXiv:1809.10610, counterfactual logit pairing). The templates are our own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ FILE = ASSETS / "counterfactuals.toml"
 # What a draw of twins is about: tables of FILE by how often they are drawn.
 _KINDS = {"adjectives": 6, "plurals": 4, "countries": 3, "names": 2, "alone": 3, "together": 4}
 _FOLLOWED = 0.3  # share of sentences after which another comes
-_ANSWERED = 0.5  # share of questions that the text answers
+_ANSWERED = 0.6  # share of questions that the text answers
+_IN_OTHER_WORDS = 0.5  # share of these in which it does not use the question's words
 _PRONOUNS = {"{they}": ("he", "she"), "{them}": ("him", "her"), "{their}": ("his", "her")}
 
 
@@ -100,7 +101,8 @@ class Counterfactuals:
         unknown = draw.choice(tables["unknown"])
         who, other = draw.sample([first, second], 2)
         if answered:
-            text += " " + draw.choice(tables["decides"]).format(who=who, did=deeds[0], other=other, **{"not": deeds[1]})
+            did, not_ = deeds[2:] if draw.random() < _IN_OTHER_WORDS else deeds[:2]
+            text += " " + draw.choice(tables["decides"]).format(who=who, did=did, other=other, **{"not": not_})
         context = text + draw.choice(tables["asks"]).format(question=f"Who {deeds[asked]}?")
         people = [f" The {person}" for person in ((who, other) if asked == 0 else (other, who))]
         if answered:
