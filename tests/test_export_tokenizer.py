@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,36 +16,21 @@ from biasdpo.models import ModelSpec
 from biasdpo.records import LikelihoodRequest
 from biasdpo.template import PromptTemplate
 from biasdpo.workspace import Workspace
+from tests import phi_like as phi_like_files
 from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
-PHI_ROWS = 51_200  # of Phi-2's embedding, of which its tokenizer knows 50,295
 
 
 @pytest.fixture(scope="module")
 def phi_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a tokenizer laid out like Phi-2's, trained here on README: a Hugging Face folder.
+    """A random model with a tokenizer laid out like Phi-2's, rows without a token and all: a Hugging Face folder."""
+    from transformers import PhiConfig, PhiForCausalLM
 
-    GPT-2's pre-tokenizer; after the BPE's tokens <|endoftext|>, 31 to 2 spaces, 9 to 2 tabs, each run a token; rows without a
-    token up to 51,200. Phi-2's files name CodeGenTokenizer as its class.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=2
-    )
-    sources = [ROOT / "README.md", *sorted((ROOT / "biasdpo").glob("*.py")), ROOT / "assets" / "proof_texts.jsonl"]
-    tokenizer.train_from_iterator([path.read_text(encoding="utf-8") for path in sources], trainer)
-    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
-    runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
-    tokenizer.add_tokens([AddedToken(run, special=False, normalized=True) for run in runs])
-    end = tokenizer.token_to_id("<|endoftext|>")
+    folder = tmp_path_factory.mktemp("phi-like") / "model"
+    end = phi_like_files.save_tokenizer(folder)
     config = PhiConfig(
-        vocab_size=PHI_ROWS,
+        vocab_size=phi_like_files.ROWS,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
@@ -57,14 +41,7 @@ def phi_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=end,
         pad_token_id=end,
     )
-    folder = tmp_path_factory.mktemp("phi-like") / "model"
     PhiForCausalLM(config).save_pretrained(folder)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
-    )
-    wrapped.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "CodeGenTokenizer"}))
     return folder
 
 
