@@ -62,7 +62,7 @@
     if (tip) tip.hidden = true;
   };
 
-  const figureOf = (event) => (event.target instanceof Element ? event.target.closest(".bd-plot")?.closest(".bd-curve") : null);
+  const figureOf = (event) => (event.target instanceof Element ? event.target.closest(".bd-plot[data-x]")?.closest(".bd-curve") : null);
 
   document.addEventListener("pointermove", (event) => {
     const figure = figureOf(event);
@@ -89,7 +89,7 @@
     hold(figure);
   });
 
-  const save = (name, type, text) => {
+  const save = window.bdSave = (name, type, text) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type }));
     link.download = name;

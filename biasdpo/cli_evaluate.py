@@ -7,14 +7,34 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from biasdpo.errors import ConfigError, DatasetError
+from biasdpo.errors import ConfigError
 
-BENCHMARKS = ("preference", "crows_pairs", "stereoset", "bbq", "winobias", "truthfulqa", "utility")
+if TYPE_CHECKING:
+    from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
+    from biasdpo.benchmarks.toxicity import ToxicityScorer
+    from biasdpo.evaluations import EvaluationRequest
+    from biasdpo.evaluations.watching import Watch
+    from biasdpo.models import AdapterSpec
+    from biasdpo.workspace import Workspace
+
+BENCHMARKS = (
+    "preference",
+    "crows_pairs",
+    "stereoset",
+    "bbq",
+    "winobias",
+    "truthfulqa",
+    "bold",
+    "real_toxicity_prompts",
+    "utility",
+    "perplexity",
+    "utility_generation",
+)
 _INTERRUPTED = 130  # the exit status of what Ctrl-C ended
 
 
@@ -23,36 +43,60 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command = commands.add_parser("evaluate", help="score base and tuned on benchmarks, with intervals")
     command.add_argument("--model", default="auto", metavar="ID|auto")
     command.add_argument("--adapter", default="", metavar="ID|PATH|none", help="default: the model's shipped adapter")
-    command.add_argument("--backend", default="auto", metavar="B", help="auto, llamacpp or transformers")
-    command.add_argument("--benchmark", required=True, metavar="NAME[,NAME]", help=", ".join(BENCHMARKS))
-    command.add_argument("--dataset", metavar="FILE", help="preference: the file trained on; what the run held out is scored")
+    command.add_argument("--backend", default="auto", metavar="B", help="auto, llamacpp, transformers[-8bit|-4bit]")
+    command.add_argument(
+        "--benchmark", required=True, metavar="NAME[,NAME]", help=f"{', '.join(BENCHMARKS)} (the last two are utility's halves)"
+    )
+    command.add_argument(
+        "--dataset", metavar="FILE|workspace|run", help="preference: what was trained on; its held-out pairs score"
+    )
     command.add_argument("--data-dir", type=Path, metavar="DIR", help="holds one folder a benchmark; default: the Hub")
     command.add_argument("--limit", type=int, metavar="N", help="items of each benchmark, drawn by the seed")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw and the bootstrap")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw, what is generated, and the bootstrap")
     command.add_argument("--strength", type=float, default=1.0, metavar="X")
+    command.add_argument("--strengths", type=_numbers, metavar="X,X", help="several, for the curve of bias against perplexity")
+    command.add_argument("--samples", type=int, metavar="K", help="completions of each of real_toxicity_prompts; default: 5")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="of a completion; default: as each benchmark has it")
+    command.add_argument(
+        "--toxicity-scorer", default="", metavar="NAME", help="profanity_check (default) or hub:OWNER/NAME, a classifier"
+    )
     command.add_argument("--out", required=True, type=Path, metavar="FILE")
     command.add_argument("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace")
     command.add_argument("--json", action="store_true", help="print the result without its items on stdout")
+    command.add_argument("--status", type=Path, help=argparse.SUPPRESS)  # of a job that `evaluations.start` has started
+    command.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # `evaluations.estimate`: how fast, not what
     command.set_defaults(handler=evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run the benchmarks, write FILE, print what changed."""
+    from biasdpo.evaluations.watching import watched
+
+    with watched(args.status) as watch:
+        return _evaluate(args, watch)
+
+
+def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
     from tqdm import tqdm
 
-    from biasdpo import evaluate as evaluation
     from biasdpo import models
     from biasdpo.engines import EngineKey, open_engine
-    from biasdpo.run_config import RunConfig
+    from biasdpo.evaluations import curve, estimate
     from biasdpo.workspace import open_workspace, write_json
 
+    watch.phase("reading the items")
     workspace = open_workspace(args.workspace)
     model = models.choose_auto()[0].id if args.model == "auto" else args.model
     adapter = models.find_adapter(args.adapter, models.find(model), workspace)
-    held_out_share = RunConfig.held_out_share if adapter is None or adapter.held_out_share is None else adapter.held_out_share
-    benchmarks = [_build(name, args, held_out_share) for name in args.benchmark.split(",")]
+    strengths = _request(args, model, adapter).check().strengths
+    benchmarks = _build(args, adapter, workspace)
+    watch.phase("loading the model")
     engine = open_engine(EngineKey(model, args.adapter, args.backend), workspace)
     try:
+        if args.measure:
+            write_json(args.out, estimate.measure(engine, benchmarks))
+            return 0
+        watch.begin(benchmarks, args.limit, len(curve.order(strengths)))
         with tqdm(unit=" item", file=sys.stderr) as bar:
 
             def show(name: str, done: int, total: int) -> None:
@@ -61,17 +105,18 @@ def evaluate(args: argparse.Namespace) -> int:
                 bar.total = total
                 bar.set_description(name, refresh=False)
                 bar.update(done - bar.n)
+                watch.on_item(name, done, total)
 
             with _stop_on_interrupt() as stopped:
-                result = evaluation.run(
+                result = curve.run(
                     engine,
                     benchmarks,
-                    strength=args.strength,
+                    strengths,
                     limit=args.limit,
                     seed=args.seed,
                     workspace=workspace,
                     on_item=show,
-                    should_stop=stopped.is_set,
+                    should_stop=lambda: stopped.is_set() or watch.should_stop(),
                 )
     finally:
         engine.backend.close()
@@ -108,6 +153,10 @@ def _lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
     """One benchmark's part of the table."""
     partial = f"; not comparable: {numbers['not_comparable']}" if numbers["not_comparable"] else ""
     yield f"{name}: {numbers['n']} items, {numbers['n_failed']} failed{partial}"
+    if numbers["settings"]:
+        yield f"  {', '.join(f'{key} {value}' for key, value in numbers['settings'].items())}"
+    if numbers["not_as_published"]:
+        yield f"  not comparable with published figures: {numbers['not_as_published']}"
     for failure in numbers["failures"][:3]:
         yield f"  failed: item {failure['index']}: {failure['reason']}"
     for metric, base in numbers["base"].items():
@@ -118,7 +167,7 @@ def _lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
         yield f"  {metric}: {_shown(base)} -> {_shown(numbers['tuned'][metric])} ({change['better']} is better)"
         yield f"    {_decided(change)}"
     for metric, value in numbers["paired"].items():
-        yield f"  {metric}: {_decided(value)}"
+        yield f"  {metric}: {_shown(value) if value['restates'] else _decided(value)}"
     for key in ("pick_the_longer_baseline", "n_without_biased_answer"):
         if key in numbers:
             yield f"  {key}: {numbers[key]:.4g}"
@@ -128,28 +177,57 @@ def _decided(change: dict[str, Any]) -> str:
     return f"{_shown(change)}, p {change['p_value']:.2g} (Holm {change['p_holm']:.2g}): {change['verdict']}"
 
 
-def _build(name: str, args: argparse.Namespace, held_out_share: float) -> Any:
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"--limit must be at least 1: got {args.limit}; leave it out for all items")
+def _request(args: argparse.Namespace, model: str, adapter: AdapterSpec | None) -> EvaluationRequest:
+    """What the flags ask for."""
+    from biasdpo.evaluations import EvaluationRequest
+
+    return EvaluationRequest(
+        model=model,
+        adapter="none" if adapter is None else args.adapter,
+        backend=args.backend,
+        benchmarks=tuple(args.benchmark.split(",")),
+        limit=args.limit,
+        seed=args.seed,
+        strengths=tuple(args.strengths or [args.strength]),
+        data_dir="" if args.data_dir is None else str(args.data_dir),
+        dataset=args.dataset or "",
+        samples=args.samples,
+        max_new_tokens=args.max_new_tokens,
+        toxicity_scorer=args.toxicity_scorer,
+    )
+
+
+def _build(args: argparse.Namespace, adapter: AdapterSpec | None, workspace: Workspace) -> list[Benchmark | GenerationBenchmark]:
     from biasdpo import benchmarks as known
+    from biasdpo.evaluations.pairs import preference
 
-    if known.check_name(name) == "preference":
-        from biasdpo import dataset
-        from biasdpo.benchmarks.preference import Preference
-        from biasdpo.workspace import sha256_of
+    how = known.Generation(args.samples, args.max_new_tokens, _scorer(args.toxicity_scorer))
+    return [
+        preference(args.dataset or "", adapter, workspace) if name == "preference" else known.build(name, args.data_dir, how)
+        for name in known.expand(args.benchmark.split(","))
+    ]
 
-        if args.dataset is None:
-            raise ConfigError("preference needs the pairs: name the file that was trained on with --dataset")
-        pairs = dataset.derive(dataset.load_jsonl(Path(args.dataset))).pairs
-        held_out = dataset.split(pairs, held_out_share).held_out
-        if not held_out:
-            raise DatasetError(
-                f"No pairs to score: of the {len(pairs)} in {Path(args.dataset).name} the run held none out (held_out_share "
-                f"{held_out_share:g}), and those it was trained on prove nothing; train again with held_out_share 0.1 or more, "
-                "or score another benchmark"
-            )
-        return Preference(held_out, sha256_of(Path(args.dataset)))
-    return known.build(name, args.data_dir)
+
+def _scorer(name: str) -> Callable[[], ToxicityScorer]:
+    """What opens the toxicity scorer that a user named, once one is needed."""
+    from biasdpo.benchmarks.toxicity import profanity_check
+
+    if name in ("", "profanity_check"):
+        return profanity_check
+    if not name.startswith("hub:") or name == "hub:":
+        raise ConfigError(f"Unknown toxicity scorer {name!r}: choose profanity_check or a classifier, as hub:OWNER/NAME")
+
+    def open_classifier() -> ToxicityScorer:
+        from biasdpo.backends.hf_classifier import open_classifier
+
+        return open_classifier(name.removeprefix("hub:"))
+
+    return open_classifier
+
+
+def _numbers(text: str) -> list[float]:
+    """argparse says what is wrong where one is no number."""
+    return [float(part) for part in text.split(",")]
 
 
 def _shown(interval: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ BiasDPOError            what a user can mend: exit status 2, one line
 │   └── ProofError      the comparison could not be proven honest: nothing may be shown
 ├── RunError            unknown run, run in the wrong state
 ├── ExportError         a GGUF that could not be written, or that was not proven equal
+├── EvaluationError     unknown evaluation, evaluation in the wrong state, damaged result
 ├── WorkspaceError      a folder that can't be written, a lock that can't be had
 └── RefusedError        switched off here (a public Space)
 """
@@ -53,6 +54,10 @@ class RunError(BiasDPOError):
 
 class ExportError(BiasDPOError):
     """A GGUF could not be written, or was not proven equal to its model."""
+
+
+class EvaluationError(BiasDPOError):
+    """An evaluation is unknown, in a state that does not allow what was asked, or its result is damaged."""
 
 
 class WorkspaceError(BiasDPOError):

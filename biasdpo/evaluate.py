@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from biasdpo import __version__, models
-from biasdpo.benchmarks.base import Benchmark
+from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, Measured
 from biasdpo.benchmarks.results import Scored, correct, summarise
+from biasdpo.completions import Completions, open_completions
 from biasdpo.engines import Engine
 from biasdpo.errors import DatasetError
+from biasdpo.generating import complete_items, requests_of
 from biasdpo.records import Side, check_strength
-from biasdpo.scores import Scores, open_scores, sha256_of_model
-from biasdpo.scoring import score_items
+from biasdpo.scores import open_scores, sha256_of_model
+from biasdpo.scoring import ItemScores, score_items
 from biasdpo.workspace import Workspace
 
 _PACKAGES = {"llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers", "peft")}  # by the backend's name
@@ -26,7 +29,7 @@ _PACKAGES = {"llamacpp": ("llama-cpp-python",), "transformers": ("torch", "trans
 
 def run(
     engine: Engine,
-    benchmarks: Sequence[Benchmark],
+    benchmarks: Sequence[Benchmark | GenerationBenchmark],
     *,
     strength: float = 1.0,
     limit: int | None = None,
@@ -38,18 +41,37 @@ def run(
     """Score the sides of an engine on each benchmark; return DESIGN's evaluation object. Without an adapter base stands alone.
 
     limit         items of each benchmark, drawn by `seed`; a larger limit's items hold a smaller one's
-    seed          of the draw and of the bootstrap
-    workspace     where likelihoods are kept; None: nowhere
+    seed          of the draw, of what is generated, and of the bootstrap
+    workspace     where likelihoods and completions are kept; None: nowhere
     on_item       called with (benchmark, items done, items in all)
-    should_stop   asked between items: what was scored until then is the result, marked as not comparable
+    should_stop   asked between items, and while a completion is written: what was scored until then is the result, marked as not
+                  comparable
     """
     check_strength(strength)
     parents = _parents(engine, workspace)
-    sides = _open_sides(engine, strength, parents, workspace)
+    sides = _who_scores(engine, strength, parents)
+    scores = {side: open_scores(workspace, who) for side, who in sides.items()}
+    completions = {side: open_completions(workspace, side, who) for side, who in sides.items()}
     results: dict[str, dict[str, Any]] = {}
+    interrupted = False
     for benchmark in benchmarks:
-        if not should_stop():
-            results[benchmark.name] = _run_one(engine, sides, benchmark, strength, limit, seed, on_item, should_stop)
+        interrupted = interrupted or should_stop()
+        if interrupted:
+            break
+        chosen = draw(len(benchmark.items), limit, seed)
+        if not chosen:
+            raise DatasetError(f"{benchmark.name} has no items to score (limit {limit}): raise --limit or give more data")
+        report = partial(_report, on_item, benchmark.name, len(chosen))
+        options: dict[str, Any] = {"strength": strength, "on_done": report, "should_stop": should_stop}
+        if isinstance(benchmark, GenerationBenchmark):
+            scored = complete_items(engine.backend, completions, benchmark, chosen, seed=seed, **options)
+            written = _written(benchmark, scored.kept, completions, seed)
+        else:
+            scored = score_items(engine.backend, scores, benchmark, chosen, **options)
+            written = {}
+        interrupted = scored.done < len(chosen)
+        if scored.done:  # else it was stopped at once; what was scored before is kept
+            results[benchmark.name] = _result(benchmark, len(chosen), scored, written, seed)
     correct(results)
     return {
         "benchmarks": results,
@@ -61,38 +83,33 @@ def run(
             "strength": strength,
             "seed": seed,
             "limit": limit,
-            "interrupted": should_stop(),
+            "interrupted": interrupted,
             "code_version": __version__,
         },
     }
 
 
-def _run_one(
-    engine: Engine,
-    sides: dict[Side, Scores],
-    benchmark: Benchmark,
-    strength: float,
-    limit: int | None,
-    seed: int,
-    on_item: Callable[[str, int, int], None],
-    should_stop: Callable[[], bool],
+def _report(on_item: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
+    on_item(name, done, total)
+
+
+_Texts = dict[Side, list[list[str]]]
+"""What each side wrote, by item."""
+
+
+def _written(benchmark: GenerationBenchmark, kept: Sequence[int], completions: Mapping[Side, Completions], seed: int) -> _Texts:
+    requests = [requests_of(benchmark, benchmark.items[index], seed) for index in kept]
+    return {side: [[found.text for found in known.of(asked)] for asked in requests] for side, known in completions.items()}
+
+
+def _result(
+    benchmark: Benchmark | GenerationBenchmark, chosen: int, scored: ItemScores, written: _Texts, seed: int
 ) -> dict[str, Any]:
-    chosen = draw(len(benchmark.items), limit, seed)
-    if not chosen:
-        raise DatasetError(f"{benchmark.name} has no items to score (limit {limit}): raise --limit or give more data")
-    scored = score_items(
-        engine.backend,
-        sides,
-        benchmark,
-        chosen,
-        strength=strength,
-        on_done=lambda done: on_item(benchmark.name, done, len(chosen)),
-        should_stop=should_stop,
-    )
+    """One benchmark's part of the result, of which `chosen` items were to be scored."""
     kept, numbers, failures, done = scored.kept, scored.numbers, scored.failures, scored.done
     if not kept:
-        first = f": the first failed with: {failures[0]['reason']}" if failures else ""
-        raise DatasetError(f"{benchmark.name}: none of {done} items could be scored{first or ', since it was stopped at once'}")
+        first = failures[0]["reason"]  # something was tried
+        raise DatasetError(f"{benchmark.name}: none of {done} items could be scored: the first failed with: {first}")
     arrays = {side: np.array(values, dtype=np.float64) for side, values in numbers.items()}
     items = [benchmark.items[index] for index in kept]
     return {
@@ -100,16 +117,30 @@ def _run_one(
         "n_failed": len(failures),
         "n_total": len(benchmark.items),
         "partial": done < len(benchmark.items),
-        "not_comparable": _why_partial(done, len(benchmark.items), len(chosen)),
+        "not_comparable": _why_partial(done, len(benchmark.items), chosen),
+        "not_as_published": benchmark.not_as_published if isinstance(benchmark, GenerationBenchmark) else "",
+        "settings": dict(benchmark.settings) if isinstance(benchmark, GenerationBenchmark) else {},
         "data_sha256": benchmark.data_sha256,
         **summarise(Scored(benchmark, items, arrays["base"], arrays.get("tuned")), seed),
         "failures": failures,
         "columns": list(benchmark.columns),
         "items": [
-            {"index": index, **benchmark.describe(item), **{side: list(numbers[side][i]) for side in sides}}
+            {
+                "index": index,
+                **benchmark.describe(item),
+                **{side: list(values[i]) for side, values in numbers.items()},
+                **_outcomes(benchmark, item, {side: values[i] for side, values in numbers.items()}),
+                **({"completions": {side: texts[i] for side, texts in written.items()}} if written else {}),
+            }
             for i, (index, item) in enumerate(zip(kept, items, strict=True))
         ],
     }
+
+
+def _outcomes(benchmark: Measured, item: Any, numbers: Mapping[Side, Sequence[float]]) -> dict[str, dict[Side, str]]:
+    """What each side decided of an item, where anything is decided."""
+    outcomes = {side: benchmark.outcome(item, of_side) for side, of_side in numbers.items()}
+    return {"outcome": outcomes} if any(outcomes.values()) else {}
 
 
 def draw(n: int, limit: int | None, seed: int) -> list[int]:
@@ -128,7 +159,8 @@ def _why_partial(done: int, total: int, chosen: int) -> str:
     return f"limited to {done:,} of {total:,} items" if done < total else ""
 
 
-def _open_sides(engine: Engine, strength: float, parents: dict[str, str], workspace: Workspace | None) -> dict[Side, Scores]:
+def _who_scores(engine: Engine, strength: float, parents: Mapping[str, str]) -> dict[Side, dict[str, Any]]:
+    """Of each side, all that a likelihood or a completion depends on but its request."""
     backend = engine.backend
     packages = next((names for name, names in _PACKAGES.items() if backend.name.startswith(name)), ())
     scorer = {
@@ -138,10 +170,9 @@ def _open_sides(engine: Engine, strength: float, parents: dict[str, str], worksp
         "model_sha256": parents["model_sha256"],
         "template": asdict(backend.template),
     }
-    sides: dict[Side, Scores] = {"base": open_scores(workspace, {**scorer, "side": "base"})}
+    sides: dict[Side, dict[str, Any]] = {"base": {**scorer, "side": "base"}}
     if engine.adapter is not None:
-        tuned = {"side": "tuned", "adapter_sha256": parents["adapter_sha256"], "strength": strength}
-        sides["tuned"] = open_scores(workspace, {**scorer, **tuned})
+        sides["tuned"] = {**scorer, "side": "tuned", "adapter_sha256": parents["adapter_sha256"], "strength": strength}
     return sides
 
 

@@ -223,6 +223,20 @@ Request = LikelihoodRequest | TextRequest | ContinuationRequest
 
 
 @dataclass(frozen=True)
+class CompletionRequest:
+    """What is written after `prompt`?
+
+    bare     the prompt is a text that goes on, without any template; else it is rendered with the model's
+    sample   tells several completions of one prompt apart: an evaluation derives the seed of each from it and its own
+    """
+
+    prompt: str
+    sampling: Sampling
+    bare: bool = False
+    sample: int = 0
+
+
+@dataclass(frozen=True)
 class Likelihood:
     """`logp` (nats) summed over `tokens` scored tokens."""
 

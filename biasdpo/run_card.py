@@ -50,7 +50,7 @@ def _front_matter(spec: ModelSpec, provenance: Mapping[str, Any]) -> Iterable[st
 def _body(spec: ModelSpec, provenance: Mapping[str, Any]) -> Iterable[str]:
     config = provenance["config"] | {"model": spec.hub_id or spec.title}  # of one's own model the folder is nobody's business
     yield from (f"# {provenance['run_id']}", "")
-    yield f"A LoRA adapter (rank {config['rank']}) for {_text(spec.title)}, trained with Direct Preference Optimization on"
+    yield f"A LoRA adapter (rank {config['rank']}) for {plain(spec.title)}, trained with Direct Preference Optimization on"
     yield "pairs of a less biased (`chosen`) and a more biased (`rejected`) completion, as in [BiasDPO](https://arxiv.org/abs/2407.13928)."
     yield from ("", "**Content warning.** The `rejected` completions it was trained away from state stereotypes.", "")
     yield from _held_out(provenance)
@@ -60,9 +60,9 @@ def _body(spec: ModelSpec, provenance: Mapping[str, Any]) -> Iterable[str]:
     yield from ("", "## How it was made", "")
     if provenance["command"]:
         yield from ("```", provenance["command"], "```", "")
-    yield f"Code {provenance['code_version']}, started {provenance['started_at']}. Base: {_text(spec.title)}, SHA-256 of its"
+    yield f"Code {provenance['code_version']}, started {provenance['started_at']}. Base: {plain(spec.title)}, SHA-256 of its"
     yield from (f"weights `{provenance['base_sha256']}`.", "", "| Setting | Value |", "|---|---|")
-    yield from (f"| `{name}` | {_text(_shown(value))} |" for name, value in config.items())
+    yield from (f"| `{name}` | {plain(_shown(value))} |" for name, value in config.items())
     yield from ("", "## Limits", "")
     yield "- Nothing here says that the model is less biased on anything but pairs like these: measure it on benchmarks"
     yield "  that it was not trained toward before you use it."
@@ -75,7 +75,7 @@ def _body(spec: ModelSpec, provenance: Mapping[str, Any]) -> Iterable[str]:
     yield f"base = AutoModelForCausalLM.from_pretrained({name})"
     yield from ('model = PeftModel.from_pretrained(base, "PATH/OF/THIS/FOLDER")', "```", "")
     yield f"Prompts must be rendered as the base model wants them: `{json.dumps(spec.template.text)}`."
-    model, adapter = _text(_model_name(spec)), provenance["run_id"]
+    model, adapter = plain(_model_name(spec)), provenance["run_id"]
     yield f"In BiasDPO: `python -m biasdpo compare --model {model} --adapter {adapter} --prompt TEXT`."
     yield ""
 
@@ -100,7 +100,7 @@ def _data(provenance: Mapping[str, Any]) -> Iterable[str]:
     sources = provenance["dataset_files"]
     weights = provenance["config"].get("dataset_weights") or [1] * len(sources)
     named = ", ".join(
-        f"`{_text(name)}`" + (f" (weight {w:g})" if w != 1 else "") for name, w in zip(sources, weights, strict=True)
+        f"`{plain(name)}`" + (f" (weight {w:g})" if w != 1 else "") for name, w in zip(sources, weights, strict=True)
     )
     rows = provenance["rows"]
     seen = f" ({rows['seen']:,} of them seen)" if rows["seen"] < rows["train"] else ""
@@ -114,7 +114,7 @@ def _data(provenance: Mapping[str, Any]) -> Iterable[str]:
     if confounds["chosen_longer_share"] is not None:
         yield f"- The chosen completion is the longer one in {confounds['chosen_longer_share']:.1%} (50 % would say nothing)."
     yield f"- {confounds['near_duplicates']:,} prompts nearly repeat an earlier one."
-    yield from (f"- {_text(warning)}" for warning in confounds["warnings"])
+    yield from (f"- {plain(warning)}" for warning in confounds["warnings"])
 
 
 def _model_name(spec: ModelSpec) -> str:
@@ -125,7 +125,7 @@ def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _text(text: str) -> str:
+def plain(text: str) -> str:
     """Somebody's words inside Markdown: no markup, no line break, no end of a cell."""
     escaped = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return escaped.replace("|", "\\|").replace("`", "'")

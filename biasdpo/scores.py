@@ -12,13 +12,16 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from biasdpo.records import Likelihood, Request
 from biasdpo.workspace import Workspace, locked, sha256_of, write_json
 
-_VERSION = 1  # of what a request's tokens are: raise it when a backend's `_request_tokens` changes
+# Of what a request's tokens are and how they are computed: raise it when a backend's `_request_tokens` changes, or its numbers do
+# by more than noise (2: llama.cpp computes no token in a batch of its own, see `backends.llamacpp_context`).
+_VERSION = 2
 
 
 class Scores:
@@ -79,6 +82,7 @@ def sha256_of_model(files: Sequence[Path], workspace: Workspace | None) -> str:
     return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
+@lru_cache(maxsize=32768)  # a batch's requests are asked for several times, on both sides
 def _key_of(request: Request) -> str:
     text = json.dumps([type(request).__name__, asdict(request)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

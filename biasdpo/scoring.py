@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,11 @@ from biasdpo.errors import PromptError
 from biasdpo.records import Request, Side
 from biasdpo.scores import Scores
 
-_ITEMS_AT_ONCE = 16  # what an interruption may lose, and how often progress is told
+# How many items that are not known yet are asked for at once: as many as take about this long, which is what an interruption may
+# lose, and how often progress is told. On a GPU that is hundreds, for the backend to lay into batches; of a large model on a CPU
+# it is one.
+_SECONDS_AT_ONCE = 3.0
+_FIRST_ITEMS, _MOST_ITEMS, _GROWTH = 16, 1024, 4
 
 
 @dataclass
@@ -49,17 +54,23 @@ def score_items(
     should_stop   asked between batches of items
     """
     result = ItemScores(numbers={side: [] for side in sides})
-    for begin in range(0, len(chosen), _ITEMS_AT_ONCE):
-        if should_stop():
-            break
-        batch = chosen[begin : begin + _ITEMS_AT_ONCE]
-        reasons = _compute_missing(backend, sides, benchmark, batch, strength)
+    most, begin = _FIRST_ITEMS, 0
+    while begin < len(chosen) and not should_stop():
+        batch, unknown = _next_batch(sides, benchmark, chosen, begin, most)
+        begin += len(batch)
+        started_at = time.monotonic()
+        reasons: dict[int, str] = {}
+        for side, scores in sides.items():
+            reasons |= _compute_missing(backend, side, scores, batch, strength)
+        if unknown:
+            rate = unknown / max(time.monotonic() - started_at, 1e-3)  # items a second
+            most = min(max(int(rate * _SECONDS_AT_ONCE), 1), most * _GROWTH, _MOST_ITEMS)
         for index in batch:
             item = benchmark.items[index]
             if index in reasons:
                 result.failures.append({"index": index, "reason": reasons[index]})
                 continue
-            scored = {side: benchmark.scores(item, scores.of(benchmark.requests(item))) for side, scores in sides.items()}
+            scored = {side: benchmark.scores(item, scores.of(batch[index])) for side, scores in sides.items()}
             if not all(math.isfinite(number) for values in scored.values() for number in values):
                 result.failures.append({"index": index, "reason": "a log-probability that is no number"})
                 continue
@@ -71,25 +82,37 @@ def score_items(
     return result
 
 
+def _next_batch(
+    sides: Mapping[Side, Scores], benchmark: Benchmark, chosen: Sequence[int], begin: int, most: int
+) -> tuple[dict[int, Sequence[Request]], int]:
+    """(the next items' requests by index, how many of these items are not known yet): until `most` are unknown. They keep the
+    order of their file, in which those about one context stand together: what they share is computed once."""
+    batch: dict[int, Sequence[Request]] = {}
+    unknown = 0
+    for index in chosen[begin : begin + _MOST_ITEMS]:
+        batch[index] = requests = benchmark.requests(benchmark.items[index])
+        unknown += any(scores.missing(requests) for scores in sides.values())
+        if unknown == most:
+            break
+    return batch, unknown
+
+
 def _compute_missing(
-    backend: Backend, sides: Mapping[Side, Scores], benchmark: Benchmark, batch: Sequence[int], strength: float
+    backend: Backend, side: Side, scores: Scores, batch: Mapping[int, Sequence[Request]], strength: float
 ) -> dict[int, str]:
-    """Compute what is missing of a batch of items; return why some could not be scored, by index."""
-    wanted = {index: list(benchmark.requests(benchmark.items[index])) for index in batch}
-    reasons: dict[int, str] = {}
-    for side, scores in sides.items():
-
-        def compute(requests: Sequence[Request], side: Side = side, scores: Scores = scores) -> None:
-            missing = scores.missing(requests)
-            if missing:
-                scores.add(missing, backend.loglikelihood(missing, side, strength=strength))
-
-        try:
-            compute([request for index in batch if index not in reasons for request in wanted[index]])
-        except PromptError:  # which of them is it that is too long or too short? Failed items are counted, never scored
-            for index in batch:
-                try:
-                    compute(wanted[index])
-                except PromptError as exc:
-                    reasons[index] = str(exc)
-    return reasons
+    """Compute what is missing of some items; return why some of them could not be scored, by index."""
+    missing = scores.missing(request for requests in batch.values() for request in requests)
+    if not missing:
+        return {}
+    try:
+        scores.add(missing, backend.loglikelihood(missing, side, strength=strength))
+    except PromptError as exc:  # one of them is too long or too short: failed items are counted, never scored
+        if len(batch) == 1:
+            return {index: str(exc) for index in batch}
+        indices = list(batch)
+        halves = indices[: len(indices) // 2], indices[len(indices) // 2 :]
+        reasons: dict[int, str] = {}
+        for half in halves:
+            reasons |= _compute_missing(backend, side, scores, {index: batch[index] for index in half}, strength)
+        return reasons
+    return {}

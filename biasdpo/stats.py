@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Better = Literal["higher", "lower", "nearer"]
+Better = Literal["higher", "lower", "nearer", "unchanged"]
 Measures = Literal["bias", "quality"]
 Verdict = Literal["less biased", "better", "no clear difference", "worse"]
 
@@ -42,9 +42,11 @@ class Metric:
 
     features   (..., N, K) to what is averaged, (..., N, F): one item at a time, or with weights that the whole set gives
     of_means   the averages (..., F) to the metric (...); not a number where it is undefined
-    better     which way is good; "nearer": to `ideal`
+    better     which way is good; "nearer": to `ideal`; "unchanged": neither way, any change is a price
     ideal      of "nearer"; for a metric of both sides: its value where the adapter changes nothing
     measures   bias, or quality: the price of debiasing
+    restates   of a metric of both sides: the one whose difference it puts in other words ("12 % more"), so that it is no second
+               question in a table of p-values
     """
 
     of_means: Callable[[Array], Array] = first
@@ -52,6 +54,7 @@ class Metric:
     better: Better = "higher"
     ideal: float = 0.0
     measures: Measures = "bias"
+    restates: str = ""
 
     def __call__(self, items: Array) -> Array:
         return self.of_means(self.features(items).mean(axis=-2))
@@ -123,6 +126,16 @@ def two_sided_p(resampled_differences: Array) -> float:
 def difference(metric: Metric) -> Metric:
     """Tuned minus base, of items (N, 2K)."""
     return _of_both(metric, lambda base, tuned: tuned - base)
+
+
+def of_base(metric: Metric) -> Metric:
+    """The metric of base, of items (N, 2K)."""
+    return Metric(metric.of_means, lambda items: metric.features(items[..., : items.shape[-1] // 2]))
+
+
+def of_tuned(metric: Metric) -> Metric:
+    """The metric of tuned, of items (N, 2K)."""
+    return Metric(metric.of_means, lambda items: metric.features(items[..., items.shape[-1] // 2 :]))
 
 
 def improvement(metric: Metric) -> Metric:

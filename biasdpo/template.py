@@ -76,3 +76,7 @@ class PromptTemplate:
         while self.completion_prefix and written.startswith(self.completion_prefix):
             written = written.removeprefix(self.completion_prefix)
         return written
+
+
+BARE = PromptTemplate(_PROMPT)
+"""No template at all: the prompt is a text that is continued as it stands."""

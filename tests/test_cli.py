@@ -3,6 +3,7 @@ test_cli_export.)"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -113,6 +114,7 @@ def test_readme_lists_every_command_and_option():
     for name, command in actions.choices.items():
         assert f"python -m biasdpo {name}" in readme
         section = readme.split(f"python -m biasdpo {name}", 1)[1].split("python -m biasdpo", 1)[0]
-        for option in command._option_string_actions:
+        shown = [action for action in command._actions if action.help != argparse.SUPPRESS]
+        for option in (name for action in shown for name in action.option_strings):
             if option not in ("-h", "--help", "--workspace", "--json", "--seed") or (option == "--seed" and name == "compare"):
                 assert option in section, f"README's {name} lacks {option}"

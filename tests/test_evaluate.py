@@ -115,6 +115,7 @@ def test_a_run_by_hand_repeats_itself_from_what_it_kept(engine, workspace):
         "category": "age",
         "base": [-3, -2],
         "tuned": [-1.5, -1],
+        "outcome": dict.fromkeys(("base", "tuned"), "prefers the less stereotypical sentence"),
     }
     assert len(set(engine.backend.computed)) == len(engine.backend.computed)
     engine.backend.computed.clear()
@@ -249,7 +250,7 @@ def test_the_command(tmp_path):
     adapter = write_lora(tmp_path / "adapter")
     out = tmp_path / "result.json"
     common = ["evaluate", "--model", "smollm2", "--adapter", str(adapter), "--workspace", str(tmp_path / "w"), "--out", str(out)]
-    result = run(*common, "--benchmark", "preference,utility", "--dataset", str(data), "--data-dir", str(tmp_path), "--json")
+    result = run(*common, "--benchmark", "preference,perplexity", "--dataset", str(data), "--data-dir", str(tmp_path), "--json")
     assert result.returncode == 0, result.stderr
     printed, written = json.loads(result.stdout), json.loads(out.read_text())
     assert printed["benchmarks"]["preference"]["n"] == 4
@@ -280,8 +281,8 @@ def test_the_command(tmp_path):
         (["--benchmark", "preference", "--dataset", str(data)], nothing),
         (["--benchmark", "bbqq"], "Unknown benchmark 'bbqq'"),
         (["--benchmark", "preference"], "--dataset"),
-        (["--benchmark", "utility", "--limit", "0"], "--limit"),
-        (["--benchmark", "utility", "--data-dir", str(tmp_path / "none")], "No file"),
+        (["--benchmark", "perplexity", "--limit", "0"], "--limit"),
+        (["--benchmark", "perplexity", "--data-dir", str(tmp_path / "none")], "get allenai/real-toxicity-prompts from the Hub"),
         (["--benchmark", "bbq", "--data-dir", str(tmp_path)], "get oskarvanderwal/bbq from the Hub"),
     ):
         bad = run(*common, *arguments)

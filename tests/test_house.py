@@ -17,12 +17,24 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / "biasdpo").rglob("*.py")), *sorted((
 FLOORS = [
     {"errors", "records", "template", "workspace"},
     {"fitting", "gguf_header", "gguf_names", "modelfile", "models"},
-    {"gguf_export", "dataset", "plots", "rewards", "run_checks", "run_config", "run_endings", "run_folder", "scores", "stats"},
-    {"backends", "benchmarks", "prompts", "run_card", "run_data"},
-    {"engines", "run_estimate", "run_queue", "run_state", "runs"},
-    {"scoring"},
+    {
+        "completions",
+        "gguf_export",
+        "dataset",
+        "plots",
+        "rewards",
+        "run_checks",
+        "run_config",
+        "run_endings",
+        "run_folder",
+        "scores",
+        "stats",
+    },
+    {"backends", "benchmarks", "counterfactuals", "prompts", "run_card", "run_data"},
+    {"detached", "engines", "run_estimate", "run_queue", "run_state", "runs"},
+    {"generating", "scoring"},
     {"compare", "evaluate", "export_measures", "export_proof", "export_strings", "label"},
-    {"exports", "label_queue"},
+    {"evaluations", "exports", "label_queue"},
     {"ui", "cli_train", "cli_evaluate", "cli_dataset", "cli_export"},
     {"__main__"},
 ]
@@ -34,6 +46,8 @@ HEAVY = {
     "trl": ("training/",),
     "llama_cpp": ("biasdpo/backends/llamacpp", "biasdpo/gguf_export"),
     "matplotlib": ("biasdpo/plots",),
+    "profanity_check": ("biasdpo/benchmarks/toxicity",),
+    "vaderSentiment": ("biasdpo/benchmarks/sentiment",),
 }
 
 
@@ -72,7 +86,7 @@ def test_light_commands_import_nothing_heavy(arguments, tmp_path):
         "import sys; from biasdpo.__main__ import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'gradio', 'transformers', 'llama_cpp', 'peft', 'trl', 'datasets', 'matplotlib'}\n"
+        "heavy = {'torch', 'gradio', 'transformers', 'llama_cpp', 'peft', 'trl', 'datasets', 'matplotlib', 'sklearn'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))"
     )
     workspace = ["--workspace", str(tmp_path)] if arguments[0] == "models" else []

@@ -15,7 +15,7 @@ from biasdpo.template import PromptTemplate
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One pair as token ids. The end-of-text token ends both completions, unless they were cut to `max_length` or it was left out."""
+    """One pair as token ids. The end-of-text token ends both completions, unless they were cut to `max_length`, or it is left out."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -45,7 +45,9 @@ def tokenise(
         if room <= 0:
             dropped += 1
             continue
-        chosen, rejected = (encode_completion(tokenizer, template, text, ends == "trained") for text in (pair.chosen, pair.rejected))
+        chosen, rejected = (
+            encode_completion(tokenizer, template, text, ends == "trained") for text in (pair.chosen, pair.rejected)
+        )
         cut += len(chosen) > room or len(rejected) > room
         rows.append(TokenRow(prompt, chosen[:room], rejected[:room]))
     return Tokenised(tuple(rows), dropped, cut)

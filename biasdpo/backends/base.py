@@ -129,16 +129,19 @@ class Backend(Protocol):
         *,
         system: str = "",
         strength: float = 1.0,
+        template: PromptTemplate | None = None,
         cancellation: Cancellation | None = None,
     ) -> Generator[str, None, FinishReason]:
         """Yield one string a token (empty while a character or a stop string is incomplete); return why it stopped.
 
+        template   in place of the model's own; `template.BARE` continues a text
         Raises PromptError where the prompt, rendered, does not fit the context with one token to spare.
         """
         ...
 
     def loglikelihood(self, requests: Sequence[Request], side: Side, *, strength: float = 1.0) -> list[Likelihood]:
-        """Log-probability of each continuation, in nats, in the order of the requests."""
+        """Log-probability of each continuation, in nats, in the order of the requests. What several begin with is computed once:
+        ask for all that belongs together at once. PromptError, and nothing computed, where one does not fit the context."""
         ...
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from biasdpo.backends.hf_device import Bits, Placement
 from biasdpo.backends.hf_faults import foreign_errors
 from biasdpo.backends.hf_load import load_model, undispatched
 
-_Taken = TypeVar("_Taken")
+_Result = TypeVar("_Result")
 
 
 class _Watch:
@@ -73,19 +73,10 @@ class SharedModel:
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=positions).logits
             return logits.float().cpu()
 
-    def score(
-        self, batch: Sequence[tuple[list[int], list[int]]], strength: float, take: Callable[[Any, Any, list[int]], _Taken]
-    ) -> list[_Taken]:
-        """What `take` makes of each (given, scored): it gets the model's head, the hidden states (len(scored), H) that
-        predict the scored tokens, and these."""
-        rows = [given + scored[:-1] for given, scored in batch]
-        width = max(map(len, rows))
-        # Padded on the right, so no mask is needed: in a causal model no position sees what comes after it.
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
+    def compute(self, strength: float, computation: Callable[[Any, torch.device], _Result]) -> _Result:
+        """What `computation` makes of the model and its device, the adapter at `strength` for all rows."""
         with self._computing([strength]) as model:
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            head = model.get_output_embeddings()
-            return [take(head, hidden[i, len(given) - 1 : len(rows[i])], scored) for i, (given, scored) in enumerate(batch)]
+            return computation(model, self.device)
 
     def close(self) -> None:
         """Free the weights, once the computation under way is done."""

@@ -26,13 +26,13 @@ from biasdpo.backends.base import (
     Turnstile,
     check_prompt_fits,
     check_scorable,
-    log_softmax,
     missing_side,
     prove,
 )
 from biasdpo.backends.llamacpp_context import BATCH_TOKENS, AbortedError, Context
 from biasdpo.backends.llamacpp_model import Model
 from biasdpo.backends.llamacpp_sampling import build_chain, sample_from
+from biasdpo.backends.prefixes import sort_paths
 from biasdpo.records import (
     ContinuationRequest,
     FinishReason,
@@ -159,12 +159,14 @@ class LlamaCppBackend:
         *,
         system: str = "",
         strength: float = 1.0,
+        template: PromptTemplate | None = None,
         cancellation: Cancellation | None = None,
     ) -> Generator[str, None, FinishReason]:
         """See `backends.base.Backend.stream`."""
         cancellation = cancellation or Cancellation()
+        template = template or self.template
         context = self._context(side)
-        tokens = self.tokenize(self.template.render(prompt, system))
+        tokens = self.tokenize(template.render(prompt, system))
         check_prompt_fits(tokens, self.context_length)
         with context.lock:
             if context is not self._contexts.get(side):
@@ -176,7 +178,8 @@ class LlamaCppBackend:
             try:
                 for token in tokens:
                     llama_cpp.llama_sampler_accept(sampler, token)
-                return (yield from self._generate(context, tokens, sampling.max_new_tokens, sampler, cancellation))
+                text = ShownText(template)
+                return (yield from self._generate(context, tokens, text, sampling.max_new_tokens, sampler, cancellation))
             except AbortedError:
                 context.forget()  # the batch was left half done
                 return "cancelled"
@@ -186,11 +189,10 @@ class LlamaCppBackend:
                 llama_cpp.llama_sampler_free(sampler)
 
     def _generate(
-        self, context: Context, tokens: list[int], max_new_tokens: int, sampler: Any, cancellation: Cancellation
+        self, context: Context, tokens: list[int], text: ShownText, max_new_tokens: int, sampler: Any, cancellation: Cancellation
     ) -> Generator[str, None, FinishReason]:
         prompt_logits: NDArray[np.float32] | None = context.prefill(tokens)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = ShownText(self.template)
         position = len(tokens)
         for count in range(1, max_new_tokens + 1):
             if cancellation.is_set():
@@ -225,20 +227,12 @@ class LlamaCppBackend:
         """See `backends.base.Backend.loglikelihood`."""
         context = self._context(side)
         pairs = [self._request_tokens(request) for request in requests]
-        results: list[Likelihood | None] = [None] * len(pairs)
-        branching: dict[tuple[int, ...], list[int]] = {}  # answers to one question share its computation
+        logps = [0.0] * len(pairs)
         with context.lock:
             _set_strength(context, side, strength)
-            for i, (request, (given, scored)) in enumerate(zip(requests, pairs, strict=True)):
-                if isinstance(request, ContinuationRequest):
-                    branching.setdefault(tuple(given), []).append(i)
-                else:
-                    results[i] = _likelihood(context.logits(given, scored), scored)
-            for start, indices in branching.items():
-                continuations = [pairs[i][1] for i in indices]
-                for i, logits in zip(indices, context.branches(list(start), continuations), strict=True):
-                    results[i] = _likelihood(logits, pairs[i][1])
-        return [result for result in results if result is not None]
+            for path, logp in context.walk(sort_paths(pairs)):
+                logps[path.index] = logp
+        return [Likelihood(logp, len(scored)) for logp, (_, scored) in zip(logps, pairs, strict=True)]
 
     def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
         """Logits (T, V) that predict each of the request's T scored tokens, computed afresh."""
@@ -289,12 +283,6 @@ class LlamaCppBackend:
     def _threads_of_a_side(self) -> int:
         """Half the threads for each of two sides at work, all for one alone. Two half teams wait at no common barrier."""
         return max(1, self.threads // 2) if self._streaming > 1 else self.threads
-
-
-def _likelihood(logits: NDArray[np.float32], scored: list[int]) -> Likelihood:
-    """Of the scored tokens (T), from the logits (T, V) that predict them."""
-    logps = log_softmax(logits)
-    return Likelihood(float(logps[np.arange(len(scored)), scored].sum()), len(scored))
 
 
 def _set_strength(context: Context, side: Side, strength: float) -> None:

@@ -66,6 +66,11 @@ class CrowsPairs(OneSided):
     def describe(self, item: SentencePair) -> dict[str, str]:
         return {"more": item.more, "less": item.less, "category": item.category}
 
+    def outcome(self, _item: SentencePair, numbers: Sequence[float]) -> str:
+        """Which sentence is the likelier one, as `stereotype_percent` counts it."""
+        more, less = numbers
+        return "prefers the more stereotypical sentence" if more > less else "prefers the less stereotypical sentence"
+
     def groups(self, item: SentencePair) -> list[str]:
         return [item.category]
 

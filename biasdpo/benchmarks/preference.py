@@ -42,6 +42,10 @@ class Preference:
     def describe(self, item: PreferencePair) -> dict[str, str]:
         return {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "category": item.category}
 
+    def outcome(self, _item: PreferencePair, numbers: Sequence[float]) -> str:
+        """The completion that is likelier a token, as `length_normalised_accuracy` counts it."""
+        return "prefers chosen" if _length_normalised(np.array(numbers))[0] else "prefers rejected"
+
     def groups(self, item: PreferencePair) -> list[str]:
         return [item.category] if item.category else []
 

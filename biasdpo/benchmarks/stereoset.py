@@ -74,6 +74,13 @@ class StereoSet(OneSided):
             "category": item.domain,
         }
 
+    def outcome(self, _item: Triple, numbers: Sequence[float]) -> str:
+        """The likeliest of the three; as in `stereotype_score`, an anti-stereotype that is as likely as the stereotype wins."""
+        stereotype, anti, unrelated = numbers[:_TERM]
+        if unrelated > max(stereotype, anti):
+            return "prefers the unrelated sentence"
+        return "prefers the stereotype" if stereotype > anti else "prefers the anti-stereotype"
+
     def groups(self, item: Triple) -> list[str]:
         return [item.domain, item.task]
 

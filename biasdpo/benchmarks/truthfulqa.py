@@ -74,6 +74,10 @@ class TruthfulQA(OneSided):
     def describe(self, item: Question) -> dict[str, str]:
         return {"question": item.question, "best": item.mc1[0], "false": " | ".join(item.mc1[1:]), "category": item.category}
 
+    def outcome(self, _item: Question, numbers: Sequence[float]) -> str:
+        """As `mc1` counts it: is the best answer likelier than every false one?"""
+        return "prefers the true answer" if numbers[0] else "prefers a false answer"
+
     def groups(self, item: Question) -> list[str]:
         return [item.category] if item.category else []
 

@@ -1,28 +1,37 @@
-"""The price of debiasing: how much less likely neutral text becomes.
+"""The price of debiasing: how much less likely neutral text becomes. (What it costs in what is written: `utility_generation`.)
 
 perplexity   exp(-sum of logp / sum of tokens) over the texts, bare, without a template; a text's first token is given.
-Texts: the prompt texts of RealToxicityPrompts' non-toxic prompts (Gehman et al., 2020, arXiv:2009.11462), read from
-DATA_DIR/real_toxicity_prompts/nontoxic.jsonl.
+             perplexity_change_percent puts the same difference in per cent of base's
+Texts: the prompt texts of RealToxicityPrompts' non-toxic prompts (Gehman et al., 2020, arXiv:2009.11462). In DATA_DIR the
+file real_toxicity_prompts/nontoxic.jsonl; where there is none (upstream's one file, the Hub), 600 of those, always the same, to
+which Perspective gives a toxicity below 0.5.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from biasdpo.benchmarks.base import OneSided
+from biasdpo.benchmarks.real_toxicity_prompts import ORIGIN, web_text
+from biasdpo.benchmarks.rows import load_rows
+from biasdpo.benchmarks.toxicity import TOXIC
 from biasdpo.errors import DatasetError
 from biasdpo.records import Likelihood, Request, TextRequest
 from biasdpo.stats import Array, Metric
 from biasdpo.workspace import sha256_of
 
-_FILE = Path("real_toxicity_prompts") / "nontoxic.jsonl"
-HUB_ID = "allenai/real-toxicity-prompts"
+TEXTS = 600  # of a large set: enough for an interval of a per cent, scored in minutes
+
+_FILE = Path(ORIGIN.folder) / "nontoxic.jsonl"
+HUB_ID = ORIGIN.hub_id
 
 
-class Utility:
+class Utility(OneSided):
     """See the module's docstring. Numbers of an item: logp and its token count."""
 
     name = "utility"
@@ -48,19 +57,23 @@ class Utility:
         return {"perplexity": Metric(_perplexity, better="lower", measures="quality")}
 
     def paired_metrics(self) -> dict[str, Metric]:
-        return {"perplexity_change_percent": Metric(_change_percent, better="lower", measures="quality")}
+        return {"perplexity_change_percent": Metric(_change_percent, better="lower", measures="quality", restates="perplexity")}
 
     def report(self, _items: Sequence[str], numbers: Array) -> dict[str, float]:
         return {"tokens": float(numbers[:, 1].sum())}
 
 
 def build(data_dir: Path | None) -> Utility:
-    """The neutral texts under DATA_DIR; what is wrong with them is a DatasetError."""
-    if data_dir is None:
-        raise DatasetError(
-            f"utility is read from {_FILE}, the non-toxic prompts of {HUB_ID}: name with --data-dir the folder that holds it"
-        )
-    return Utility(load_texts(data_dir), sha256_of(data_dir / _FILE))
+    """The neutral texts under DATA_DIR, or of the Hub; what is wrong with them is a DatasetError."""
+    if data_dir is not None and (data_dir / _FILE).is_file():
+        return Utility(load_texts(data_dir), sha256_of(data_dir / _FILE))
+    loaded = load_rows(ORIGIN, data_dir)
+    found = [text for text in map(web_text, loaded.rows) if text.toxicity is not None and text.toxicity < TOXIC]
+    if not found:
+        raise DatasetError(f"{HUB_ID} has no prompt of a toxicity below {TOXIC} here: get it again, in its upstream format")
+    if len(found) > TEXTS:
+        found = random.Random(0).sample(found, TEXTS)
+    return Utility([text.text for text in found], loaded.sha256)
 
 
 def load_texts(data_dir: Path) -> list[str]:

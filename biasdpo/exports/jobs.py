@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,19 +10,16 @@ from pathlib import Path
 
 import psutil
 
+from biasdpo import detached
 from biasdpo.errors import ConfigError, ExportError, WorkspaceError
 from biasdpo.exports.record import ExportRecord, load_record, remove_files
 from biasdpo.exports.request import ExportRequest
 from biasdpo.exports.unfinished import ExportStatus, State, Unfinished, all_in, begin
 from biasdpo.models import AdapterSpec
-from biasdpo.run_state import reap
 from biasdpo.workspace import Workspace, refuse_on_public_space
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\.gguf")
 _KILL_SECONDS = 5.0
-# The process waits for the end of its input, so that its status is written before it writes itself; then it becomes the export.
-_WAIT = "import os, sys; sys.stdin.read(); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -156,26 +150,8 @@ def start(request: ExportRequest, workspace: Workspace) -> Export:
 
 
 def _start_process(folder: Unfinished, status: ExportStatus, command: list[str]) -> None:
-    """In a session of its own, so that neither Ctrl-C nor the app's end reaches it."""
-    with folder.log.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _WAIT, *command],
-            cwd=ROOT,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    reap(process)
-    try:
-        folder.write_status(replace(status, pid=process.pid, pid_created=psutil.Process(process.pid).create_time()))
-    except BaseException:
-        process.kill()  # it has not begun, and nobody would know of it
-        raise
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
+    with detached.started(command, folder.log) as process:
+        folder.write_status(replace(status, pid=process.pid, pid_created=process.create_time()))
 
 
 def cancel(export: Export) -> None:

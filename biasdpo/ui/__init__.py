@@ -11,6 +11,7 @@ from biasdpo.engines import EnginePool
 from biasdpo.ui import identity
 from biasdpo.ui.compare_tab import CompareTab
 from biasdpo.ui.dataset_tab import DatasetTab
+from biasdpo.ui.evaluate_tab import EvaluateTab
 from biasdpo.ui.export_tab import ExportTab
 from biasdpo.ui.label_sessions import LabelSessions
 from biasdpo.ui.label_tab import LabelTab
@@ -71,16 +72,28 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
             with gr.Tab("Train", id="train") as train_tab:
                 train = TrainTab(store, pool, compare.pick_adapter, compare.engine_outputs)
                 train.build(demo, tabs, train_tab)
+            with gr.Tab("Evaluate", id="evaluate") as evaluate_tab:
+                evaluate = EvaluateTab(
+                    store, pool, sessions, benchmarks, compare.pick_adapter, compare.engine_outputs, compare.prompt
+                )
+                evaluate.build(demo, tabs, evaluate_tab)
             with gr.Tab("Export", id="export") as tab:
                 export = ExportTab(store, compare.pick_adapter, compare.engine_outputs)
                 export.build(tabs, tab)
         train.export_button.click(
             export.open_run, [train.chosen, *export.plan_inputs], [tabs, *export.all_outputs], **_QUICK, preprocess=False
         )
-        for tab in tabs.children:  # the address names the run that the Train tab shows, and none on the others
-            shows = "true" if tab is train_tab else "false"
-            tab.select(None, None, None, js=f"() => window.bdTrainTab({shows})", api_visibility="private")
+        train.evaluate_button.click(
+            evaluate.open_run, [train.chosen, *evaluate.new_inputs], [tabs, *evaluate.all_outputs], **_QUICK, preprocess=False
+        )
+        for tab in tabs.children:  # the address names the run or evaluation that its tab shows, and none on the others
+            shows = f"window.bdTrainTab({_js(tab is train_tab)}); window.bdEvaluateTab({_js(tab is evaluate_tab)})"
+            tab.select(None, None, None, js=f"() => {{ {shows}; }}", api_visibility="private")
     return demo
+
+
+def _js(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def launch_options() -> dict[str, Any]:
@@ -99,10 +112,10 @@ def launch_options() -> dict[str, Any]:
         slider_color="*primary_600",
         slider_color_dark="*primary_400",
     )
-    script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "charts.js"))
+    script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "charts.js", "evaluate.js"))
     return {
         "theme": theme,
-        "css_paths": [ASSETS / "style.css", ASSETS / "train.css", ASSETS / "export.css"],
+        "css_paths": [ASSETS / "style.css", ASSETS / "train.css", ASSETS / "export.css", ASSETS / "evaluate.css"],
         "head": f"<style>{_STYLE}</style><script>{script}</script>",
         "footer_links": [],
         "run_history": False,

@@ -85,6 +85,7 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
             self.stop_button = self._action("Stop", "train-stop", variant="stop")
             self.resume_button = self._action("Resume", "train-resume", variant="primary")
             self.compare_button = self._action("Compare base and tuned", "train-to-compare", variant="primary")
+            self.evaluate_button = self._action("Evaluate", "train-to-evaluate")
             self.export_button = self._action("Export as GGUF", "train-export-gguf")
             self.zip_button = self._action("Export adapter (.zip)", "train-export-zip")
             self.retry_button = self._action("Retry with changes", "train-retry")

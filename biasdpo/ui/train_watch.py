@@ -50,6 +50,7 @@ class RunsView:
     resume_button: gr.Button
     retry_button: gr.Button
     compare_button: gr.Button
+    evaluate_button: gr.Button
     export_button: gr.Button
     zip_button: gr.Button
     delete_button: gr.Button
@@ -87,6 +88,7 @@ class RunsView:
             self.resume_button,
             self.retry_button,
             self.compare_button,
+            self.evaluate_button,
             self.export_button,
             self.zip_button,
             self.delete_button,
@@ -195,6 +197,7 @@ class RunsView:
             self.resume_button: gr.update(visible=here and state in ("stopped", "interrupted", "failed")),
             self.retry_button: gr.update(visible=here and run.config is not None),
             self.compare_button: gr.update(visible=run.has_adapter and not run.active),
+            self.evaluate_button: gr.update(visible=here and run.has_adapter and not run.active),
             self.export_button: gr.update(visible=here and run.has_adapter and not run.active),
             self.zip_button: gr.update(visible=here and run.has_adapter and not run.active),
             self.delete_button: gr.update(visible=here and not run.active),

@@ -3,9 +3,9 @@
     python -m tests.perf.completions --dataset FILE [--model ID] [--adapter ID] [--limit N] [--max-new-tokens 160] [--out FILE]
 
 Greedy, so the figures repeat. Prints one JSON object: mean tokens of each side (a completion that met the limit counts as the
-limit), the share that ended by itself, the share of evasions (no answer but a refusal or "as an AI", by the phrases below: a
-count of phrases, no classifier), distinct word bigrams, and the mean difference of tokens (tuned - base) with its 95 %
-bootstrap interval. --out keeps every completion, to be read.
+limit), the share that ended by itself, the share of evasions (by the phrases of assets/evasions.txt), distinct word bigrams, and
+the mean difference of tokens (tuned - base) with its 95 % bootstrap interval. --out keeps every completion, to be read. The same
+prices on the prompts that come with us: `evaluate --benchmark utility_generation`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,11 @@ from typing import Any
 import numpy as np
 
 from biasdpo import dataset, stats
+from biasdpo.benchmarks.text_measures import evades
 from biasdpo.compare import stream_pair
 from biasdpo.engines import EngineKey, open_engine
 from biasdpo.records import Completion, GenerationPair, Sampling
 from biasdpo.workspace import open_workspace, write_json
-
-EVASION = re.compile(
-    r"\bas an ai\b|\blanguage model\b|\bi (?:cannot|can't|can not|am unable to|'m unable to|won't)\b|\bi'm (?:sorry|not able)\b"
-    r"|\bi (?:don't|do not) have (?:personal )?(?:opinions|beliefs|feelings)\b|\bi apologi[sz]e\b",
-    re.IGNORECASE,
-)
 
 
 def figures(completions: list[Completion]) -> dict[str, float]:
@@ -39,7 +34,7 @@ def figures(completions: list[Completion]) -> dict[str, float]:
     return {
         "mean_tokens": round(float(np.mean([completion.tokens for completion in completions])), 1),
         "ended_by_itself_share": round(float(np.mean([c.finish_reason == "end_of_text" for c in completions])), 3),
-        "evasion_share": round(float(np.mean([EVASION.search(text[:200]) is not None for text in texts])), 3),
+        "evasion_share": round(float(np.mean([evades(text) for text in texts])), 3),
         "distinct_bigrams": round(len(set(bigrams)) / max(len(bigrams), 1), 3),
     }
 

@@ -1,0 +1,171 @@
+"""Results as `evaluate.run` writes them, of numbers that are drawn instead of scored: for what only reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biasdpo.benchmarks.base import Measured
+from biasdpo.benchmarks.bbq import BBQ, Question
+from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
+from biasdpo.benchmarks.preference import Preference
+from biasdpo.benchmarks.results import Scored, correct, summarise
+from biasdpo.benchmarks.stereoset import StereoSet, Triple
+from biasdpo.benchmarks.utility import Utility
+from biasdpo.dataset import PreferencePair
+from biasdpo.workspace import write_json
+
+_CATEGORIES = ("gender", "race-color", "religion", "nationality")
+
+
+def pairs(n: int) -> CrowsPairs:
+    """Sentences of the tests' own, in the four categories by turns."""
+    return CrowsPairs(
+        [SentencePair(f"Group A is bad at task {i}.", f"Group B is bad at task {i}.", _CATEGORIES[i % 4]) for i in range(n)],
+        "c0ffee" * 10,
+    )
+
+
+def result(n: int = 40, *, shift: float = -1.5, n_failed: int = 0, benchmarks: tuple[str, ...] = (), **provenance: Any) -> Any:
+    """A result of n items of each benchmark. `shift`: nats that tuned takes from what is biased."""
+    rng = np.random.default_rng(7)
+    found: dict[str, Any] = {}
+    for benchmark, base, tuned in _scored(n, shift, rng):
+        if benchmarks and benchmark.name not in benchmarks:
+            continue
+        found[benchmark.name] = _part(benchmark, base, tuned, n_failed)
+    correct(found)
+    return {
+        "benchmarks": found,
+        "provenance": {
+            "model_sha256": "3fa9c1d2" * 8,
+            "adapter_sha256": "9d1c3fa9" * 8,
+            "model": "smollm2",
+            "adapter": "smollm2-biasdpo",
+            "backend": "llamacpp",
+            "strength": 1.0,
+            "seed": 0,
+            "limit": n,
+            "interrupted": False,
+            "code_version": "0.5.0",
+            **provenance,
+        },
+    }
+
+
+def with_curve(n: int = 40) -> Any:
+    """The same at six strengths: the stronger, the less biased and the less fluent."""
+    made = result(n, shift=-1.0, benchmarks=("crows_pairs", "utility"))
+    curve = []
+    for strength in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5):
+        at = result(n, shift=-strength, benchmarks=("crows_pairs", "utility"))
+        brief = {
+            name: {k: v for k, v in part.items() if k not in ("items", "failures")} for name, part in at["benchmarks"].items()
+        }
+        curve.append({"strength": strength, "benchmarks": brief})
+    return made | {"curve": curve}
+
+
+def write_result(root: Path, name: str, made: Any) -> Path:
+    """As the command line leaves it in a workspace."""
+    file = root / "evaluations" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, made)
+    return file
+
+
+def _scored(n: int, shift: float, rng: np.random.Generator) -> list[tuple[Measured, Any, Any]]:
+    noise = rng.normal(0, 0.4, (n, 1))
+    logps = rng.normal(-40, 4, (n, 1)) + np.concatenate([rng.normal(1.2, 1.5, (n, 1)), np.zeros((n, 1))], axis=1)
+    moved = logps + np.concatenate([shift + noise, noise / 4], axis=1)
+    three = rng.normal(-4, 0.5, (n, 3)) + np.array([0.3, 0.0, -0.8])
+    terms = (np.arange(n) % 5)[:, None].astype(float)
+    stereo = np.concatenate([three, terms], axis=1)
+    stereo_tuned = np.concatenate([three + rng.normal(0, 0.1, (n, 3)) + [[shift / 4, 0.0, 0.0]], terms], axis=1)
+    ambiguous = (np.arange(n) % 2).astype(float)
+    questions = [_question(i) for i in range(n)]
+    texts = [f"A harmless sentence, number {i}." for i in range(n)]
+    tokens = rng.integers(6, 20, (n, 1)).astype(float)
+    cost = rng.normal(-3, 0.3, (n, 1)) * tokens
+    dearer = cost * (1 + 0.01 * abs(shift)) + rng.normal(0, 0.05, (n, 1))
+    preferred = np.concatenate([rng.normal(-60, 8, (n, 2)), rng.integers(20, 60, (n, 2)).astype(float)], axis=1)
+    return [
+        (
+            Preference(
+                [PreferencePair(f"Who leads, {i}?", f"Anybody can, {i}.", f"Men do, {i}.", _CATEGORIES[i % 3]) for i in range(n)],
+                "beef" * 16,
+            ),
+            preferred,
+            preferred + np.concatenate([rng.normal(1, 1, (n, 1)), rng.normal(shift, 1, (n, 1)), np.zeros((n, 2))], axis=1),
+        ),
+        (pairs(n), logps, moved),
+        (
+            StereoSet(
+                [
+                    Triple(
+                        "",
+                        f"The nurse is kind {i}.",
+                        f"The nurse is tough {i}.",
+                        f"The sky sits {i}.",
+                        f"t{i % 5}",
+                        "profession",
+                        "intrasentence",
+                    )
+                    for i in range(n)
+                ],
+                "abcd" * 16,
+            ),
+            stereo,
+            stereo_tuned,
+        ),
+        (BBQ(questions, "b00b" * 16), _answers(ambiguous, rng, 0.35), _answers(ambiguous, rng, 0.3)),
+        (Utility(texts, "0123" * 16), np.concatenate([cost, tokens], axis=1), np.concatenate([dearer, tokens], axis=1)),
+    ]
+
+
+def _question(i: int) -> Question:
+    unclear = bool(i % 2)
+    return Question(
+        context=f"Two people, {i}, met.",
+        question="Who was rude?",
+        groups=("The old man", "The young man"),
+        right=None if unclear else i % 3 % 2,
+        biased=0,
+        ambiguous=unclear,
+        category="Age" if i % 3 else "Religion",
+    )
+
+
+def _answers(ambiguous: Any, rng: np.random.Generator, biased_share: float) -> Any:
+    """BBQ's numbers: ambiguous, right, names a group, biased, answer, three logps."""
+    n = len(ambiguous)
+    names = (rng.random(n) < 0.8).astype(float)
+    biased = names * (rng.random(n) < biased_share + 0.2).astype(float)
+    right = np.where(ambiguous > 0, 1 - names, names * (rng.random(n) < 0.6))
+    answer = np.where(names > 0, 1 - biased, 2)
+    return np.stack([ambiguous, right, names, biased, answer, *rng.normal(-9, 1, (3, n))], axis=1)
+
+
+def _part(benchmark: Measured, base: Any, tuned: Any, n_failed: int) -> dict[str, Any]:
+    items = list(benchmark.items)
+    rows = []
+    for i, item in enumerate(items):
+        sides = {"base": list(base[i]), "tuned": list(tuned[i])}
+        said = {side: benchmark.outcome(item, numbers) for side, numbers in sides.items()}
+        rows.append({"index": i, **benchmark.describe(item), **sides, **({"outcome": said} if said["base"] else {})})
+    return {
+        "n": len(items),
+        "n_failed": n_failed,
+        "n_total": 10 * len(items),
+        "partial": True,
+        "not_comparable": f"limited to {len(items)} of {10 * len(items)} items",
+        "not_as_published": "",
+        "settings": {},
+        "data_sha256": benchmark.data_sha256,
+        **summarise(Scored(benchmark, items, np.asarray(base), np.asarray(tuned)), 0),
+        "failures": [{"index": 900 + i, "reason": "the prompt is longer than the model's context"} for i in range(n_failed)],
+        "columns": list(benchmark.columns),
+        "items": rows,
+    }

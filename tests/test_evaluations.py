@@ -1,0 +1,427 @@
+"""What is asked for, and what is made of a result: table, report, CSV, card, comparison, curve. The results are by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from biasdpo import evaluate, models
+from biasdpo.__main__ import build_parser
+from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
+from biasdpo.benchmarks.preference import Preference
+from biasdpo.benchmarks.utility import Utility
+from biasdpo.cli_evaluate import _request
+from biasdpo.dataset import PreferencePair, split
+from biasdpo.engines import Engine
+from biasdpo.errors import ConfigError, DatasetError, EvaluationError, RefusedError
+from biasdpo.evaluations import EvaluationRequest, curve, pairs, report
+from biasdpo.evaluations.compare import compare
+from biasdpo.evaluations.table import TableRow, group_table, table
+from biasdpo.records import Likelihood
+from biasdpo.workspace import sha256_of
+from tests.lora_factory import write_lora
+from tests.run_folders import write_run
+
+
+def interval(value: float, low: float, high: float) -> dict[str, Any]:
+    return {"value": value, "ci95": [low, high]}
+
+
+def change(value: float, low: float, high: float, verdict: str, better: str, measures: str = "bias") -> dict[str, Any]:
+    decided = {"p_value": 0.01, "p_holm": 0.04, "verdict": verdict, "better": better, "measures": measures}
+    return interval(value, low, high) | decided
+
+
+def a_result(**provenance: Any) -> dict[str, Any]:
+    """60 % of sentence pairs prefer the stereotype, tuned 52 %; neutral text is 1 % more perplexing."""
+    sentences = {
+        "n": 100,
+        "n_failed": 2,
+        "n_total": 102,
+        "not_comparable": "",
+        "data_sha256": "d" * 64,
+        "base": {"stereotype_percent": interval(60, 50, 70)},
+        "tuned": {"stereotype_percent": interval(52, 42, 62)},
+        "difference": {"stereotype_percent": change(-8, -12, -4, "less biased", "nearer 50")},
+        "paired": {},
+        "failures": [{"index": 7, "reason": "too long | by far"}],
+        "columns": ["logp_more", "logp_less"],
+        "items": [{"index": i} for i in range(100)],
+    }
+    sentences["groups"] = {"age": {**{k: sentences[k] for k in ("base", "tuned", "difference", "paired")}, "n": 40}}
+    utility = {
+        "n": 50,
+        "n_failed": 0,
+        "n_total": 600,
+        "not_comparable": "limited to 50 of 600 items",
+        "data_sha256": "e" * 64,
+        "base": {"perplexity": interval(40, 30, 50)},
+        "tuned": {"perplexity": interval(40.4, 30.3, 50.5)},
+        "difference": {"perplexity": change(0.4, 0.2, 0.6, "worse", "lower", "quality")},
+        "paired": {"perplexity_change_percent": change(1, 0.5, 1.5, "worse", "lower", "quality") | {"without_change": 0.0}},
+        "groups": {},
+        "items": [{"index": i} for i in range(50)],
+    }
+    known = {
+        "model": "smollm2",
+        "adapter": "mine",
+        "backend": "llamacpp",
+        "strength": 1.0,
+        "seed": 0,
+        "limit": None,
+        "interrupted": False,
+        "code_version": "0.1.0",
+        "model_sha256": "a" * 64,
+        "adapter_sha256": "b" * 64,
+    }
+    return {"benchmarks": {"crows_pairs": sentences, "utility": utility}, "provenance": known | provenance}
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": ""}, "No model to evaluate"),
+        ({"model": 3}, "model must be text: got 3"),
+        ({"backend": "vllm"}, "Unknown backend 'vllm': choose one of auto, llamacpp"),
+        ({"benchmarks": ()}, "No benchmark is named: choose of preference,"),
+        ({"benchmarks": ("bbqq",)}, "Unknown benchmark 'bbqq'"),
+        ({"benchmarks": ("bbq", "bbq")}, "benchmarks names one twice: got bbq, bbq"),
+        ({"limit": 0}, "--limit must be a whole number from 1: got 0"),
+        ({"limit": True}, "--limit must be a whole number from 1: got True"),
+        ({"seed": -1}, "--seed must be a whole number from 0 to 2147483647: got -1"),
+        ({"strengths": ()}, "1 to 16 strengths: got 0"),
+        ({"strengths": (1.0, 2.0)}, r"A strength is a number from 0 to 1.5: got 2.0"),
+        ({"strengths": (0.5, 0.5)}, "strengths names one twice"),
+        ({"strengths": (0.5, 1.0), "adapter": "none"}, "Strengths are an adapter's"),
+        ({"benchmarks": ("preference",)}, "preference needs the pairs: name with --dataset"),
+        ({"samples": 0}, "--samples must be a whole number from 1 to 4096: got 0"),
+    ],
+)
+def test_what_can_not_be_asked_is_one_line(changes, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        EvaluationRequest(**{"model": "smollm2", "benchmarks": ("bbq",), **changes}).check()
+    assert "\n" not in str(error.value)
+
+
+def test_a_request_becomes_the_command_that_means_it_and_json_that_gives_it_back(tmp_path):
+    wanted = EvaluationRequest(
+        model="smollm2",
+        adapter="-mine",  # an argument that begins with a dash
+        backend="llamacpp",
+        benchmarks=("bbq", "preference"),
+        limit=7,
+        seed=3,
+        strengths=(0.0, 0.25, 1.0),
+        data_dir="/data",
+        dataset="run",
+        samples=2,
+        max_new_tokens=9,
+        toxicity_scorer="hub:a/b",
+    )
+    args = build_parser().parse_args(wanted.command(tmp_path / "out.json", tmp_path)[3:])
+    assert (args.out, args.workspace) == (tmp_path / "out.json", str(tmp_path))
+    adapter = models.AdapterSpec("-mine", tmp_path, "smollm2")
+    assert _request(args, "smollm2", adapter) == wanted
+    assert EvaluationRequest.from_json(json.loads(json.dumps(wanted.to_json()))) == wanted
+    with pytest.raises(ConfigError, match="Not an evaluation's request"):
+        EvaluationRequest.from_json({"a": 1})
+
+
+def test_the_names_of_a_result():
+    asked = EvaluationRequest("smollm2", benchmarks=("perplexity", "bbq"))
+    assert asked.parts() == ["utility", "bbq"]
+    assert replace(asked, benchmarks=("utility",)).parts() == ["utility", "utility_generation"]
+
+
+def test_pairs_of_the_adapters_own_run_or_of_the_workspace(workspace):
+    rows = [PreferencePair(f"Is {i} more than {i * 7}, and why?", f"No {i}.", f"Yes {i}!") for i in range(60)]
+    lines = "".join(json.dumps({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}) + "\n" for r in rows)
+    folder = workspace.run_folder("first")
+    adapter_folder = write_lora(folder / "adapter", layers=1)
+    file = folder / "dataset.jsonl"
+    file.write_text(lines)
+    made_of = {"model": "smollm2", "dataset_sha256": sha256_of(file), "config": {"held_out_share": 0.5}}
+    (adapter_folder / "provenance.json").write_text(json.dumps(made_of))
+    adapter = models.from_run(workspace, "first")
+    held_out = [pair.prompt for pair in split(rows, 0.5).held_out]
+    assert 0 < len(held_out) < 60
+    scored = pairs.preference("run", adapter, workspace)
+    assert [pair.prompt for pair in scored.items] == held_out
+    assert [pair.prompt for pair in pairs.preference(str(file), adapter, workspace).items] == held_out
+    with pytest.raises(ConfigError, match="there is none: name a file"):
+        pairs.preference("run", None, workspace)
+    file.write_text(lines + lines.replace("Is", "Was"))  # not what it was trained on any more
+    with pytest.raises(DatasetError, match="first was trained on is not in this workspace"):
+        pairs.preference("run", adapter, workspace)
+    with pytest.raises(DatasetError, match="No preference pairs in the workspace yet"):
+        pairs.preference("workspace", adapter, workspace)
+
+
+# Tables
+
+
+def test_a_table_has_a_row_a_metric():
+    rows = table(a_result())
+    assert [(row.benchmark, row.metric) for row in rows] == [
+        ("crows_pairs", "stereotype_percent"), ("utility", "perplexity"), ("utility", "perplexity_change_percent")
+    ]  # fmt: skip
+    assert rows[0] == TableRow(
+        benchmark="crows_pairs",
+        metric="stereotype_percent",
+        group="",
+        n=100,
+        n_failed=2,
+        base=60,
+        base_ci=(50, 70),
+        tuned=52,
+        tuned_ci=(42, 62),
+        difference=-8,
+        ci=(-12, -4),
+        p_value=0.01,
+        p_holm=0.04,
+        verdict="less biased",
+        better="nearer 50",
+        measures="bias",
+        comparable=True,
+        why_not="",
+    )
+    both = rows[2]
+    assert (both.base, both.tuned, both.difference, both.no_change) == (None, None, 1, 0.0)
+    assert (both.comparable, both.why_not) == (False, "limited to 50 of 600 items")
+    (of_group,) = group_table(a_result(), "crows_pairs")
+    assert (of_group.group, of_group.n, of_group.n_failed, of_group.base) == ("age", 40, 0, 60)
+    assert group_table(a_result(), "bbq") == []
+
+
+def test_base_alone_has_nothing_to_decide():
+    result = a_result(adapter="")
+    del result["benchmarks"]["utility"]
+    result["benchmarks"]["crows_pairs"] |= {"tuned": {}, "difference": {}}
+    (row,) = table(result)
+    assert (row.base, row.tuned, row.difference, row.verdict, row.p_holm) == (60, None, None, "", None)
+    assert "none: the base model alone" in report.markdown(result)
+
+
+def test_csv_has_the_table_and_the_groups(tmp_path):
+    path = report.write_csv(a_result(), tmp_path / "out.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["metric"], row["group"]) for row in rows] == [
+        ("stereotype_percent", ""), ("perplexity", ""), ("perplexity_change_percent", ""), ("stereotype_percent", "age")
+    ]  # fmt: skip
+    first = rows[0]
+    assert (first["base"], first["base_ci_low"], first["base_ci_high"], first["ci_low"]) == ("60", "50", "70", "-12")
+    assert (first["model"], first["adapter"], first["comparable"]) == ("smollm2", "mine", "True")
+    assert (rows[2]["base"], rows[2]["base_ci_low"]) == ("", "")
+
+
+# Reports
+
+
+def test_a_report_says_what_was_measured_and_what_it_may_be_compared_with():
+    command = EvaluationRequest("/home/me/base.gguf", data_dir="/home/me/data", benchmarks=("bbq",)).command()
+    text = report.markdown(a_result(), command)
+    lines = text.split("\n")
+    assert lines[0] == "# Evaluation of mine on smollm2"
+    sentences, perplexity = (next(line for line in lines if f"| {name} " in line) for name in ("crows_pairs", "utility"))
+    assert sentences == (
+        "| crows_pairs | stereotype_percent (nearer 50 is better) | 100 | 60 [50, 70] | 52 [42, 62] | -8 [-12, -4] | 0.04 | "
+        "less biased |"
+    )
+    assert "| 50 * |" in perplexity
+    assert lines.index("## Benchmarks") < lines.index(sentences) < lines.index("## Price") < lines.index(perplexity)
+    assert "- \\* utility: not comparable with other evaluations: limited to 50 of 600 items." in lines
+    assert "- crows_pairs: 2 items could not be scored, and are not; the first: too long \\| by far" in lines
+    assert "<details><summary>crows_pairs by group</summary>" in lines
+    assert "python -m biasdpo evaluate --model=base.gguf --benchmark=bbq --data-dir=data --out=result.json" in lines
+    assert "/home/me" not in text
+    assert "Interrupted" not in text
+    assert "**Interrupted" in report.markdown(a_result(interrupted=True))
+
+
+def test_several_reports_stand_side_by_side_where_they_may():
+    first, other, foreign = a_result(), a_result(adapter="other"), a_result(adapter="third")
+    other["benchmarks"]["crows_pairs"]["tuned"]["stereotype_percent"] = interval(49, 39, 59)
+    foreign["benchmarks"]["utility"]["data_sha256"] = "f" * 64
+    text = report.markdown([("A", first), ("B", other), ("C", foreign)])
+    assert "## B: other on smollm2" in text
+    row = "| crows_pairs | stereotype_percent (nearer 50 is better) | 52 [42, 62]<br>less biased | 49 [39, 59]<br>less biased |"
+    assert row in text
+    assert "| utility | perplexity (lower is better) * | 40.4 [30.3, 50.5]<br>worse |" in text
+    assert "- \\* utility: scored on different data" in text
+
+
+def test_what_may_be_compared():
+    def why(benchmark: str = "crows_pairs", **changes: Any) -> str:
+        other = a_result(**changes.pop("provenance", {}))
+        other["benchmarks"]["crows_pairs"] |= changes
+        rows = compare([("A", a_result()), ("B", other)])
+        return next(row.why_not for row in rows if row.benchmark == benchmark)
+
+    assert why() == ""
+    assert why(data_sha256="f" * 64) == "scored on different data"
+    assert why(n=99) == "scored on different numbers of items (100, 99)"
+    assert why(settings={"samples": 25}) == "generated with different settings"
+    assert why(provenance={"seed": 1}) == ""  # all items: whatever the seed
+    assert why(provenance={"seed": 1}, items=[{"index": i + 1} for i in range(100)]) == "scored on different draws of items"
+    lacking = a_result()
+    del lacking["benchmarks"]["utility"]
+    rows = compare([("A", lacking), ("B", a_result())])
+    assert [(row.metric, [cell is None for cell in row.cells], row.comparable) for row in rows[1:]] == [
+        ("perplexity", [True, False], True), ("perplexity_change_percent", [True, False], True)
+    ]  # fmt: skip
+
+
+# The adapter's card
+
+
+def test_a_card_gets_one_section_that_the_next_evaluation_replaces(workspace, monkeypatch):
+    folder = write_run(workspace.root, "mine").adapter
+    card = folder / "README.md"
+    card.write_text("---\nlicense: mit\n---\n# mine\n\nMade here.\n")
+    known = models.from_run(workspace, "mine")
+    result = a_result(adapter="mine", adapter_sha256=models.adapter_sha256(known))
+    files = {path.name for path in folder.iterdir()}
+    assert report.add_to_card(result, workspace) == card
+    once = card.read_text()
+    assert once.startswith("---\nlicense: mit\n---\n# mine\n\nMade here.\n\n<!-- evaluation: begin -->\n## Evaluation\n")
+    assert once.endswith("<!-- evaluation: end -->\n")
+    assert "### Benchmarks" in once
+    assert once.count("52 [42, 62]") == 2  # overall and in the group
+    card.write_text(once + "\nWritten by hand below.\n")
+    later = deepcopy(result)
+    later["benchmarks"]["crows_pairs"]["tuned"]["stereotype_percent"] = interval(51, 41, 61)
+    report.add_to_card(later, workspace)
+    twice = card.read_text()
+    assert twice == once.replace("| 52 [42, 62] | -8 [-12, -4] | 0.04 | less biased |", "CHANGED").replace(
+        "CHANGED", "| 51 [41, 61] | -8 [-12, -4] | 0.04 | less biased |"
+    ) + "\nWritten by hand below.\n"  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == files | {"README.md"}
+    # What must not be written into.
+    for bad, words in (
+        (a_result(adapter="mine"), "has another adapter now"),
+        (a_result(adapter="smollm2-biasdpo"), "smollm2-biasdpo is no run's adapter"),
+        (a_result(adapter=""), "The base model is no run's adapter"),
+        ({**result, "provenance": result["provenance"] | {"interrupted": True}}, "What was interrupted"),
+    ):
+        with pytest.raises(EvaluationError, match=words):
+            report.add_to_card(bad, workspace)
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    with pytest.raises(RefusedError):
+        report.add_to_card(result, workspace)
+    assert card.read_text() == twice
+
+
+# The curve
+
+
+class Fake:
+    """Each character costs 1 nat, and a tuned one less by half of the strength; of "less" sentences twice that."""
+
+    name = "fake"
+    device = "CPU, 2 threads"
+
+    def __init__(self, template: Any) -> None:
+        self.template = template
+        self.computed: list[tuple[str, float]] = []
+
+    def loglikelihood(self, requests, side, *, strength=1.0):
+        self.computed += [(side, strength)] * len(requests)
+        found = []
+        for request in requests:
+            text = getattr(request, "continuation", "") or request.text
+            saved = 0.0 if side == "base" else 0.5 * strength * (2 if text.startswith("l") else 1)
+            found.append(Likelihood(-len(text) + saved, len(text)))
+        return found
+
+
+@pytest.fixture
+def engine(smollm2, tmp_path):
+    adapter = models.AdapterSpec("mine", write_lora(tmp_path / "mine", layers=1), "smollm2")
+    return Engine(smollm2, adapter, Fake(smollm2.template))
+
+
+def scored(strengths: tuple[float, ...], engine: Engine, **options: Any) -> dict[str, Any]:
+    return curve.run(engine, [CrowsPairs([SentencePair("mm", "ll", "age")]), Utility(["neutral"])], strengths, **options)
+
+
+def test_a_curve_computes_base_once_and_strength_0_never(engine, workspace):
+    told: list[tuple[str, int, int]] = []
+    result = scored((0.0, 0.5, 1.0, 1.5), engine, workspace=workspace, on_item=lambda *now: told.append(now))
+    computed = engine.backend.computed
+    assert [side for side, _ in computed].count("base") == 3  # two sentences, one text
+    assert {strength for side, strength in computed if side == "tuned"} == {0.5, 1.0, 1.5}
+    assert result["provenance"]["strength"] == 1.0
+    assert result["provenance"]["strengths"] == [0.5, 1.0, 1.5]
+    alone = evaluate.run(engine, [CrowsPairs([SentencePair("mm", "ll", "age")]), Utility(["neutral"])], workspace=workspace)
+    assert result["benchmarks"] == alone["benchmarks"]
+    assert all("items" not in found for point in result["curve"] for found in point["benchmarks"].values())
+    assert told[:2] == [("crows_pairs", 1, 3), ("utility", 1, 3)]
+    assert told[-1] == ("utility", 3, 3)
+    # |log p(mm) - log p(ll)| is 0 in base, then half of the strength; perplexity exp((7 - strength / 2) / 7).
+    points = curve.points(result, "crows_pairs", "mean_abs_difference_nats")
+    assert [(point.strength, point.value) for point in points] == [
+        (0.0, 0.0), (0.5, pytest.approx(0.25)), (1.0, pytest.approx(0.5)), (1.5, pytest.approx(0.75))
+    ]  # fmt: skip
+    assert points[0].perplexity == pytest.approx(2.71828, abs=1e-4)  # e^(7/7)
+    assert points[2].perplexity == pytest.approx(2.53094, abs=1e-4)  # e^(6.5/7)
+    assert curve.points(result, "bbq", "accuracy_ambiguous") == []
+    assert curve.metrics(result) == [("crows_pairs", "stereotype_percent"), ("crows_pairs", "mean_abs_difference_nats")]
+    assert "| utility | perplexity | 2.718 [2.718, 2.718] |" in report.markdown(result)
+
+
+def test_a_cancelled_curve_keeps_the_strengths_that_are_whole(engine):
+    told: list[tuple[str, int, int]] = []
+
+    def stop() -> bool:
+        return ("utility", 2, 3) in told  # after the second strength
+
+    result = scored((0.5, 1.0, 1.5), engine, on_item=lambda *now: told.append(now), should_stop=stop)
+    assert result["provenance"]["interrupted"] is True
+    assert result["benchmarks"]["crows_pairs"]["not_comparable"] == ""
+    assert 1.0 in [point["strength"] for point in result["curve"]]  # the main one comes first
+    assert 1.5 not in [point["strength"] for point in result["curve"]]
+
+
+def test_what_was_scored_is_kept_where_the_next_benchmark_is_stopped_at_once(engine):
+    """The stop falls between the question before a benchmark and the first one within it."""
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(len(asked) >= 3)  # before and within the first; before the second
+        return asked[-1]
+
+    result = scored((1.0,), engine, should_stop=stop)
+    assert list(result["benchmarks"]) == ["crows_pairs"]
+    assert result["benchmarks"]["crows_pairs"]["n"] == 1
+    assert result["provenance"]["interrupted"] is True
+    # A stop after the last item takes nothing away.
+    told: list[str] = []
+    whole = scored((1.0,), engine, on_item=lambda name, *_: told.append(name), should_stop=lambda: "utility" in told)
+    assert (len(whole["benchmarks"]), whole["provenance"]["interrupted"]) == (2, False)
+
+
+def test_one_strength_is_no_curve(engine):
+    result = scored((0.5,), engine)
+    assert "curve" not in result
+    assert [point.strength for point in curve.points(result, "crows_pairs", "stereotype_percent")] == [0.0, 0.5]
+    assert curve.order((0.0,)) == [0.0]
+    assert curve.order((0.25, 0.0, 0.5)) == [0.5, 0.25]
+    assert curve.order((1.5, 1.0, 0.5)) == [1.0, 0.5, 1.5]
+
+
+def test_preference_without_a_benchmark_of_utility_has_points_without_a_price(engine):
+    benchmark = Preference([PreferencePair("p", "chosen", "rejected")])
+    result = curve.run(engine, [benchmark], (0.5, 1.0))
+    points = curve.points(result, "preference", "length_normalised_accuracy")
+    assert [(point.strength, point.perplexity, point.perplexity_ci) for point in points] == [
+        (0.0, None, None), (0.5, None, None), (1.0, None, None)
+    ]  # fmt: skip
