@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="benchmark files: what the Evaluate tab scores; pairs that repeat their items are counted, so that none is trained on",
+        help="benchmark files: the Evaluate tab scores them; pairs that repeat their items are counted, to be left out",
     )
     everywhere = "0.0.0.0" if is_public_space() else "127.0.0.1"
     parser.add_argument("--host", default=everywhere, metavar="H", help=f"address to serve on; default: {everywhere}")

@@ -15,7 +15,8 @@ from biasdpo.template import PromptTemplate
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One pair as token ids. The end-of-text token ends both completions, unless they were cut to `max_length`, or it is left out."""
+    """One pair as token ids. The end-of-text token ends both completions, unless they were cut to `max_length` or it is left
+    out."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
