@@ -20,8 +20,9 @@ FILE = ASSETS / "counterfactuals.toml"
 # What a draw of twins is about: tables of FILE by how often they are drawn.
 _KINDS = {"adjectives": 6, "plurals": 4, "countries": 3, "names": 2, "alone": 3, "together": 4}
 _FOLLOWED = 0.3  # share of sentences after which another comes
-_ANSWERED = 0.6  # share of questions that the text answers
+_ANSWERED = 0.7  # share of questions that the text answers: with fewer, a model learns to say that it never does
 _IN_OTHER_WORDS = 0.5  # share of these in which it does not use the question's words
+_WRONGLY_UNKNOWN = 0.75  # share of these whose wrong answer is that the text does not say
 _PRONOUNS = {"{they}": ("he", "she"), "{them}": ("him", "her"), "{their}": ("his", "her")}
 
 
@@ -106,7 +107,8 @@ class Counterfactuals:
         context = text + draw.choice(tables["asks"]).format(question=f"Who {deeds[asked]}?")
         people = [f" The {person}" for person in ((who, other) if asked == 0 else (other, who))]
         if answered:
-            return Question(context, people[0], draw.choice([people[1], f" {unknown}"]), True)
+            wrong = f" {unknown}" if draw.random() < _WRONGLY_UNKNOWN else people[1]
+            return Question(context, people[0], wrong, True)
         return Question(context, f" {unknown}", draw.choice(people), False)
 
     @property
