@@ -1,11 +1,13 @@
-"""A process that outlives the one that starts it, and that begins only when what is known of it is written down."""
+"""Processes beside the one that starts them: one that outlives it and begins only when what is known of it is written down, and
+one that is waited for."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +18,27 @@ from biasdpo.run_state import reap
 ROOT = Path(__file__).resolve().parent.parent
 # The process waits for the end of its input, so that its status is written before it writes itself; then it becomes the command.
 _WAIT = "import os, sys; sys.stdin.read(); os.execv(sys.argv[1], sys.argv[1:])"
+
+_POLL_SECONDS = 0.1
+
+
+def run_until(
+    command: Sequence[str], log: Path, cancelled: Callable[[], bool], env: Mapping[str, str] | None = None
+) -> int | None:
+    """Run a command to its end and return its exit status; kill it as soon as `cancelled` says so, and return None. What it
+    prints is the content of `log`. `env` None: this process's own."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while process.poll() is None:
+            if cancelled():
+                return None
+            time.sleep(_POLL_SECONDS)
+        return process.returncode
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @contextmanager

@@ -6,10 +6,8 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -18,15 +16,13 @@ from typing import Any
 
 import psutil
 
-from biasdpo import dataset, models, run_queue
+from biasdpo import dataset, detached, models, run_queue
 from biasdpo.errors import BiasDPOError, RunError
 from biasdpo.models import ModelSpec
 from biasdpo.run_config import RunConfig
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # of a remembered estimate; raise it where training's cost changes
-_POLL_SECONDS = 0.1
 
 # What a step's time and memory do not depend on.
 _NO_MATTER = (
@@ -71,7 +67,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(config: RunConfig, workspace: Workspace, *, cancelled: Callable[[], bool] | None = None) -> Estimate:
+def estimate(config: RunConfig, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False) -> Estimate:
     """Measure what a run will take (or remember it). Raises what `start` would raise, RunError where it fails or is cancelled."""
     refuse_on_public_space("Training")
     remembered = known_estimate(config, workspace)
@@ -87,26 +83,11 @@ def estimate(config: RunConfig, workspace: Workspace, *, cancelled: Callable[[],
         request, answer, log = Path(scratch) / "config.json", Path(scratch) / "estimate.json", folder / "last.log"
         write_json(request, config.to_json())
         command = [sys.executable, "-m", "training.estimate", str(request), str(answer), str(workspace.root)]
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment(threads_of(config)),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        try:
-            while process.poll() is None:
-                if cancelled is not None and cancelled():
-                    raise RunError("The estimate was cancelled: ask for it again")
-                time.sleep(_POLL_SECONDS)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        status = detached.run_until(command, log, cancelled, environment(threads_of(config)))
+        if status is None:
+            raise RunError("The estimate was cancelled: ask for it again")
         if not answer.is_file():
-            raise RunError(_why_it_ended(process.returncode, log.read_text(encoding="utf-8", errors="replace")))
+            raise RunError(_why_it_ended(status, log.read_text(encoding="utf-8", errors="replace")))
         values = read_json(answer)
     if "error" in values:
         raise RunError(values["error"])

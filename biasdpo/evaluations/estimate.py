@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,6 @@ from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, writ
 _FORMAT = 1  # of what is remembered; raise it where scoring's cost changes
 _FIRST, _MORE = 2, 16  # items: the first ones warm the engine, and tell whether more can be afforded
 _AFFORDED_SECONDS = 2.0
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,26 +85,12 @@ def _measured(request: EvaluationRequest, workspace: Workspace, cancelled: Calla
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".measuring-", dir=folder) as scratch:
         answer, log = Path(scratch) / "speeds.json", Path(scratch) / "log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [*request.command(answer, workspace.root), "--measure"],
-                cwd=detached.ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        try:
-            while process.poll() is None:
-                if cancelled():
-                    raise EvaluationError("The estimate was cancelled: ask for it again")
-                time.sleep(_POLL_SECONDS)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        status = detached.run_until([*request.command(answer, workspace.root), "--measure"], log, cancelled)
+        if status is None:
+            raise EvaluationError("The estimate was cancelled: ask for it again")
         if not answer.is_file():
             lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().split("\n")
-            reason = lines[-1].removeprefix("biasdpo: ")[:400] or f"its process ended with status {process.returncode}"
+            reason = lines[-1].removeprefix("biasdpo: ")[:400] or f"its process ended with status {status}"
             raise EvaluationError(f"Nothing could be measured: {reason}")
         return {name: Speed(**values) for name, values in read_json(answer).items()}
 
