@@ -15,7 +15,7 @@ from biasdpo.counterfactuals import Counterfactuals, Question, Twins
 from biasdpo.dataset.overlap import load_overlap
 from tests.app_process import ROOT
 from tests.test_packing import load
-from tests.tiny_trainer import build_tiny_trainer
+from tests.tiny_trainer import build_tiny_trainer, save_neox
 from training import projection
 from training.counterfactual import MARGIN, TwinIds, counterfactual_kl, encode_twins, question_loss
 
@@ -223,21 +223,8 @@ def test_the_loss_is_trls_plus_the_weighted_terms(tiny_llama, tmp_path):
 
 
 def test_a_model_that_computes_no_packed_rows_is_refused(tiny_llama, tmp_path):
-    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
-
     from biasdpo.errors import ConfigError
 
-    folder = tmp_path / "gptneox"
-    config = GPTNeoXConfig(
-        vocab_size=160,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        eos_token_id=2,
-        bos_token_id=2,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    folder = save_neox(tmp_path / "neox", tiny_llama)
     with pytest.raises(ConfigError, match="counterfactual_weight and question_weight can't be used with this model: GPTNeoX"):
         build_tiny_trainer(folder, tmp_path, ROWS, targets=["query_key_value"], weights={"counterfactual_weight": 1.0})

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.tiny_trainer import build_tiny_trainer
+from tests.tiny_trainer import build_tiny_trainer, save_neox
 
 ROWS = [
     {"prompt_ids": [40, 41, 42], "chosen_ids": [50, 51, 2], "rejected_ids": [60, 2]},
@@ -90,22 +90,9 @@ def test_the_first_loss_is_that_of_no_margin_in_bf16_too(folder, tmp_path, batch
 
 
 def test_another_architecture_is_trained_trls_way_and_says_so(tmp_path, tiny_llama):
-    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
-
     from training.reference import ReferenceCache
 
-    folder = tmp_path / "neox"
-    config = GPTNeoXConfig(
-        vocab_size=480,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        eos_token_id=2,
-        bos_token_id=2,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    folder = save_neox(tmp_path / "neox", tiny_llama)
     notes: list[str] = []
     runs = {}
     for way in ("ours", "trl"):

@@ -73,3 +73,21 @@ def build_tiny_trainer(
         if "lora_B" in name and trained:
             torch.nn.init.normal_(parameter, std=trained, generator=generator)
     return trainer
+
+
+def save_neox(folder: Path, tokenizer_of: Path) -> Path:
+    """A random model of an architecture that no packed rows are computed of, with another model's tokenizer."""
+    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=480,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        eos_token_id=2,
+        bos_token_id=2,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    return folder
