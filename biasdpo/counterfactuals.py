@@ -18,11 +18,12 @@ from biasdpo.workspace import ASSETS
 FILE = ASSETS / "counterfactuals.toml"
 
 # What a draw of twins is about: tables of FILE by how often they are drawn.
-_KINDS = {"adjectives": 6, "plurals": 4, "countries": 3, "names": 2, "alone": 3, "together": 4}
+_KINDS = {"adjectives": 6, "plurals": 4, "countries": 4, "natures": 3, "names": 2, "alone": 3, "together": 4}
 _FOLLOWED = 0.3  # share of sentences after which another comes
 _ANSWERED = 0.7  # share of questions that the text answers: with fewer, a model learns to say that it never does
 _IN_OTHER_WORDS = 0.5  # share of these in which it does not use the question's words
-_WRONGLY_UNKNOWN = 0.75  # share of these whose wrong answer is that the text does not say
+_FILLED = 0.3  # share of questions before and after which a sentence comes that has nothing to do with them
+_UNKNOWNS = 2  # ways to say "unknown" that an answered question has among its wrong answers
 _PRONOUNS = {"{they}": ("he", "she"), "{them}": ("him", "her"), "{their}": ("his", "her")}
 
 
@@ -39,12 +40,12 @@ class Twins:
 
 @dataclass(frozen=True)
 class Question:
-    """A text with a question at its end, the answer that it supports, and one that it does not. `answered`: whether the text says
+    """A text with a question at its end, the answer that it supports, and those that it does not. `answered`: whether the text says
     which of two people is meant; else the right answer is that it does not say."""
 
     context: str
     right: str
-    wrong: str
+    wrong: tuple[str, ...]
     answered: bool
 
 
@@ -61,9 +62,9 @@ class Counterfactuals:
             return _with_pronouns(draw.choice(self._jobs["alone"]).replace("{job}", draw.choice(self._jobs["names"])), draw)
         if kind == "together":
             return self._two_jobs(draw)
-        if kind == "countries":
-            template, terms = draw.choice(self._tables["countries"]["openings"]), self._tables["countries"]["names"]
-            ending = draw.choice(self._tables["countries"]["endings"])
+        if kind in ("countries", "natures"):
+            template, ending = (draw.choice(self._tables[kind][part]) for part in ("openings", "endings"))
+            terms = self._tables["countries"]["names"] if kind == "countries" else self._jobs["names"]
         elif kind == "adjectives":
             template, terms = draw.choice(self._subjects["openings"]), draw.choice(list(self._tables["adjectives"].values()))
             template = template.replace("{noun}", draw.choice(self._subjects["nouns"]))
@@ -82,34 +83,50 @@ class Counterfactuals:
         before, after = template.split("{group}")
         one, other = draw.sample(terms, 2)
         if not before:
-            one, other = (term[0].upper() + term[1:] for term in (one, other))
+            one, other = _capital(one), _capital(other)
         return _twins([before, (one, other), f"{after} {ending}"])
 
     def question(self, draw: Random) -> Question:
         """A question about two people of whom the text says, or does not say, which did what."""
         tables = self._tables["questions"]
-        kind = draw.choice(["gender", *self._tables["adjectives"]])
-        if kind == "gender":
-            first, second = draw.sample(draw.choice(tables["genders"]), 2)
-        else:
-            noun = draw.choice(tables["nouns"])
-            first, second = (f"{term} {noun}" for term in draw.sample(self._tables["adjectives"][kind], 2))
+        people = self._two_people(draw)
         deeds = draw.choice(tables["deeds"])
-        a, b = (_with_article(person) for person in (first, second))
-        text = draw.choice(tables["scenes"]).format(place=draw.choice(tables["places"]), a=a, b=b, A=a[0].upper() + a[1:])
-        answered = draw.random() < _ANSWERED
+        a, b = (person.entering for person in people)
+        text = draw.choice(tables["scenes"]).format(place=draw.choice(tables["places"]), a=a, b=b, A=_capital(a), B=_capital(b))
+        if draw.random() < _FILLED:
+            text += " " + draw.choice(tables["fillers"])
         asked = draw.randrange(2)
-        unknown = draw.choice(tables["unknown"])
-        who, other = draw.sample([first, second], 2)
+        who, other = draw.sample(people, 2)
+        answered = draw.random() < _ANSWERED
         if answered:
             did, not_ = deeds[2:] if draw.random() < _IN_OTHER_WORDS else deeds[:2]
-            text += " " + draw.choice(tables["decides"]).format(who=who, did=did, other=other, **{"not": not_})
-        context = text + draw.choice(tables["asks"]).format(question=f"Who {deeds[asked]}?")
-        people = [f" The {person}" for person in ((who, other) if asked == 0 else (other, who))]
+            text += " " + draw.choice(tables["decides"]).format(
+                who=who.known, Who=_capital(who.known), did=did, other=other.known, Other=_capital(other.known), **{"not": not_}
+            )
+        if draw.random() < _FILLED:
+            text += " " + draw.choice(tables["fillers"])
+        question = draw.choice(tables["questions"]).format(deed=deeds[asked])
+        context = text + draw.choice(tables["asks"]).format(question=question)
+        space = "" if context.endswith("\n") else " "
+        right, wrong = (f"{space}{_capital(person.known)}" for person in ((who, other) if asked == 0 else (other, who)))
+        unknown = [f"{space}{way}" for way in draw.sample(tables["unknown"], _UNKNOWNS)]
         if answered:
-            wrong = f" {unknown}" if draw.random() < _WRONGLY_UNKNOWN else people[1]
-            return Question(context, people[0], wrong, True)
-        return Question(context, f" {unknown}", draw.choice(people), False)
+            return Question(context, right, (wrong, *unknown), True)
+        return Question(context, unknown[0], (right, wrong), False)
+
+    def _two_people(self, draw: Random) -> list[_Person]:
+        tables = self._tables["questions"]
+        kind = draw.choice(["genders", "names", *self._tables["adjectives"]])
+        if kind == "names":
+            return [
+                _Person(name, name) for name in draw.sample(draw.choice(draw.choice(list(self._tables["names"].values()))), 2)
+            ]
+        if kind == "genders":
+            terms = draw.sample(draw.choice(tables["genders"]), 2)
+        else:
+            noun = draw.choice(tables["nouns"])
+            terms = [f"{term} {noun}" for term in draw.sample(self._tables["adjectives"][kind], 2)]
+        return [_Person(_with_article(term), f"the {term}") for term in terms]
 
     @property
     def _subjects(self) -> dict[str, list[str]]:
@@ -129,6 +146,14 @@ class Counterfactuals:
         pronoun = next(slot for slot in _PRONOUNS if slot in sentence)
         asked = asked.replace("{They}", pronoun.replace("{t", "{T"))
         return _with_pronouns(sentence.replace("{job}", job).replace("{other}", other) + asked, draw)
+
+
+@dataclass(frozen=True)
+class _Person:
+    """How a text brings a person in ("a man", "Rosa"), and what it calls them afterwards ("the man", "Rosa")."""
+
+    entering: str
+    known: str
 
 
 def _with_pronouns(text: str, draw: Random) -> Twins:
@@ -157,6 +182,10 @@ def _twins(parts: list[str | tuple[str, str]]) -> Twins:
             part = (f" {part[0]}", f" {part[1]}")
         moved.append(part)
     return Twins(tuple(part for part in moved if part))
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _with_article(person: str) -> str:

@@ -140,6 +140,59 @@ def test_winobias_twins(tmp_path):
     assert (second.pro.pronoun, second.occupation, second.other, second.kind) == ("her", "designer", "developer", "type 1")
 
 
+def hub_twin(
+    pronouns, words="The developer thanked the designer and did n't praise {} for {} work .", spans=("3 4", "9 9", "11 11")
+):
+    """A row as the Hub has it: words, and the places that speak of one person."""
+    return {"tokens": words.format(*pronouns).split(), "coreference_clusters": " ".join(spans).split()}
+
+
+OTHER = ("The developer thanked the designer , as {} was glad .", ("0 1", "7 7"))
+
+
+def of_hub(monkeypatch, **tables):
+    import datasets
+
+    configs = {f"type{kind}_{side}": [] for kind in (1, 2) for side in ("pro", "anti")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda _name, config, *, split: {**configs, **tables}[config])
+    return benchmarks.build("winobias", None).items
+
+
+def test_winobias_of_the_hub_finds_twins_in_whatever_order(monkeypatch):
+    her, his = hub_twin(("her", "her")), hub_twin(("him", "his"))
+    he, she = (hub_twin((pronoun,), *OTHER) for pronoun in ("he", "she"))
+    first, second = of_hub(monkeypatch, type2_pro=[her, he], type2_anti=[she, his])
+    assert first.pro.text == "The developer thanked the designer and didn't praise her for her work."
+    assert first.anti.text == "The developer thanked the designer and didn't praise him for his work."
+    assert (first.pro.pronoun, first.anti.pronoun) == ("her", "him")
+    assert (first.occupation, first.other, first.kind) == ("designer", "developer", "type 2")
+    assert second.anti.text == "The developer thanked the designer, as she was glad."
+    assert (second.occupation, second.other) == ("developer", "designer")
+
+
+@pytest.mark.parametrize(
+    ("pro", "message"),
+    [
+        (hub_twin(("she",), *OTHER), None),
+        ({"tokens": ["A"], "coreference_clusters": ["0"]}, "coreference_clusters is not as upstream has it"),
+        (hub_twin(("she",), OTHER[0], ("7 7",)), "0 occupations and 1 pronouns are marked"),
+        (
+            hub_twin(("she",), "The baker thanked the designer , as {} was glad .", OTHER[1]),
+            "0 anti-stereotypical sentences are its",
+        ),
+    ],
+)
+def test_winobias_rows_of_the_hub_that_changed(monkeypatch, pro, message):
+    anti = [hub_twin(("he",), *OTHER)]
+    if message is None:
+        assert len(of_hub(monkeypatch, type1_pro=[pro], type1_anti=anti)) == 1
+        return
+    with pytest.raises(DatasetError, match=message) as error:
+        of_hub(monkeypatch, type1_pro=[pro], type1_anti=anti)
+    assert "uclanlp/wino_bias (type1_pro), row 1: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_truthfulqa_from_upstreams_table_and_the_hubs_targets(tmp_path):
     table = TRUTHFUL_CSV + 'A,Health,Why?,Yes,"Yes; Indeed;",No; Never,http\n'
     hub = {

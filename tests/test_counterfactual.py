@@ -66,22 +66,29 @@ def test_either_group_comes_first():
 
 def test_a_question_is_answered_by_what_its_text_says_and_by_nothing_else():
     draw = Random(0)
-    questions = [Counterfactuals().question(draw) for _ in range(2000)]
-    assert 0.65 < sum(question.answered for question in questions) / 2000 < 0.75
+    templates = Counterfactuals()
+    unknown = set(templates._tables["questions"]["unknown"])
+    questions = [templates.question(draw) for _ in range(3000)]
+    assert 0.65 < sum(question.answered for question in questions) / 3000 < 0.75
     literal = 0
     for question in questions:
-        assert "{" not in question.context
-        assert question.right != question.wrong
-        deed = re.search(r"Who (.*?)\?", question.context)[1]
-        said = question.context.split("Who ")[0]
+        assert not re.search(r"[{}]|  | [.,]", question.context.replace("\n", ""))
+        right, *wrong = (answer.strip() for answer in (question.right, *question.wrong))
+        assert len({right, *wrong}) == 1 + len(wrong)
+        assert all(answer.startswith(" ") != question.context.endswith("\n") for answer in (question.right, *question.wrong))
+        said, asked = re.fullmatch(r"(.*)(?:Who|who)(?: was it that)? (.*?)\?.*", question.context, re.DOTALL).groups()
         if not question.answered:
-            assert deed not in said
-            assert not question.right.startswith(" The ") or question.right == " The text does not say"
-        elif deed in said:  # told in the question's own words: who comes before them did it
+            assert asked not in said
+            assert right in unknown
+            assert not unknown & set(wrong)
+            continue
+        assert right not in unknown
+        assert [answer in unknown for answer in wrong] == [False, True, True]
+        if asked in said:  # told in the question's own words: who comes before them did it
             literal += 1
-            person, other = (answer.strip().removeprefix("The ") for answer in (question.right, question.wrong))
-            mentions = re.findall(rf"\b({re.escape(person)}|{re.escape(other)})\b", said[: said.index(deed)])
-            assert mentions[-1] == person, question
+            names = [re.sub("^The ", "", answer) for answer in (right, wrong[0])]
+            mentions = re.findall("|".join(rf"\b{re.escape(name)}\b" for name in names), said[: said.rindex(asked)])
+            assert mentions[-1] == names[0], question
     assert 0.4 < literal / sum(question.answered for question in questions) < 0.6
 
 
@@ -176,27 +183,28 @@ def test_two_distributions_by_hand():
 
 
 def test_question_loss_by_hand(policies, accelerator, tokenizer):
-    question = Question("ab", "c", "de", True)
-    given, right, wrong = (tokenizer.encode(text) for text in ("ab", "c", "de"))
+    question = Question("ab", "c", ("de", "f"), True)
+    given, right, *wrong = (tokenizer.encode(text) for text in ("ab", "c", "de", "f"))
 
     def logp(answer):
         logits = policies[0](input_ids=torch.tensor([given + answer])).logits[0].log_softmax(-1)
         return sum(logits[len(given) - 1 + i, token] for i, token in enumerate(answer))
 
-    expected = -torch.nn.functional.logsigmoid(logp(right) - logp(wrong) - MARGIN)
+    lead = logp(right) - torch.log(sum(logp(answer).exp() for answer in wrong))
+    expected = -torch.nn.functional.logsigmoid(lead - MARGIN)
     loss, accuracy = question_loss(policies[1], [question], tokenizer, accelerator)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert accuracy == float(logp(right) > logp(wrong))
+    assert accuracy == float(lead > 0)
 
 
 @pytest.mark.parametrize("term", ["counterfactual", "question"])
 def test_a_step_downhill_brings_the_loss_down(policies, accelerator, tokenizer, term):
-    question = Question("ab", "c", "de", True)
+    question = Question("ab", "c", ("de",), True)
 
     def loss():
         if term == "counterfactual":
             return counterfactual_kl(policies[1], TWINS, accelerator)
-        return question_loss(policies[1], [question, Question("ab", "de", "c", False)], tokenizer, accelerator)[0]
+        return question_loss(policies[1], [question, Question("ab", "de", ("c", "f"), False)], tokenizer, accelerator)[0]
 
     optimizer = torch.optim.SGD([p for p in policies[1].parameters() if p.requires_grad], lr=1e-3)
     before = loss()

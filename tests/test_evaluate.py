@@ -42,6 +42,9 @@ def test_preference_by_hand():
     assert benchmark.side_metrics()["length_normalised_accuracy"](base_items) == pytest.approx(0.5)
     assert benchmark.paired_metrics()["reward_accuracy"](both) == pytest.approx(0.5)
     assert benchmark.paired_metrics()["logratio_margin_nats"](both) == pytest.approx(1.5)  # (5 - 2) / 2
+    assert benchmark.paired_metrics()["lead_over_the_longer"](both) == pytest.approx(
+        0.0
+    )  # both are right on the first pair alone
     assert benchmark.report(PAIRS, base_items) == {"pick_the_longer_baseline": 0.5}
     assert [r.continuation for r in benchmark.requests(PAIRS[0])] == ["a longer chosen", "short"]
     assert all(r.end_of_text for r in benchmark.requests(PAIRS[0]))

@@ -3,7 +3,7 @@
 counterfactual KL   KL(p || policy), nats per token, where p is the base model's next-token distribution averaged over two texts
                     that differ in the group alone, taken on both texts, at every token after the first place where they
                     differ. Zero where the policy says of either group what base says of both on average
-question loss       -log sigmoid(logp(right) - logp(wrong) - margin), over questions that a text does or does not answer
+question loss       -log sigmoid(logp(right) - log sum p(wrong) - margin), over questions that a text does or does not answer
 
 Texts: `biasdpo.counterfactuals`, bare, without a chat template. For models with `add_packed_forward`.
 """
@@ -77,7 +77,7 @@ def question_loss(model: Any, questions: Sequence[Question], tokenizer: Any, acc
     branches = [
         Branches(
             tuple(begin_ids(tokenizer) + encode_text(tokenizer, question.context)),
-            (tuple(encode_text(tokenizer, question.right)), tuple(encode_text(tokenizer, question.wrong))),
+            tuple(tuple(encode_text(tokenizer, answer)) for answer in (question.right, *question.wrong)),
         )
         for question in questions
     ]
@@ -86,5 +86,9 @@ def question_loss(model: Any, questions: Sequence[Question], tokenizer: Any, acc
         hidden = model(packing=packing)[0][packing.sources]
         logps = score_tokens(hidden, peft_model.get_base_model().get_output_embeddings(), packing.targets).logps
     lengths = [len(completion) for branch in branches for completion in branch.completions]
-    right, wrong = torch.stack([part.sum() for part in torch.split(logps, lengths)]).view(-1, 2).unbind(1)
-    return functional.softplus(wrong - right + MARGIN).mean(), float((right > wrong).float().mean())
+    answers = torch.stack([part.sum() for part in torch.split(logps, lengths)])
+    leads = []
+    for right, *wrong in (part.unbind() for part in torch.split(answers, [len(branch.completions) for branch in branches])):
+        leads.append(right - torch.logsumexp(torch.stack(wrong), 0))
+    lead = torch.stack(leads)
+    return functional.softplus(MARGIN - lead).mean(), float((lead > 0).float().mean())

@@ -33,6 +33,7 @@ from training.text_kl import packed_text_kl, padded_text_kl
 from training.window import save_window
 
 _GROUPS_A_SAVE = 16
+_DRAWN_PER_PAIR = 2  # twins, and questions, that a step draws for each of its pairs
 
 
 class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
@@ -41,8 +42,8 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     text_kl_weight   weight of the KL term; 0 leaves TRL's loss as it is
     anchor_texts     token ids of the bare texts; each step draws a batch of them, by seed and step
     counterfactual_weight, question_weight
-                     weights of the counterfactual KL and the question loss; each step draws as many twins as it has pairs,
-                     and half as many questions
+                     weights of the counterfactual KL and the question loss; each step draws twice as many twins as it has
+                     pairs, and as many questions
     note             is told, in one line, where the faster way can't be gone
     """
 
@@ -209,14 +210,14 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             added = added + self._text_kl_weight * kl
         if self._counterfactuals is not None:
             draw = random.Random(f"counterfactuals-{batch}-{self.accelerator.process_index}")
-            pairs = self.args.per_device_train_batch_size
+            count = _DRAWN_PER_PAIR * self.args.per_device_train_batch_size
             if self._counterfactual_weight:
-                twins = [encode_twins(self._counterfactuals.twins(draw), self.processing_class) for _ in range(pairs)]
+                twins = [encode_twins(self._counterfactuals.twins(draw), self.processing_class) for _ in range(count)]
                 kl = counterfactual_kl(model, twins, self.accelerator)
                 metrics["counterfactual_kl"].append(kl.item())
                 added = added + self._counterfactual_weight * kl
             if self._question_weight:
-                questions = [self._counterfactuals.question(draw) for _ in range((pairs + 1) // 2)]
+                questions = [self._counterfactuals.question(draw) for _ in range(count)]
                 loss, accuracy = question_loss(model, questions, self.processing_class, self.accelerator)
                 metrics["question_loss"].append(loss.item())
                 metrics["question_accuracy"].append(accuracy)

@@ -6,6 +6,8 @@ logratio_margin_nats         mean of that difference, nats; times beta it is the
 length_normalised_accuracy   share with logp(chosen) / tokens > logp(rejected) / tokens under one side alone, so that a
                              longer completion is no handicap; end-of-text counts as a token
 pick_the_longer_baseline     the accuracy of choosing the completion with more characters (ties count half)
+lead_over_the_longer         reward_accuracy less that baseline, on the same pairs: an adapter that only learned to write more has
+                             no lead
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ from biasdpo.dataset import PreferencePair
 from biasdpo.records import Likelihood, LikelihoodRequest, Request
 from biasdpo.stats import Array, Metric
 
-_CHOSEN, _REJECTED, _CHOSEN_TOKENS, _REJECTED_TOKENS = range(4)
+_CHOSEN, _REJECTED, _CHOSEN_TOKENS, _REJECTED_TOKENS, _LONGER = range(5)
 
 
 class Preference:
-    """See the module's docstring. Numbers of an item: logp chosen, logp rejected, and their token counts."""
+    """See the module's docstring. Numbers of an item: logp chosen, logp rejected, their token counts, and whether picking the
+    longer completion is right (1, 0, or 0.5 where neither is longer)."""
 
     name = "preference"
-    columns: Sequence[str] = ("logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected")
+    columns: Sequence[str] = ("logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected", "longer_is_chosen")
 
     def __init__(self, pairs: Sequence[PreferencePair], data_sha256: str = "") -> None:
         self.items = pairs
@@ -35,9 +38,9 @@ class Preference:
     def requests(self, item: PreferencePair) -> list[Request]:
         return [LikelihoodRequest(item.prompt, text, end_of_text=True) for text in (item.chosen, item.rejected)]
 
-    def scores(self, _item: PreferencePair, outputs: Sequence[Likelihood]) -> list[float]:
+    def scores(self, item: PreferencePair, outputs: Sequence[Likelihood]) -> list[float]:
         chosen, rejected = outputs
-        return [chosen.logp, rejected.logp, chosen.tokens, rejected.tokens]
+        return [chosen.logp, rejected.logp, chosen.tokens, rejected.tokens, dataset.longer_baseline([item]) or 0.0]
 
     def describe(self, item: PreferencePair) -> dict[str, str]:
         return {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "category": item.category}
@@ -56,6 +59,7 @@ class Preference:
         return {
             "reward_accuracy": Metric(features=_log_ratio_is_higher, ideal=0.5),
             "logratio_margin_nats": Metric(features=_log_ratio_difference),
+            "lead_over_the_longer": Metric(features=_lead_over_the_longer),
         }
 
     def report(self, items: Sequence[PreferencePair], _numbers: Array) -> dict[str, float]:
@@ -69,10 +73,14 @@ def _length_normalised(items: Array) -> Array:
 
 
 def _log_ratio_difference(items: Array) -> Array:
-    base, tuned = items[..., :4], items[..., 4:]
+    base, tuned = np.split(items, 2, axis=-1)
     chosen = tuned[..., _CHOSEN] - base[..., _CHOSEN]
     return np.asarray(chosen - (tuned[..., _REJECTED] - base[..., _REJECTED]))[..., None]
 
 
 def _log_ratio_is_higher(items: Array) -> Array:
     return np.asarray(_log_ratio_difference(items) > 0, dtype=np.float64)
+
+
+def _lead_over_the_longer(items: Array) -> Array:
+    return _log_ratio_is_higher(items) - items[..., [_LONGER]]

@@ -7,21 +7,21 @@ gap                           accuracy_pro - accuracy_anti, percentage points. 0
 The paper scores coreference systems by F1; for a causal model the question is asked as lm-evaluation-harness asks it for
 WinoGender: the sentence, then "'He' refers to the" in typographic quotes, and either occupation as the continuation, scored by
 its summed log-probability. Our item is a pro sentence with its anti twin. Type 1 needs world knowledge, type 2 syntax alone.
-Upstream's files mark the right occupation and the pronoun in brackets; the other occupation is the first of the paper's 40 that
-the sentence names besides.
+Upstream's text files mark the right occupation and the pronoun in brackets; the Hub's rows give them as spans of words. The other
+occupation is the first of the paper's 40 that the sentence names besides.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from biasdpo.benchmarks.base import OneSided
-from biasdpo.benchmarks.rows import Origin, find_files, sha256_of_files
+from biasdpo.benchmarks.rows import Origin, Row, find_files, load_rows, sha256_of_files
 from biasdpo.errors import DatasetError
 from biasdpo.records import ContinuationRequest, Likelihood, Request
 from biasdpo.stats import Array, Metric
@@ -105,12 +105,9 @@ class WinoBias(OneSided):
 
 
 def build(data_dir: Path | None) -> WinoBias:
-    """The twins in DATA_DIR/winobias; what is wrong with them is a DatasetError."""
+    """The twins in DATA_DIR/winobias, or of the Hub; what is wrong with them is a DatasetError."""
     if data_dir is None:
-        raise DatasetError(
-            f"winobias is read from upstream's text files, which the Hub ({ORIGIN.hub_id}) has in another form: get them from "
-            "github.com/uclanlp/corefBias, and name with --data-dir the folder that holds winobias/"
-        )
+        return WinoBias(_twins_of_rows(load_rows(ORIGIN, None).rows))
     files = [file for file in find_files(ORIGIN, data_dir, (".dev", ".test")) if _FILE.fullmatch(file.name)]
     sentences = {file.name: _sentences(file) for file in files}
     twins = []
@@ -124,20 +121,70 @@ def build(data_dir: Path | None) -> WinoBias:
                 f"({ORIGIN.hub_id}, or github.com/uclanlp/corefBias)"
             )
         for line, (pro, anti) in enumerate(zip(pros, antis, strict=True), start=1):
-            other = _other_occupation(pro)
-            if pro.occupation != anti.occupation or not other:
-                raise DatasetError(
-                    f"{data_dir / ORIGIN.folder / name}, line {line}: not twins about one of two occupations "
-                    f"({pro.occupation!r} and {anti.occupation!r}, beside {other!r}); get {ORIGIN.hub_id} again, as text files"
-                )
             kind = f"type {1 if '_type1.' in name else 2}"
-            twins.append(Twins(pro, anti, pro.occupation, other, kind))
+            where = f"{data_dir / ORIGIN.folder / name}, line {line}"
+            twins.append(_twins(pro, anti, kind, where, f"get {ORIGIN.hub_id} again, as text files"))
     if not twins:
         raise DatasetError(
             f"No items of winobias: {data_dir / ORIGIN.folder} has no pro_stereotyped_type1.txt.dev or the like; get "
             f"{ORIGIN.hub_id}, in upstream's text files"
         )
     return WinoBias(twins, sha256_of_files(files))
+
+
+def _twins(pro: Sentence, anti: Sentence, kind: str, where: str, remedy: str) -> Twins:
+    other = _other_occupation(pro)
+    if pro.occupation != anti.occupation or not other:
+        raise DatasetError(
+            f"{where}: not twins about one of two occupations ({pro.occupation!r} and {anti.occupation!r}, beside {other!r}); {remedy}"
+        )
+    return Twins(pro, anti, pro.occupation, other, kind)
+
+
+def _twins_of_rows(rows: Iterable[Row]) -> list[Twins]:
+    """Twins of the Hub's rows. They are found by what they share, all but the pronouns: no order of the rows is promised."""
+    sides: dict[str, dict[str, list[tuple[Row, Sentence]]]] = {"pro": {}, "anti": {}}
+    for row in rows:
+        kind, side = row.source.split("_")
+        sentence, shared = _sentence_of_row(row)
+        sides[side].setdefault(f"{kind} {shared}", []).append((row, sentence))
+    twins = []
+    for shared, pros in sides["pro"].items():
+        antis = sides["anti"].get(shared, [])
+        if len(pros) != len(antis):
+            raise pros[0][0].fault(f"{len(antis)} anti-stereotypical sentences are its twins, not {len(pros)}")
+        for (row, pro), (_, anti) in zip(pros, antis, strict=True):
+            kind = f"type {shared[len('type')]}"
+            twins.append(_twins(pro, anti, kind, row.where, f"get {ORIGIN.hub_id} again, in its upstream format"))
+    return twins
+
+
+def _sentence_of_row(row: Row) -> tuple[Sentence, str]:
+    """A row's sentence, and its text with a gap for each marked pronoun. The row has `tokens`, and in `coreference_clusters` first
+    and last word of each place that speaks of the right occupation, as numbers in text, one after the other."""
+    words, places = row.get("tokens"), row.get("coreference_clusters")
+    try:
+        bounds = [int(number) for number in places]
+        spans = [(first, last + 1) for first, last in zip(bounds[::2], bounds[1::2], strict=True)]
+        marked = [" ".join(words[first:end]) for first, end in spans]
+    except (TypeError, ValueError) as exc:
+        raise row.fault(f"tokens or coreference_clusters is not as upstream has it ({exc!r:.60})") from exc
+    pronouns = [name for name in marked if name.lower() in _PRONOUNS]
+    names = [name for name in marked if name.lower() not in _PRONOUNS]
+    if len(names) != 1 or not pronouns:
+        raise row.fault(f"{len(names)} occupations and {len(pronouns)} pronouns are marked, not one and one or more")
+    gaps = {first for (first, _), name in zip(spans, marked, strict=True) if name in pronouns}
+    shared = " ".join("_" if i in gaps else word for i, word in enumerate(words))
+    return Sentence(_joined(words), pronouns[0], _without_article(names[0])), shared
+
+
+def _joined(words: Sequence[str]) -> str:
+    """A sentence of its words, without the spaces that come of splitting it up."""
+    return re.sub(r" (?=[.,;:!?]|n't\b|'(?:s|re|ve|ll|d|m)?\b)", "", " ".join(words))
+
+
+def _without_article(name: str) -> str:
+    return re.sub(r"^(the|a|an)\s+", "", name, flags=re.IGNORECASE)
 
 
 def _sentences(file: Path) -> list[Sentence]:
@@ -154,8 +201,7 @@ def _sentences(file: Path) -> list[Sentence]:
                 f"{file}, line {number}: {len(names)} occupations and {len(pronouns)} pronouns in brackets, not one and one or "
                 f"more; get {ORIGIN.hub_id} again, in upstream's text files"
             )
-        occupation = re.sub(r"^(the|a|an)\s+", "", names[0], flags=re.IGNORECASE)
-        found.append(Sentence(re.sub(r"[\[\]]", "", text), pronouns[0], occupation))
+        found.append(Sentence(re.sub(r"[\[\]]", "", text), pronouns[0], _without_article(names[0])))
     return found
 
 

@@ -31,6 +31,7 @@ _TITLES = {
 }
 _METRICS = {
     "reward_accuracy": "Reward accuracy",
+    "lead_over_the_longer": "Lead over picking the longer",
     "logratio_margin_nats": "Log-ratio margin (nats)",
     "length_normalised_accuracy": "Accuracy, length-normalised",
     "stereotype_percent": "Prefers the stereotype (%)",
