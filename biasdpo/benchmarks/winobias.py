@@ -136,7 +136,8 @@ def _twins(pro: Sentence, anti: Sentence, kind: str, where: str, remedy: str) ->
     other = _other_occupation(pro)
     if pro.occupation != anti.occupation or not other:
         raise DatasetError(
-            f"{where}: not twins about one of two occupations ({pro.occupation!r} and {anti.occupation!r}, beside {other!r}); {remedy}"
+            f"{where}: not twins about one of two occupations ({pro.occupation!r} and {anti.occupation!r}, beside {other!r}); "
+            f"{remedy}"
         )
     return Twins(pro, anti, pro.occupation, other, kind)
 
@@ -160,8 +161,8 @@ def _twins_of_rows(rows: Iterable[Row]) -> list[Twins]:
 
 
 def _sentence_of_row(row: Row) -> tuple[Sentence, str]:
-    """A row's sentence, and its text with a gap for each marked pronoun. The row has `tokens`, and in `coreference_clusters` first
-    and last word of each place that speaks of the right occupation, as numbers in text, one after the other."""
+    """A row's sentence, and its text with a gap for each marked pronoun. The row has `tokens`, and in `coreference_clusters` the
+    first and last word of each place that speaks of the right occupation, as numbers in text, one after the other."""
     words, places = row.get("tokens"), row.get("coreference_clusters")
     try:
         bounds = [int(number) for number in places]
