@@ -40,8 +40,8 @@ class Twins:
 
 @dataclass(frozen=True)
 class Question:
-    """A text with a question at its end, the answer that it supports, and those that it does not. `answered`: whether the text says
-    which of two people is meant; else the right answer is that it does not say."""
+    """A text with a question at its end, the answer that it supports, and some that it does not. `answered`: whether the text
+    says which of two people is meant; else the right answer is that it does not say."""
 
     context: str
     right: str

@@ -154,7 +154,7 @@ def of_hub(monkeypatch, **tables):
     import datasets
 
     configs = {f"type{kind}_{side}": [] for kind in (1, 2) for side in ("pro", "anti")}
-    monkeypatch.setattr(datasets, "load_dataset", lambda _name, config, *, split: {**configs, **tables}[config])
+    monkeypatch.setattr(datasets, "load_dataset", lambda _name, config, **_split: {**configs, **tables}[config])
     return benchmarks.build("winobias", None).items
 
 
