@@ -14,7 +14,7 @@ from biasdpo import evaluations
 from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError
 from biasdpo.evaluations import Evaluation, report
 from biasdpo.evaluations.flips import Flip, flips
-from biasdpo.ui import evaluate_flips, evaluate_render, render
+from biasdpo.ui import evaluate_flips, render
 from biasdpo.ui.evaluate_view import EvaluationsView
 from biasdpo.ui.evaluate_words import setup
 from biasdpo.ui.label_sessions import LabelSessions
@@ -27,21 +27,15 @@ _MOST_SAVED = 6  # results side by side in one report
 class EvaluationActions(EvaluationsView):
     """The handlers of one evaluation."""
 
-    tabs: gr.Tabs
     sessions: LabelSessions
     pick_compared: Callable[[str, str], Updates]
     compare_prompt: gr.Textbox
-
-    def _evaluation(self, evaluation_id: Any) -> Evaluation:
-        if not isinstance(evaluation_id, str) or not evaluation_id:
-            raise ConfigError("No evaluation is chosen: choose one of the list")
-        return evaluations.find(evaluation_id, self.workspace)
 
     def cancel(self, evaluation_id: Any) -> Updates:
         """Ask it to end; what it has scored becomes its result."""
         try:
             refuse_on_public_space("Cancelling an evaluation")
-            evaluations.cancel(self._evaluation(evaluation_id))
+            evaluations.cancel(self.one(evaluation_id))
         except BiasDPOError as exc:
             return {self.notice: render.error(str(exc))}
         return {self.notice: render.note("Asked to end: what is scored so far is kept and shown. Asked twice, it is killed.")}
@@ -50,38 +44,16 @@ class EvaluationActions(EvaluationsView):
         """Go on; what was scored is not scored again."""
         try:
             refuse_on_public_space("Evaluation")
-            evaluations.resume(self._evaluation(evaluation_id), self.workspace)
+            evaluations.resume(self.one(evaluation_id), self.workspace)
         except BiasDPOError as exc:
             return {self.notice: render.error(str(exc))}
         return self.show_one(str(evaluation_id), render.note("Goes on: what was scored is read from the cache."))
-
-    def ask_delete(self, evaluation_id: Any) -> Updates:
-        """Ask first, and say what is lost. The answer is of this evaluation, whichever is chosen meanwhile."""
-        try:
-            one = self._evaluation(evaluation_id)
-        except BiasDPOError as exc:
-            return {self.notice: render.error(str(exc))}
-        return {self.asked: one.id, self.confirm_box: gr.update(visible=True), self.confirm_text: evaluate_render.deleting(one)}
-
-    def keep(self) -> Updates:
-        """Nothing is to be deleted."""
-        return {self.asked: "", self.confirm_box: gr.update(visible=False), self.confirm_text: ""}
-
-    def delete(self, asked: Any) -> Updates:
-        """Delete it; the newest of the others is shown, or the panel for a new one."""
-        try:
-            refuse_on_public_space("Deleting an evaluation")
-            one = self._evaluation(asked)
-            evaluations.delete(one)
-        except BiasDPOError as exc:
-            return self.keep() | {self.notice: render.error(str(exc))}
-        return self.keep() | self.show_one("", render.note(f"{one.id} was deleted."))
 
     def to_card(self, evaluation_id: Any) -> Updates:
         """Put the report into the adapter's card."""
         try:
             refuse_on_public_space("Writing a card")
-            one = self._evaluation(evaluation_id)
+            one = self.one(evaluation_id)
             result = self.results.of(one)
             report.add_to_card(result, self.workspace, one.request.command() if one.request is not None else ())
         except BiasDPOError as exc:
@@ -91,7 +63,7 @@ class EvaluationActions(EvaluationsView):
     def open_in_compare(self, evaluation_id: Any) -> Updates:
         """The Compare tab, with the model and the adapter that were measured."""
         try:
-            picked = self._picked(self._evaluation(evaluation_id))
+            picked = self._picked(self.one(evaluation_id))
         except BiasDPOError as exc:
             return {self.notice: render.error(str(exc))}
         return picked
@@ -107,14 +79,14 @@ class EvaluationActions(EvaluationsView):
     def pick_bars(self, evaluation_id: Any, picked: Any) -> str:
         """Another metric by group."""
         try:
-            return self.drawn_bars(self.results.of(self._evaluation(evaluation_id)), _named(picked))
+            return self.drawn_bars(self.results.of(self.one(evaluation_id)), _named(picked))
         except BiasDPOError as exc:
             return render.error(str(exc))
 
     def pick_plane(self, evaluation_id: Any, picked: Any) -> str:
         """Another metric by strength."""
         try:
-            return self.drawn_plane(self.results.of(self._evaluation(evaluation_id)), _named(picked))
+            return self.drawn_plane(self.results.of(self.one(evaluation_id)), _named(picked))
         except BiasDPOError as exc:
             return render.error(str(exc))
 
@@ -129,7 +101,7 @@ class EvaluationActions(EvaluationsView):
     def more_flips(self, evaluation_id: Any, benchmark: Any, wanted: Any, most: Any) -> Updates:
         """A page more of them."""
         try:
-            result = self.results.of(self._evaluation(evaluation_id))
+            result = self.results.of(self.one(evaluation_id))
             shown = (most if isinstance(most, int) and most >= 0 else 0) + evaluate_flips.PAGE
             return self.drawn_flips(result, _named(benchmark), wanted if isinstance(wanted, str) else "", shown)
         except BiasDPOError as exc:
@@ -139,7 +111,7 @@ class EvaluationActions(EvaluationsView):
         """One item to the Compare tab (its prompt, this model and adapter) or to the Label tab (its two texts)."""
         asked = event._data if isinstance(event._data, dict) else {}
         try:
-            one = self._evaluation(evaluation_id)
+            one = self.one(evaluation_id)
             flip = self._flip(one, _named(benchmark), asked.get("id"))
             if asked.get("to") == "compare":
                 return self._picked(one) | {self.compare_prompt: evaluate_flips.prompt_of(flip.texts)}
@@ -165,7 +137,7 @@ class EvaluationActions(EvaluationsView):
         kind, ids = (asked.get("kind"), asked.get("ids")) if isinstance(asked, dict) else (None, None)
         if kind not in ("md", "csv", "json") or not isinstance(ids, list) or not 1 <= len(ids) <= _MOST_SAVED:
             raise ConfigError(f"A kind of file and evaluations are needed: got {asked!r:.80}; use the page's own button")
-        found = [(one, self.results.of(one)) for one in map(self._evaluation, ids)]
+        found = [(one, self.results.of(one)) for one in map(self.one, ids)]
         (one, result), *others = found
         name = one.id if not others else f"{one.id}-and-{len(others)}-more"
         if kind == "md":

@@ -12,22 +12,23 @@ import gradio as gr
 
 from biasdpo.engines import EnginePool
 from biasdpo.errors import BiasDPOError
-from biasdpo.ui import evaluate_render, render
+from biasdpo.evaluations import Evaluation
+from biasdpo.ui import evaluate_render
 from biasdpo.ui.evaluate_new import NewEvaluationPanel
 from biasdpo.ui.evaluate_one import EvaluationActions
 from biasdpo.ui.evaluate_reading import Results
 from biasdpo.ui.evaluate_several import MOST, CompareEvaluations
+from biasdpo.ui.jobs_layout import QUICK, RAW, JobsLayout
 from biasdpo.ui.label_sessions import LabelSessions
-from biasdpo.ui.news import Mark, Updates
+from biasdpo.ui.news import Updates
 from biasdpo.ui.store import Store
 from biasdpo.workspace import is_public_space
 
-_FOCUS_DELETE = "() => window.bdFocus('#eval-delete', '#eval-new-button')"
-_FOCUS_LIST = "() => window.bdFocus('#eval-table tr[aria-current] button', '#eval-new-button', '#eval-start')"
 
-
-class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations):
+class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations, JobsLayout[Evaluation]):
     """One tab over the workspace's evaluations; `build` is called once, inside the page's Blocks."""
+
+    prefix = "eval"
 
     def __init__(
         self,
@@ -54,22 +55,9 @@ class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations):
         """Lay out the tab, then wire it."""
         self.tabs = tabs
         here = not is_public_space()
-        self.view = gr.State("")
-        self.mark = gr.State({})
-        self.asked = gr.State("")
-        self.chosen = gr.Textbox("", elem_id="eval-chosen")  # hidden by the style; kept by the page, whatever becomes of the app
+        self.build_state()
         gr.HTML("" if here else evaluate_render.refused(), js_on_load=None, elem_id="eval-machine")
-        self.empty = gr.HTML(
-            evaluate_render.no_evaluations(self.data_dir) if here else "", js_on_load=None, visible=False, elem_id="eval-empty"
-        )
-        with gr.Column(visible=False, elem_id="eval-list") as self.list_box:
-            with gr.Row(elem_id="eval-list-top"):
-                gr.HTML("<h2>Evaluations</h2>", js_on_load=None)
-                self.new_button = gr.Button(
-                    "New evaluation", size="sm", elem_id="eval-new-button", min_width=120, scale=0, visible=here
-                )
-                self.several_button = gr.Button("Compare several", size="sm", elem_id="eval-several", min_width=120, scale=0)
-            self.table = gr.HTML("", js_on_load="window.bdTable(element, trigger)", apply_default_css=False, elem_id="eval-table")
+        self.build_list(empty=evaluate_render.no_evaluations(self.data_dir) if here else "")
         with gr.Column(visible=False, elem_id="eval-new") as self.new_box:
             gr.HTML("<h2>New evaluation</h2>", js_on_load=None)
             self.build_new()
@@ -85,19 +73,18 @@ class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations):
         self.timer = gr.Timer(active=False)  # goes once the tab was opened
         self._wire(demo, tab)
 
+    def build_list_buttons(self) -> None:
+        self.several_button = gr.Button("Compare several", size="sm", elem_id="eval-several", min_width=120, scale=0)
+
     def _build_one(self) -> None:
         self.head = gr.HTML("", js_on_load=None, elem_id="eval-head")
         with gr.Row(elem_id="eval-actions"):
-            self.cancel_button = self._action("Cancel", "eval-cancel", variant="stop")
-            self.resume_button = self._action("Resume", "eval-resume", variant="primary")
-            self.compare_button = self._action("Open in Compare", "eval-to-compare")
-            self.card_button = self._action("Put it into the adapter’s card", "eval-card")
-            self.delete_button = self._action("Delete …", "eval-delete")
-        self.confirm_text = gr.HTML("", js_on_load=None, elem_id="eval-confirm-text")
-        with gr.Row(visible=False, elem_id="eval-confirm") as self.confirm_box:
-            self.really_button = gr.Button("Really delete", variant="stop", size="sm", elem_id="eval-really-delete", min_width=60)
-            self.keep_button = gr.Button("Keep it", size="sm", elem_id="eval-keep", min_width=60)
-        self.notice = gr.HTML("", js_on_load=None, elem_id="eval-notice")
+            self.cancel_button = self.action("Cancel", "cancel", variant="stop")
+            self.resume_button = self.action("Resume", "resume", variant="primary")
+            self.compare_button = self.action("Open in Compare", "to-compare")
+            self.card_button = self.action("Put it into the adapter’s card", "card")
+            self.delete_button = self.action("Delete …", "delete")
+        self.build_asking()
         with gr.Column(visible=False, elem_id="eval-result") as self.result_box:
             self.outcome = gr.HTML("", js_on_load=None, apply_default_css=False, elem_id="eval-outcome")
             self.saves = self._saves("eval-saves")
@@ -135,64 +122,38 @@ class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations):
         load = "window.bdSaves(element, server)"
         return gr.HTML("", js_on_load=load, apply_default_css=False, elem_id=elem_id, server_functions=[saved])
 
-    @staticmethod
-    def _action(title: str, elem_id: str, variant: Any = "secondary") -> gr.Button:
-        return gr.Button(title, size="sm", variant=variant, elem_id=elem_id, min_width=60, visible=False)
-
     @property
     def all_outputs(self) -> list[Any]:
-        """All of the tab that opening it may touch."""
         return [*self.one_outputs, *self.new_outputs]
 
     def _wire(self, demo: gr.Blocks, tab: gr.Tab) -> None:
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        raw = quick | {"preprocess": False}
-        here = [self.view, self.chosen, self.mark]
-        shown = self.all_outputs
-        demo.load(self.open_page, None, [self.tabs, self.chosen], **quick)
-        tab.select(self.open_tab, [*here, *self.new_inputs], shown, **raw)
-        self.timer.tick(self.watch, here, self.seen_outputs, **quick)
+        demo.load(self.open_page, None, [self.tabs, self.chosen], **QUICK)
+        self.wire_list(tab, self.new_inputs)
         self.chosen.change(None, self.chosen, None, js="(id) => window.bdEvaluation(id)", api_visibility="private")
-        # Not "always_last": for a click during another one Gradio would send the first one's row again.
-        self.table.click(self.choose_row, None, shown, trigger_mode="multiple", **quick).success(
-            None, None, None, js="() => window.bdShow('eval-one')", api_visibility="private"
-        )
-        self.new_button.click(self.open_new, self.new_inputs, shown, **raw).then(
-            None, None, None, js="() => window.bdShow('eval-new')", api_visibility="private"
-        )
-        self.several_button.click(self.open_several, self.picked, [*shown, self.picked, *self.several_outputs], **raw).then(
+        shown = self.all_outputs
+        self.several_button.click(self.open_several, self.picked, [*shown, self.picked, *self.several_outputs], **RAW).then(
             None, None, None, js="() => window.bdShow('eval-side-by-side')", api_visibility="private"
         )
-        self.picked.input(self.compare, self.picked, self.several_outputs, trigger_mode="always_last", **raw)
+        self.picked.input(self.compare, self.picked, self.several_outputs, trigger_mode="always_last", **RAW)
         self.wire_new(demo)
-        self.start_button.click(self.start, self.new_inputs, shown, concurrency_limit=1, **raw | {"queue": True})
-        self._wire_one(quick, raw)
+        self.start_button.click(self.start, self.new_inputs, shown, concurrency_limit=1, **RAW | {"queue": True})
+        self.wire_deleting()
+        self._wire_one()
 
-    def _wire_one(self, quick: dict[str, Any], raw: dict[str, Any]) -> None:
-        shown = self.all_outputs
-        self.cancel_button.click(self.cancel, self.chosen, self.notice, **quick)
-        self.resume_button.click(self.resume, self.chosen, shown, **quick)
-        self.card_button.click(self.to_card, self.chosen, self.notice, **quick)
-        asking = [self.asked, self.confirm_box, self.confirm_text, self.notice]
-        self.delete_button.click(self.ask_delete, self.chosen, asking, **quick).then(
-            None, None, None, js="() => window.bdFocus('#eval-keep')", api_visibility="private"
-        )
-        self.keep_button.click(self.keep, None, asking[:3], **quick).then(
-            None, None, None, js=_FOCUS_DELETE, api_visibility="private"
-        )
-        self.really_button.click(self.delete, self.asked, shown, **quick).then(
-            None, None, None, js=_FOCUS_LIST, api_visibility="private"
-        )
+    def _wire_one(self) -> None:
+        self.cancel_button.click(self.cancel, self.chosen, self.notice, **QUICK)
+        self.resume_button.click(self.resume, self.chosen, self.all_outputs, **QUICK)
+        self.card_button.click(self.to_card, self.chosen, self.notice, **QUICK)
         away = [self.notice, self.tabs, *self.compare_outputs, self.compare_prompt]
-        self.compare_button.click(self.open_in_compare, self.chosen, away, **quick)
-        self.group_pick.input(self.pick_bars, [self.chosen, self.group_pick], self.bars, **raw)
-        self.plane_pick.input(self.pick_plane, [self.chosen, self.plane_pick], self.plane, **raw)
+        self.compare_button.click(self.open_in_compare, self.chosen, away, **QUICK)
+        self.group_pick.input(self.pick_bars, [self.chosen, self.group_pick], self.bars, **RAW)
+        self.plane_pick.input(self.pick_plane, [self.chosen, self.plane_pick], self.plane, **RAW)
         picked = [self.chosen, self.flip_pick]
-        self.flip_pick.input(self.pick_flips, picked, self.flip_outputs, **raw)
-        self.flip_way.input(self.filter_flips, [*picked, self.flip_way], self.flip_outputs, **raw)
-        self.more_button.click(self.more_flips, [*picked, self.flip_way, self.flip_most], self.flip_outputs, **raw)
+        self.flip_pick.input(self.pick_flips, picked, self.flip_outputs, **RAW)
+        self.flip_way.input(self.filter_flips, [*picked, self.flip_way], self.flip_outputs, **RAW)
+        self.more_button.click(self.more_flips, [*picked, self.flip_way, self.flip_most], self.flip_outputs, **RAW)
         # Through the queue, since gr.Warning travels with its messages.
-        taken = raw | {"queue": True, "concurrency_limit": None, "trigger_mode": "multiple"}
+        taken = RAW | {"queue": True, "concurrency_limit": None, "trigger_mode": "multiple"}
         self.flips.click(self.take_flip, picked, away, **taken)
 
     # Opening
@@ -201,39 +162,3 @@ class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations):
         """A link that names an evaluation opens it."""
         evaluation_id = request.query_params.get("evaluation", "")
         return {self.tabs: gr.Tabs(selected="evaluate"), self.chosen: evaluation_id} if evaluation_id else {self.chosen: ""}
-
-    def open_tab(self, view: str, chosen: str, mark: Mark, *new: Any) -> Updates:
-        """The tab was chosen: what was on, else the evaluation under way, else the newest, else the panel for the first."""
-        try:
-            if view == "new":
-                return self.watch(view, chosen, mark) | self.first("", *new)
-            every = self.every()
-            known = [one.id for one in every]
-            if view == "several" or (view == "one" and chosen in known):  # as it was left, with what was picked of it
-                return self.watch(view, chosen, mark)
-            active = [one.id for one in every if one.is_active]
-            shown = chosen if chosen in known else next(iter([*active, *known]), "")
-            if not shown:
-                return self.open_new(*new)
-            gone = f"No evaluation {chosen!r} any more: {shown} is shown." if chosen and chosen not in known else ""
-            return self.show_one(shown, render.note(gone))
-        except (BiasDPOError, OSError) as exc:
-            return self.unlisted(exc, mark)
-
-    def open_new(self, *new: Any, run_id: str = "") -> Updates:
-        """The panel for a new evaluation."""
-        return self.changed(self.every(), "", {}) | self.turn_to("new") | self.first(run_id, *new)
-
-    def open_run(self, run_id: Any, *new: Any) -> Updates:
-        """The panel for a new evaluation of this run, from its own panel on the Train tab."""
-        if not isinstance(run_id, str) or not run_id:
-            return {self.tabs: gr.skip()}
-        return self.open_new(*new, run_id=run_id) | {self.tabs: gr.Tabs(selected="evaluate")}
-
-    def choose_row(self, event: gr.EventData) -> Updates:
-        """A row of the list was chosen."""
-        wanted = event._data.get("id") if isinstance(event._data, dict) else None
-        try:
-            return self.show_one(str(wanted))
-        except (BiasDPOError, OSError) as exc:
-            return self.unlisted(exc, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -17,39 +17,24 @@ from biasdpo.evaluations.table import table
 from biasdpo.ui import evaluate_bars, evaluate_flips, evaluate_forest, evaluate_render, evaluate_results, render
 from biasdpo.ui.evaluate_reading import Result, Results, version
 from biasdpo.ui.evaluate_words import benchmark_title, metric_title
-from biasdpo.ui.news import Mark, Updates, key, news
-from biasdpo.ui.store import Store
-from biasdpo.workspace import Workspace, is_public_space
-
-_TICK_SECONDS = 1.0  # while an evaluation is under way
-_SLOW_TICK_SECONDS = 5.0  # else: one may be written by the command line
+from biasdpo.ui.jobs_view import JobsView
+from biasdpo.ui.news import Mark, Updates
+from biasdpo.workspace import is_public_space
 
 
-class EvaluationsView:
-    """The tab's components of evaluations, and what is written into them. `mark`: see `news`."""
+class EvaluationsView(JobsView[Evaluation]):
+    """The tab's components of evaluations, and what is written into them."""
 
-    store: Store
+    noun = "evaluation"
+    tab_id = "evaluate"
+
     results: Results
-    view: gr.State
-    chosen: gr.Textbox
-    mark: gr.State
-    timer: gr.Timer
-    empty: gr.HTML
-    list_box: gr.Column
-    table: gr.HTML
-    new_box: gr.Column
-    one_box: gr.Column
     several_box: gr.Column
     head: gr.HTML
     cancel_button: gr.Button
     resume_button: gr.Button
     compare_button: gr.Button
     card_button: gr.Button
-    delete_button: gr.Button
-    asked: gr.State
-    confirm_box: gr.Row
-    confirm_text: gr.HTML
-    notice: gr.HTML
     result_box: gr.Column
     outcome: gr.HTML
     saves: gr.HTML
@@ -69,107 +54,51 @@ class EvaluationsView:
     made_by: gr.HTML
 
     @property
-    def workspace(self) -> Workspace:
-        return self.store.workspace
-
-    @property
     def flip_outputs(self) -> list[Any]:
         """All that another choice of flips may touch."""
         return [self.flip_way, self.flip_most, self.flips, self.more_button]
 
     @property
     def seen_outputs(self) -> list[Any]:
-        """All that a tick of the clock may touch."""
         buttons = [self.cancel_button, self.resume_button, self.compare_button, self.card_button, self.delete_button]
         boxes = [self.result_box, self.groups_box, self.plane_box, self.flips_box]
         shown = [self.outcome, self.saves, self.forest, self.bars, self.plane, self.made_by]
         picks = [self.group_pick, self.plane_pick, self.flip_pick]
-        first = [self.notice, self.mark, self.timer, self.empty, self.list_box, self.table, self.head]
-        return [*first, *buttons, *boxes, *shown, *picks, *self.flip_outputs]
+        return [*self.list_outputs, self.head, *buttons, *boxes, *shown, *picks, *self.flip_outputs]
 
     @property
-    def one_outputs(self) -> list[Any]:
-        """All that choosing an evaluation may touch."""
-        asking = [self.asked, self.confirm_box, self.confirm_text]
-        boxes = [self.new_box, self.one_box, self.several_box]
-        return [*self.seen_outputs, self.view, *boxes, self.chosen, *asking]
-
-    def turn_to(self, view: str) -> Updates:
-        """One of the three panels: "new", "one" or "several"."""
-        return {
-            self.view: view,
-            self.new_box: gr.update(visible=view == "new" and not is_public_space()),
-            self.one_box: gr.update(visible=view == "one"),
-            self.several_box: gr.update(visible=view == "several"),
-        }
+    def panels(self) -> Mapping[str, gr.Column]:
+        return {**super().panels, "several": self.several_box}
 
     def every(self) -> list[Evaluation]:
-        """All evaluations, the newest first."""
         return evaluations.list_evaluations(self.workspace)
 
+    def id_of(self, job: Evaluation) -> str:
+        return job.id
+
+    def name_of(self, job: Evaluation) -> str:
+        return job.id
+
+    def found(self, job_id: str) -> Evaluation:
+        return evaluations.find(job_id, self.workspace)
+
+    def deleting(self, job: Evaluation) -> str:
+        return evaluate_render.deleting(job)
+
+    def delete_files(self, job: Evaluation) -> None:
+        evaluations.delete(job)
+
     def listed(self, every: Sequence[Evaluation], chosen: str) -> str:
-        """The list, with what was asked for of each."""
         return evaluate_render.listed([(one, self.results.about(one)) for one in every], chosen)
 
-    def watch(self, view: str, chosen: str, mark: Mark) -> Updates:
-        """A tick of the clock."""
-        try:
-            return self.changed(self.every(), chosen if view == "one" else "", mark)
-        except (BiasDPOError, OSError) as exc:
-            return self.unlisted(exc, mark)
-
-    def unlisted(self, exc: Exception, mark: Mark) -> Updates:
-        """The evaluations can't be read: said in place of the list, which the next tick that can read them brings back."""
-        line = (
-            str(exc) if isinstance(exc, BiasDPOError) else f"The evaluations can't be read: {exc}; they come back when they can"
-        )
-        said = (self.table, self.list_box)
-        kept = {name: value for name, value in mark.items() if name not in map(key, said)}
-        return {self.table: render.error(line), self.list_box: gr.update(visible=True), self.mark: kept}
-
-    def show_one(self, evaluation_id: str, notice: str = "") -> Updates:
-        """An evaluation was chosen or started: all of it. One that is gone: the newest other, or the panel for a new one."""
-        every = self.every()
-        known = [one.id for one in every]
-        shown = evaluation_id if evaluation_id in known else next(iter(known), "")
-        return (
-            ({} if shown or is_public_space() else self.fresh(notice))
-            | self.changed(every, shown, {})
-            | self.turn_to("one" if shown else "new")
-            | {
-                self.chosen: shown,
-                self.notice: notice,
-                self.asked: "",
-                self.confirm_box: gr.update(visible=False),
-                self.confirm_text: "",
-            }
-        )
-
-    def fresh(self, notice: str) -> Updates:
-        """The panel for a new evaluation as it is at first; the panel's own."""
-        raise NotImplementedError
-
-    def changed(self, every: Sequence[Evaluation], chosen: str, mark: Mark) -> Updates:
-        """What has changed since `mark`."""
-        active = any(one.is_active for one in every)
-        parts: Updates = {
-            self.timer: gr.update(value=_TICK_SECONDS if active else _SLOW_TICK_SECONDS, active=True),
-            self.empty: gr.update(visible=not every),
-            self.list_box: gr.update(visible=bool(every)),
-            self.table: self.listed(every, chosen),
-        }
-        one = next((one for one in every if one.id == chosen), None)
-        read = mark.get("result", 0)
-        if one is not None:
-            parts |= self._parts(one)
-            now = hash((one.id, version(one)))
-            if now != read:  # a result is drawn once
-                parts |= self._result_parts(one)
-                read = now
-        new, marked = news(parts, mark)
-        if one is not None and mark.get("active") and not one.is_active:
-            new[self.notice] = ""  # that it was asked to end is said by its state now
-        return new | {self.mark: marked | {"result": read, "active": one is not None and one.is_active}}
+    def parts_of(self, job: Evaluation, mark: Mark) -> tuple[Updates, Mark]:
+        parts = self._parts(job)
+        now = hash((job.id, version(job)))
+        if now != mark.get("result"):  # a result is drawn once
+            parts |= self._result_parts(job)
+        if mark.get("active") and not job.is_active:
+            parts[self.notice] = ""  # that it was asked to end is said by its state now
+        return parts, {"result": now, "active": job.is_active}
 
     def _parts(self, one: Evaluation) -> Updates:
         here = not is_public_space()
