@@ -20,10 +20,10 @@ FILE = ASSETS / "counterfactuals.toml"
 # What a draw of twins is about: tables of FILE by how often they are drawn.
 _KINDS = {"adjectives": 6, "plurals": 4, "countries": 4, "natures": 3, "names": 2, "alone": 3, "together": 4}
 _FOLLOWED = 0.3  # share of sentences after which another comes
-_ANSWERED = 0.7  # share of questions that the text answers: with fewer, a model learns to say that it never does
-_IN_OTHER_WORDS = 0.5  # share of these in which it does not use the question's words
+_ANSWERED = 0.75  # share of questions that the text answers: with fewer, a model learns to say that it never does
+_IN_OTHER_WORDS = 0.4  # share of these in which it does not use the question's words
 _FILLED = 0.3  # share of questions before and after which a sentence comes that has nothing to do with them
-_UNKNOWNS = 2  # ways to say "unknown" that an answered question has among its wrong answers
+_UNKNOWNS = 3  # ways to say "unknown" that an answered question has among its wrong answers
 _PRONOUNS = {"{they}": ("he", "she"), "{them}": ("him", "her"), "{their}": ("his", "her")}
 
 

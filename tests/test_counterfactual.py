@@ -69,7 +69,7 @@ def test_a_question_is_answered_by_what_its_text_says_and_by_nothing_else():
     templates = Counterfactuals()
     unknown = set(templates._tables["questions"]["unknown"])
     questions = [templates.question(draw) for _ in range(3000)]
-    assert 0.65 < sum(question.answered for question in questions) / 3000 < 0.75
+    assert 0.7 < sum(question.answered for question in questions) / 3000 < 0.8
     literal = 0
     for question in questions:
         assert not re.search(r"[{}]|  | [.,]", question.context.replace("\n", ""))
@@ -83,13 +83,13 @@ def test_a_question_is_answered_by_what_its_text_says_and_by_nothing_else():
             assert not unknown & set(wrong)
             continue
         assert right not in unknown
-        assert [answer in unknown for answer in wrong] == [False, True, True]
+        assert [answer in unknown for answer in wrong] == [False, True, True, True]
         if asked in said:  # told in the question's own words: who comes before them did it
             literal += 1
             names = [re.sub("^The ", "", answer) for answer in (right, wrong[0])]
             mentions = re.findall("|".join(rf"\b{re.escape(name)}\b" for name in names), said[: said.rindex(asked)])
             assert mentions[-1] == names[0], question
-    assert 0.4 < literal / sum(question.answered for question in questions) < 0.6
+    assert 0.5 < literal / sum(question.answered for question in questions) < 0.7
 
 
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="no benchmark files beside the checkout")
@@ -190,11 +190,11 @@ def test_question_loss_by_hand(policies, accelerator, tokenizer):
         logits = policies[0](input_ids=torch.tensor([given + answer])).logits[0].log_softmax(-1)
         return sum(logits[len(given) - 1 + i, token] for i, token in enumerate(answer))
 
-    lead = logp(right) - torch.log(sum(logp(answer).exp() for answer in wrong))
-    expected = -torch.nn.functional.logsigmoid(lead - MARGIN)
+    leads = torch.stack([logp(right) - logp(answer) for answer in wrong])
+    expected = -torch.nn.functional.logsigmoid(leads - MARGIN).mean()
     loss, accuracy = question_loss(policies[1], [question], tokenizer, accelerator)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert accuracy == float(lead > 0)
+    assert accuracy == float((leads > 0).all())
 
 
 @pytest.mark.parametrize("term", ["counterfactual", "question"])

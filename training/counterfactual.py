@@ -3,7 +3,8 @@
 counterfactual KL   KL(p || policy), nats per token, where p is the base model's next-token distribution averaged over two texts
                     that differ in the group alone, taken on both texts, at every token after the first place where they
                     differ. Zero where the policy says of either group what base says of both on average
-question loss       -log sigmoid(logp(right) - log sum p(wrong) - margin), over questions that a text does or does not answer
+question loss       -log sigmoid(logp(right) - logp(wrong) - margin), mean over a question's wrong answers, then over questions
+                    that a text does or does not answer
 
 Texts: `biasdpo.counterfactuals`, bare, without a chat template. For models with `add_packed_forward`.
 """
@@ -23,7 +24,7 @@ from training.packing import Branches, pack
 from training.projection import kl_to_average, score_tokens
 from training.text_kl import without_and_with_adapter
 
-MARGIN = 1.0  # nats by which a right answer should lead
+MARGIN = 2.0  # nats by which a right answer should lead each wrong one
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,6 @@ def question_loss(model: Any, questions: Sequence[Question], tokenizer: Any, acc
         logps = score_tokens(hidden, peft_model.get_base_model().get_output_embeddings(), packing.targets).logps
     lengths = [len(completion) for branch in branches for completion in branch.completions]
     answers = torch.stack([part.sum() for part in torch.split(logps, lengths)])
-    leads = []
-    for right, *wrong in (part.unbind() for part in torch.split(answers, [len(branch.completions) for branch in branches])):
-        leads.append(right - torch.logsumexp(torch.stack(wrong), 0))
-    lead = torch.stack(leads)
-    return functional.softplus(MARGIN - lead).mean(), float((lead > 0).float().mean())
+    leads = [part[0] - part[1:] for part in torch.split(answers, [len(branch.completions) for branch in branches])]
+    loss = torch.stack([functional.softplus(MARGIN - lead).mean() for lead in leads]).mean()
+    return loss, sum(bool((lead > 0).all()) for lead in leads) / len(leads)
