@@ -116,7 +116,7 @@ def _write_missing(
             completion = _complete(backend, request, side, strength, cancellation)
             if completion.finish_reason == "cancelled":
                 return
-            completions.add(request, completion)
+            completions.add([request], [completion])
 
     wanted = {side: completions.missing(requests) for side, completions in sides.items()}
     writing: list[Future[None]] = [

@@ -16,7 +16,7 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / "biasdpo").rglob("*.py")), *sorted((
 # From left to right; a module imports from its own floor or from a floor to the left of it.
 FLOORS = [
     {"errors", "records", "template", "workspace"},
-    {"fitting", "gguf_header", "gguf_names", "modelfile", "models"},
+    {"fitting", "gguf_header", "gguf_names", "kept", "modelfile", "models"},
     {
         "completions",
         "gguf_export",
