@@ -20,10 +20,12 @@ FILE = ASSETS / "counterfactuals.toml"
 # What a draw of twins is about: tables of FILE by how often they are drawn.
 _KINDS = {"adjectives": 6, "plurals": 4, "countries": 4, "natures": 3, "names": 2, "alone": 3, "together": 4}
 _FOLLOWED = 0.3  # share of sentences after which another comes
-_ANSWERED = 0.75  # share of questions that the text answers: with fewer, a model learns to say that it never does
+_ANSWERED = 0.8  # share of questions that the text answers: with fewer, a model learns to say that it never does
 _IN_OTHER_WORDS = 0.4  # share of these in which it does not use the question's words
-_FILLED = 0.3  # share of questions before and after which a sentence comes that has nothing to do with them
+_OF_ONE = 0.2  # share of these in which it tells what one of the two did, and nothing of the other
+_FILLED = 0.4  # share of questions before and after which a sentence comes that has nothing to do with them
 _UNKNOWNS = 3  # ways to say "unknown" that an answered question has among its wrong answers
+_OWN = 0.3  # share of people told apart by an adjective whom the writer calls "my"
 _PRONOUNS = {"{they}": ("he", "she"), "{them}": ("him", "her"), "{their}": ("his", "her")}
 
 
@@ -99,16 +101,22 @@ class Counterfactuals:
         who, other = draw.sample(people, 2)
         answered = draw.random() < _ANSWERED
         if answered:
-            did, not_ = deeds[2:] if draw.random() < _IN_OTHER_WORDS else deeds[:2]
-            text += " " + draw.choice(tables["decides"]).format(
-                who=who.known, Who=_capital(who.known), did=did, other=other.known, Other=_capital(other.known), **{"not": not_}
-            )
+            told = deeds[2:] if draw.random() < _IN_OTHER_WORDS else deeds[:2]
+            roles = [(who, told[asked]), (other, told[1 - asked])]
+            if draw.random() < _OF_ONE:
+                template = draw.choice(tables["decides_of_one"])
+            else:
+                template = draw.choice(tables["decides"])
+                draw.shuffle(roles)
+            (one, did), (two, not_) = roles
+            slots = {"who": one.known, "did": did, "other": two.known, "not": not_}
+            text += " " + template.format(**slots, Who=_capital(one.known), Other=_capital(two.known))
         if draw.random() < _FILLED:
             text += " " + draw.choice(tables["fillers"])
         question = draw.choice(tables["questions"]).format(deed=deeds[asked])
         context = text + draw.choice(tables["asks"]).format(question=question)
         space = "" if context.endswith("\n") else " "
-        right, wrong = (f"{space}{_capital(person.known)}" for person in ((who, other) if asked == 0 else (other, who)))
+        right, wrong = (f"{space}{_capital(person.answer)}" for person in (who, other))
         unknown = [f"{space}{way}" for way in draw.sample(tables["unknown"], _UNKNOWNS)]
         if answered:
             return Question(context, right, (wrong, *unknown), True)
@@ -118,15 +126,18 @@ class Counterfactuals:
         tables = self._tables["questions"]
         kind = draw.choice(["genders", "names", *self._tables["adjectives"]])
         if kind == "names":
-            return [
-                _Person(name, name) for name in draw.sample(draw.choice(draw.choice(list(self._tables["names"].values()))), 2)
-            ]
+            alike = draw.choice(draw.choice(list(self._tables["names"].values())))
+            return [_Person(name, name, name) for name in draw.sample(alike, 2)]
+        if kind != "genders" and draw.random() < _OWN:
+            noun = draw.choice(tables["own"])
+            terms = [f"{term} {noun}" for term in draw.sample(self._tables["adjectives"][kind], 2)]
+            return [_Person(f"my {term}", f"my {term}", f"the {term}") for term in terms]
         if kind == "genders":
             terms = draw.sample(draw.choice(tables["genders"]), 2)
         else:
             noun = draw.choice(tables["nouns"])
             terms = [f"{term} {noun}" for term in draw.sample(self._tables["adjectives"][kind], 2)]
-        return [_Person(_with_article(term), f"the {term}") for term in terms]
+        return [_Person(_with_article(term), f"the {term}", f"the {term}") for term in terms]
 
     @property
     def _subjects(self) -> dict[str, list[str]]:
@@ -150,10 +161,12 @@ class Counterfactuals:
 
 @dataclass(frozen=True)
 class _Person:
-    """How a text brings a person in ("a man", "Rosa"), and what it calls them afterwards ("the man", "Rosa")."""
+    """How a text brings a person in ("a man", "my Greek friend"), what it calls them afterwards ("the man", "my Greek friend"),
+    and how an answer does ("the man", "the Greek friend")."""
 
     entering: str
     known: str
+    answer: str
 
 
 def _with_pronouns(text: str, draw: Random) -> Twins:

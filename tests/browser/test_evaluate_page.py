@@ -166,9 +166,13 @@ def test_an_evaluation_goes_on_without_the_page_is_cancelled_and_resumed(evaluat
     evaluator.wait_state("running")
     page.goto("about:blank")
     other = Evaluator(new_visitor(lab_app), lab).open()
-    other.page.wait_for_selector("#eval-head [role=progressbar][aria-label='CrowS-Pairs']")
+    some = "#eval-head [role=progressbar][aria-label='CrowS-Pairs']:not([aria-valuenow='0'])"
+    other.page.wait_for_selector(some, timeout=90_000)
     other.page.click("#eval-cancel")
     other.wait_state("cancelled")
+    other.page.wait_for_selector("#eval-outcome .bd-not-comparable")  # what was scored is shown, and marked
+    (cancelled,) = evaluations.list_evaluations(lab)
+    assert 0 < json.loads(cancelled.result_file.read_text())["benchmarks"]["crows_pairs"]["n"] < 200
     other.page.click("#eval-resume")
     other.wait_state("running")
     (one,) = evaluations.list_evaluations(lab)
