@@ -9,7 +9,8 @@ from biasdpo.kept import Kept, file_for
 from biasdpo.records import Completion, CompletionRequest, Side
 from biasdpo.workspace import Workspace
 
-_VERSION = 1  # of how a request is written: raise it when a backend's `stream` gives another text for the same seed
+# Of how a request is written: raise it when a backend's `stream` gives another text for the same seed, or a request another key.
+_VERSION = 2
 
 
 class Completions(Kept[CompletionRequest, Completion]):

@@ -63,8 +63,9 @@ class RunConfig:
     text_kl_weight        weight of KL(base || policy), nats per token, on bare text (the training rows' prompts and chosen
                           completions without the template), added to the loss; 0: off
     counterfactual_weight weight of KL(base averaged over two groups || policy), nats per token, on sentences of our own in which
-                          groups change places (bare text, as many as pairs), added to the loss; 0: off
-    question_weight       weight of a ranking loss on questions of our own, of which the text answers seven in ten; 0: off
+                          groups change places (bare text, twice as many as pairs), added to the loss; 0: off
+    question_weight       weight of a ranking loss on questions of our own (twice as many as pairs), of which the text answers
+                          four in five; 0: off
     label_smoothing       share of labels taken to be wrong, [0, 0.5); used by loss type `robust` alone
     learning_rate         AdamW's peak step size
     schedule              of the learning rate after warm-up (SCHEDULES)

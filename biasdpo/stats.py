@@ -45,6 +45,8 @@ class Metric:
     better     which way is good; "nearer": to `ideal`; "unchanged": neither way, any change is a price
     ideal      of "nearer"; for a metric of both sides: its value where the adapter changes nothing
     measures   bias, or quality: the price of debiasing
+    exchanged  of a metric of both sides that sets tuned against something else than base: an item's features after both have
+               changed places (None: after base and tuned have)
     restates   of a metric of both sides: the one whose difference it puts in other words ("12 % more"), so that it is no second
                question in a table of p-values
     """
@@ -54,6 +56,7 @@ class Metric:
     better: Better = "higher"
     ideal: float = 0.0
     measures: Measures = "bias"
+    exchanged: Callable[[Array], Array] | None = None
     restates: str = ""
 
     def __call__(self, items: Array) -> Array:
@@ -165,7 +168,8 @@ def randomization_p(both: Array, metrics: Mapping[str, Metric], *, seed: int = 0
     width = both.shape[1] // 2
     swapped = np.concatenate([both[:, width:], both[:, :width]], axis=1)
     as_is = {name: metric.features(both) for name, metric in metrics.items()}
-    change = np.concatenate([metric.features(swapped) - as_is[name] for name, metric in metrics.items()], axis=1)
+    after = {name: m.features(swapped) if m.exchanged is None else m.exchanged(both) for name, m in metrics.items()}
+    change = np.concatenate([after[name] - as_is[name] for name in metrics], axis=1)
     start = np.concatenate([part.mean(axis=0) for part in as_is.values()])
     rng = np.random.default_rng(seed)
     n, some = len(both), max(1, _CHUNK_NUMBERS // len(both))

@@ -140,14 +140,14 @@ def test_winobias_twins(tmp_path):
     assert (second.pro.pronoun, second.occupation, second.other, second.kind) == ("her", "designer", "developer", "type 1")
 
 
-def hub_twin(
-    pronouns, words="The developer thanked the designer and did n't praise {} for {} work .", spans=("3 4", "9 9", "11 11")
-):
-    """A row as the Hub has it: words, and the places that speak of one person."""
-    return {"tokens": words.format(*pronouns).split(), "coreference_clusters": " ".join(spans).split()}
-
-
+PRAISE = ("The developer thanked the designer and did n't praise {} for {} work .", ("3 4", "9 9", "11 11"))
 OTHER = ("The developer thanked the designer , as {} was glad .", ("0 1", "7 7"))
+
+
+def hub_row(number, pronouns, words, spans):
+    """A row as the Hub has it: a document, words, and the places that speak of one person."""
+    places = " ".join(spans).split()
+    return {"document_id": f"nw/dev_type/x//{number}", "tokens": words.format(*pronouns).split(), "coreference_clusters": places}
 
 
 def of_hub(monkeypatch, **tables):
@@ -158,38 +158,39 @@ def of_hub(monkeypatch, **tables):
     return benchmarks.build("winobias", None).items
 
 
-def test_winobias_of_the_hub_finds_twins_in_whatever_order(monkeypatch):
-    her, his = hub_twin(("her", "her")), hub_twin(("him", "his"))
-    he, she = (hub_twin((pronoun,), *OTHER) for pronoun in ("he", "she"))
+def test_winobias_of_the_hub_in_whatever_order_and_wording(monkeypatch):
+    her = hub_row(1, ("her", "her"), *PRAISE)
+    his = hub_row(1, ("him", "his"), PRAISE[0].replace("work", "good work"), PRAISE[1])
+    he, she = (hub_row(0, (pronoun,), *OTHER) for pronoun in ("he", "she"))
     first, second = of_hub(monkeypatch, type2_pro=[her, he], type2_anti=[she, his])
     assert first.pro.text == "The developer thanked the designer and didn't praise her for her work."
-    assert first.anti.text == "The developer thanked the designer and didn't praise him for his work."
+    assert first.anti.text == "The developer thanked the designer and didn't praise him for his good work."
     assert (first.pro.pronoun, first.anti.pronoun) == ("her", "him")
     assert (first.occupation, first.other, first.kind) == ("designer", "developer", "type 2")
     assert second.anti.text == "The developer thanked the designer, as she was glad."
     assert (second.occupation, second.other) == ("developer", "designer")
 
 
+SHE = hub_row(0, ("she",), *OTHER)
+
+
 @pytest.mark.parametrize(
-    ("pro", "message"),
+    ("pros", "message"),
     [
-        (hub_twin(("she",), *OTHER), None),
-        ({"tokens": ["A"], "coreference_clusters": ["0"]}, "coreference_clusters is not as upstream has it"),
-        (hub_twin(("she",), OTHER[0], ("7 7",)), "0 occupations and 1 pronouns are marked"),
-        (
-            hub_twin(("she",), "The baker thanked the designer , as {} was glad .", OTHER[1]),
-            "0 anti-stereotypical sentences are its",
-        ),
+        ([{**SHE, "coreference_clusters": ["0"]}], "coreference_clusters is not as upstream has it"),
+        ([{**SHE, "coreference_clusters": ["7", "7"]}], "0 occupations and 1 pronouns are marked"),
+        ([hub_row(0, ("she",), OTHER[0].replace("developer", "baker"), OTHER[1])], "not twins about one of two"),
+        ([{"tokens": SHE["tokens"]}], "no column 'document_id'"),
+        ([SHE, hub_row(7, ("she",), *OTHER)], "no row of type1_anti has a document_id that ends in //7"),
+        ([SHE, SHE], "a second row with the document_id"),
     ],
 )
-def test_winobias_rows_of_the_hub_that_changed(monkeypatch, pro, message):
-    anti = [hub_twin(("he",), *OTHER)]
-    if message is None:
-        assert len(of_hub(monkeypatch, type1_pro=[pro], type1_anti=anti)) == 1
-        return
+def test_winobias_rows_of_the_hub_that_changed(monkeypatch, pros, message):
+    anti = [hub_row(0, ("he",), *OTHER)]
+    assert len(of_hub(monkeypatch, type1_pro=[SHE], type1_anti=anti)) == 1
     with pytest.raises(DatasetError, match=message) as error:
-        of_hub(monkeypatch, type1_pro=[pro], type1_anti=anti)
-    assert "uclanlp/wino_bias (type1_pro), row 1: " in str(error.value)
+        of_hub(monkeypatch, type1_pro=pros, type1_anti=anti)
+    assert f"uclanlp/wino_bias (type1_pro), row {len(pros)}: " in str(error.value)
     assert "\n" not in str(error.value)
 
 

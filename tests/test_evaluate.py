@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import dataset, evaluate, models
+from biasdpo import dataset, evaluate, models, stats
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
@@ -42,12 +42,23 @@ def test_preference_by_hand():
     assert benchmark.side_metrics()["length_normalised_accuracy"](base_items) == pytest.approx(0.5)
     assert benchmark.paired_metrics()["reward_accuracy"](both) == pytest.approx(0.5)
     assert benchmark.paired_metrics()["logratio_margin_nats"](both) == pytest.approx(1.5)  # (5 - 2) / 2
-    assert benchmark.paired_metrics()["lead_over_the_longer"](both) == pytest.approx(
-        0.0
-    )  # both are right on the first pair alone
     assert benchmark.report(PAIRS, base_items) == {"pick_the_longer_baseline": 0.5}
     assert [r.continuation for r in benchmark.requests(PAIRS[0])] == ["a longer chosen", "short"]
     assert all(r.end_of_text for r in benchmark.requests(PAIRS[0]))
+
+
+def test_the_lead_over_picking_the_longer_by_hand():
+    """Of four pairs the adapter is right on three, the longer completion on one."""
+    right, longer = np.array([1.0, 1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0, 0.0])
+    base = np.stack([np.full(4, -5.0), np.full(4, -5.0), np.full(4, 3.0), np.full(4, 3.0), longer], axis=-1)
+    both = np.concatenate([base, base + (2 * right - 1)[:, None] * [1.0, 0.0, 0.0, 0.0, 0.0]], axis=-1)
+    lead = Preference(PAIRS).paired_metrics()["lead_over_the_longer"]
+    assert lead(both) == pytest.approx(3 / 4 - 1 / 4)
+    # Both change places on two pairs that are not equal: as far from 0 is where both or neither do, one time in two.
+    assert stats.randomization_p(both, {"lead": lead})["lead"] == pytest.approx(0.5, abs=0.02)
+    many = np.tile(both, (10, 1))
+    assert stats.randomization_p(many, {"lead": lead})["lead"] < 0.001
+    assert stats.randomization_p(many[many[:, 9] == 1], {"lead": lead})["lead"] == 1.0  # where both are right, none leads
 
 
 def test_perplexity_is_per_token_not_per_text():

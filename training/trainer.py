@@ -43,7 +43,7 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     anchor_texts     token ids of the bare texts; each step draws a batch of them, by seed and step
     counterfactual_weight, question_weight
                      weights of the counterfactual KL and the question loss; each step draws twice as many twins as it has
-                     pairs, and as many questions
+                     pairs, and as many questions as twins
     note             is told, in one line, where the faster way can't be gone
     """
 

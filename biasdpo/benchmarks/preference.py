@@ -7,7 +7,7 @@ length_normalised_accuracy   share with logp(chosen) / tokens > logp(rejected) /
                              longer completion is no handicap; end-of-text counts as a token
 pick_the_longer_baseline     the accuracy of choosing the completion with more characters (ties count half)
 lead_over_the_longer         reward_accuracy less that baseline, on the same pairs: an adapter that only learned to write more has
-                             no lead
+                             no lead. Its p-value lets the adapter's answer and the longer completion change places
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Preference:
         return {
             "reward_accuracy": Metric(features=_log_ratio_is_higher, ideal=0.5),
             "logratio_margin_nats": Metric(features=_log_ratio_difference),
-            "lead_over_the_longer": Metric(features=_lead_over_the_longer),
+            "lead_over_the_longer": Metric(features=_lead_over_the_longer, exchanged=lambda items: -_lead_over_the_longer(items)),
         }
 
     def report(self, items: Sequence[PreferencePair], _numbers: Array) -> dict[str, float]:

@@ -143,26 +143,28 @@ def _twins(pro: Sentence, anti: Sentence, kind: str, where: str, remedy: str) ->
 
 
 def _twins_of_rows(rows: Iterable[Row]) -> list[Twins]:
-    """Twins of the Hub's rows. They are found by what they share, all but the pronouns: no order of the rows is promised."""
-    sides: dict[str, dict[str, list[tuple[Row, Sentence]]]] = {"pro": {}, "anti": {}}
+    """Twins of the Hub's rows. `document_id` says which belong together: "nw/dev_type1/stereotype//0" and
+    "nw/dev_type1/not_stereotype//0"."""
+    sides: dict[str, dict[tuple[str, str], tuple[Row, Sentence]]] = {"pro": {}, "anti": {}}
     for row in rows:
         kind, side = row.source.split("_")
-        sentence, shared = _sentence_of_row(row)
-        sides[side].setdefault(f"{kind} {shared}", []).append((row, sentence))
-    twins = []
-    for shared, pros in sides["pro"].items():
-        antis = sides["anti"].get(shared, [])
-        if len(pros) != len(antis):
-            raise pros[0][0].fault(f"{len(antis)} anti-stereotypical sentences are its twins, not {len(pros)}")
-        for (row, pro), (_, anti) in zip(pros, antis, strict=True):
-            kind = f"type {shared[len('type')]}"
-            twins.append(_twins(pro, anti, kind, row.where, f"get {ORIGIN.hub_id} again, in its upstream format"))
-    return twins
+        named = (kind, row.text("document_id").rpartition("//")[2])
+        if named in sides[side]:
+            raise row.fault(f"a second row with the document_id {row.text('document_id')!r}")
+        sides[side][named] = row, _sentence_of_row(row)
+    for one, other in (("pro", "anti"), ("anti", "pro")):
+        for named in sides[one].keys() - sides[other].keys():
+            raise sides[one][named][0].fault(f"no row of {named[0]}_{other} has a document_id that ends in //{named[1]}")
+    remedy = f"get {ORIGIN.hub_id} again, in its upstream format"
+    return [
+        _twins(pro, sides["anti"][named][1], f"type {named[0].removeprefix('type')}", row.where, remedy)
+        for named, (row, pro) in sides["pro"].items()
+    ]
 
 
-def _sentence_of_row(row: Row) -> tuple[Sentence, str]:
-    """A row's sentence, and its text with a gap for each marked pronoun. The row has `tokens`, and in `coreference_clusters` the
-    first and last word of each place that speaks of the right occupation, as numbers in text, one after the other."""
+def _sentence_of_row(row: Row) -> Sentence:
+    """A row's sentence. The row has `tokens`, and in `coreference_clusters` the first and last word of each place that speaks of
+    the right occupation, as numbers in text, one after the other."""
     words, places = row.get("tokens"), row.get("coreference_clusters")
     try:
         bounds = [int(number) for number in places]
@@ -174,9 +176,7 @@ def _sentence_of_row(row: Row) -> tuple[Sentence, str]:
     names = [name for name in marked if name.lower() not in _PRONOUNS]
     if len(names) != 1 or not pronouns:
         raise row.fault(f"{len(names)} occupations and {len(pronouns)} pronouns are marked, not one and one or more")
-    gaps = {first for (first, _), name in zip(spans, marked, strict=True) if name in pronouns}
-    shared = " ".join("_" if i in gaps else word for i, word in enumerate(words))
-    return Sentence(_joined(words), pronouns[0], _without_article(names[0])), shared
+    return Sentence(_joined(words), pronouns[0], _without_article(names[0]))
 
 
 def _joined(words: Sequence[str]) -> str:

@@ -96,9 +96,7 @@ class EvaluationsView(JobsView[Evaluation]):
         now = hash((job.id, version(job)))
         if now != mark.get("result"):  # a result is drawn once
             parts |= self._result_parts(job)
-        if mark.get("active") and not job.is_active:
-            parts[self.notice] = ""  # that it was asked to end is said by its state now
-        return parts, {"result": now, "active": job.is_active}
+        return parts, {"result": now}
 
     def _parts(self, one: Evaluation) -> Updates:
         here = not is_public_space()

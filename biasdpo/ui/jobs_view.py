@@ -164,7 +164,9 @@ class JobsView(ABC, Generic[J]):
             own, remembered = self.parts_of(job, mark)
             parts |= own
         new, marked = news(parts, mark)
-        return new | {self.mark: marked | remembered}
+        if mark.get("active") and job is not None and not job.is_active:
+            new[self.notice] = ""  # that it was asked to end is said by its state now
+        return new | {self.mark: marked | remembered | {"active": job is not None and job.is_active}}
 
     def show_one(self, job_id: str, notice: str = "") -> Updates:
         """A job was chosen or started: all of it. One that is gone: the newest other, or the panel for a new one."""
