@@ -99,6 +99,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "text_kl_weight": _numbers(0.0, 1000.0),
     "counterfactual_weight": _numbers(0.0, 1000.0),
     "question_weight": _numbers(0.0, 1000.0),
+    "ending_weight": _numbers(0.0, 1000.0),
     "label_smoothing": _numbers(0.0, 0.499),
     "learning_rate": _numbers(1e-9, 1.0),
     "schedule": _one_of(SCHEDULES),

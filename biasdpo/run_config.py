@@ -66,6 +66,8 @@ class RunConfig:
                           groups change places (bare text, twice as many as pairs), added to the loss; 0: off
     question_weight       weight of a ranking loss on questions of our own (twice as many as pairs), of which the text answers
                           four in five; 0: off
+    ending_weight         weight of KL(base || policy) of "the completion ends here", nats a completion, over what the policy
+                          writes in every fourth step to its prompts: keeps completions as long as base's; 0: off
     label_smoothing       share of labels taken to be wrong, [0, 0.5); used by loss type `robust` alone
     learning_rate         AdamW's peak step size
     schedule              of the learning rate after warm-up (SCHEDULES)
@@ -108,6 +110,7 @@ class RunConfig:
     text_kl_weight: float = 0.0
     counterfactual_weight: float = 0.0
     question_weight: float = 0.0
+    ending_weight: float = 0.0
     label_smoothing: float = 0.0
     learning_rate: float = 3e-5
     schedule: str = "linear"

@@ -238,5 +238,7 @@ def test_a_model_that_computes_no_packed_rows_is_refused(tiny_llama, tmp_path):
     from biasdpo.errors import ConfigError
 
     folder = save_neox(tmp_path / "neox", tiny_llama)
-    with pytest.raises(ConfigError, match="counterfactual_weight and question_weight can't be used with this model: GPTNeoX"):
+    with pytest.raises(
+        ConfigError, match="counterfactual_weight, question_weight and ending_weight can't be used with this model: GPTNeoX"
+    ):
         build_tiny_trainer(folder, tmp_path, ROWS, targets=["query_key_value"], weights={"counterfactual_weight": 1.0})

@@ -234,6 +234,7 @@ def build_trainer(
         anchor_texts=anchors,
         counterfactual_weight=config.counterfactual_weight,
         question_weight=config.question_weight,
+        ending_weight=config.ending_weight,
         note=writer.note,
         model=model,
         args=arguments,

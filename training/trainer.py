@@ -1,14 +1,15 @@
 """TRL's DPO trainer on rows that are tokenised already: the same loss, metrics and checkpoints for less work.
 
-Six things differ from TRL 1.16; its losses, metrics and loop are its own.
+Seven things differ from TRL 1.16; its losses, metrics and loop are its own.
 1. A pair is computed as one packed row, the prompt once (`training.packing`), without padding, and the vocabulary projection
    on completion tokens alone (`training.projection`). For Llama and Phi; other models go TRL's way, and `note` says so.
 2. The reference's log-probabilities are computed once, before the first step, and kept across runs (`training.reference`).
 3. `text_kl_weight` adds KL(base || policy) on bare text (no template), which is where an unanchored run gets more perplexed:
    DPO holds the policy near the reference only on the pairs' completions.
 4. `counterfactual_weight` and `question_weight` add two terms that need no pairs (`training.counterfactual`).
-5. A checkpoint holds no model card, and what was not logged yet (`training.window`).
-6. An evaluation's metrics are means over pairs, whatever the batch and the processes (`training.rounds`).
+5. `ending_weight` adds a term that keeps completions as long as base's (`training.ending`).
+6. A checkpoint holds no model card, and what was not logged yet (`training.window`).
+7. An evaluation's metrics are means over pairs, whatever the batch and the processes (`training.rounds`).
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from trl import DPOTrainer
 
 from biasdpo.counterfactuals import Counterfactuals
 from biasdpo.errors import ConfigError
+from training import ending
 from training.counterfactual import counterfactual_kl, encode_twins, question_loss
-from training.packed_model import add_packed_forward, why_not_packed
+from training.packed_model import add_packed_forward, unpad, why_not_packed
 from training.reference import Group, Logps, ReferenceCache, groups, row_key
 from training.rounds import rounds
 from training.text_kl import packed_text_kl, padded_text_kl
 from training.window import save_window
 
 _GROUPS_A_SAVE = 16
+_WRITES_EVERY = 4  # steps between those in which the policy writes to the batch's prompts: it takes as long as a step
 _DRAWN_PER_PAIR = 2  # twins, and questions, that a step draws for each of its pairs
 
 
@@ -44,6 +47,7 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     counterfactual_weight, question_weight
                      weights of the counterfactual KL and the question loss; each step draws twice as many twins as it has
                      pairs, and as many questions as twins
+    ending_weight    weight of the ending KL, over what the policy writes in every fourth step to its prompts
     note             is told, in one line, where the faster way can't be gone
     """
 
@@ -56,12 +60,14 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         anchor_texts: Sequence[list[int]] = (),
         counterfactual_weight: float = 0.0,
         question_weight: float = 0.0,
+        ending_weight: float = 0.0,
         note: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
         self._text_kl_weight = text_kl_weight
         self._anchor_texts = anchor_texts
         self._counterfactual_weight, self._question_weight = counterfactual_weight, question_weight
+        self._ending_weight = ending_weight
         self._counterfactuals = Counterfactuals() if counterfactual_weight or question_weight else None
         self._batches = (-1, 0)  # a step, and how many of its batches were computed
         self._note = note
@@ -72,9 +78,10 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         reason = "its weights are shared out among processes" if self._is_sharded() else why_not_packed(base_model)
         self.is_packed = not reason
         if reason:
-            if self._counterfactuals is not None:
+            if self._counterfactuals is not None or ending_weight:
                 raise ConfigError(
-                    f"counterfactual_weight and question_weight can't be used with this model: {reason}; set both to 0"
+                    "counterfactual_weight, question_weight and ending_weight can't be used with this model: "
+                    f"{reason}; set all three to 0"
                 )
             note(f"The model is trained TRL's own way, about half as fast: {reason}")
         else:
@@ -191,9 +198,18 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         result = super()._compute_loss(model, inputs, return_outputs)
-        if not self.model.training or not (self._text_kl_weight or self._counterfactuals):
+        if not self.model.training or not (self._text_kl_weight or self._counterfactuals or self._ending_weight):
             return result
         added = self._added_terms(model, f"{self.args.seed}-{self.state.global_step}-{self._batch_of_step()}")
+        if self._ending_weight and self.state.global_step % _WRITES_EVERY == 0:
+            labels = torch.where(inputs["completion_mask"].bool(), inputs["input_ids"], -100)
+            pairs = unpad(inputs["input_ids"], inputs["attention_mask"], labels)
+            end = self.processing_class.eos_token_id
+            written = ending.write(model, [pair.prompt for pair in pairs], end, self.accelerator)
+            kl = ending.ending_kl(model, written, end, self.accelerator)
+            self._metrics["train"]["ending_kl"].append(kl.item())
+            self._metrics["train"]["written_tokens"].append(sum(len(one.completions[0]) for one in written) / len(written))
+            added = added + self._ending_weight * kl
         if return_outputs:
             loss, outputs = result
             return loss + added, outputs

@@ -77,6 +77,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("text_kl_weight", "Text KL weight", "number"),
         Setting("counterfactual_weight", "Counterfactual weight", "number"),
         Setting("question_weight", "Question weight", "number"),
+        Setting("ending_weight", "Ending weight", "number"),
     ),
     "Optimizer": (
         Setting("schedule", "Schedule", "choice", run_config.SCHEDULES),
