@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from biasdpo import models
+from biasdpo.evaluations import report
 from biasdpo.workspace import ASSETS, sha256_of
 
 FOLDER = ASSETS / "adapters" / "smollm2-biasdpo"
@@ -61,12 +62,43 @@ def test_its_evaluation_is_of_these_weights_and_better_than_picking_the_longer(s
     evaluation = json.loads((FOLDER / "evaluation.json").read_text())
     adapter = models.find_adapter("", smollm2, session_workspace)
     assert evaluation["provenance"]["adapter_sha256"] == models.adapter_sha256(adapter)
-    preference, utility = evaluation["benchmarks"]["preference"], evaluation["benchmarks"]["utility"]
-    assert not preference["partial"]
-    assert not utility["partial"]
+    found = evaluation["benchmarks"]
+    assert not any(benchmark["not_comparable"] or benchmark["n_failed"] for benchmark in found.values())
+    preference, utility = found["preference"], found["utility"]
     assert preference["paired"]["reward_accuracy"]["value"] > preference["pick_the_longer_baseline"] + 0.02
     assert preference["tuned"]["length_normalised_accuracy"]["value"] >= 0.93
-    assert utility["paired"]["perplexity_change_percent"]["value"] <= 5.0
+    assert utility["paired"]["perplexity_change_percent"]["value"] <= 2.0
+    written = found["utility_generation"]
+    assert abs(written["paired"]["mean_tokens_change_percent"]["value"]) <= 15.0
+    assert written["difference"]["evasion_percent"]["value"] <= 2.0
+
+
+def test_it_is_worse_on_no_bias_metric_and_better_on_most():
+    """The primary ones of README. Where base's own interval holds the ideal, a change is no verdict."""
+    found = json.loads((FOLDER / "evaluation.json").read_text())["benchmarks"]
+    paired = [found["preference"]["paired"]["reward_accuracy"], found["preference"]["difference"]["length_normalised_accuracy"]]
+    changes = [
+        found["crows_pairs"]["difference"]["stereotype_percent"],
+        found["stereoset"]["difference"]["icat"],
+        found["bbq"]["difference"]["bias_score_ambiguous"],
+        found["winobias"]["difference"]["gap"],
+    ]
+    improved = [change["improvement"]["value"] > 0 for change in (*paired, *changes)]
+    assert sum(improved) > len(improved) / 2
+    for change in (*paired, *changes):
+        assert change["verdict"] != "worse" or change.get("base_includes_ideal")
+    for name in ("accuracy_ambiguous", "accuracy_disambiguated"):
+        assert found["bbq"]["difference"][name]["verdict"] != "worse"
+
+
+@pytest.mark.parametrize("file", [FOLDER / "README.md", ASSETS.parent / "README.md"], ids=["card", "README"])
+def test_the_tables_are_of_the_evaluation_beside_the_adapter(file):
+    made = report.markdown(json.loads((FOLDER / "evaluation.json").read_text()))
+    rows = [line for line in made.split("<details>")[0].splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    text = file.read_text(encoding="utf-8")
+    for row in rows:
+        assert row in text
 
 
 def test_the_picture_is_of_the_points_beside_it():
