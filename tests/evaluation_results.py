@@ -90,7 +90,7 @@ def _scored(n: int, shift: float, rng: np.random.Generator) -> list[tuple[Measur
     tokens = rng.integers(6, 20, (n, 1)).astype(float)
     cost = rng.normal(-3, 0.3, (n, 1)) * tokens
     dearer = cost * (1 + 0.01 * abs(shift)) + rng.normal(0, 0.05, (n, 1))
-    preferred = np.concatenate([rng.normal(-60, 8, (n, 2)), rng.integers(20, 60, (n, 2)).astype(float)], axis=1)
+    preferred = np.concatenate([rng.normal(-60, 8, (n, 2)), rng.integers(20, 60, (n, 2)).astype(float), np.ones((n, 1))], axis=1)
     return [
         (
             Preference(
@@ -98,7 +98,7 @@ def _scored(n: int, shift: float, rng: np.random.Generator) -> list[tuple[Measur
                 "beef" * 16,
             ),
             preferred,
-            preferred + np.concatenate([rng.normal(1, 1, (n, 1)), rng.normal(shift, 1, (n, 1)), np.zeros((n, 2))], axis=1),
+            preferred + np.concatenate([rng.normal(1, 1, (n, 1)), rng.normal(shift, 1, (n, 1)), np.zeros((n, 3))], axis=1),
         ),
         (pairs(n), logps, moved),
         (
