@@ -22,6 +22,8 @@ from biasdpo.workspace import Workspace
 from tests import evaluating
 from tests.evaluating import ended, under_way, wait
 
+LONG = 3000  # items of an evaluation, in so many batches that it is not over before it is stopped
+
 
 @pytest.fixture
 def asked(tiny_llama_gguf: Path, tiny_llama_adapter: Path, tmp_path: Path) -> EvaluationRequest:
@@ -31,7 +33,7 @@ def asked(tiny_llama_gguf: Path, tiny_llama_adapter: Path, tmp_path: Path) -> Ev
 @pytest.fixture
 def long(tiny_llama_gguf: Path, tiny_llama_adapter: Path, tmp_path: Path) -> EvaluationRequest:
     """One that is under way for seconds."""
-    return evaluating.request(tiny_llama_gguf, tiny_llama_adapter, evaluating.write_items(tmp_path / "data", pairs=400))
+    return evaluating.request(tiny_llama_gguf, tiny_llama_adapter, evaluating.write_items(tmp_path / "data", pairs=LONG))
 
 
 def likelihoods_kept(workspace: Workspace) -> int:
@@ -95,7 +97,7 @@ def test_an_evaluation_from_start_to_end(asked, workspace, monkeypatch):
 def test_a_killed_one_is_interrupted_and_goes_on_without_scoring_anything_twice(long, workspace):
     started = evaluations.start(long, workspace)
     seen = wait(started, workspace, under_way)
-    assert 0 < seen.progress[0].done < 400
+    assert 0 < seen.progress[0].done < LONG
     assert seen.seconds_left is not None
     signal_process(started, signal.SIGKILL)
     killed = wait(started, workspace, ended)
@@ -104,30 +106,32 @@ def test_a_killed_one_is_interrupted_and_goes_on_without_scoring_anything_twice(
     assert "\n" not in killed.error
     assert not killed.has_result
     kept = likelihoods_kept(workspace)
-    assert 0 < kept < 2 * 2 * 400
+    assert 0 < kept < 2 * 2 * LONG
     resumed = evaluations.resume(killed, workspace)
     assert (resumed.id, resumed.state) == (killed.id, "running")
     done = wait(resumed, workspace, ended)
-    assert (done.state, done.progress) == ("finished", (Progress("crows_pairs", 400, 400),))
-    # Two sentences of 400 pairs on two sides; the kill may have torn one line.
-    assert 2 * 2 * 400 <= likelihoods_kept(workspace) <= 2 * 2 * 400 + 1
+    assert (done.state, done.progress) == ("finished", (Progress("crows_pairs", LONG, LONG),))
+    # Two sentences of LONG pairs on two sides; the kill may have torn one line.
+    assert 2 * 2 * LONG <= likelihoods_kept(workspace) <= 2 * 2 * LONG + 1
     assert done.load()["benchmarks"]["crows_pairs"]["not_comparable"] == ""
 
 
 def test_a_cancelled_one_keeps_what_it_scored_and_goes_on(long, workspace):
     started = evaluations.start(long, workspace)
     wait(started, workspace, under_way)
+    signal_process(started, signal.SIGSTOP)  # so that it is not over before it is asked
     evaluations.cancel(started)
+    signal_process(started, signal.SIGCONT)
     cancelled = wait(started, workspace, ended)
     assert (cancelled.state, cancelled.error) == ("cancelled", "")
     (found,) = cancelled.load()["benchmarks"].values()
-    assert 0 < found["n"] < 400
+    assert 0 < found["n"] < LONG
     assert found["not_comparable"].startswith("interrupted after")
     assert not any(row.comparable for row in table(cancelled.load()))
     done = wait(evaluations.resume(cancelled, workspace), workspace, ended)
     assert done.state == "finished"
-    assert done.load()["benchmarks"]["crows_pairs"]["n"] == 400
-    assert likelihoods_kept(workspace) == 2 * 2 * 400
+    assert done.load()["benchmarks"]["crows_pairs"]["n"] == LONG
+    assert likelihoods_kept(workspace) == 2 * 2 * LONG
 
 
 def test_the_second_waits_for_the_first_and_a_second_cancel_kills(long, workspace):
