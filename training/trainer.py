@@ -202,14 +202,7 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             return result
         added = self._added_terms(model, f"{self.args.seed}-{self.state.global_step}-{self._batch_of_step()}")
         if self._ending_weight and self.state.global_step % _WRITES_EVERY == 0:
-            labels = torch.where(inputs["completion_mask"].bool(), inputs["input_ids"], -100)
-            pairs = unpad(inputs["input_ids"], inputs["attention_mask"], labels)
-            end = self.processing_class.eos_token_id
-            written = ending.write(model, [pair.prompt for pair in pairs], end, self.accelerator)
-            kl = ending.ending_kl(model, written, end, self.accelerator)
-            self._metrics["train"]["ending_kl"].append(kl.item())
-            self._metrics["train"]["written_tokens"].append(sum(len(one.completions[0]) for one in written) / len(written))
-            added = added + self._ending_weight * kl
+            added = added + self._ending_term(model, inputs)
         if return_outputs:
             loss, outputs = result
             return loss + added, outputs
@@ -239,6 +232,17 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
                 metrics["question_accuracy"].append(accuracy)
                 added = added + self._question_weight * loss
         return added
+
+    def _ending_term(self, model: Any, inputs: Any) -> torch.Tensor:
+        """The weighted ending KL on what the policy writes to a batch's prompts, ()."""
+        labels = torch.where(inputs["completion_mask"].bool(), inputs["input_ids"], -100)
+        prompts = [pair.prompt for pair in unpad(inputs["input_ids"], inputs["attention_mask"], labels)]
+        end, metrics = self.processing_class.eos_token_id, self._metrics["train"]
+        written = ending.write(model, prompts, end, self.accelerator)
+        kl = ending.ending_kl(model, written, end, self.accelerator)
+        metrics["ending_kl"].append(kl.item())
+        metrics["written_tokens"].append(sum(len(one.completions[0]) for one in written) / len(written))
+        return self._ending_weight * kl
 
     def _batch_of_step(self) -> int:
         """Which batch of its step this is. With the step it makes a draw of its own, so that a resumed run sees what an
