@@ -39,6 +39,7 @@ from training.reference import ReferenceCache, groups, open_cache, row_key
 from training.rows import TokenRow, anchor_texts, rows_seen, tokenise
 from training.scoring import score_base_and_tuned
 from training.status import StatusWriter
+from training.trainer import WRITES_EVERY
 
 TIMED_BATCHES = 3  # of median length; their median counts
 LAUNCH_SHARE = 0.5  # of the loading, before it: the launcher loads torch too, but neither TRL nor the model
@@ -123,10 +124,14 @@ def measure(config: RunConfig, workspace: Workspace, scratch: Path, began: float
         optimizer.step()
         optimizer.zero_grad()
 
+    trainer.state.global_step = 1  # a step in which the policy writes nothing
     longest = Timed(tokens_in(longest_rows), seconds_of(lambda: batch(longest_rows), 1, 1))
     median = Timed(tokens_in(median_rows), seconds_of(lambda: batch(median_rows), 0, TIMED_BATCHES))
     steps = steps_of(config, len(seen))
     per_batch = linear(tokens_in(seen) / len(seen) * min(config.batch_size, len(seen)), median, longest)
+    if config.ending_weight:
+        trainer.state.global_step = WRITES_EVERY
+        per_batch += max(0.0, seconds_of(lambda: batch(median_rows), 0, 1) - median.seconds) / WRITES_EVERY
     per_step = config.gradient_accumulation * per_batch + seconds_of(update, 1, 1)
     share = tokens_in(held_out.rows) / tokens_in(evaluated) if evaluated else 0.0  # the held-out rows, of those that are timed
 

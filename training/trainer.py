@@ -35,7 +35,7 @@ from training.text_kl import packed_text_kl, padded_text_kl
 from training.window import save_window
 
 _GROUPS_A_SAVE = 16
-_WRITES_EVERY = 4  # steps between those in which the policy writes to the batch's prompts: it takes as long as a step
+WRITES_EVERY = 4  # steps between those in which the policy writes to the batch's prompts: it takes as long as a step
 _DRAWN_PER_PAIR = 2  # twins, and questions, that a step draws for each of its pairs
 
 
@@ -201,7 +201,7 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         if not self.model.training or not (self._text_kl_weight or self._counterfactuals or self._ending_weight):
             return result
         added = self._added_terms(model, f"{self.args.seed}-{self.state.global_step}-{self._batch_of_step()}")
-        if self._ending_weight and self.state.global_step % _WRITES_EVERY == 0:
+        if self._ending_weight and self.state.global_step % WRITES_EVERY == 0:
             added = added + self._ending_term(model, inputs)
         if return_outputs:
             loss, outputs = result
