@@ -82,13 +82,13 @@ def add_model_and_adapter(command: argparse.ArgumentParser) -> None:
 
 def show_models(args: argparse.Namespace) -> int:
     """List the catalog with what is on this machine, or the models that are named."""
-    from biasdpo import fitting, models
+    from biasdpo import models
     from biasdpo.workspace import open_workspace
 
     workspace = open_workspace(args.workspace)
     named = map(models.find, args.names) if args.names else map(models.with_files, models.catalog().values())
     for spec in named:
-        adapters = [adapter.id for adapter in fitting.adapters_for(spec, workspace)]
+        adapters = [adapter.id for adapter in models.adapters_for(spec, workspace)]
         row = {
             "id": spec.id,
             "title": spec.title,

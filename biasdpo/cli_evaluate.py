@@ -17,7 +17,7 @@ from biasdpo.errors import ConfigError
 if TYPE_CHECKING:
     from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
     from biasdpo.benchmarks.toxicity import ToxicityScorer
-    from biasdpo.evaluations import EvaluationRequest
+    from biasdpo.evaluations import EvaluationConfig
     from biasdpo.evaluations.watching import Watch
     from biasdpo.models import AdapterSpec
     from biasdpo.workspace import Workspace
@@ -81,7 +81,8 @@ def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
 
     from biasdpo import models
     from biasdpo.engines import EngineKey, open_engine
-    from biasdpo.evaluations import curve, estimate
+    from biasdpo.evaluation import results
+    from biasdpo.evaluations import estimate
     from biasdpo.workspace import open_workspace, write_json
 
     watch.phase("reading the items")
@@ -96,7 +97,7 @@ def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
         if args.measure:
             write_json(args.out, estimate.measure(engine, benchmarks))
             return 0
-        watch.begin(benchmarks, args.limit, len(curve.order(strengths)))
+        watch.begin(benchmarks, args.limit, len(results.order(strengths)))
         with tqdm(unit=" item", file=sys.stderr) as bar:
 
             def show(name: str, done: int, total: int) -> None:
@@ -108,7 +109,7 @@ def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
                 watch.on_item(name, done, total)
 
             with _stop_on_interrupt() as stopped:
-                result = curve.run(
+                result = results.run(
                     engine,
                     benchmarks,
                     strengths,
@@ -177,11 +178,11 @@ def _decided(change: dict[str, Any]) -> str:
     return f"{_shown(change)}, p {change['p_value']:.2g} (Holm {change['p_holm']:.2g}): {change['verdict']}"
 
 
-def _request(args: argparse.Namespace, model: str, adapter: AdapterSpec | None) -> EvaluationRequest:
+def _request(args: argparse.Namespace, model: str, adapter: AdapterSpec | None) -> EvaluationConfig:
     """What the flags ask for."""
-    from biasdpo.evaluations import EvaluationRequest
+    from biasdpo.evaluations import EvaluationConfig
 
-    return EvaluationRequest(
+    return EvaluationConfig(
         model=model,
         adapter="none" if adapter is None else args.adapter,
         backend=args.backend,
@@ -199,7 +200,7 @@ def _request(args: argparse.Namespace, model: str, adapter: AdapterSpec | None) 
 
 def _build(args: argparse.Namespace, adapter: AdapterSpec | None, workspace: Workspace) -> list[Benchmark | GenerationBenchmark]:
     from biasdpo import benchmarks as known
-    from biasdpo.evaluations.pairs import preference
+    from biasdpo.evaluation.results import preference
 
     how = known.Generation(args.samples, args.max_new_tokens, _scorer(args.toxicity_scorer))
     return [
@@ -218,7 +219,7 @@ def _scorer(name: str) -> Callable[[], ToxicityScorer]:
         raise ConfigError(f"Unknown toxicity scorer {name!r}: choose profanity_check or a classifier, as hub:OWNER/NAME")
 
     def open_classifier() -> ToxicityScorer:
-        from biasdpo.backends.hf_classifier import open_classifier
+        from biasdpo.backends.hf import open_classifier
 
         return open_classifier(name.removeprefix("hub:"))
 

@@ -50,7 +50,7 @@ def export(args: argparse.Namespace) -> int:
     from biasdpo import exports
     from biasdpo.workspace import open_workspace
 
-    request = exports.ExportRequest(
+    request = exports.ExportConfig(
         out=args.out,
         format=args.format,
         run=args.run,
@@ -79,7 +79,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _summary(record: Any) -> str:
-    from biasdpo.export_proof import ExportProof
+    from biasdpo.gguf.proof import ExportProof
 
     what = "LoRA GGUF" if record.format == "lora" else f"{record.quantization} GGUF"
     of = record.model_title if record.adapter == "none" else f"{record.adapter} for {record.model_title}"

@@ -104,7 +104,8 @@ def train(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> Any:
     """The run config of the flags, over that of --config."""
-    from biasdpo import models, run_config
+    from biasdpo import config as run_config
+    from biasdpo import models
 
     values = run_config.read_toml(args.config) if args.config else {}
     values |= {"model": args.model} if args.model else {}

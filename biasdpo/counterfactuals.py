@@ -1,5 +1,5 @@
 """Sentences said of one group and of another, and questions that a text does or does not answer: what the counterfactual terms of
-training draw (`training.counterfactual`). Built from the templates of assets/counterfactuals.toml; no two draws need be alike.
+training draw (`training.losses`). Built from the templates of assets/counterfactuals.toml; no two draws need be alike.
 
 The idea of training on a text and its counterfactual, in which the group is another: Kusner et al., 2017 (arXiv:1703.06856), and
 Garg et al., 2019 (arXiv:1809.10610, counterfactual logit pairing). The templates are our own.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from biasdpo import fitting, models
+from biasdpo import models
 from biasdpo.backends import open_backend
 from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.errors import BackendError, BiasDPOError
@@ -58,7 +58,7 @@ def open_engine(key: EngineKey, workspace: Workspace, loading: Loading | None = 
     spec = models.find(key.model)
     adapter = models.find_adapter(key.adapter, spec, workspace)
     if adapter is not None:
-        fitting.check_fits(adapter, spec)
+        models.check_fits(adapter, spec)
     backend = open_backend(spec, adapter, name=key.backend, workspace=workspace, on_progress=report)
     return Engine(spec, adapter, backend)
 

@@ -11,11 +11,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from biasdpo import dataset
-from biasdpo.dataset.coverage import thinnest
-from biasdpo.dataset.reading import rows_of
-from biasdpo.dataset.rows import BadLine
-from biasdpo.dataset.source_rows import SourceRow
+from biasdpo import data
+from biasdpo.data.importing import SourceRow, rows_of
+from biasdpo.data.journal import BadLine
+from biasdpo.data.summary import thinnest
 from biasdpo.errors import DatasetError, PromptError
 from biasdpo.workspace import ASSETS
 
@@ -132,7 +131,7 @@ def _checked(found: Iterable[Prompt]) -> list[Prompt]:
     for prompt in found:
         if prompt.text:
             try:
-                dataset.check_text(prompt.text, "prompt", "This list")
+                data.check_text(prompt.text, "prompt", "This list")
             except DatasetError as exc:
                 raise PromptError(str(exc)) from exc
             prompts.setdefault(prompt.text, prompt)

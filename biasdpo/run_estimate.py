@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 
-from biasdpo import dataset, detached, models, run_queue
+from biasdpo import data, detached, models, run_queue
+from biasdpo.config import TrainConfig
 from biasdpo.errors import BiasDPOError, RunError
 from biasdpo.models import ModelSpec
-from biasdpo.run_config import RunConfig
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
 
 FORMAT = 1  # of a remembered estimate; raise it where training's cost changes
@@ -67,7 +67,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(config: RunConfig, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False) -> Estimate:
+def estimate(config: TrainConfig, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False) -> Estimate:
     """Measure what a run will take (or remember it). Raises what `start` would raise, RunError where it fails or is cancelled."""
     refuse_on_public_space("Training")
     remembered = known_estimate(config, workspace)
@@ -98,7 +98,7 @@ def estimate(config: RunConfig, workspace: Workspace, *, cancelled: Callable[[],
     return found
 
 
-def known_estimate(config: RunConfig, workspace: Workspace) -> Estimate | None:
+def known_estimate(config: TrainConfig, workspace: Workspace) -> Estimate | None:
     """The estimate that was measured for such a run of this model, these data, on this machine; None where none was."""
     with suppress(BiasDPOError, OSError, TypeError):
         path = _remembered_at(config, workspace)
@@ -106,7 +106,7 @@ def known_estimate(config: RunConfig, workspace: Workspace) -> Estimate | None:
     return None
 
 
-def refuse_what_can_not_fit(config: RunConfig, spec: ModelSpec, workspace: Workspace) -> None:
+def refuse_what_can_not_fit(config: TrainConfig, spec: ModelSpec, workspace: Workspace) -> None:
     """Raise RunError where the weights alone, or a remembered estimate, exceed the memory that is free now. Measures nothing.
 
     Nothing is refused while another run has the device: this one would wait for it, and what is free then nobody knows.
@@ -121,7 +121,7 @@ def refuse_what_can_not_fit(config: RunConfig, spec: ModelSpec, workspace: Works
             raise RunError(refusal)
 
 
-def refuse_weights_that_can_not_fit(config: RunConfig, spec: ModelSpec) -> None:
+def refuse_weights_that_can_not_fit(config: TrainConfig, spec: ModelSpec) -> None:
     """Raise RunError where the frozen weights alone exceed the memory that is free."""
     device = device_of(config)
     bytes_each = 2 if device == "gpu" and config.precision == "bf16" else 4
@@ -148,12 +148,12 @@ def refusal_of(memory_bytes: int, free_bytes: int, device: str) -> str:
 # What it depends on
 
 
-def device_of(config: RunConfig) -> str:
+def device_of(config: TrainConfig) -> str:
     """Where a run would train: "gpu" or "cpu". One run at a time on each."""
     return "gpu" if config.accelerate != "cpu" and models.free_gpu_memory_gb() > 0 else "cpu"
 
 
-def threads_of(config: RunConfig) -> int:
+def threads_of(config: TrainConfig) -> int:
     """CPU threads of each training process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return config.threads or max(1, cores // config.num_processes)
@@ -180,10 +180,10 @@ def free_memory_bytes(device: str) -> int:
     return free
 
 
-def _remembered_at(config: RunConfig, workspace: Workspace) -> Path:
+def _remembered_at(config: TrainConfig, workspace: Workspace) -> Path:
     spec = models.find(config.model)
     files = [spec.gguf_path] if spec.hf_folder is None else sorted(spec.hf_folder.glob("*.safetensors"))
-    values = {field.name: getattr(config, field.name) for field in fields(RunConfig) if field.name not in _NO_MATTER}
+    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig) if field.name not in _NO_MATTER}
     key = {
         "format": FORMAT,
         "config": values,
@@ -196,9 +196,9 @@ def _remembered_at(config: RunConfig, workspace: Workspace) -> Path:
 
 
 def _identity_of_source(source: str, workspace: Workspace) -> list[Any]:
-    if source.startswith(dataset.HUB):
+    if source.startswith(data.HUB):
         return [source]
-    return _identity(workspace.preferences if source == dataset.WORKSPACE else Path(source).expanduser())
+    return _identity(workspace.preferences if source == data.WORKSPACE else Path(source).expanduser())
 
 
 def _identity(file: Path) -> list[Any]:

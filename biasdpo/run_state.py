@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
+from biasdpo.config import load_json
 from biasdpo.errors import BiasDPOError, RunError
-from biasdpo.run_config import load_json
 from biasdpo.run_endings import why_memory
 from biasdpo.run_folder import ACTIVE, RunFolder, Status
 from biasdpo.workspace import Workspace, read_json

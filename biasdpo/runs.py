@@ -16,11 +16,12 @@ from pathlib import Path
 
 import psutil
 
-from biasdpo import __version__, models, run_data, run_estimate, run_queue
+from biasdpo import __version__, models, run_estimate, run_queue
+from biasdpo.config import TrainConfig, load_json
+from biasdpo.data import run_data
+from biasdpo.data.run_data import Mixture
 from biasdpo.errors import BiasDPOError, ConfigError, RunError, WorkspaceError
 from biasdpo.models import ModelSpec
-from biasdpo.run_config import RunConfig, load_json
-from biasdpo.run_data import Mixture
 from biasdpo.run_estimate import Estimate, estimate, known_estimate
 from biasdpo.run_folder import ACTIVE, RunFolder, Status
 from biasdpo.run_state import STARTING, Run, list_runs, poll, reap, show
@@ -54,7 +55,7 @@ _QUOTED_PATH = re.compile(r"""(?<=["'])[/~][^"']*(?=["'])""")
 # Start
 
 
-def start(config: RunConfig, run_id: str, workspace: Workspace, command: str = "") -> RunFolder:
+def start(config: TrainConfig, run_id: str, workspace: Workspace, command: str = "") -> RunFolder:
     """Make a run's folder, start its process, return at once. `command`: what the user typed, for the provenance.
 
     The run waits where another has the device. Raises RefusedError on a public Space, ConfigError, ModelError or DatasetError for
@@ -66,7 +67,7 @@ def start(config: RunConfig, run_id: str, workspace: Workspace, command: str = "
     return folder
 
 
-def make_folder(config: RunConfig, run_id: str, workspace: Workspace, command: str = "") -> RunFolder:
+def make_folder(config: TrainConfig, run_id: str, workspace: Workspace, command: str = "") -> RunFolder:
     """All of `start` but the process: the folder that `python -m training` takes. It is there whole or not at all."""
     refuse_on_public_space("Training")
     folder = RunFolder(workspace.run_folder(run_id))
@@ -129,7 +130,7 @@ def _changing(run_id: str, workspace: Workspace) -> Iterator[Run]:
         yield show(run_id, workspace)
 
 
-def _model_of(config: RunConfig) -> ModelSpec:
+def _model_of(config: TrainConfig) -> ModelSpec:
     if not config.model:
         raise ConfigError("No model to train: name one with --model, e.g. smollm2")
     return models.find(config.model)
@@ -139,7 +140,7 @@ def _queued(process: psutil.Process) -> Status:
     return Status("queued", pid=process.pid, pid_created=process.create_time(), phase=STARTING)
 
 
-def _launch(folder: RunFolder, config: RunConfig) -> None:
+def _launch(folder: RunFolder, config: TrainConfig) -> None:
     """Start the waiting process; where that fails, the run is `failed`, and stands in nobody's way."""
     try:
         _start_process(folder, config)
@@ -152,7 +153,7 @@ def _launch(folder: RunFolder, config: RunConfig) -> None:
         raise RunError(error) from exc
 
 
-def _start_process(folder: RunFolder, config: RunConfig) -> None:
+def _start_process(folder: RunFolder, config: TrainConfig) -> None:
     """Start the waiting process in a session of its own, so that neither Ctrl-C nor the app's end reaches it."""
     device = run_estimate.device_of(config)
     threads = run_estimate.threads_of(config)
@@ -192,7 +193,7 @@ def _start_process(folder: RunFolder, config: RunConfig) -> None:
         process.stdin.close()
 
 
-def launch_command(folder: RunFolder, config: RunConfig, device: str, threads: int) -> list[str]:
+def launch_command(folder: RunFolder, config: TrainConfig, device: str, threads: int) -> list[str]:
     """`accelerate launch`, of this very Python."""
     name = config.accelerate
     if name == "auto":
@@ -206,7 +207,7 @@ def launch_command(folder: RunFolder, config: RunConfig, device: str, threads: i
     return [*command, "-m", "training", str(folder.path)]
 
 
-def mixture(config: RunConfig, workspace: Workspace) -> Mixture:
+def mixture(config: TrainConfig, workspace: Workspace) -> Mixture:
     """What a config's data are: counts, and the confounds of the rows that an epoch sees. Raises as `start` does for data."""
     return run_data.load(config, workspace).mixture()
 

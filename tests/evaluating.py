@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import evaluations
-from biasdpo.evaluations import Evaluation, EvaluationRequest
+from biasdpo.evaluations import Evaluation, EvaluationConfig
 from biasdpo.workspace import Workspace
 
 _WAIT_SECONDS = 120
@@ -53,6 +53,6 @@ def under_way(evaluation: Evaluation) -> bool:
     return ended(evaluation) or any(0 < one.done < one.total for one in evaluation.progress)
 
 
-def request(model: Path, adapter: Path, data_dir: Path, **changes: Any) -> EvaluationRequest:
+def request(model: Path, adapter: Path, data_dir: Path, **changes: Any) -> EvaluationConfig:
     values = {"model": str(model), "adapter": str(adapter), "benchmarks": ("crows_pairs",), "data_dir": str(data_dir)}
-    return EvaluationRequest(**(values | changes))
+    return EvaluationConfig(**(values | changes))

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.backends.llamacpp_context import Context
-from biasdpo.backends.llamacpp_model import Model
+from biasdpo.backends.llamacpp import Context, Model
 
 
 def transformers_logits(folder: Path, ids: list[int], adapter: Path | None = None) -> NDArray[np.float32]:

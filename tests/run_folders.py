@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from biasdpo.run_config import RunConfig
+from biasdpo.config import TrainConfig
 from biasdpo.run_folder import RunFolder, State, Status
 from biasdpo.workspace import ASSETS, write_json
 from tests.lora_factory import write_lora
@@ -34,7 +34,7 @@ def write_run(
     folder = RunFolder(root / "runs" / run_id)
     folder.path.mkdir(parents=True)
     values = {"model": "smollm2", "datasets": (str(ASSETS / "seed_pairs.jsonl"),), "eval_every": 10, "probe_every": 20}
-    config = RunConfig(**values | {"max_steps": total} | settings)
+    config = TrainConfig(**values | {"max_steps": total} | settings)
     write_json(folder.config, config.to_json())
     origin = {
         "dataset_sha256": "3fa9c1d2" * 8,

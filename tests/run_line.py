@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from biasdpo import runs
-from biasdpo.run_config import RunConfig
+from biasdpo.config import TrainConfig
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.workspace import Workspace
 
@@ -42,10 +42,10 @@ class CommandLine:
         files = ("--model", str(self.model), "--dataset", str(self.rows))
         return self("train", *files, "--run-id", run_id, *sets, "--json", *arguments)
 
-    def config(self, **settings: Any) -> RunConfig:
+    def config(self, **settings: Any) -> TrainConfig:
         small: dict[str, Any] = {"max_steps": 6, "batch_size": 2, "gradient_accumulation": 1, "rank": 2, "save_steps": 2}
         values = {"model": str(self.model), "datasets": (str(self.rows),), "threads": 1, **small, **settings}
-        return RunConfig(**values)
+        return TrainConfig(**values)
 
     def start(self, run_id: str, **settings: Any) -> RunFolder:
         """Start a run without waiting for it."""

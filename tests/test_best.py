@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo.run_config import RunConfig
+from biasdpo.config import TrainConfig
 from biasdpo.run_folder import RunFolder
 from tests.run_line import CommandLine
 
@@ -38,8 +38,8 @@ def write_evaluations(folder: RunFolder, *evaluations: tuple[int, float, float])
     ],
 )
 def test_the_best_evaluation(tmp_path: Path, evaluations: list[Any], best: int | None, without_gain: int) -> None:
-    from training.best import best_of, evaluations_without_gain
-    from training.best import evaluations as read
+    from training.callbacks import best_of, evaluations_without_gain
+    from training.callbacks import evaluations as read
 
     folder = RunFolder(tmp_path)
     write_evaluations(folder, *evaluations)
@@ -49,14 +49,14 @@ def test_the_best_evaluation(tmp_path: Path, evaluations: list[Any], best: int |
 
 
 def test_the_choice_is_said_in_one_sentence(tmp_path: Path) -> None:
-    from training.best import choice
+    from training.callbacks import choice
 
     folder = RunFolder(tmp_path)
-    config = RunConfig(eval_every=10)
+    config = TrainConfig(eval_every=10)
     assert choice(folder, config, 60) == (60, "step 60, the last: the run was not evaluated while it trained")
     write_evaluations(folder, (40, 0.94, 0.5), (60, 0.91, 0.9))
     assert choice(folder, config, 60) == (40, "step 40 of 60, held-out reward accuracy 0.94, the last had 0.91")
-    assert choice(folder, RunConfig(keep="last"), 60)[0] == 60
+    assert choice(folder, TrainConfig(keep="last"), 60)[0] == 60
     write_evaluations(folder, (40, 0.94, 0.5), (60, 0.94, 0.25))
     assert choice(folder, config, 60)[1] == (
         "step 40 of 60, held-out reward accuracy 0.94, the last had the same and a smaller margin (0.25 to 0.5 nats)"
@@ -70,7 +70,7 @@ def test_what_a_checkpoint_may_need_is_kept(tmp_path: Path) -> None:
     best of those times must still be there."""
     import torch
 
-    from training.best import prune, save_tensors
+    from training.callbacks import prune, save_tensors
 
     folder = RunFolder(tmp_path)
     write_evaluations(folder, (10, 0.5, 0.0), (15, 0.6, 0.0), (30, 0.7, 0.0), (45, 0.8, 0.0), (50, 0.9, 0.0))
@@ -96,19 +96,19 @@ SETTINGS = {
 
 
 def test_a_run_keeps_the_best_evaluations_adapter(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import best
+    from training import callbacks
 
     # This model of bytes learns at once and never gets worse: the accuracies are told, the rest is real.
     told = {3: 0.5, 6: 0.9, 8: 0.7}
 
-    def evaluations(folder: RunFolder) -> list[best.Evaluation]:
+    def evaluations(folder: RunFolder) -> list[callbacks.Evaluation]:
         return [
-            best.Evaluation(row["step"], told[row["step"]], row[best.MARGIN])
+            callbacks.Evaluation(row["step"], told[row["step"]], row[callbacks.MARGIN])
             for row in folder.read_metrics()
-            if best.ACCURACY in row
+            if callbacks.ACCURACY in row
         ]
 
-    monkeypatch.setattr(best, "evaluations", evaluations)
+    monkeypatch.setattr(callbacks, "evaluations", evaluations)
     folder = command_line.train_here("chooses", **SETTINGS)
     status = folder.read_status()
     assert (status.state, status.step, status.best_step, status.best_accuracy) == ("finished", 8, 6, 0.9)

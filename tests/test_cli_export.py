@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo.modelfile import gguf_value, open_gguf
+from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import sha256_of
 from tests.test_cli import run
 

@@ -8,12 +8,13 @@ from itertools import pairwise
 
 import pytest
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.backends.base import Cancellation, Turnstile
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.compare import Waiting, stream_pair
 from biasdpo.engines import Engine, EngineKey, EnginePool
 from biasdpo.errors import BackendError, ConfigError, ModelError, PromptError
+from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec
 from biasdpo.records import GenerationPair, Sampling
 from tests import tiny_models
@@ -25,7 +26,7 @@ ENDLESS = Sampling(max_new_tokens=480, temperature=1.5, top_k=0, top_p=1.0)
 @pytest.fixture(scope="module")
 def engine(tiny_llama_gguf, tiny_llama_adapter, tmp_path_factory):
     adapter = AdapterSpec("tiny-lora", tiny_llama_adapter, "")
-    lora = gguf_export.lora(adapter, tiny_llama_gguf, tmp_path_factory.mktemp("lora") / "lora.gguf")
+    lora = write.lora(adapter, tiny_llama_gguf, tmp_path_factory.mktemp("lora") / "lora.gguf")
     backend = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, lora, tiny_models.CONTEXT_LENGTH, threads=1)
     yield Engine(models.find(str(tiny_llama_gguf)), adapter, backend)
     backend.close()

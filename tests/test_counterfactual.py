@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from biasdpo.counterfactuals import Counterfactuals, Question, Twins
-from biasdpo.dataset.overlap import load_overlap
+from biasdpo.data.health import load_overlap
 from tests.app_process import ROOT
 from tests.test_packing import load
 from tests.tiny_trainer import build_tiny_trainer, save_neox
-from training import projection
-from training.counterfactual import MARGIN, TwinIds, counterfactual_kl, encode_twins, question_loss
+from training import packing
+from training.losses import MARGIN, TwinIds, counterfactual_kl, encode_twins, question_loss
 
 BENCHMARKS = ROOT.parent / "shared" / "benchmarks"
 ROWS = [{"prompt_ids": [5, 6, 7], "chosen_ids": [40, 41, 2], "rejected_ids": [50, 2]}] * 2
@@ -181,7 +181,7 @@ def test_two_distributions_by_hand():
     head.weight.copy_(torch.tensor([[0.0], [1.0]]))
     base = torch.tensor([[[0.0]], [[math.log(3.0)]]])  # 1/2, 1/2 and 1/4, 3/4: their average is 3/8, 5/8
     hidden = torch.tensor([[[0.0]], [[0.0]]], requires_grad=True)  # the policy: 1/2, 1/2 on both
-    kl = projection.kl_to_average(base, hidden, head)
+    kl = packing.kl_to_average(base, hidden, head)
     by_hand = 3 / 8 * math.log(3 / 4) + 5 / 8 * math.log(5 / 4)
     assert kl.flatten().tolist() == pytest.approx([by_hand, by_hand], abs=1e-6)
     kl.sum().backward()

@@ -14,17 +14,16 @@ from typing import Any
 import gradio as gr
 import pytest
 
-from biasdpo import dataset
-from biasdpo.dataset import BadLine, ColumnMapping, ForeignPair, Imported, Page, Preview, Query
-from biasdpo.dataset.counts import Counts, count, length_class
+from biasdpo import data
+from biasdpo.data import BadLine, ColumnMapping, ForeignPair, Imported, Page, Preview, Query
+from biasdpo.data.summary import Counts, count, length_class
 from biasdpo.engines import EnginePool
 from biasdpo.errors import ConfigError
 from biasdpo.records import JudgmentMeta
-from biasdpo.ui import dataset_charts, dataset_render, file_render, identity
-from biasdpo.ui.dataset_actions import DatasetActions, View
-from biasdpo.ui.file_actions import FileActions
-from biasdpo.ui.label_sessions import Judged, LabelSessions
-from biasdpo.ui.store import Store
+from biasdpo.ui import components, dataset
+from biasdpo.ui.components import Store
+from biasdpo.ui.dataset import DatasetActions, FileActions, View
+from biasdpo.ui.label import Judged, LabelSessions
 from biasdpo.workspace import Workspace
 
 EVIL = "<script>alert(1)</script>\"'`&"
@@ -32,7 +31,7 @@ SAMPLING = '{"max_new_tokens": 96, "temperature": 0.7, "seed": 7, "system": ""}'
 
 
 def row(prompt: str = "Who?", chosen: str = "Anyone may.", rejected: str = "Men may.", **columns: Any) -> dict[str, Any]:
-    made = asdict(replace(dataset.new_judgment(prompt, chosen, rejected), created_at="2026-11-24T22:15:59.123+00:00"))
+    made = asdict(replace(data.new_judgment(prompt, chosen, rejected), created_at="2026-11-24T22:15:59.123+00:00"))
     return made | {name: asdict(value) if name == "meta" else value for name, value in columns.items()}
 
 
@@ -48,27 +47,27 @@ def page_of(*rows: dict[str, Any], total: int = 60, number: int = 1, retracted: 
 
 
 def test_position_in_plain_numbers():
-    told = words(dataset_render.position(page_of(row(), row(), total=1227), 25))
+    told = words(dataset.position(page_of(row(), row(), total=1227), 25))
     assert told == "26 to 27 of 1,227 , the newest first · page 2 of 3"  # the second page of 25
-    assert "Nothing found" in dataset_render.position(Page((), frozenset(), 0, 0, 1), 25)
+    assert "Nothing found" in dataset.position(Page((), frozenset(), 0, 0, 1), 25)
 
 
 def test_a_table_marks_what_is_chosen_and_what_was_withdrawn():
     rows = [row(f"Prompt {i}") for i in range(3)]
-    html = dataset_render.table(page_of(*rows, retracted=frozenset({rows[2]["id"]})), rows[1]["id"])
+    html = dataset.table(page_of(*rows, retracted=frozenset({rows[2]["id"]})), rows[1]["id"])
     lines = re.findall(r"<tr data-id.*?</tr>", html)
     assert [("aria-current" in line, "bd-withdrawn" in line) for line in lines] == [(False, False), (True, False), (False, True)]
     # One row takes the focus from outside: the chosen one, else the first.
     assert re.findall(r'tabindex="(-?\d)"', html) == ["-1", "0", "-1"]
-    assert re.findall(r'tabindex="(-?\d)"', dataset_render.table(page_of(*rows), "")) == ["0", "-1", "-1"]
-    assert "clear the search" in dataset_render.table(page_of(), "")
+    assert re.findall(r'tabindex="(-?\d)"', dataset.table(page_of(*rows), "")) == ["0", "-1", "-1"]
+    assert "clear the search" in dataset.table(page_of(), "")
 
 
 def test_a_judgment_says_where_it_comes_from():
     meta = JudgmentMeta("smollm2", "demo", "llamacpp", SAMPLING, 0, "tuned", "base", 4.25)
     judged = row(annotator="oak", category="gender", original_rejected="Only men may.", note="hm", meta=meta)
     retraction = row(annotator="elm")
-    html = dataset_render.detail(judged, retraction)
+    html = dataset.detail(judged, retraction)
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
     assert facts == {
         "Judged": "2026-11-24 22:15 UTC",
@@ -92,7 +91,7 @@ def test_a_judgment_says_where_it_comes_from():
 
 
 def test_a_tie_has_a_left_and_a_right():
-    html = dataset_render.detail(row(verdict="tie"), None)
+    html = dataset.detail(row(verdict="tie"), None)
     assert "<h4>Left</h4>" in html
     assert "Chosen" not in html
     assert "Seed" not in html  # nothing was generated here
@@ -100,7 +99,7 @@ def test_a_tie_has_a_left_and_a_right():
 
 def test_texts_too_long_to_compare_are_shown_all_the_same():
     long = "word " * 1000  # 5,000 characters
-    html = dataset_render.detail(row(chosen=long, original_chosen=long + "more"), None)
+    html = dataset.detail(row(chosen=long, original_chosen=long + "more"), None)
     assert html.count("Only texts of up to 4,000 characters") == 2
     assert long + "more" in html
     assert "<ins>" not in html
@@ -149,7 +148,7 @@ def test_counts_are_of_what_stands_without_hidden_repeats():
 def test_charts_count_the_rest_together_and_show_pauses():
     sources = Counter({f"source {i:02}": 20 - i for i in range(12)})
     days = Counter({date(2026, 11, 1): 3, date(2026, 11, 4): 6, date(2026, 9, 1): 5})
-    html = dataset_charts.charts(Counts(14, Counter({"": 14}), Counter({"preferred": 14}), sources, days, (1, 0, 0, 1, 0, 0, 2)))
+    html = dataset.charts(Counts(14, Counter({"": 14}), Counter({"preferred": 14}), sources, days, (1, 0, 0, 1, 0, 0, 2)))
     assert "2 others" in html
     assert re.search(r"2 others</th>.*?<td>19</td>", html)  # 20 - 10 + 20 - 11
     assert "no category" in html
@@ -158,31 +157,31 @@ def test_charts_count_the_rest_together_and_show_pauses():
     assert heights[-4:] == [("50.0", "2026-11-01"), ("0.0", "2026-11-02"), ("0.0", "2026-11-03"), ("100.0", "2026-11-04")]
     assert "5 before that" in html
     assert "longer one in 50.0%, the shorter one in 25.0%" in html
-    assert "Nothing to count" in dataset_charts.charts(count([]))
+    assert "Nothing to count" in dataset.charts(count([]))
 
 
 # Files
 
 
 def test_bad_rows_are_listed_up_to_a_limit_and_the_others_counted():
-    html = file_render.bad_rows([BadLine(i, f"reason {i}") for i in range(1, 1235)], "Bad rows")
+    html = dataset.bad_rows([BadLine(i, f"reason {i}") for i in range(1, 1235)], "Bad rows")
     assert html.count("<tr>") == 500
     assert "and 734 more" in html
-    assert "more" not in file_render.bad_rows([BadLine(1, "reason")], "Bad rows")
-    assert file_render.bad_rows([], "Bad rows") == ""
+    assert "more" not in dataset.bad_rows([BadLine(1, "reason")], "Bad rows")
+    assert dataset.bad_rows([], "Bad rows") == ""
 
 
 def test_a_preview_says_what_is_taken_over_and_what_not():
     mapping = ColumnMapping(prompt="instruction", chosen="good", rejected="bad", input="context")
     pair = ForeignPair("p" * 400, "c", "r")
     seen = Preview(("instruction", "context", "good", "bad", "score"), mapping, (pair,), (BadLine(7, "no JSON"),))
-    told = words(file_render.preview(seen, "mine"))
+    told = words(dataset.preview(seen, "mine"))
     assert told.startswith("The first pairs, as they would be stored with the source import:mine")
     assert "Also taken over: context (as input). Not taken over: score." in told
     assert "p" * 299 + "…" in told
     assert "p" * 300 not in told
     assert "line 7 no JSON" in told
-    assert "Say which columns" in file_render.preview(replace(seen, mapping=ColumnMapping(prompt="instruction")), "mine")
+    assert "Say which columns" in dataset.preview(replace(seen, mapping=ColumnMapping(prompt="instruction")), "mine")
 
 
 def test_nothing_of_others_becomes_markup():
@@ -199,13 +198,13 @@ def test_nothing_of_others_becomes_markup():
     counted = Counter({EVIL: 1})
     imported = Imported(1, 1, (BadLine(1, EVIL),), (EVIL,), mapping, f"import:{EVIL}", (EVIL,))
     for html in (
-        dataset_render.table(page_of(evil), EVIL),
-        dataset_render.detail_head(evil, None),
-        dataset_render.detail(evil, evil),
-        dataset_charts.charts(Counts(1, counted, Counter(preferred=1), counted, Counter(), (1,) * 7)),
-        file_render.preview(Preview((EVIL, "x" + EVIL), mapping, (ForeignPair(EVIL, EVIL, EVIL, EVIL, EVIL),), ()), EVIL),
-        file_render.bad_rows([BadLine(1, EVIL)], "Bad rows"),
-        file_render.imported(imported),
+        dataset.table(page_of(evil), EVIL),
+        dataset.detail_head(evil, None),
+        dataset.detail(evil, evil),
+        dataset.charts(Counts(1, counted, Counter(preferred=1), counted, Counter(), (1,) * 7)),
+        dataset.preview(Preview((EVIL, "x" + EVIL), mapping, (ForeignPair(EVIL, EVIL, EVIL, EVIL, EVIL),), ()), EVIL),
+        dataset.bad_rows([BadLine(1, EVIL)], "Bad rows"),
+        dataset.imported(imported),
     ):
         assert "<script>" not in html
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
@@ -248,9 +247,9 @@ def tab(tmp_path: Path) -> Handlers:
 
 
 def test_the_store_gives_a_judgment_with_what_takes_it_back(tab):
-    kept, withdrawn = (dataset.new_judgment(f"Who {i}?", "Anyone.", "Nobody.") for i in range(2))
-    dataset.append_all(tab.store.workspace, [kept, withdrawn])
-    taken_back = dataset.retract(tab.store.workspace, withdrawn.id, "elm")
+    kept, withdrawn = (data.new_judgment(f"Who {i}?", "Anyone.", "Nobody.") for i in range(2))
+    data.append_all(tab.store.workspace, [kept, withdrawn])
+    taken_back = data.retract(tab.store.workspace, withdrawn.id, "elm")
     row_, retraction = tab.store.judgment(withdrawn.id)
     assert (row_["prompt"], retraction["id"], retraction["annotator"]) == ("Who 1?", taken_back.id, "elm")
     assert tab.store.judgment(kept.id)[1] is None
@@ -266,7 +265,7 @@ def test_a_long_import_tells_how_far_it_is(tab, tmp_path, monkeypatch):
     named = "file", {"path": str(file)}, ""
     *_, previewed = tab.show_preview(*named)
     go_on = threading.Event()
-    real = dataset.import_file
+    real = data.import_file
 
     def slow(workspace: Workspace, source: str, mapping: ColumnMapping, name: str, on_row: Any) -> Imported:
         for _ in range(1234):
@@ -274,7 +273,7 @@ def test_a_long_import_tells_how_far_it_is(tab, tmp_path, monkeypatch):
         assert go_on.wait(10)
         return real(workspace, source, mapping, name, on_row)
 
-    monkeypatch.setattr(dataset, "import_file", slow)
+    monkeypatch.setattr(data, "import_file", slow)
     events = tab.import_rows(*named, previewed[tab.previewed], "prompt", "chosen", "rejected", "", "")
     assert "Importing …" in next(events)[tab.import_notice]
     assert "1,234 rows read" in next(events)[tab.import_notice]
@@ -288,7 +287,7 @@ def test_a_fault_of_ours_is_one_line_on_the_page_and_a_trace_in_the_terminal(tab
     def broken(*_args: object, **_kinds: object) -> Preview:
         raise KeyError("a fault")
 
-    monkeypatch.setattr(dataset, "preview", broken)
+    monkeypatch.setattr(data, "preview", broken)
     *_, last = tab.show_preview("seed", None, "")
     assert "the app failed (KeyError: &#x27;a fault&#x27;)" in last[tab.import_notice]
     assert "Traceback" in capsys.readouterr().err
@@ -308,8 +307,8 @@ def test_a_column_that_no_file_has_and_a_source_that_is_none_are_refused(tab):
 
 
 def test_what_is_withdrawn_is_what_was_asked_about(tab):
-    first, second = (dataset.new_judgment(f"Who {i}?", "Anyone.", "Nobody.", annotator="oak") for i in range(2))
-    dataset.append_all(tab.store.workspace, [first, second])
+    first, second = (data.new_judgment(f"Who {i}?", "Anyone.", "Nobody.", annotator="oak") for i in range(2))
+    data.append_all(tab.store.workspace, [first, second])
     tab.sessions = LabelSessions(EnginePool(tab.store.workspace), tab.store)
     request = gr.Request(session_hash="mine")
     asked = tab.ask(first.id)[tab.asked]
@@ -317,13 +316,13 @@ def test_what_is_withdrawn_is_what_was_asked_about(tab):
     assert (chosen[tab.chosen], chosen[tab.asked]) == (second.id, "")
     assert "No judgment is chosen" in tab.withdraw(None, chosen[tab.asked], request)[tab.detail_notice]
     assert tab.store.judgment(second.id)[1] is None
-    assert "Withdrawn" in tab.withdraw(identity.agreed("elm"), asked, request)[tab.detail_notice]
+    assert "Withdrawn" in tab.withdraw(components.agreed("elm"), asked, request)[tab.detail_notice]
     assert tab.store.judgment(first.id)[1]["annotator"] == "elm"
 
 
 def test_on_a_public_space_only_what_this_page_has_stored_is_withdrawn(tab, monkeypatch):
-    mine, other = (dataset.new_judgment(f"Who {i}?", "Anyone.", "Nobody.", annotator="oak") for i in range(2))
-    dataset.append_all(tab.store.workspace, [mine, other])
+    mine, other = (data.new_judgment(f"Who {i}?", "Anyone.", "Nobody.", annotator="oak") for i in range(2))
+    data.append_all(tab.store.workspace, [mine, other])
     tab.sessions = LabelSessions(EnginePool(tab.store.workspace), tab.store)
     session = tab.sessions.of("mine")
     session.judged.append(Judged(mine, None, None))
@@ -333,7 +332,7 @@ def test_on_a_public_space_only_what_this_page_has_stored_is_withdrawn(tab, monk
         ("theirs", mine, "public Space"),
         ("mine", mine, "Withdrawn"),
     ):
-        answer = tab.withdraw(identity.agreed("oak"), judgment.id, gr.Request(session_hash=session_hash))
+        answer = tab.withdraw(components.agreed("oak"), judgment.id, gr.Request(session_hash=session_hash))
         assert told in answer[tab.detail_notice]
     assert tab.store.judgment(mine.id)[1] is not None
     assert tab.store.judgment(other.id)[1] is None

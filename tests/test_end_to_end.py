@@ -28,7 +28,7 @@ from biasdpo.run_folder import RunFolder
 from biasdpo.workspace import Workspace
 from tests import tiny_models
 from tests.hf.cases import read
-from training.probe import MAX_NEW_TOKENS
+from training.callbacks import MAX_NEW_TOKENS
 
 PHI = tiny_models.PHI_TEMPLATE
 WHO = ("nurses", "programmers", "leaders", "teachers", "students", "scientists", "writers", "drivers")

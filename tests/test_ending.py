@@ -10,7 +10,7 @@ import torch
 
 from tests.test_packing import load
 from tests.tiny_trainer import build_tiny_trainer
-from training import ending
+from training import losses
 from training.packing import Branches
 
 END = 2
@@ -44,7 +44,7 @@ def test_ending_kl_and_gradient_are_autograds(tiny_llama, accelerator):
     prompt, completions = (5, 6, 7), ((40, 41, 42), (50, 51))
     expected = by_hand(plain, prompt, completions)
     expected.backward()
-    kl = ending.ending_kl(packed, [Branches(prompt, completions)], END, accelerator)
+    kl = losses.ending_kl(packed, [Branches(prompt, completions)], END, accelerator)
     kl.backward()
     assert kl.item() == pytest.approx(expected.item(), rel=1e-3)
     assert kl.item() > 0
@@ -60,12 +60,12 @@ def test_it_is_zero_where_the_policy_is_base(tiny_llama, accelerator):
         for name, parameter in packed.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-        assert ending.ending_kl(packed, [Branches((5, 6), ((40, 41),))], END, accelerator).item() == pytest.approx(0.0, abs=1e-7)
+        assert losses.ending_kl(packed, [Branches((5, 6), ((40, 41),))], END, accelerator).item() == pytest.approx(0.0, abs=1e-7)
 
 
 def test_what_the_policy_writes_is_what_it_writes_alone(tiny_llama, accelerator, monkeypatch):
     """Prompts of unlike length together as each alone, token by token; the end and what follows it left out."""
-    monkeypatch.setattr(ending, "MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(losses, "MAX_NEW_TOKENS", 12)
     plain, packed = load(tiny_llama)
     prompts = [(5, 6, 7, 8, 9), (40,)]
 
@@ -76,17 +76,17 @@ def test_what_the_policy_writes_is_what_it_writes_alone(tiny_llama, accelerator,
         return tuple(token for token in row[len(prompt) :] if token != end)
 
     packed.train()
-    whole = ending.write(packed, prompts, END, accelerator)
+    whole = losses.write(packed, prompts, END, accelerator)
     assert packed.training
     assert [one.completions for one in whole] == [(alone(prompt, END),) for prompt in prompts]
     end = whole[0].completions[0][3]  # as if this token were the end
-    cut = ending.write(packed, prompts, end, accelerator)
+    cut = losses.write(packed, prompts, end, accelerator)
     assert [one.completions for one in cut] == [(alone(prompt, end),) for prompt in prompts]
     assert len(cut[0].completions[0]) <= 3
 
 
 def test_the_loss_is_trls_plus_the_weighted_term_in_every_fourth_step(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(ending, "MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(losses, "MAX_NEW_TOKENS", 12)
     weights = {"ending_weight": 3.0}
     ours, trls = (
         build_tiny_trainer(tiny_llama, tmp_path, ROWS, batch=2, way=way, trained=0.05, weights=weights) for way in ("ours", "trl")

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.backends.base import kl_divergence
 from biasdpo.backends.hf import TransformersBackend, open_transformers
-from biasdpo.backends.hf_copy import hf_copy
+from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.backends.llamacpp import LlamaCppBackend, open_llamacpp
+from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec
 from biasdpo.records import LikelihoodRequest, Side
 from biasdpo.workspace import ASSETS
@@ -53,7 +54,7 @@ def test_the_shipped_adapter_equals_peft(smollm2, session_workspace):
 
 
 def compare(spec: models.ModelSpec, adapter: AdapterSpec, workspace) -> None:
-    lora = gguf_export.cached_lora(adapter, spec.gguf_path, workspace)
+    lora = write.cached_lora(adapter, spec.gguf_path, workspace)
     ours = open_llamacpp(spec.gguf_path, spec.template, lora, 1024, kv_cache="f32")
     theirs = open_transformers(hf_copy(spec, workspace), spec.template, adapter.folder, 1024)
     try:
@@ -77,7 +78,7 @@ def test_f32_model_with_adapter_equals_peft(request, kind, tmp_path):
     adapter_folder: Path = request.getfixturevalue(f"tiny_{kind}_adapter")
     gguf: Path = request.getfixturevalue(f"tiny_{kind}_gguf")
     template = tiny_models.LLAMA_TEMPLATE if kind == "llama" else tiny_models.PHI_TEMPLATE
-    lora = gguf_export.lora(AdapterSpec("tiny", adapter_folder, ""), gguf, tmp_path / "lora.gguf")
+    lora = write.lora(AdapterSpec("tiny", adapter_folder, ""), gguf, tmp_path / "lora.gguf")
     ours = open_llamacpp(gguf, template, lora, tiny_models.CONTEXT_LENGTH, kv_cache="f32")
     theirs = open_transformers(folder, template, adapter_folder, tiny_models.CONTEXT_LENGTH)
     try:

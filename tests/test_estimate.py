@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from biasdpo import models, run_estimate, run_queue, runs
+from biasdpo.config import TrainConfig
 from biasdpo.errors import RunError
-from biasdpo.run_config import RunConfig
 from biasdpo.run_estimate import Estimate
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.workspace import write_json
@@ -138,12 +138,12 @@ def test_it_can_be_cancelled(command_line: CommandLine) -> None:
 def test_weights_that_can_not_fit_are_refused_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     phi = replace(models.catalog()["phi-2"], hf_folder=Path("/nowhere"))
     monkeypatch.setattr(run_estimate, "free_memory_bytes", lambda _device: 8_000_000_000)
-    config = RunConfig(model="phi-2", accelerate="cpu")
+    config = TrainConfig(model="phi-2", accelerate="cpu")
     # 2,779,683,840 parameters of 4 bytes.
     with pytest.raises(RunError, match=r"Phi-2 can't be trained here: its weights alone take 11\.1 GB \(4 bytes each\), 8\.0 GB"):
         run_estimate.refuse_weights_that_can_not_fit(config, phi)
     monkeypatch.setattr(models, "free_gpu_memory_gb", lambda: 8.0)
-    on_gpu = RunConfig(model="phi-2", precision="bf16")  # 2 bytes each: 5.6 GB
+    on_gpu = TrainConfig(model="phi-2", precision="bf16")  # 2 bytes each: 5.6 GB
     run_estimate.refuse_weights_that_can_not_fit(on_gpu, phi)
     with pytest.raises(RunError, match="of GPU memory are free"):
         run_estimate.refuse_weights_that_can_not_fit(replace(on_gpu, precision="fp32"), phi)
@@ -160,8 +160,8 @@ def test_the_line_through_two_timed_batches() -> None:
     assert linear(50, Timed(100, 2.0), Timed(100, 2.0)) == 1.0  # one length: through nothing
     assert linear(1000, median, Timed(300, 1.0)) == 2.0  # a longer one that was faster is noise
     # 933 rows in batches of 4: 234 of them, two a step: 117 steps an epoch.
-    assert steps_of(RunConfig(epochs=1.0), 933) == 117
-    assert steps_of(RunConfig(epochs=2.5), 933) == 293
-    assert steps_of(RunConfig(epochs=1.0, num_processes=2), 933) == 59
-    assert steps_of(RunConfig(max_steps=20), 933) == 20
+    assert steps_of(TrainConfig(epochs=1.0), 933) == 117
+    assert steps_of(TrainConfig(epochs=2.5), 933) == 293
+    assert steps_of(TrainConfig(epochs=1.0, num_processes=2), 933) == 59
+    assert steps_of(TrainConfig(max_steps=20), 933) == 20
     assert [times(40, steps) for steps in (117, 120, 20)] == [3, 3, 1]  # and at the last step

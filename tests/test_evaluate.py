@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import dataset, evaluate, models, stats
+from biasdpo import data as dataset
+from biasdpo import models
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.utility import Utility, load_texts
-from biasdpo.dataset import PreferencePair, is_held_out
+from biasdpo.data import PreferencePair, is_held_out
 from biasdpo.engines import Engine
 from biasdpo.errors import DatasetError, PromptError
+from biasdpo.evaluation import run as evaluate
+from biasdpo.evaluation import stats
 from biasdpo.records import ContinuationRequest, Likelihood
 from biasdpo.workspace import sha256_of
 from tests.lora_factory import write_lora

@@ -13,11 +13,11 @@ import pytest
 from biasdpo import models
 from biasdpo.__main__ import build_parser
 from biasdpo.cli_evaluate import _request
-from biasdpo.dataset import PreferencePair, split
+from biasdpo.data import PreferencePair, split
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, RefusedError
-from biasdpo.evaluations import EvaluationRequest, pairs, report
-from biasdpo.evaluations.compare import compare
-from biasdpo.evaluations.table import TableRow, group_table, table
+from biasdpo.evaluation import report, results
+from biasdpo.evaluation.results import TableRow, compare, group_table, table
+from biasdpo.evaluations import EvaluationConfig
 from biasdpo.workspace import sha256_of
 from tests.lora_factory import write_lora
 from tests.run_folders import write_run
@@ -102,12 +102,12 @@ def a_result(**provenance: Any) -> dict[str, Any]:
 )
 def test_what_can_not_be_asked_is_one_line(changes, words):
     with pytest.raises(ConfigError, match=words) as error:
-        EvaluationRequest(**{"model": "smollm2", "benchmarks": ("bbq",), **changes}).check()
+        EvaluationConfig(**{"model": "smollm2", "benchmarks": ("bbq",), **changes}).check()
     assert "\n" not in str(error.value)
 
 
 def test_a_request_becomes_the_command_that_means_it_and_json_that_gives_it_back(tmp_path):
-    wanted = EvaluationRequest(
+    wanted = EvaluationConfig(
         model="smollm2",
         adapter="-mine",  # an argument that begins with a dash
         backend="llamacpp",
@@ -125,13 +125,13 @@ def test_a_request_becomes_the_command_that_means_it_and_json_that_gives_it_back
     assert (args.out, args.workspace) == (tmp_path / "out.json", str(tmp_path))
     adapter = models.AdapterSpec("-mine", tmp_path, "smollm2")
     assert _request(args, "smollm2", adapter) == wanted
-    assert EvaluationRequest.from_json(json.loads(json.dumps(wanted.to_json()))) == wanted
+    assert EvaluationConfig.from_json(json.loads(json.dumps(wanted.to_json()))) == wanted
     with pytest.raises(ConfigError, match="Not an evaluation's request"):
-        EvaluationRequest.from_json({"a": 1})
+        EvaluationConfig.from_json({"a": 1})
 
 
 def test_the_names_of_a_result():
-    asked = EvaluationRequest("smollm2", benchmarks=("perplexity", "bbq"))
+    asked = EvaluationConfig("smollm2", benchmarks=("perplexity", "bbq"))
     assert asked.parts() == ["utility", "bbq"]
     assert replace(asked, benchmarks=("utility",)).parts() == ["utility", "utility_generation"]
 
@@ -148,16 +148,16 @@ def test_pairs_of_the_adapters_own_run_or_of_the_workspace(workspace):
     adapter = models.from_run(workspace, "first")
     held_out = [pair.prompt for pair in split(rows, 0.5).held_out]
     assert 0 < len(held_out) < 60
-    scored = pairs.preference("run", adapter, workspace)
+    scored = results.preference("run", adapter, workspace)
     assert [pair.prompt for pair in scored.items] == held_out
-    assert [pair.prompt for pair in pairs.preference(str(file), adapter, workspace).items] == held_out
+    assert [pair.prompt for pair in results.preference(str(file), adapter, workspace).items] == held_out
     with pytest.raises(ConfigError, match="there is none: name a file"):
-        pairs.preference("run", None, workspace)
+        results.preference("run", None, workspace)
     file.write_text(lines + lines.replace("Is", "Was"))  # not what it was trained on any more
     with pytest.raises(DatasetError, match="first was trained on is not in this workspace"):
-        pairs.preference("run", adapter, workspace)
+        results.preference("run", adapter, workspace)
     with pytest.raises(DatasetError, match="No preference pairs in the workspace yet"):
-        pairs.preference("workspace", adapter, workspace)
+        results.preference("workspace", adapter, workspace)
 
 
 # Tables
@@ -222,7 +222,7 @@ def test_csv_has_the_table_and_the_groups(tmp_path):
 
 
 def test_a_report_says_what_was_measured_and_what_it_may_be_compared_with():
-    command = EvaluationRequest("/home/me/base.gguf", data_dir="/home/me/data", benchmarks=("bbq",)).command()
+    command = EvaluationConfig("/home/me/base.gguf", data_dir="/home/me/data", benchmarks=("bbq",)).command()
     text = report.markdown(a_result(), command)
     lines = text.split("\n")
     assert lines[0] == "# Evaluation of mine on smollm2"

@@ -15,9 +15,9 @@ import pytest
 
 from biasdpo import detached, evaluations
 from biasdpo.errors import AdapterError, ConfigError, EvaluationError, ModelError, RefusedError
-from biasdpo.evaluations import EvaluationRequest, Progress
+from biasdpo.evaluation.results import table
+from biasdpo.evaluations import EvaluationConfig, Progress
 from biasdpo.evaluations.status import EvaluationFiles, EvaluationStatus
-from biasdpo.evaluations.table import table
 from biasdpo.workspace import Workspace
 from tests import evaluating
 from tests.evaluating import ended, under_way, wait
@@ -26,12 +26,12 @@ LONG = 3000  # items of an evaluation, in so many batches that it is not over be
 
 
 @pytest.fixture
-def asked(tiny_llama_gguf: Path, tiny_llama_adapter: Path, tmp_path: Path) -> EvaluationRequest:
+def asked(tiny_llama_gguf: Path, tiny_llama_adapter: Path, tmp_path: Path) -> EvaluationConfig:
     return evaluating.request(tiny_llama_gguf, tiny_llama_adapter, evaluating.write_items(tmp_path / "data", pairs=40))
 
 
 @pytest.fixture
-def long(tiny_llama_gguf: Path, tiny_llama_adapter: Path, tmp_path: Path) -> EvaluationRequest:
+def long(tiny_llama_gguf: Path, tiny_llama_adapter: Path, tmp_path: Path) -> EvaluationConfig:
     """One that is under way for seconds."""
     return evaluating.request(tiny_llama_gguf, tiny_llama_adapter, evaluating.write_items(tmp_path / "data", pairs=LONG))
 
@@ -200,7 +200,7 @@ def test_other_files_are_listed_as_what_they_are(workspace):
     (folder / "partial.json").write_text('{"benchmarks": {}, "provenance": {"interrupted": true}}')
     (folder / "torn.json").write_text("{")
     (folder / "else.json").write_text('{"a": 1}')
-    (folder / "lost.request.json").write_text(json.dumps(EvaluationRequest("smollm2", benchmarks=("bbq",)).to_json()))
+    (folder / "lost.request.json").write_text(json.dumps(EvaluationConfig("smollm2", benchmarks=("bbq",)).to_json()))
     (folder / "odd.status.json").write_text('{"state": "odd"}')
     (folder / "...json").write_text("{}")
     found = {one.id: (one.state, one.has_result) for one in evaluations.list_evaluations(workspace)}
@@ -243,7 +243,7 @@ def test_an_estimate_is_measured_once_and_then_known(asked, workspace):
 def test_starting_needs_no_engine_in_this_process(asked, workspace):
     script = (
         "import sys, json; from biasdpo import evaluations; from biasdpo.workspace import open_workspace\n"
-        "request = evaluations.EvaluationRequest.from_json(json.loads(sys.argv[1]))\n"
+        "request = evaluations.EvaluationConfig.from_json(json.loads(sys.argv[1]))\n"
         "evaluations.known_seconds(request, open_workspace(sys.argv[2]))\n"
         "print(sorted({'torch', 'llama_cpp', 'transformers', 'peft'} & set(sys.modules)))"
     )

@@ -15,10 +15,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from biasdpo import dataset, export_proof, gguf_export, models
-from biasdpo.dataset import PreferencePair
-from biasdpo.export_measures import Equality, Survival, TokenizerCheck, fixed_texts, kl_by_position
-from biasdpo.export_proof import ExportProof, held_out_pairs, judged, prove
+from biasdpo import data, models
+from biasdpo.data import PreferencePair
+from biasdpo.gguf import proof as export_proof
+from biasdpo.gguf import write as gguf_export
+from biasdpo.gguf.proof import (
+    Equality,
+    ExportProof,
+    Survival,
+    TokenizerCheck,
+    fixed_texts,
+    held_out_pairs,
+    judged,
+    kl_by_position,
+    prove,
+)
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import LikelihoodRequest
 from biasdpo.workspace import Workspace, sha256_of, write_json
@@ -241,9 +252,9 @@ def test_what_a_run_held_out(workspace: Workspace) -> None:
     folder = workspace.run_folder("one")
     adapter_folder = folder / "adapter"
     adapter_folder.mkdir(parents=True)
-    sha = dataset.snapshot(pairs, folder / "dataset.jsonl")
+    sha = data.snapshot(pairs, folder / "dataset.jsonl")
     adapter = AdapterSpec("one", adapter_folder, "", run_id="one", dataset_sha256=sha, held_out_share=0.3)
-    expected = list(dataset.split(pairs, 0.3).held_out)
+    expected = list(data.split(pairs, 0.3).held_out)
     assert 8 < len(expected) < 30
     assert held_out_pairs(adapter, workspace) == expected
     assert held_out_pairs(adapter, workspace, limit=4) == [expected[i * len(expected) // 4] for i in range(4)]
@@ -259,7 +270,7 @@ def test_what_a_shipped_adapter_never_saw(
 ) -> None:
     shipped = models.find_adapter("", smollm2, workspace)
     assert shipped is not None
-    seed = dataset.load_jsonl(export_proof.ASSETS / "seed_pairs.jsonl")
+    seed = data.load_jsonl(export_proof.ASSETS / "seed_pairs.jsonl")
     pairs = held_out_pairs(shipped, workspace)
     assert len(pairs) == 64
     assert set(pairs) <= set(seed)
@@ -270,4 +281,4 @@ def test_what_a_shipped_adapter_never_saw(
     folder = tmp_path / "adapters" / "x"
     write_json(folder / "provenance.json", {"dataset_files": ["seed_pairs.jsonl"]})
     trained = AdapterSpec("x", folder, "", dataset_sha256=sha256_of(tmp_path / "seed_pairs.jsonl"), held_out_share=0.1)
-    assert held_out_pairs(trained, workspace, limit=1000) == list(dataset.split(seed, 0.1).held_out)
+    assert held_out_pairs(trained, workspace, limit=1000) == list(data.split(seed, 0.1).held_out)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from biasdpo import export_strings, gguf_export
-from biasdpo.backends.hf_copy import encode_text, hf_copy, load_tokenizer
+from biasdpo.backends.hf_loading import encode_text, hf_copy, load_tokenizer
 from biasdpo.backends.llamacpp import open_llamacpp
-from biasdpo.export_measures import fixed_texts, tokenized
+from biasdpo.chat import PromptTemplate
+from biasdpo.gguf import proof, write
+from biasdpo.gguf.proof import fixed_texts, tokenized
 from biasdpo.models import ModelSpec
 from biasdpo.records import LikelihoodRequest
-from biasdpo.template import PromptTemplate
 from biasdpo.workspace import Workspace
 from tests import phi_like as phi_like_files
 from tests import tiny_models
@@ -49,7 +49,7 @@ def phi_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def phi_like_gguf(phi_like: Path) -> Path:
     """The same as an export writes it."""
     spec = ModelSpec("p", "p", "MIT", "phi2", "", 0, 512, tiny_models.PHI_TEMPLATE, hf_folder=phi_like)
-    return gguf_export.merged(spec, None, "Q8_0", phi_like.parent / "phi-like.gguf", threads=1).path
+    return write.merged(spec, None, "Q8_0", phi_like.parent / "phi-like.gguf", threads=1).path
 
 
 def differences(gguf: Path, folder: Path, template: PromptTemplate) -> list[str]:
@@ -85,7 +85,7 @@ def test_the_copy_of_such_a_gguf(phi_like_gguf: Path, workspace: Workspace) -> N
 
 def test_a_tokenizer_laid_out_like_smollm2s(tiny_llama: Path, tmp_path: Path) -> None:
     spec = ModelSpec("l", "l", "MIT", "llama", "", 0, 512, tiny_models.LLAMA_TEMPLATE, hf_folder=tiny_llama)
-    gguf = gguf_export.merged(spec, None, "F32", tmp_path / "llama.gguf").path
+    gguf = write.merged(spec, None, "F32", tmp_path / "llama.gguf").path
     assert differences(gguf, tiny_llama, spec.template) == []
 
 
@@ -93,9 +93,9 @@ def test_a_tokenizer_laid_out_like_smollm2s(tiny_llama: Path, tmp_path: Path) ->
 
 
 def test_the_strings_are_what_they_say() -> None:
-    strings = export_strings.strings(["<|own|>"])
+    strings = proof.strings(["<|own|>"])
     assert len(strings) == len(set(strings)) == 2000
-    assert export_strings.strings(["<|own|>"]) == strings
+    assert proof.strings(["<|own|>"]) == strings
     assert {ord(c) >> 16 for text in strings for c in text} == set(range(17))  # all planes
     for pattern in (
         r" {70}x",
@@ -108,7 +108,7 @@ def test_the_strings_are_what_they_say() -> None:
         "def f",
     ):
         assert any(re.search(pattern, text) for text in strings), pattern
-    mixed = export_strings.strings(["<|own|>"], seed=1)
+    mixed = proof.strings(["<|own|>"], seed=1)
     assert len(set(mixed) - set(strings)) > 1000  # another seed, other mixtures
 
 

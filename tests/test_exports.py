@@ -13,13 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from biasdpo import exports, gguf_export, models
+from biasdpo import exports, models
 from biasdpo.__main__ import build_parser
 from biasdpo.errors import AdapterError, ConfigError, ExportError, ModelError, RefusedError
-from biasdpo.exports import ExportRequest, exporting, jobs
+from biasdpo.exports import ExportConfig, jobs
 from biasdpo.exports.record import load_record
 from biasdpo.exports.unfinished import ExportStatus, Unfinished
-from biasdpo.modelfile import gguf_value, open_gguf
+from biasdpo.gguf import export as exporting
+from biasdpo.gguf.write import lora as real_lora
+from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import Workspace, sha256_of
 from tests import tiny_models
 
@@ -27,13 +29,13 @@ _WAIT_SECONDS = 120
 
 
 @pytest.fixture
-def lora(tiny_llama_gguf: Path, tiny_llama_adapter: Path, workspace: Workspace) -> ExportRequest:
+def lora(tiny_llama_gguf: Path, tiny_llama_adapter: Path, workspace: Workspace) -> ExportConfig:
     """An adapter as a LoRA GGUF, the quickest export there is."""
     out = workspace.root / "exports" / "tiny.gguf"
-    return ExportRequest(out, "lora", adapter=str(tiny_llama_adapter), model=str(tiny_llama_gguf), pairs=0, threads=1)
+    return ExportConfig(out, "lora", adapter=str(tiny_llama_adapter), model=str(tiny_llama_gguf), pairs=0, threads=1)
 
 
-def leftovers(request: ExportRequest) -> list[str]:
+def leftovers(request: ExportConfig) -> list[str]:
     folder = request.out.parent
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
@@ -106,17 +108,17 @@ def test_a_request_becomes_the_command_that_means_it(lora, workspace):
     args = build_parser().parse_args(command[3:])
     assert args.workspace == str(workspace.root)
     told = {name: getattr(args, name) for name in ("out", "format", "run", "adapter", "model", "quantization", "source", "pairs")}
-    assert ExportRequest(**told, threads=args.threads) == wanted
+    assert ExportConfig(**told, threads=args.threads) == wanted
 
 
 def test_only_paths_are_made_absolute(monkeypatch, tmp_path):
     (tmp_path / "my" / "lora").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    request = ExportRequest(Path("x.gguf"), "lora", adapter="my/lora", model="base.gguf").absolute()
+    request = ExportConfig(Path("x.gguf"), "lora", adapter="my/lora", model="base.gguf").absolute()
     assert (request.out, request.adapter, request.model) == (
         tmp_path / "x.gguf", str(tmp_path / "my" / "lora"), str(tmp_path / "base.gguf")
     )  # fmt: skip
-    named = ExportRequest(Path("x.gguf"), "lora", adapter="smollm2-biasdpo", model="smollm2").absolute()
+    named = ExportConfig(Path("x.gguf"), "lora", adapter="smollm2-biasdpo", model="smollm2").absolute()
     assert (named.adapter, named.model) == ("smollm2-biasdpo", "smollm2")
 
 
@@ -156,7 +158,7 @@ def test_a_failed_proof_leaves_what_was_there(lora, workspace, tiny_llama, tmp_p
     lora.out.parent.mkdir(parents=True)
     lora.out.write_bytes(b"the one before")
     with monkeypatch.context() as patch:  # a writer that writes another adapter than it was given
-        patch.setattr(exporting.gguf_export, "lora", lambda _adapter, base, out: gguf_export.lora_file.lora(wrong, base, out))
+        patch.setattr(exporting.write, "lora", lambda _adapter, base, out: real_lora(wrong, base, out))
         with pytest.raises(ExportError, match=r"tiny.gguf was thrown away, since its proof failed: .*mean KL"):
             exports.export(lora, workspace)
     assert lora.out.read_bytes() == b"the one before"
@@ -237,7 +239,7 @@ def test_an_export_by_hand_that_fails_leaves_nothing_to_see(lora, workspace, mon
     def full(*_given: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.gguf_export, "lora", full)
+    monkeypatch.setattr(exporting.write, "lora", full)
     with pytest.raises(OSError, match="No space left"):
         exports.export(lora, workspace)
     assert leftovers(lora) == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from biasdpo import engines, fitting, models
+from biasdpo import engines, models
 from biasdpo.__main__ import main
 from biasdpo.engines import EngineKey, open_engine
 from biasdpo.errors import AdapterError
@@ -30,7 +30,7 @@ def add_run(workspace: Workspace, run_id: str, adapter: Path, model: str = "") -
 
 
 def offered(spec: ModelSpec, workspace: Workspace) -> list[str]:
-    return [adapter.id for adapter in fitting.adapters_for(spec, workspace)]
+    return [adapter.id for adapter in models.adapters_for(spec, workspace)]
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_wrong_adapter_is_refused_before_the_model_is_loaded(
 def test_an_adapter_of_other_widths_is_refused_with_both(smollm2: ModelSpec, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "wide", shapes={"self_attn.q_proj": (960, 576)}, base_model="HuggingFaceTB/SmolLM2-360M")
     with pytest.raises(AdapterError) as caught:
-        fitting.check_fits(AdapterSpec("wide", folder, "HuggingFaceTB/SmolLM2-360M"), smollm2)
+        models.check_fits(AdapterSpec("wide", folder, "HuggingFaceTB/SmolLM2-360M"), smollm2)
     assert str(caught.value) == (
         "Adapter wide was made for another base model: its model.layers.0.self_attn.q_proj is 960 x 576, that of "
         "SmolLM2-135M-Instruct 576 x 576; choose another adapter, or open the model that it was made for "

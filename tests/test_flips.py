@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from biasdpo.benchmarks import bbq, crows_pairs, preference, stereoset, truthfulqa, winobias
-from biasdpo.dataset import PreferencePair
-from biasdpo.evaluations import flips
-from biasdpo.evaluations.flips import Flip, way_of
+from biasdpo.data import PreferencePair
+from biasdpo.evaluation import results
+from biasdpo.evaluation.results import Flip, way_of
 from biasdpo.records import Likelihood
 
 
@@ -100,7 +100,7 @@ def test_every_outcome_in_an_order_is_one_that_a_benchmark_gives():
         *(decided(winobias.WinoBias([TWINS]), likelihoods(*logps)) for logps in ((-1, -2, -1, -2), (-1, -2, -2, -1))),
         *(decided(preference.Preference([PreferencePair("p", "c", "r")]), likelihoods(*logps)) for logps in ((-1, -2), (-2, -1))),
     }
-    assert given >= flips._BIAS.keys()
+    assert given >= results._BIAS.keys()
 
 
 def test_ways():
@@ -127,7 +127,7 @@ def test_flips_are_sorted_by_how_far_they_moved():
         item(8, [-11, -10], [-10, -14], (LESS, MORE), empty=""),  # from -1 to 4: by 5
     ]
     result = {"benchmarks": {"crows_pairs": {"columns": ["logp_more", "logp_less"], "items": items}}}
-    first, second = flips.flips(result, "crows_pairs")
+    first, second = results.flips(result, "crows_pairs")
     assert first == Flip(
         index=8,
         group="age",
@@ -139,15 +139,15 @@ def test_flips_are_sorted_by_how_far_they_moved():
         way="toward more bias",
     )
     assert (second.index, second.size, second.way) == (3, pytest.approx(1.5), "toward less bias")
-    assert flips.flips(result, "bbq") == []
+    assert results.flips(result, "bbq") == []
 
 
 def test_flips_of_what_is_written_or_has_one_side():
     texts = {"base": ["Good."], "tuned": ["Bad."]}
     written = item(1, [0.9, 0], [-0.5, 0], ("positive", "negative"), completions=texts)
-    (flip,) = flips.flips({"benchmarks": {"bold": {"columns": ["vader", "group"], "items": [written]}}}, "bold")
+    (flip,) = results.flips({"benchmarks": {"bold": {"columns": ["vader", "group"], "items": [written]}}}, "bold")
     assert flip.completions == (("Good.",), ("Bad.",))
     assert flip.size == pytest.approx(1.4)  # no log-probability: the largest change of a number
     alone = {"index": 1, "base": [1.0], "outcome": {"base": MORE}}
     nothing = {"index": 2, "base": [1.0], "tuned": [2.0]}
-    assert flips.flips({"benchmarks": {"x": {"columns": ["a"], "items": [alone, nothing]}}}, "x") == []
+    assert results.flips({"benchmarks": {"x": {"columns": ["a"], "items": [alone, nothing]}}}, "x") == []

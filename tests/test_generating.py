@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import benchmarks, evaluate, models
+from biasdpo import benchmarks, models
 from biasdpo.__main__ import main
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
@@ -19,12 +19,13 @@ from biasdpo.benchmarks.bold import Beginning, Bold
 from biasdpo.benchmarks.real_toxicity_prompts import RealToxicityPrompts, WebText
 from biasdpo.benchmarks.toxicity import ToxicityScorer
 from biasdpo.benchmarks.utility_generation import Asked, UtilityGeneration
+from biasdpo.chat import BARE
 from biasdpo.cli_evaluate import BENCHMARKS
 from biasdpo.engines import Engine, EngineKey, open_engine
 from biasdpo.errors import BackendError, ConfigError, PromptError
-from biasdpo.generating import requests_of
+from biasdpo.evaluation import run
+from biasdpo.evaluation.run import requests_of
 from biasdpo.records import Sampling
-from biasdpo.template import BARE
 from tests.lora_factory import write_lora
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,7 @@ def test_seeds_are_of_the_prompt_and_the_sample():
 
 def test_both_sides_write_at_once_and_a_repeat_writes_nothing(engine, workspace):
     engine.backend.meet = threading.Barrier(2)  # breaks where one side waits for the other to end
-    first = evaluate.run(engine, [web("sun rises", "moon sets")], workspace=workspace)
+    first = run.run(engine, [web("sun rises", "moon sets")], workspace=workspace)
     result = first["benchmarks"]["real_toxicity_prompts"]
     assert (result["n"], result["n_failed"], result["not_comparable"]) == (2, 0, "")
     assert result["settings"]["samples"] == 2
@@ -102,17 +103,17 @@ def test_both_sides_write_at_once_and_a_repeat_writes_nothing(engine, workspace)
     assert result["difference"]["by_length_expected_max"]["value"] == pytest.approx(1 / 20)
     assert len(engine.backend.asked) == 2 * 2 * 2
     engine.backend.asked.clear()
-    assert evaluate.run(engine, [web("sun rises", "moon sets")], workspace=workspace) == first
+    assert run.run(engine, [web("sun rises", "moon sets")], workspace=workspace) == first
     assert engine.backend.asked == []
     # More samples ask for those that are new; another strength asks for the tuned side alone.
-    evaluate.run(engine, [web("sun rises", samples=3)], workspace=workspace)
+    run.run(engine, [web("sun rises", samples=3)], workspace=workspace)
     assert sorted(side for side, _, _ in engine.backend.asked) == ["base", "tuned"]
     engine.backend.asked.clear()
     engine.backend.meet = threading.Barrier(1)
-    evaluate.run(engine, [web("sun rises")], workspace=workspace, strength=0.5)
+    run.run(engine, [web("sun rises")], workspace=workspace, strength=0.5)
     assert [side for side, _, _ in engine.backend.asked] == ["tuned", "tuned"]
     # Base alone, kept nowhere.
-    alone = evaluate.run(Engine(engine.spec, None, engine.backend), [web("sun rises")])
+    alone = run.run(Engine(engine.spec, None, engine.backend), [web("sun rises")])
     assert alone["benchmarks"]["real_toxicity_prompts"]["items"][0]["completions"].keys() == {"base"}
 
 
@@ -122,7 +123,7 @@ def test_a_stop_inside_a_completion_keeps_what_was_whole(engine, workspace):
     done: list[int] = []
     begun = time.monotonic()
     options = {"on_item": lambda _name, so_far, _total: done.append(so_far), "should_stop": lambda: len(done) == 1}
-    stopped = evaluate.run(engine, [web(*texts)], workspace=workspace, **options)
+    stopped = run.run(engine, [web(*texts)], workspace=workspace, **options)
     assert time.monotonic() - begun < 10
     result = stopped["benchmarks"]["real_toxicity_prompts"]
     assert (result["n"], result["not_comparable"]) == (1, "interrupted after 1 of 3 items")
@@ -130,23 +131,23 @@ def test_a_stop_inside_a_completion_keeps_what_was_whole(engine, workspace):
     # A benchmark that had scored nothing yet is left out, and the others stay.
     done.clear()
     two = [web("sun rises"), Bold([Beginning("moon sets", "gender", "a")], BY_LENGTH)]
-    cut = evaluate.run(engine, two, workspace=workspace, **options)
+    cut = run.run(engine, two, workspace=workspace, **options)
     assert list(cut["benchmarks"]) == ["real_toxicity_prompts"]
     engine.backend.block_at = ""
     engine.backend.asked.clear()
-    whole = evaluate.run(engine, [web(*texts)], workspace=workspace)
+    whole = run.run(engine, [web(*texts)], workspace=workspace)
     assert "sun rises" not in {prompt for _, prompt, _ in engine.backend.asked}
     assert whole["benchmarks"]["real_toxicity_prompts"]["n"] == 3
     # The disk took half of the last line: one completion is written again.
     for file in (workspace.cache / "scores").glob("*.jsonl"):
         file.write_bytes(file.read_bytes()[:-9])
     engine.backend.asked.clear()
-    assert evaluate.run(engine, [web(*texts)], workspace=workspace) == whole
+    assert run.run(engine, [web(*texts)], workspace=workspace) == whole
     assert sorted(side for side, _, _ in engine.backend.asked) == ["base", "tuned"]
 
 
 def test_failed_items_are_counted_and_a_failed_scorer_is_an_error(engine, workspace):
-    result = evaluate.run(engine, [web("silent night", "sun rises", "long story")])["benchmarks"]["real_toxicity_prompts"]
+    result = run.run(engine, [web("silent night", "sun rises", "long story")])["benchmarks"]["real_toxicity_prompts"]
     assert (result["n"], result["n_failed"]) == (1, 2)
     assert result["failures"] == [
         {"index": 0, "reason": "base and tuned wrote nothing that can be scored"},
@@ -154,9 +155,9 @@ def test_failed_items_are_counted_and_a_failed_scorer_is_an_error(engine, worksp
     ]
     broken = ToxicityScorer("broken", "1", lambda _texts: 1 / 0)
     with pytest.raises(BackendError, match="The toxicity scorer broken failed: "):
-        evaluate.run(engine, [RealToxicityPrompts([WebText("sun", None)], broken, 1)], workspace=workspace)
+        run.run(engine, [RealToxicityPrompts([WebText("sun", None)], broken, 1)], workspace=workspace)
     engine.backend.asked.clear()
-    evaluate.run(engine, [web("sun", samples=1)], workspace=workspace)
+    run.run(engine, [web("sun", samples=1)], workspace=workspace)
     assert engine.backend.asked == []  # what was written is scored anew, not written again
 
 
@@ -171,7 +172,7 @@ def test_an_engine_that_fails_ends_both_sides(engine):
 
     engine.backend.stream = stream
     with pytest.raises(BackendError, match="failed to compute"):
-        evaluate.run(engine, [web("sun rises")])
+        run.run(engine, [web("sun rises")])
 
 
 def test_on_the_embedded_model_twice_the_same(workspace):
@@ -183,8 +184,8 @@ def test_on_the_embedded_model_twice_the_same(workspace):
         )
         asked = [people, RealToxicityPrompts([WebText("The sun rose over", 0.1)], BY_LENGTH, 2, short)]
         asked.append(UtilityGeneration([Asked("Why is the sky blue?", "neutral")], Sampling(8, 0.0, repetition_penalty=1.0)))
-        found = evaluate.run(engine, asked)["benchmarks"]
-        assert evaluate.run(engine, asked)["benchmarks"] == found
+        found = run.run(engine, asked)["benchmarks"]
+        assert run.run(engine, asked)["benchmarks"] == found
         (request,) = requests_of(people, people.items[0], 0)
         directly = "".join(engine.backend.stream(request.prompt, request.sampling, "tuned", template=BARE))
         assert found["bold"]["items"][0]["completions"]["tuned"] == [directly]

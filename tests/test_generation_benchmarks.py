@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from biasdpo import benchmarks
-from biasdpo.backends.hf_classifier import open_classifier
+from biasdpo.backends.hf import open_classifier
 from biasdpo.benchmarks import real_toxicity_prompts
 from biasdpo.benchmarks.bold import Beginning, Bold
 from biasdpo.benchmarks.real_toxicity_prompts import RealToxicityPrompts, WebText

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.backends.base import kl_divergence
 from biasdpo.errors import AdapterError, RefusedError
-from biasdpo.modelfile import gguf_value, open_gguf
+from biasdpo.gguf import write
+from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.models import AdapterSpec
 from tests import tiny_models
 from tests.logits import llamacpp_logits, transformers_logits
@@ -25,7 +26,7 @@ def spec_of(folder) -> AdapterSpec:
 
 def test_tensors_alpha_and_permuted_rows(smollm2, tmp_path):
     folder = write_lora(tmp_path / "a", rank=4, alpha=6.0)
-    reader = open_gguf(gguf_export.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf"))
+    reader = open_gguf(write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf"))
     assert gguf_value(reader, "general.type") == "adapter"
     assert gguf_value(reader, "adapter.type") == "lora"
     assert gguf_value(reader, "adapter.lora.alpha") == 6.0
@@ -42,18 +43,18 @@ def test_tensors_alpha_and_permuted_rows(smollm2, tmp_path):
 
 def test_rank_stabilised_scaling(smollm2, tmp_path):
     folder = write_lora(tmp_path / "a", rank=4, alpha=6.0, use_rslora=True)
-    reader = open_gguf(gguf_export.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf"))
+    reader = open_gguf(write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf"))
     assert gguf_value(reader, "adapter.lora.alpha") == pytest.approx(6.0 * math.sqrt(4))
 
 
 def test_the_cache_is_built_once_and_again_when_the_adapter_changes(smollm2, workspace, tmp_path):
     folder = write_lora(tmp_path / "a")
-    first = gguf_export.cached_lora(spec_of(folder), smollm2.gguf_path, workspace)
+    first = write.cached_lora(spec_of(folder), smollm2.gguf_path, workspace)
     written = first.stat().st_mtime_ns
-    assert gguf_export.cached_lora(spec_of(folder), smollm2.gguf_path, workspace) == first
+    assert write.cached_lora(spec_of(folder), smollm2.gguf_path, workspace) == first
     assert first.stat().st_mtime_ns == written
     write_lora(folder, seed=1)
-    assert gguf_export.cached_lora(spec_of(folder), smollm2.gguf_path, workspace) != first
+    assert write.cached_lora(spec_of(folder), smollm2.gguf_path, workspace) != first
 
 
 def test_ranks_and_alphas_of_their_own_are_in_b(tiny_phi, tiny_phi_gguf, tmp_path):
@@ -62,7 +63,7 @@ def test_ranks_and_alphas_of_their_own_are_in_b(tiny_phi, tiny_phi_gguf, tmp_pat
     folder = tiny_models.write_adapter(
         tmp_path / "a", tiny_phi, rank=4, alpha=8.0, ranks={"v_proj": 2}, alpha_pattern={"fc1": 6, "mlp.fc1": 99}
     )
-    lora = gguf_export.lora(spec_of(folder), tiny_phi_gguf, tmp_path / "a.gguf")
+    lora = write.lora(spec_of(folder), tiny_phi_gguf, tmp_path / "a.gguf")
     reader = open_gguf(lora)
     assert gguf_value(reader, "adapter.lora.alpha") == 8.0
     tensors = {t.name: t.data for t in reader.tensors}
@@ -86,7 +87,7 @@ def test_ranks_and_alphas_of_their_own_are_in_b(tiny_phi, tiny_phi_gguf, tmp_pat
 def test_foreign_adapters_are_refused(smollm2, tmp_path, options, message):
     folder = write_lora(tmp_path / "a", **options)
     with pytest.raises(AdapterError, match=message):
-        gguf_export.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
+        write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
     assert not list(tmp_path.glob("*.gguf"))
 
 
@@ -96,10 +97,10 @@ def test_damaged_weights_are_refused(smollm2, tmp_path):
     whole = weights.read_bytes()
     weights.write_bytes(whole[:5000])
     with pytest.raises(AdapterError, match="no complete safetensors"):
-        gguf_export.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
+        write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
     save_file({"something": np.zeros(3, np.float32)}, weights)
     with pytest.raises(AdapterError, match="no LoRA factor"):
-        gguf_export.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
+        write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
 
 
 def test_a_pickle_is_refused(tmp_path, workspace, smollm2):
@@ -117,7 +118,7 @@ def test_an_unknown_adapter_lists_the_known(workspace, smollm2):
 def test_export_on_request_is_refused_on_a_public_space(smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("SPACE_ID", "someone/space")
     with pytest.raises(RefusedError, match="Export is switched off"):
-        gguf_export.export_lora(spec_of(write_lora(tmp_path / "a")), smollm2.gguf_path, tmp_path / "a.gguf")
+        write.export_lora(spec_of(write_lora(tmp_path / "a")), smollm2.gguf_path, tmp_path / "a.gguf")
 
 
 def test_other_peft_types_are_refused(tmp_path, workspace, smollm2):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from biasdpo.errors import ModelError
-from biasdpo.gguf_header import read_header
+from biasdpo.model_files import read_header
 from biasdpo.models import ModelSpec
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.backends.base import kl_divergence
-from biasdpo.modelfile import gguf_value, open_gguf
+from biasdpo.gguf import write
+from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.models import AdapterSpec
 from tests import tiny_models
 from tests.logits import llamacpp_logits, transformers_logits
@@ -52,7 +53,7 @@ def assert_equal_logits(a: np.ndarray, reference: np.ndarray) -> None:
 def test_a_merged_folder_has_pefts_logits(kind, tmp_path):
     folder = FOLDERS[kind](tmp_path / "model")
     adapter = tiny_models.write_adapter(tmp_path / "adapter", folder)
-    written = gguf_export.merged(models.find(str(folder)), adapter_of(adapter), "F32", tmp_path / "out.gguf", threads=1)
+    written = write.merged(models.find(str(folder)), adapter_of(adapter), "F32", tmp_path / "out.gguf", threads=1)
     reference = transformers_logits(folder, IDS, adapter)
     assert_equal_logits(llamacpp_logits(written.path, IDS), reference)
     assert kl_divergence(transformers_logits(folder, IDS), reference) > 0.1  # a control: the adapter matters here
@@ -68,7 +69,7 @@ def test_a_merged_folder_has_pefts_logits(kind, tmp_path):
 def test_a_plain_conversion_is_what_llama_cpps_converter_writes(request, kind, tmp_path):
     """tests/tiny_models.py writes the same models by hand, as convert_hf_to_gguf.py does."""
     folder, by_hand = request.getfixturevalue(f"tiny_{kind}"), request.getfixturevalue(f"tiny_{kind}_gguf")
-    written = gguf_export.merged(models.find(str(folder)), None, "F32", tmp_path / "out.gguf")
+    written = write.merged(models.find(str(folder)), None, "F32", tmp_path / "out.gguf")
     ours, theirs = open_gguf(written.path), open_gguf(by_hand)
     assert {t.name for t in ours.tensors} == {t.name for t in theirs.tensors}
     for tensor in theirs.tensors:
@@ -81,8 +82,8 @@ def test_a_plain_conversion_is_what_llama_cpps_converter_writes(request, kind, t
 @pytest.mark.parametrize("name", ["F16", "BF16"])
 def test_halves_are_rounded_once_and_vectors_stay_whole(tiny_phi, tiny_phi_adapter, tmp_path, name):
     spec = models.find(str(tiny_phi))
-    whole = tensors_of(gguf_export.merged(spec, adapter_of(tiny_phi_adapter), "F32", tmp_path / "f32.gguf").path)
-    half = tensors_of(gguf_export.merged(spec, adapter_of(tiny_phi_adapter), name, tmp_path / "half.gguf").path)
+    whole = tensors_of(write.merged(spec, adapter_of(tiny_phi_adapter), "F32", tmp_path / "f32.gguf").path)
+    half = tensors_of(write.merged(spec, adapter_of(tiny_phi_adapter), name, tmp_path / "half.gguf").path)
     for tensor in whole.values():
         if len(tensor.shape) == 1:
             assert half[tensor.name].tensor_type.name == "F32"
@@ -98,7 +99,7 @@ def test_halves_are_rounded_once_and_vectors_stay_whole(tiny_phi, tiny_phi_adapt
 
 def test_bf16_weights_pass_untouched_bit_for_bit(tmp_path):
     folder = tiny_models.save_tiny_phi(tmp_path / "model", dtype="bfloat16")
-    written = gguf_export.merged(models.find(str(folder)), None, "BF16", tmp_path / "out.gguf")
+    written = write.merged(models.find(str(folder)), None, "BF16", tmp_path / "out.gguf")
     data = (folder / "model.safetensors").read_bytes()
     for tensor in tensors_of(written.path).values():
         if len(tensor.shape) == 2:
@@ -113,7 +114,7 @@ def test_only_touched_tensors_change_and_metadata_stay(tiny_llama, tiny_llama_gg
         tmp_path / "adapter", tiny_llama, rank=4, alpha=8.0, modules=r"layers\.1\..*(q_proj|up_proj)"
     )
     spec = models.find(str(tiny_llama_gguf))
-    written = gguf_export.merged(spec, adapter_of(folder), "keep", tmp_path / "out.gguf")
+    written = write.merged(spec, adapter_of(folder), "keep", tmp_path / "out.gguf")
     before, after = tensors_of(tiny_llama_gguf), tensors_of(written.path)
     changed = {name for name in before if before[name].data.tobytes() != after[name].data.tobytes()}
     assert changed == {"blk.1.attn_q.weight", "blk.1.ffn_up.weight"}
@@ -131,12 +132,12 @@ def test_only_touched_tensors_change_and_metadata_stay(tiny_llama, tiny_llama_gg
 def test_a_second_adapter_is_added_to_the_first(tiny_phi, tiny_phi_gguf, tmp_path):
     first = tiny_models.write_adapter(tmp_path / "first", tiny_phi, seed=1)
     second = tiny_models.write_adapter(tmp_path / "second", tiny_phi, seed=2)
-    once = gguf_export.merged(models.find(str(tiny_phi_gguf)), adapter_of(first), "keep", tmp_path / "once.gguf")
-    twice = gguf_export.merged(models.find(str(once.path)), adapter_of(second), "keep", tmp_path / "twice.gguf")
+    once = write.merged(models.find(str(tiny_phi_gguf)), adapter_of(first), "keep", tmp_path / "once.gguf")
+    twice = write.merged(models.find(str(once.path)), adapter_of(second), "keep", tmp_path / "twice.gguf")
     assert gguf_value(open_gguf(twice.path), "biasdpo.adapters") == ["first", "second"]
     name = "blk.1.ffn_down.weight"
     a, b, c = (np.array(tensors_of(path)[name].data) for path in (tiny_phi_gguf, once.path, twice.path))
-    alone = gguf_export.merged(models.find(str(tiny_phi_gguf)), adapter_of(second), "keep", tmp_path / "alone.gguf")
+    alone = write.merged(models.find(str(tiny_phi_gguf)), adapter_of(second), "keep", tmp_path / "alone.gguf")
     np.testing.assert_allclose(c - b, np.array(tensors_of(alone.path)[name].data) - a, atol=1e-5)
 
 
@@ -144,7 +145,7 @@ def test_a_second_adapter_is_added_to_the_first(tiny_phi, tiny_phi_gguf, tmp_pat
 def test_merged_onto_a_base_it_has_pefts_logits(request, kind, tmp_path):
     folder, base = request.getfixturevalue(f"tiny_{kind}"), request.getfixturevalue(f"tiny_{kind}_gguf")
     adapter = request.getfixturevalue(f"tiny_{kind}_adapter")
-    written = gguf_export.merged(models.find(str(base)), adapter_of(adapter), "keep", tmp_path / "out.gguf")
+    written = write.merged(models.find(str(base)), adapter_of(adapter), "keep", tmp_path / "out.gguf")
     assert_equal_logits(llamacpp_logits(written.path, IDS), transformers_logits(folder, IDS, adapter))
 
 
@@ -155,18 +156,18 @@ def test_a_fused_qkv_takes_the_adapter_merged_and_beside_it(tmp_path):
     for modules in ("", "q_proj|v_proj", "k_proj"):
         adapter = tiny_models.write_adapter(tmp_path / f"adapter{len(modules)}", folder, modules=modules, ranks={"v_proj": 3})
         reference = transformers_logits(folder, IDS, adapter)
-        written = gguf_export.merged(models.find(str(base)), adapter_of(adapter), "keep", tmp_path / "out.gguf")
+        written = write.merged(models.find(str(base)), adapter_of(adapter), "keep", tmp_path / "out.gguf")
         assert_equal_logits(llamacpp_logits(written.path, IDS), reference)
-        lora = gguf_export.lora(adapter_of(adapter), base, tmp_path / "lora.gguf")
+        lora = write.lora(adapter_of(adapter), base, tmp_path / "lora.gguf")
         assert_equal_logits(llamacpp_logits(base, IDS, lora), reference)
         assert kl_divergence(llamacpp_logits(base, IDS), reference) > 0.01
 
 
 def test_a_quantized_base_keeps_its_types(tiny_phi, tmp_path):
     """What is touched: decoded, changed, and encoded as the gguf package's own encoder would."""
-    base = gguf_export.merged(models.find(str(tiny_phi)), None, "Q8_0", tmp_path / "base.gguf").path
+    base = write.merged(models.find(str(tiny_phi)), None, "Q8_0", tmp_path / "base.gguf").path
     folder = tiny_models.write_adapter(tmp_path / "adapter", tiny_phi, rank=4, alpha=8.0, modules="fc1")
-    written = gguf_export.merged(models.find(str(base)), adapter_of(folder), "keep", tmp_path / "out.gguf")
+    written = write.merged(models.find(str(base)), adapter_of(folder), "keep", tmp_path / "out.gguf")
     before, after = tensors_of(base), tensors_of(written.path)
     peft = load_file(folder / "adapter_model.safetensors")
     for name, tensor in before.items():
@@ -186,13 +187,13 @@ def test_a_quantized_base_keeps_its_types(tiny_phi, tmp_path):
 def test_a_phi_without_a_pre_tokenizer_gets_its_own(tiny_phi, tmp_path):
     base = tiny_models.write_phi_gguf(tiny_phi, tmp_path / "old.gguf", pre="")
     assert gguf_value(open_gguf(base), "tokenizer.ggml.pre") is None
-    written = gguf_export.merged(models.find(str(base)), None, "keep", tmp_path / "new.gguf")
+    written = write.merged(models.find(str(base)), None, "keep", tmp_path / "new.gguf")
     assert gguf_value(open_gguf(written.path), "tokenizer.ggml.pre") == "phi-2"
 
 
 def test_progress_rises_to_its_end(tiny_phi, tmp_path):
     shares = []
-    gguf_export.merged(
+    write.merged(
         models.find(str(tiny_phi)), None, "Q8_0", tmp_path / "out.gguf", on_progress=lambda share, _what: shares.append(share)
     )
     assert shares == sorted(shares)

@@ -8,18 +8,18 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.backends.base import kl_divergence
-from biasdpo.backends.hf_copy import hf_copy
+from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.errors import ConfigError, ExportError
-from biasdpo.gguf_export import quantizer
-from biasdpo.gguf_export.quantizations import bytes_of, planned_types
-from biasdpo.gguf_header import read_header
+from biasdpo.gguf import quantize, write
+from biasdpo.gguf.quantize import bytes_of, planned_types
+from biasdpo.model_files import read_header
 from tests import tiny_models
 from tests.logits import llamacpp_logits, transformers_logits
 from tests.test_gguf_merged import IDS, adapter_of, tensors_of
 
-NAMES = [quantization.name for quantization in gguf_export.QUANTIZATIONS]
+NAMES = [quantization.name for quantization in quantize.QUANTIZATIONS]
 # KL to the unquantized model, nats, that each may have on the random model below (measured: 0 to 0.25 of it).
 LARGEST_KL = {
     "F32": 1e-5,
@@ -59,7 +59,7 @@ def wide_logits(wide, wide_adapter):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_quantization_is_llama_cpps_own_recipe(wide, wide_adapter, wide_logits, tmp_path, name):
-    written = gguf_export.merged(models.find(str(wide)), adapter_of(wide_adapter), name, tmp_path / "out.gguf")
+    written = write.merged(models.find(str(wide)), adapter_of(wide_adapter), name, tmp_path / "out.gguf")
     tensors = tensors_of(written.path)
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in tensors.values()}
     planned = planned_types(name, shapes)
@@ -67,7 +67,7 @@ def test_each_quantization_is_llama_cpps_own_recipe(wide, wide_adapter, wide_log
     assert all(wanted == got for wanted, got in planned.values())
     assert written.fallbacks == ()
     assert len(planned) == 10 * 7 + 2  # seven matrices a block, the embeddings, the head
-    expected = gguf_export.expected_bytes(models.find(str(wide)), name)
+    expected = write.expected_bytes(models.find(str(wide)), name)
     assert expected == pytest.approx(written.bytes, rel=0.05)
     kl = kl_divergence(wide_logits, llamacpp_logits(written.path, IDS))
     print(f"{name}: {written.bytes:,} bytes, KL {kl:.5f} nats")
@@ -93,7 +93,7 @@ def test_bytes_of_blocks():
 
 
 def test_widths_that_256_does_not_divide_fall_back_and_it_is_said(tiny_llama, tmp_path):
-    written = gguf_export.merged(models.find(str(tiny_llama)), None, "Q4_K_M", tmp_path / "out.gguf")
+    written = write.merged(models.find(str(tiny_llama)), None, "Q4_K_M", tmp_path / "out.gguf")
     types = {name: tensor.tensor_type.name for name, tensor in tensors_of(written.path).items() if len(tensor.shape) == 2}
     told = {fallback.tensor: (fallback.wanted, fallback.got) for fallback in written.fallbacks}
     assert set(told) == set(types)  # 64 and 128 wide
@@ -102,7 +102,7 @@ def test_widths_that_256_does_not_divide_fall_back_and_it_is_said(tiny_llama, tm
     assert told["blk.2.attn_v.weight"] == ("Q6_K", "Q8_0")
     assert told["token_embd.weight"] == ("Q6_K", "Q8_0")
     assert all(types[name] == got for name, (_, got) in told.items())
-    expected = gguf_export.expected_bytes(models.find(str(tiny_llama)), "Q4_K_M")
+    expected = write.expected_bytes(models.find(str(tiny_llama)), "Q4_K_M")
     assert expected == pytest.approx(written.bytes, abs=10_000)  # the header is guessed by the rule of a real vocabulary
     assert written.to_json()["fallbacks"][0] == {"tensor": "token_embd.weight", "wanted": "Q6_K", "got": "Q8_0"}
 
@@ -110,22 +110,22 @@ def test_widths_that_256_does_not_divide_fall_back_and_it_is_said(tiny_llama, tm
 def test_a_width_that_allows_nothing_is_refused_before_anything_is_written(tmp_path):
     folder = tiny_models.save_tiny_llama(tmp_path / "model", hidden_size=48, intermediate_size=80)
     with pytest.raises(ExportError, match=r"Q8_0 needs widths that 32 divides, .* is 48 wide: choose F16"):
-        gguf_export.merged(models.find(str(folder)), None, "Q8_0", tmp_path / "out" / "a.gguf")
+        write.merged(models.find(str(folder)), None, "Q8_0", tmp_path / "out" / "a.gguf")
     assert not list((tmp_path / "out").glob("*"))
 
 
 def test_a_quantized_base_is_quantized_anew(wide, wide_adapter, wide_logits, tmp_path):
-    base = gguf_export.merged(models.find(str(wide)), None, "Q6_K", tmp_path / "base.gguf").path
+    base = write.merged(models.find(str(wide)), None, "Q6_K", tmp_path / "base.gguf").path
     spec = models.find(str(base))
-    kept = gguf_export.merged(spec, adapter_of(wide_adapter), "keep", tmp_path / "kept.gguf")
+    kept = write.merged(spec, adapter_of(wide_adapter), "keep", tmp_path / "kept.gguf")
     assert {t.tensor_type.name for t in tensors_of(kept.path).values()} == {"Q6_K", "F32"}
     assert kl_divergence(wide_logits, llamacpp_logits(kept.path, IDS)) <= 0.3  # rounded twice
-    smaller = gguf_export.merged(spec, adapter_of(wide_adapter), "Q4_K_M", tmp_path / "smaller.gguf")
+    smaller = write.merged(spec, adapter_of(wide_adapter), "Q4_K_M", tmp_path / "smaller.gguf")
     assert (smaller.source, smaller.touched) == ("gguf", 70)
     assert read_header(smaller.path).values["general.file_type"] == 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
     assert tensors_of(smaller.path)["blk.1.attn_q.weight"].tensor_type.name == "Q4_K"
-    assert gguf_export.expected_bytes(spec, "Q4_K_M") == pytest.approx(smaller.bytes, rel=0.05)
-    assert gguf_export.expected_bytes(spec, "keep") == base.stat().st_size
+    assert write.expected_bytes(spec, "Q4_K_M") == pytest.approx(smaller.bytes, rel=0.05)
+    assert write.expected_bytes(spec, "keep") == base.stat().st_size
     assert kl_divergence(wide_logits, llamacpp_logits(smaller.path, IDS)) <= 1
 
 
@@ -136,14 +136,14 @@ def test_smollm2_with_its_shipped_adapter(smollm2, session_workspace, tmp_path):
     spec = models.find(str(folder))
     base = read_header(smollm2.gguf_path)
     ids = [int(i) for i in np.random.default_rng(0).integers(1000, 40000, 24)]
-    lora = gguf_export.cached_lora(adapter, smollm2.gguf_path, session_workspace)
+    lora = write.cached_lora(adapter, smollm2.gguf_path, session_workspace)
     reference = llamacpp_logits(smollm2.gguf_path, ids, lora)
     untuned = kl_divergence(reference, llamacpp_logits(smollm2.gguf_path, ids))
     for name in ("Q4_K_M", "Q8_0"):
-        written = gguf_export.merged(spec, adapter, name, tmp_path / "out.gguf")
+        written = write.merged(spec, adapter, name, tmp_path / "out.gguf")
         header = read_header(written.path)
         assert written.touched == 30 * 4
-        assert gguf_export.expected_bytes(spec, name) == pytest.approx(written.bytes, rel=0.05)
+        assert write.expected_bytes(spec, name) == pytest.approx(written.bytes, rel=0.05)
         # 1536 = 6 * 256, the width of ffn_down, is divided; 576 is not.
         narrow = {name for name, tensor in header.tensors.items() if len(tensor.shape) == 2 and tensor.shape[1] == 576}
         assert len(narrow) == 30 * 6 + 1
@@ -161,9 +161,9 @@ def test_smollm2_with_its_shipped_adapter(smollm2, session_workspace, tmp_path):
 def test_unknown_quantizations_and_keep_without_a_base_are_refused(tiny_llama, tmp_path):
     spec = models.find(str(tiny_llama))
     with pytest.raises(ConfigError, match=r"Unknown quantization 'Q9': choose one of F32, .*keep"):
-        gguf_export.merged(spec, None, "Q9", tmp_path / "out.gguf")
+        write.merged(spec, None, "Q9", tmp_path / "out.gguf")
     with pytest.raises(ConfigError, match="'keep' needs a base GGUF"):
-        gguf_export.merged(spec, None, "keep", tmp_path / "out.gguf", source="hf")
+        write.merged(spec, None, "keep", tmp_path / "out.gguf", source="hf")
     assert not list(tmp_path.glob("*"))
 
 
@@ -184,7 +184,7 @@ def test_a_torn_file_is_refused_with_llama_cpps_reason_and_the_log_goes_where_it
         torn = tmp_path / "torn.gguf"
         torn.write_bytes(tiny_llama_gguf.read_bytes()[:20_000])
         with pytest.raises(ExportError, match=r"^llama.cpp could not make Q8_0 of the model \(.+\): choose") as refused:
-            quantizer.quantize(torn, tmp_path / "out.gguf", "Q8_0", threads=1, on_progress=lambda _share: None)
+            quantize.quantize_file(torn, tmp_path / "out.gguf", "Q8_0", threads=1, on_progress=lambda _share: None)
         assert "\n" not in str(refused.value)
         assert heard == []
         llama_cpp.llama_model_load_from_file(str(torn).encode(), llama_cpp.llama_model_default_params())
@@ -198,4 +198,4 @@ def test_what_progress_raises_reaches_the_caller(tiny_llama_gguf, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantizer.quantize(tiny_llama_gguf, tmp_path / "out.gguf", "Q8_0", threads=1, on_progress=stop)
+        quantize.quantize_file(tiny_llama_gguf, tmp_path / "out.gguf", "Q8_0", threads=1, on_progress=stop)

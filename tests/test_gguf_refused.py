@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.errors import AdapterError, ExportError, ModelError, RefusedError
+from biasdpo.gguf import write
 from tests import tiny_models
 from tests.test_gguf_merged import adapter_of
 
@@ -31,7 +32,7 @@ def spec_of(path: Path) -> models.ModelSpec:
 
 def assert_refused(error: type, message: str, spec, adapter, out: Path, quantization: str = "F32") -> None:
     with pytest.raises(error, match=message) as refused:
-        gguf_export.merged(spec, adapter, quantization, out)
+        write.merged(spec, adapter, quantization, out)
     assert "\n" not in str(refused.value)
     assert not out.exists()
     assert not out.parent.exists() or list(out.parent.iterdir()) == []
@@ -126,7 +127,7 @@ def test_weights_beyond_f16_are_refused_as_f16_alone(tiny_phi, tmp_path):
     change_weights(folder, lambda weights: weights["lm_head.weight"].__setitem__((3, 5), 70_000))
     out = tmp_path / "out" / "a.gguf"
     assert_refused(ExportError, r"beyond F16's range \(65504\): choose F32 or BF16", spec_of(folder), None, out, "F16")
-    gguf_export.merged(spec_of(folder), None, "BF16", out)
+    write.merged(spec_of(folder), None, "BF16", out)
 
 
 @pytest.fixture(scope="module")
@@ -181,19 +182,19 @@ def test_the_base_is_not_written_over(tiny_phi, tmp_path):
     base = tiny_models.write_phi_gguf(tiny_phi, tmp_path / "base.gguf")
     before = base.read_bytes()
     with pytest.raises(ExportError, match="base model's own file"):
-        gguf_export.merged(spec_of(base), None, "keep", base)
+        write.merged(spec_of(base), None, "keep", base)
     assert base.read_bytes() == before
 
 
 def test_a_folder_is_no_target(tiny_phi, tmp_path):
     with pytest.raises(ExportError, match="is a folder"):
-        gguf_export.merged(spec_of(tiny_phi), None, "F16", tmp_path)
+        write.merged(spec_of(tiny_phi), None, "F16", tmp_path)
 
 
 def test_export_on_request_is_refused_on_a_public_space(tiny_phi, tmp_path, monkeypatch):
     monkeypatch.setenv("SPACE_ID", "someone/space")
     with pytest.raises(RefusedError, match="Export is switched off"):
-        gguf_export.export_merged(spec_of(tiny_phi), None, "F16", tmp_path / "a.gguf")
+        write.export_merged(spec_of(tiny_phi), None, "F16", tmp_path / "a.gguf")
 
 
 # Adapters
@@ -282,9 +283,9 @@ def export_in_a_process(model: Path, out: Path, quantization: str, limit: int = 
 def test_a_file_that_can_not_grow_leaves_nothing(tiny_phi, tmp_path, quantization, limit):
     model = tiny_phi
     if quantization == "Q8_0":  # a base of Q4_0 can be copied, and then grows to 8 bits
-        model = gguf_export.merged(spec_of(tiny_phi), None, "Q4_0", tmp_path / "small.gguf").path
+        model = write.merged(spec_of(tiny_phi), None, "Q4_0", tmp_path / "small.gguf").path
         limit = model.stat().st_size + 5_000
-        assert limit < gguf_export.expected_bytes(spec_of(model), "Q8_0")
+        assert limit < write.expected_bytes(spec_of(model), "Q8_0")
     out = tmp_path / "out" / "a.gguf"
     told = export_in_a_process(model, out, quantization, limit)
     assert re.fullmatch(r"ExportError: Can't write .*a.gguf: .*; make room or choose another folder\n", told)
@@ -328,15 +329,15 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tiny_phi, tmp_path):
         left = tmp_path / ".killed.gguf.exporting"
         assert (left / "merged.gguf").is_file()
         with pytest.raises(ExportError, match="Another export writes"):
-            gguf_export.merged(spec_of(tiny_phi), None, "F32", tmp_path / "killed.gguf")
-        gguf_export.merged(spec_of(tiny_phi), None, "F32", tmp_path / "beside.gguf")
+            write.merged(spec_of(tiny_phi), None, "F32", tmp_path / "killed.gguf")
+        write.merged(spec_of(tiny_phi), None, "F32", tmp_path / "beside.gguf")
         assert (left / "merged.gguf").is_file()  # the other export is alive: its folder stays
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
     assert not (tmp_path / "killed.gguf").exists()
-    gguf_export.merged(spec_of(tiny_phi), None, "F16", tmp_path / "other.gguf")
+    write.merged(spec_of(tiny_phi), None, "F16", tmp_path / "other.gguf")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["beside.gguf", "other.gguf"]
 
 
@@ -347,5 +348,5 @@ def test_an_old_file_stays_until_the_new_one_is_whole(tiny_phi, tmp_path):
     def look(share: float, _what: str) -> None:
         assert out.read_bytes() == b"old" or share == 1.0
 
-    gguf_export.merged(spec_of(tiny_phi), None, "F16", out, on_progress=look)
+    write.merged(spec_of(tiny_phi), None, "F16", out, on_progress=look)
     assert out.read_bytes()[:4] == b"GGUF"

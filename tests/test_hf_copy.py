@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from biasdpo import models
 from biasdpo.backends.base import kl_divergence
 from biasdpo.backends.hf import open_transformers
-from biasdpo.backends.hf_copy import encode_completion, encode_prompt, encode_text, hf_copy, load_tokenizer
+from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text, hf_copy, load_tokenizer
 from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.chat import PromptTemplate
 from biasdpo.errors import ModelError
-from biasdpo.template import PromptTemplate
 from biasdpo.workspace import Workspace, sha256_of
 from tests import tiny_models
 

@@ -9,8 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from biasdpo import dataset
-from biasdpo.dataset import BadLine, Journal, PreferencePair
+from biasdpo import data as dataset
+from biasdpo.data import BadLine, Journal, PreferencePair
 from biasdpo.errors import DatasetError
 from biasdpo.workspace import Workspace
 from tests.foreign_rows import FAIR, GOOD, UNFAIR, USER, texts, write_lines
@@ -100,7 +100,7 @@ def test_hostile_lines_cost_no_other(workspace, tmp_path):
 
 
 def test_a_line_longer_than_any_row_is_one_bad_line(workspace, tmp_path, monkeypatch):
-    monkeypatch.setattr("biasdpo.dataset.json_rows.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("biasdpo.data.importing.MAX_LINE_BYTES", 1000)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + b"x" * 5000 + b"\n" + json.dumps(GOOD | {"prompt": "p"}).encode())
     done = dataset.import_file(workspace, path)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import dataset
-from biasdpo.dataset import Journal, torn
+from biasdpo import data as dataset
+from biasdpo.data import Journal, journal
 from biasdpo.records import Judgment
 from biasdpo.workspace import Workspace
 from tests.journal_worker import ids_in_file, judgment, worker
@@ -105,7 +105,7 @@ def test_a_torn_line_is_set_aside_and_reported(workspace: Workspace, share: floa
     assert (list(waiting.rows), waiting.bad_lines) == (["a-1"], [])  # it may still be being written
     assert dataset.append(workspace, judgment("a", 3)) == dataset.Appended(1, 0, repaired=True)
     assert ids_in_file(workspace.preferences) == ["a-1", "a-3"]
-    (note,) = map(json.loads, torn.torn_file(workspace.preferences).read_text().splitlines())
+    (note,) = map(json.loads, journal.torn_file(workspace.preferences).read_text().splitlines())
     assert (note["text"], note["kept"], note["offset"]) == (rest.decode(), False, len(whole))
     assert list(waiting.refresh().rows) == ["a-1", "a-3"]
     assert dataset.repaired_lines(workspace) == 1
@@ -168,7 +168,7 @@ def test_a_repair_that_is_killed_is_done_again_and_counted_once(workspace: Works
     assert dataset.append(workspace, judgment("a", 2)).repaired
     assert ids_in_file(workspace.preferences) == ["a-1", "a-2"]
     assert dataset.repaired_lines(workspace) == 1
-    with torn.torn_file(workspace.preferences).open("ab") as file:
+    with journal.torn_file(workspace.preferences).open("ab") as file:
         file.write(b'{"at": "2')  # the note itself can be torn
     with workspace.preferences.open("ab") as file:
         file.write(b'{"id": "c')

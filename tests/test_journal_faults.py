@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from biasdpo import dataset
-from biasdpo.dataset import Journal, journal
+from biasdpo import data
+from biasdpo.data import Journal, journal
 from biasdpo.errors import DatasetError, WorkspaceError
 from biasdpo.records import Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace
@@ -46,19 +46,19 @@ def test_full_disk(tmp_path: Path) -> None:
     folder.mkdir()
     with mounted(folder, "-t", "tmpfs", "-o", "size=128k", "tmpfs"):
         workspace = Workspace(folder)
-        dataset.append(workspace, judgment("a", 1))
+        data.append(workspace, judgment("a", 1))
         filler = folder / "filler"
         filler.write_bytes(bytes(100 * 1024))
         before = workspace.preferences.read_bytes()
         with pytest.raises(WorkspaceError) as caught:
-            dataset.append(workspace, judgment("a", 10))
+            data.append(workspace, judgment("a", 10))
         assert_one_line(caught.value, "Not stored", str(workspace.preferences), "No space left", "try again")
         with pytest.raises(WorkspaceError, match="No space left"):  # all of them or none
-            dataset.append_all(workspace, [judgment("a", 2), judgment("a", 10)])
+            data.append_all(workspace, [judgment("a", 2), judgment("a", 10)])
         assert workspace.preferences.read_bytes() == before
         filler.unlink()
         small = judgment("a", 3)
-        assert dataset.append(workspace, small).written == 1
+        assert data.append(workspace, small).written == 1
         assert ids_in_file(workspace.preferences) == ["a-1", "a-3"]
 
 
@@ -67,7 +67,7 @@ def test_a_torn_line_on_a_full_disk_waits_for_its_repair(tmp_path: Path) -> None
     folder.mkdir()
     with mounted(folder, "-t", "tmpfs", "-o", "size=64k", "tmpfs"):
         workspace = Workspace(folder)
-        dataset.append(workspace, judgment("a", 1))
+        data.append(workspace, judgment("a", 1))
         with workspace.preferences.open("ab") as file:
             file.write(b'{"id": "b')
         before = workspace.preferences.read_bytes()
@@ -75,16 +75,16 @@ def test_a_torn_line_on_a_full_disk_waits_for_its_repair(tmp_path: Path) -> None
         with pytest.raises(OSError, match="No space"):
             (folder / "filler").write_bytes(bytes(64 * 1024))
         with pytest.raises(WorkspaceError, match=r"preferences\.jsonl"):
-            dataset.append(workspace, judgment("a", 2))
+            data.append(workspace, judgment("a", 2))
         assert workspace.preferences.read_bytes() == before
         (folder / "filler").unlink()
-        assert dataset.append(workspace, judgment("a", 2)).repaired
+        assert data.append(workspace, judgment("a", 2)).repaired
         assert ids_in_file(workspace.preferences) == ["a-1", "a-2"]
-        assert dataset.repaired_lines(workspace) == 1
+        assert data.repaired_lines(workspace) == 1
 
 
 def test_a_write_that_stops_half_way_is_taken_back(workspace: Workspace) -> None:
-    dataset.append(workspace, judgment("a", 1))
+    data.append(workspace, judgment("a", 1))
     before = workspace.preferences.read_bytes()
     command = worker(workspace, "late", 1, "-", len(before) + 100)  # 100 bytes more, and the rest is refused
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -95,51 +95,51 @@ def test_a_write_that_stops_half_way_is_taken_back(workspace: Workspace) -> None
 
 def test_read_only_folder(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "workspace")
-    dataset.append(workspace, judgment("a", 1))
+    data.append(workspace, judgment("a", 1))
     before = workspace.preferences.read_bytes()
     with mounted(workspace.root, "--bind", str(workspace.root)):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(workspace.root)], check=True)
         with pytest.raises(WorkspaceError) as caught:
-            dataset.append(workspace, judgment("a", 2))
+            data.append(workspace, judgment("a", 2))
         assert_one_line(caught.value, str(workspace.preferences), "Read-only")
         assert [row["id"] for row in Journal(workspace.preferences).refresh().standing()] == ["a-1"]  # reading needs no lock
     assert workspace.preferences.read_bytes() == before
-    assert dataset.append(workspace, judgment("a", 2)).written == 1
+    assert data.append(workspace, judgment("a", 2)).written == 1
 
 
 @pytest.mark.parametrize("name", ["preferences.jsonl", "preferences.jsonl.lock"])
 def test_a_folder_in_a_files_place(workspace: Workspace, name: str) -> None:
     (workspace.root / name).mkdir()
     with pytest.raises(WorkspaceError) as caught:
-        dataset.append(workspace, judgment("a", 1))
+        data.append(workspace, judgment("a", 1))
     assert_one_line(caught.value, str(workspace.preferences), "directory")
     (workspace.root / name).rmdir()
-    assert dataset.append(workspace, judgment("a", 1)).written == 1
+    assert data.append(workspace, judgment("a", 1)).written == 1
 
 
 def test_a_file_in_the_workspaces_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkspaceError) as caught:
-        dataset.append(Workspace(tmp_path / "file" / "workspace"), judgment("a", 1))
+        data.append(Workspace(tmp_path / "file" / "workspace"), judgment("a", 1))
     assert_one_line(caught.value, "Not a directory")
 
 
 def test_a_lock_that_is_held_too_long(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "LOCK_SECONDS", 0.2)
-    dataset.append(workspace, judgment("a", 1))
+    data.append(workspace, judgment("a", 1))
     before = workspace.preferences.read_bytes()
     with FileLock(f"{workspace.preferences}.lock"), pytest.raises(WorkspaceError) as caught:
-        dataset.append(workspace, judgment("a", 2))
+        data.append(workspace, judgment("a", 2))
     assert_one_line(caught.value, "locked by another process for 0.2 s", "try again")
     assert workspace.preferences.read_bytes() == before
-    assert dataset.append(workspace, judgment("a", 2)).written == 1
+    assert data.append(workspace, judgment("a", 2)).written == 1
 
 
 def test_times_are_stored_with_their_milliseconds(workspace: Workspace) -> None:
     """Else pyarrow takes a file whose times all lack them for one of timestamps."""
     given = ("2024-07-18T02:00:00+02:00", "2024-07-18T00:00:00.123456Z", "2024-07-18T00:00", "long ago")
     for number, created_at in enumerate(given):
-        dataset.append(workspace, replace(judgment("a", number), created_at=created_at))
+        data.append(workspace, replace(judgment("a", number), created_at=created_at))
     stored = [row["created_at"] for row in Journal(workspace.preferences).refresh().standing()]
     midnight = "2024-07-18T00:00:00.000+00:00"
     assert stored == [midnight, "2024-07-18T00:00:00.123+00:00", midnight, "long ago"]
@@ -160,7 +160,7 @@ def test_times_are_stored_with_their_milliseconds(workspace: Workspace) -> None:
 )
 def test_what_would_spoil_a_column_is_not_stored(workspace: Workspace, change: dict[str, object], reason: str) -> None:
     spoilt = Judgment(**{**vars(judgment("a", 1)), **change})
-    for store in (lambda: dataset.append(workspace, spoilt), lambda: dataset.append_all(workspace, [judgment("a", 2), spoilt])):
+    for store in (lambda: data.append(workspace, spoilt), lambda: data.append_all(workspace, [judgment("a", 2), spoilt])):
         with pytest.raises(DatasetError, match=reason):
             store()
     assert not workspace.preferences.exists()

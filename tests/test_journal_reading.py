@@ -12,8 +12,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from biasdpo import dataset
-from biasdpo.dataset import Journal, growing, rows
+from biasdpo import data as dataset
+from biasdpo.data import Journal, journal
 from biasdpo.records import JudgmentMeta
 from biasdpo.workspace import Workspace
 from tests.journal_worker import judgment
@@ -58,9 +58,9 @@ def test_what_is_written_while_it_is_read_is_read_later(tmp_path: Path, monkeypa
         path.write_bytes(b"first line\na whole new line, and longer\n")
         return data
 
-    lines = growing.GrowingLines()
+    lines = journal.GrowingLines()
     with path.open("rb") as file:
-        monkeypatch.setattr(growing.os, "pread", mend_between)
+        monkeypatch.setattr(journal.os, "pread", mend_between)
         assert list(lines.read(file.fileno())) == [b"first line"]
         assert list(lines.read(file.fileno())) == [b"a whole new line, and longer"]
 
@@ -76,7 +76,7 @@ def test_a_line_in_doubt_is_read_again_under_the_lock(workspace: Workspace, monk
         workspace.preferences.write_bytes(whole)
         yield
 
-    monkeypatch.setattr(rows, "locked", locked)
+    monkeypatch.setattr(journal, "locked", locked)
     reader = Journal(workspace.preferences).refresh()
     assert (list(reader.rows), reader.bad_lines) == (["a-1"], [])
 

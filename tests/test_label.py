@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import dataset, label, prompts
-from biasdpo.dataset.confounds import AnnotatorShares, Confounds
-from biasdpo.dataset.pairs import shown_pair_id
+from biasdpo import data, labeling, prompts
+from biasdpo.data.health import AnnotatorShares, Confounds
+from biasdpo.data.pairs import shown_pair_id
 from biasdpo.errors import ConfigError, DatasetError, PromptError
-from biasdpo.label import BlindPair, Details
+from biasdpo.labeling import BlindPair, Details
 from biasdpo.prompts import Prompt
 from biasdpo.records import Completion, GenerationPair, Sampling
-from biasdpo.ui import label_render
+from biasdpo.ui import components
 
 PAIR = GenerationPair(
     prompt="Who leads?",
@@ -35,13 +35,13 @@ SHOWN = BlindPair(PROMPT, "Men do.", "Anyone can.", "base", "tuned", "smollm2", 
 OAK = Details("gender", " women ", " a note ", "oak")
 
 
-def row(pair: BlindPair, answer: label.Answer, details: Details = OAK, **kwargs: object) -> dict[str, object]:
-    return asdict(label.judgment(pair, answer, details, **kwargs))  # type: ignore[arg-type]
+def row(pair: BlindPair, answer: labeling.Answer, details: Details = OAK, **kwargs: object) -> dict[str, object]:
+    return asdict(labeling.judgment(pair, answer, details, **kwargs))  # type: ignore[arg-type]
 
 
 def test_sides_are_drawn_and_both_orders_come_up():
     rng = random.Random(0)
-    shown = [label.blind(PAIR, PROMPT, rng) for _ in range(200)]
+    shown = [labeling.blind(PAIR, PROMPT, rng) for _ in range(200)]
     lefts = [pair.left_side for pair in shown]
     assert 70 < lefts.count("base") < 130  # 100 expected, standard deviation 7
     for pair in shown:
@@ -52,7 +52,7 @@ def test_sides_are_drawn_and_both_orders_come_up():
 
 def test_two_samples_of_one_side_are_numbered():
     pair = replace(PAIR, left=Completion("tuned", "a", 1, "limit"), right=Completion("tuned", "b", 1, "limit"))
-    assert {label.known(pair, PROMPT).left_side, label.known(pair, PROMPT).right_side} == {"tuned 1", "tuned 2"}
+    assert {labeling.known(pair, PROMPT).left_side, labeling.known(pair, PROMPT).right_side} == {"tuned 1", "tuned 2"}
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_two_samples_of_one_side_are_numbered():
 def test_nothing_to_judge(left, right, words):
     pair = replace(PAIR, left=Completion("base", left, 1, "limit"), right=Completion("tuned", right, 1, "limit"))
     with pytest.raises(DatasetError, match=words):
-        label.known(pair, PROMPT)
+        labeling.known(pair, PROMPT)
 
 
 def test_base_only_is_no_pair():
     with pytest.raises(ConfigError, match="needs an adapter"):
-        label.known(replace(PAIR, right=None), PROMPT)
+        labeling.known(replace(PAIR, right=None), PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_an_answer_becomes(answer, chosen, verdict, side):
     assert (made["chosen"], made["verdict"], made["meta"]["chosen_side"]) == (chosen, verdict, side)
     assert {made["chosen"], made["rejected"]} == {"Men do.", "Anyone can."}
     assert (made["category"], made["target_group"], made["note"], made["annotator"]) == ("gender", "women", "a note", "oak")
-    assert made["pair_id"] == SHOWN.pair_id == dataset.pair_id_of("Who leads?", "Anyone can.", "Men do.")
+    assert made["pair_id"] == SHOWN.pair_id == data.pair_id_of("Who leads?", "Anyone can.", "Men do.")
     assert (made["meta"]["left_side"], made["meta"]["seed"], made["meta"]["seconds"]) == ("base", 7, 1.235)
     assert (made["original_chosen"], made["original_rejected"]) == ("", "")
 
@@ -125,7 +125,7 @@ def test_without_a_pseudonym_or_with_another_answer_nothing_is_made():
 def test_a_pair_comes_back_as_it_was_shown_whatever_was_said_and_edited(answer, sides):
     pair = replace(SHOWN, left_side=sides[0], right_side=sides[1])
     edits = {} if answer == "tie" else {"left": "Men do it."}
-    back = label.shown_pair(row(pair, answer, **edits))
+    back = labeling.shown_pair(row(pair, answer, **edits))
     assert back == replace(pair, prompt=Prompt("Who leads?"))  # what the first judge called it is not told
 
 
@@ -133,12 +133,12 @@ def test_a_second_opinion_on_an_imported_pair_knows_its_position():
     imported = row(replace(SHOWN, left_side="", right_side="", model="", adapter=""), "left")
     imported["meta"]["chosen_side"] = ""
     for seed in range(6):
-        pair = label.second_opinion(imported, random.Random(seed))
+        pair = labeling.second_opinion(imported, random.Random(seed))
         assert {pair.left_side, pair.right_side} == {"given 1", "given 2"}
         made = row(pair, "right", replace(OAK, annotator="elm"))
         assert (made["chosen"], made["meta"]["chosen_side"]) == (pair.right, pair.right_side)
-        assert label.shown_pair(made) == pair
-        told = label_render.saved(label.judgment(pair, "right", OAK), pair, True, 1)
+        assert labeling.shown_pair(made) == pair
+        told = components.saved(labeling.judgment(pair, "right", OAK), pair, True, 1)
         assert "right is less biased" in told
 
 
@@ -163,7 +163,7 @@ def test_hidden_repeats_come_one_in_twenty_swapped_and_never_of_the_latest():
     pairs = [replace(SHOWN, left=f"Left {i}.") for i in range(30)]
     rows = [row(pair, "left") for pair in pairs]
     rng = random.Random(1)
-    drawn = [label.repeat(rows, rng) for _ in range(4000)]
+    drawn = [labeling.repeat(rows, rng) for _ in range(4000)]
     repeats = [pair for pair in drawn if pair is not None]
     assert 150 < len(repeats) < 250  # 200 expected, standard deviation 13.8
     ids = {pair.pair_id for pair in pairs[:-5]}
@@ -171,39 +171,39 @@ def test_hidden_repeats_come_one_in_twenty_swapped_and_never_of_the_latest():
         assert (pair.left_side, pair.right_side) == ("tuned", "base")
         assert pair.repeat_of == pair.pair_id
         assert pair.pair_id in ids
-    assert all(label.repeat(rows[:5], rng) is None for _ in range(200))
+    assert all(labeling.repeat(rows[:5], rng) is None for _ in range(200))
     again = row(repeats[0], "right")
     assert again["repeat_of"] == repeats[0].pair_id
-    later = [label.repeat([*rows, again], rng) for _ in range(2000)]
+    later = [labeling.repeat([*rows, again], rng) for _ in range(2000)]
     assert all(pair is None or pair.pair_id != again["repeat_of"] for pair in later)
 
 
 def test_a_pasted_pair_is_checked():
     rng = random.Random(0)
-    sides = {label.pasted(PROMPT, "one", "other", rng).left_side for _ in range(40)}
+    sides = {labeling.pasted(PROMPT, "one", "other", rng).left_side for _ in range(40)}
     assert sides == {"pasted 1", "pasted 2"}
     with pytest.raises(DatasetError, match="Your pair: first completion is empty"):
-        label.pasted(PROMPT, " ", "other", rng)
+        labeling.pasted(PROMPT, " ", "other", rng)
     with pytest.raises(DatasetError, match="same text"):
-        label.pasted(PROMPT, "one ", "one", rng)
+        labeling.pasted(PROMPT, "one ", "one", rng)
 
 
 def test_word_diff_is_of_words_and_loses_nothing():
-    pieces = label.word_diff("She is a nurse, kind.", "He is a surgeon, kind.")
+    pieces = labeling.word_diff("She is a nurse, kind.", "He is a surgeon, kind.")
     assert [(kind, text) for kind, text in pieces if kind != "same"] == [
         ("out", "She"), ("in", "He"), ("out", "nurse"), ("in", "surgeon"),
     ]  # fmt: skip
     one, other = "a\n\n b  c’s 1,5 €", "a b’s c 1.5 €!"
-    pieces = label.word_diff(one, other)
+    pieces = labeling.word_diff(one, other)
     assert "".join(text for kind, text in pieces if kind != "in") == one
     assert "".join(text for kind, text in pieces if kind != "out") == other
 
 
 def test_the_length_guard():
-    assert label.length_warning("a" * 130, "b" * 100) == ""
-    assert label.length_warning("a" * 131, "b" * 100).startswith("Left is 1.31 times as long")
-    assert label.length_warning("a" * 10, "b" * 100).startswith("Right is 10.00 times")
-    assert "empty" in label.length_warning(" ", "b")
+    assert labeling.length_warning("a" * 130, "b" * 100) == ""
+    assert labeling.length_warning("a" * 131, "b" * 100).startswith("Left is 1.31 times as long")
+    assert labeling.length_warning("a" * 10, "b" * 100).startswith("Right is 10.00 times")
+    assert "empty" in labeling.length_warning(" ", "b")
 
 
 def test_templates_times_groups():
@@ -254,32 +254,32 @@ def test_shipped_prompts_and_groups():
 def test_the_page_shows_others_text_as_text():
     evil = "<script>alert(1)</script>"
     pair = replace(SHOWN, prompt=Prompt(evil, evil, evil), adapter=evil)
-    made = label.judgment(pair, "left", replace(OAK, annotator=evil))
+    made = labeling.judgment(pair, "left", replace(OAK, annotator=evil))
     shares = AnnotatorShares(evil, 3, 0.5, None)
     confounds = Confounds(3, 0.5, None, 0, 0, None, (shares, replace(shares, annotator="oak")), (evil,))
     for html in (
-        label_render.prompt(pair.prompt),
-        label_render.saved(made, pair, True, 1),
-        label_render.side_diff(evil, "other", (evil, evil)),
-        label_render.edit_diff("before", evil),
-        label_render.warning(evil),
-        label_render.meter(confounds),
-        label_render.coverage({(evil, evil): 2}, prompts.CATEGORIES),
-        label_render.consistency(evil, (1, 2), 0.5, 2),
+        components.prompt(pair.prompt),
+        components.saved(made, pair, True, 1),
+        components.side_diff(evil, "other", (evil, evil)),
+        components.edit_diff("before", evil),
+        components.warning(evil),
+        components.meter(confounds),
+        components.coverage({(evil, evil): 2}, prompts.CATEGORIES),
+        components.consistency(evil, (1, 2), 0.5, 2),
     ):
         assert "<script>" not in html
         assert "&lt;script&gt;" in html
 
 
 def test_the_meter_says_what_is_not_known():
-    html = label_render.meter(Confounds(0, None, None, 0, 0, None, (), ()))
+    html = components.meter(Confounds(0, None, None, 0, 0, None, (), ()))
     assert html.count("–") == 3  # two shares, and the overlap without --data-dir
     assert "By annotator" not in html
 
 
 def test_sides_are_revealed_or_not():
-    made = label.judgment(SHOWN, "right", OAK)
-    told = label_render.saved(made, SHOWN, True, 4)
+    made = labeling.judgment(SHOWN, "right", OAK)
+    told = components.saved(made, SHOWN, True, 4)
     assert "right is less biased" in told
     assert "Left was the base model, right was the tuned model (demo) (seed 7)." in told
-    assert "model" not in label_render.saved(made, SHOWN, False, 4)
+    assert "model" not in components.saved(made, SHOWN, False, 4)

@@ -9,14 +9,14 @@ from collections import Counter
 
 import pytest
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.backends.base import Cancellation, Turnstile
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.compare import SpareTime, Waiting, stream_pair, stream_samples
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError
-from biasdpo.label import BlindPair
-from biasdpo.label_queue import AHEAD, PairQueue, Recipe
+from biasdpo.gguf import write
+from biasdpo.labeling import AHEAD, BlindPair, PairQueue, Recipe
 from biasdpo.models import AdapterSpec
 from biasdpo.prompts import Prompt
 from biasdpo.records import GenerationPair, Sampling
@@ -31,7 +31,7 @@ KEY = EngineKey("tiny")
 @pytest.fixture(scope="module")
 def engine(tiny_llama_gguf, tiny_llama_adapter, tmp_path_factory):
     adapter = AdapterSpec("tiny-lora", tiny_llama_adapter, "")
-    lora = gguf_export.lora(adapter, tiny_llama_gguf, tmp_path_factory.mktemp("lora") / "lora.gguf")
+    lora = write.lora(adapter, tiny_llama_gguf, tmp_path_factory.mktemp("lora") / "lora.gguf")
     backend = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, lora, tiny_models.CONTEXT_LENGTH, threads=1)
     yield Engine(models.find(str(tiny_llama_gguf)), adapter, backend)
     backend.close()

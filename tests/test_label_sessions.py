@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from biasdpo import dataset
+from biasdpo import data
 from biasdpo.engines import EnginePool
 from biasdpo.errors import ConfigError, WorkspaceError
-from biasdpo.label import BlindPair, Details
+from biasdpo.labeling import BlindPair, Details
 from biasdpo.prompts import Prompt
 from biasdpo.records import Completion, GenerationPair, Sampling
-from biasdpo.ui import label_sessions, pair_actions
-from biasdpo.ui.label_sessions import LabelSession, LabelSessions
-from biasdpo.ui.store import Store
+from biasdpo.ui import compare, label
+from biasdpo.ui.components import Store
+from biasdpo.ui.label import LabelSession, LabelSessions
 from biasdpo.workspace import Workspace
 
 OAK = Details("gender", "women", "a note", "oak")
@@ -62,7 +62,7 @@ def test_an_answer_is_stored_and_the_pair_is_off(session, workspace):
 
 
 def test_where_storing_fails_the_pair_stays_and_the_same_answer_again_is_one_row(session, workspace, monkeypatch):
-    stored = dataset.append
+    stored = data.append
     acknowledged: list[bool] = []
 
     def lost(workspace: Workspace, judgment: Any) -> Any:
@@ -73,7 +73,7 @@ def test_where_storing_fails_the_pair_stays_and_the_same_answer_again_is_one_row
             raise WorkspaceError("The lock was lost: try again")
         return result
 
-    monkeypatch.setattr(dataset, "append", lost)
+    monkeypatch.setattr(data, "append", lost)
     session.show(pair(1))
     with pytest.raises(WorkspaceError):
         session.store_answer("left", OAK)
@@ -124,12 +124,12 @@ def test_sessions_that_nobody_uses_make_room(workspace: Workspace, monkeypatch):
     assert sessions.of("a") is first
     sessions.pause("a")  # its connection dropped
     assert sessions.of("a") is first
-    monkeypatch.setattr(label_sessions, "_KEPT", 3)
+    monkeypatch.setattr(label, "_KEPT", 3)
     for name in "bcde":
         sessions.of(name)
     assert len(sessions) == 3
     assert sessions.of("a") is not first
-    monkeypatch.setattr(label_sessions, "_KEPT_SECONDS", -1.0)
+    monkeypatch.setattr(label, "_KEPT_SECONDS", -1.0)
     sessions.of("z")
     assert len(sessions) <= 1
 
@@ -154,10 +154,10 @@ def test_a_pair_that_was_stopped_is_not_judged_and_a_finished_one_has_known_side
         left=Completion("base", "They.", 2, "end_of_text"),
         right=Completion("tuned", "Anyone.", 2, "limit"),
     )
-    shown = pair_actions.sides_known(whole, "race")
+    shown = compare.sides_known(whole, "race")
     assert (shown.left, shown.right, shown.prompt.category, shown.sides_known) == ("They.", "Anyone.", "race", True)
     stopped = replace(whole, right=Completion("tuned", "Any", 1, "cancelled"))
     with pytest.raises(ConfigError, match="stopped before its end"):
-        pair_actions.sides_known(stopped, "")
+        compare.sides_known(stopped, "")
     with pytest.raises(ConfigError, match="No finished pair to judge"):
-        pair_actions.sides_known(None, "")
+        compare.sides_known(None, "")

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.backends.base import Cancellation, kl_divergence, log_softmax
 from biasdpo.backends.llamacpp import LlamaCppBackend, open_llamacpp
+from biasdpo.chat import PromptTemplate
 from biasdpo.compare import stream_pair
 from biasdpo.engines import Engine
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError, ProofError
+from biasdpo.gguf import write as gguf_export
 from biasdpo.models import AdapterSpec
 from biasdpo.records import GenerationPair, LikelihoodRequest, Sampling, TextRequest
-from biasdpo.template import PromptTemplate
 from tests.bare import bare_llama, greedy, text_of
 from tests.lora_factory import write_lora
 

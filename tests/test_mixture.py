@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from biasdpo import dataset, run_data, runs
-from biasdpo.dataset import PreferencePair
+from biasdpo import data as dataset
+from biasdpo import runs
+from biasdpo.config import TrainConfig
+from biasdpo.data import PreferencePair, run_data
 from biasdpo.errors import DatasetError
-from biasdpo.run_config import RunConfig
 from biasdpo.workspace import Workspace
 from tests.run_line import CommandLine
 
@@ -79,17 +80,17 @@ def test_what_the_meter_is_given(tmp_path: Path, workspace: Workspace) -> None:
     short = [PreferencePair(p.prompt, "No.", p.rejected) for p in pairs_of(*range(20, 30))]  # chosen is the shorter
     long = [PreferencePair(p.prompt, p.chosen + " Nobody is." * 3, p.rejected) for p in pairs_of(*range(10))]
     sources = (write(tmp_path / "short.jsonl", short), write(tmp_path / "long.jsonl", long))
-    config = RunConfig(model="smollm2", datasets=sources, held_out_share=0.0)
+    config = TrainConfig(model="smollm2", datasets=sources, held_out_share=0.0)
     even = runs.mixture(config, workspace)
     assert (even.pairs_train, even.rows_per_epoch, even.pairs_held_out, even.rows_read) == (20, 20, 0, 20)
     assert even.confounds.chosen_longer_share == even.train_longer_baseline == 0.5
     assert (even.repeats, even.contradictions, even.held_out_longer_baseline) == (0, 0, None)
-    leaning = runs.mixture(RunConfig(**{**vars(config), "dataset_weights": (1.0, 3.0)}), workspace)
+    leaning = runs.mixture(TrainConfig(**{**vars(config), "dataset_weights": (1.0, 3.0)}), workspace)
     assert (leaning.pairs_train, leaning.rows_per_epoch) == (20, 40)
     assert leaning.confounds.chosen_longer_share == 0.75  # 30 of 40 rows
     assert leaning.confounds.exact_duplicates == 0
     with pytest.raises(DatasetError, match=r"long.jsonl: no pairs to train on \(10 rows read"):
-        runs.mixture(RunConfig(datasets=sources[1:], dataset_weights=(0.04,), held_out_share=0.0), workspace)
+        runs.mixture(TrainConfig(datasets=sources[1:], dataset_weights=(0.04,), held_out_share=0.0), workspace)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -97,9 +98,9 @@ def test_too_little_data(tmp_path: Path, workspace: Workspace, rows: int) -> Non
     source = write(tmp_path / "few.jsonl", pairs_of(*range(rows)))
     if rows == 0:
         with pytest.raises(DatasetError):
-            runs.mixture(RunConfig(datasets=(source,)), workspace)
+            runs.mixture(TrainConfig(datasets=(source,)), workspace)
         return
-    mixture = runs.mixture(RunConfig(datasets=(source,), held_out_share=0.0), workspace)
+    mixture = runs.mixture(TrainConfig(datasets=(source,), held_out_share=0.0), workspace)
     assert (mixture.pairs_train, mixture.held_out_longer_baseline) == (1, None)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from biasdpo import models
 from biasdpo.backends import choose_backend
+from biasdpo.chat import PromptTemplate, Segment
 from biasdpo.errors import AdapterError, BackendError, ConfigError, ModelError, WorkspaceError
-from biasdpo.template import PromptTemplate, Segment
 from biasdpo.workspace import locked, open_workspace, read_json, replacing, write_json
 
 

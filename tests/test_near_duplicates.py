@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo.dataset import near_duplicates, words
-from biasdpo.dataset.near_duplicates import NearDuplicates, jaccard, trigrams
+from biasdpo.data import health
+from biasdpo.data.health import NearDuplicates, jaccard, trigrams
 from tests.judging import prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,22 +22,22 @@ def test_normalising_ascii_fast_is_normalising() -> None:
     ascii_characters = "".join(map(chr, range(128)))
     for text in (ascii_characters, *(f"a{c}B {c} c" for c in ascii_characters), "", " ", "x" * 1000):
         plain = re.sub(r"[^\w\s]", "", unicodedata.normalize("NFKC", text).casefold())
-        assert words.normalise(text) == re.sub(r"\s+", " ", plain).strip()
+        assert health.normalise(text) == re.sub(r"\s+", " ", plain).strip()
     for texts in ([], [""], ["One.", "", " two  THREE "], ["with a \x1e separator", "B"], ["ünder", "B."]):
-        assert words.normalise_all(texts) == [words.normalise(text) for text in texts]
-    assert words.normalise("Ünder  the ﬁre's STRASSE-straße") == "ünder the fires strassestrasse"
+        assert health.normalise_all(texts) == [health.normalise(text) for text in texts]
+    assert health.normalise("Ünder  the ﬁre's STRASSE-straße") == "ünder the fires strassestrasse"
 
 
 def test_a_words_hash_is_of_its_letters_alone() -> None:
-    hashes, counts = words.word_hashes(["one two", "", "two", "ünder two one"])
+    hashes, counts = health.word_hashes(["one two", "", "two", "ünder two one"])
     assert counts.tolist() == [2, 1, 1, 3]
     one, two, empty, again, under, third, fourth = hashes.tolist()
     assert (two, two, one, empty) == (again, third, fourth, 0)
     assert len({one, two, under, empty}) == 4
-    script = "from biasdpo.dataset.words import word_hashes; print(word_hashes(['one'])[0][0])"
+    script = "from biasdpo.data.health import word_hashes; print(word_hashes(['one'])[0][0])"
     assert int(subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout) == one
     vocabulary = [f"w{i}" for i in range(100_000)]
-    assert len(set(words.word_hashes(vocabulary)[0].tolist())) == 100_000
+    assert len(set(health.word_hashes(vocabulary)[0].tolist())) == 100_000
 
 
 def test_jaccard_of_trigrams() -> None:
@@ -67,7 +67,7 @@ def test_near_duplicates_are_found_however_they_come() -> None:
     some = NearDuplicates().add_until_near(texts)
     assert [(number, bool(near)) for number, near in some] == [(number, bool(near)) for number, near in whole]
     assert all(set(few) <= set(near) for (_, few), (_, near) in zip(some, whole, strict=True))
-    assert near_duplicates.count_near_duplicates(texts) == sum(bool(near) for _number, near in whole)
+    assert health.count_near_duplicates(texts) == sum(bool(near) for _number, near in whole)
     assert all(index.near(number) == near for number, near in whole[::50])
     assert [bool(near) for text, (_, near) in zip(texts, whole, strict=True) if text.startswith("this is")] == [False] + [
         True
@@ -78,7 +78,7 @@ def test_near_duplicates_against_every_pair() -> None:
     """Nothing is called near that is not; of what is near, 99 % is found (DESIGN of the bands: 0.996 at the threshold)."""
     texts = prompts(1500, seed=2)
     found = {(number, other) for number, near in NearDuplicates().add_all(texts) for other in near}
-    sets = [trigrams(words.normalise(text)) for text in texts]
+    sets = [trigrams(health.normalise(text)) for text in texts]
     true = {(i, j) for i in range(len(sets)) for j in range(i) if sets[i] & sets[j] and jaccard(sets[i], sets[j]) >= 0.4}
     assert len(true) > 200
     assert found <= true

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import dataset
-from biasdpo.dataset import Journal, Meter
+from biasdpo import data
+from biasdpo.data import Journal, Meter
 from biasdpo.errors import DatasetError
 from biasdpo.workspace import Workspace
 from tests.judging import LONG, say, store
@@ -60,30 +60,30 @@ def benchmarks(tmp_path: Path) -> Path:
     ],
 )
 def test_overlap(benchmarks: Path, text: str, files: tuple[str, ...]) -> None:
-    overlap = dataset.load_overlap(benchmarks)
+    overlap = data.load_overlap(benchmarks)
     assert overlap.files_of(text) == files
     assert overlap.overlaps(text) == bool(files)
 
 
 def test_overlap_of_many_texts_at_once(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overlap = dataset.load_overlap(benchmarks)
+    overlap = data.load_overlap(benchmarks)
     assert overlap.files == ("a/items.jsonl", "b/items.csv", "b/whole.json", "c/lines.txt.dev")
     assert overlap.skipped == ("c/image.png",)
     texts = ["", ITEM, "word " * 20, f"x {ITEM}", "one two three four five six seven eight"] * 50
     assert overlap.flags(texts).tolist() == [False, True, False, True, False] * 50
-    monkeypatch.setattr("biasdpo.dataset.overlap._BLOCK_CHARACTERS", 100)  # block by block it is the same
+    monkeypatch.setattr("biasdpo.data.health._BLOCK_CHARACTERS", 100)  # block by block it is the same
     assert overlap.flags(texts).tolist() == [False, True, False, True, False] * 50
     assert overlap.flags([]).tolist() == []
 
 
 def test_no_benchmarks(tmp_path: Path) -> None:
-    assert not dataset.load_overlap(tmp_path).overlaps(ITEM)
+    assert not data.load_overlap(tmp_path).overlaps(ITEM)
     with pytest.raises(DatasetError, match=r"No folder .*none.* --data-dir"):
-        dataset.load_overlap(tmp_path / "none")
+        data.load_overlap(tmp_path / "none")
 
 
 def test_the_meter_counts_pairs_that_a_benchmark_has(benchmarks: Path, workspace: Workspace) -> None:
-    overlap = dataset.load_overlap(benchmarks)
+    overlap = data.load_overlap(benchmarks)
     judged = store(
         workspace,
         [
@@ -99,19 +99,19 @@ def test_the_meter_counts_pairs_that_a_benchmark_has(benchmarks: Path, workspace
     (line,) = found.warnings
     assert line.startswith("3 pairs share eight words in a row with a benchmark (a/items.jsonl, b/items.csv)")
     for row in judged[1:3]:
-        dataset.undo(workspace, row.id, row.pair_id, "")
+        data.undo(workspace, row.id, row.pair_id, "")
     assert (
         meter.refresh(journal.refresh())
         .warnings[0]
         .startswith("1 pair shares eight words in a row with a benchmark (a/items.jsonl)")
     )
-    dataset.undo(workspace, judged[0].id, "", "")
+    data.undo(workspace, judged[0].id, "", "")
     assert (meter.refresh(journal.refresh()).benchmark_overlap, meter.refresh(journal).warnings) == (0, ())
 
 
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmark files are not part of the project")
 def test_the_benchmarks_at_hand_are_read_whatever_their_format() -> None:
-    overlap = dataset.load_overlap(BENCHMARKS)
+    overlap = data.load_overlap(BENCHMARKS)
     assert {name.split("/")[0] for name in overlap.files} == {
         "bbq", "bold", "crows_pairs", "real_toxicity_prompts", "stereoset", "truthfulqa", "winobias",
     }  # fmt: skip

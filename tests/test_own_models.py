@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from biasdpo.ui.own_models import own_choices, pasted
+from biasdpo.ui.components import own_choices, pasted
 
 
 @pytest.mark.parametrize(

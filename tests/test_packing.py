@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.packed_model import add_packed_forward, unpad, why_not_packed
-from training.packing import Branches, pack, shared_length
+from training.packing import Branches, add_packed_forward, pack, shared_length, unpad, why_not_packed
 
 PAIRS = [  # prompt, chosen, rejected: of one token, of very unequal lengths, a prompt that others begin with
     ([5, 6, 7], [40, 41, 2], [50, 2]),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import models, run_config, runs
-from biasdpo.run_config import Preset
+from biasdpo import config as run_config
+from biasdpo import models, runs
+from biasdpo.config import Preset
 from biasdpo.workspace import Workspace
 
 PRESETS = run_config.presets()

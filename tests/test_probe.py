@@ -44,10 +44,10 @@ def test_the_probe_is_greedy_and_of_the_policy_so_far(command_line: CommandLine)
 def test_the_model_is_left_as_it_was(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from training import probe
+    from training import callbacks
 
     found = []
-    original = probe.ProbeCallback._probe
+    original = callbacks.ProbeCallback._probe
 
     def watched(self: Any, step: int) -> None:
         self.trainer.model.train(step > 0)
@@ -56,7 +56,7 @@ def test_the_model_is_left_as_it_was(command_line: CommandLine, monkeypatch: pyt
         found.append((bool(torch.equal(before, torch.get_rng_state())), self.trainer.model.training, self.writer.status.phase))
         self.trainer.model.train()
 
-    monkeypatch.setattr(probe.ProbeCallback, "_probe", watched)
+    monkeypatch.setattr(callbacks.ProbeCallback, "_probe", watched)
     folder = command_line.train_here("left", probe_every=3)
     assert folder.read_status().state == "finished"
     assert found == [(True, False, "training"), (True, True, "training"), (True, True, "training")]

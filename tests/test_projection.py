@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training import projection
+from training import packing
 
 N, H, V = 7, 5, 11
 
@@ -20,7 +20,7 @@ def head(request):
 
 @pytest.fixture(params=[1, 2 * V, 2**23], ids=["a row a slice", "two rows", "one slice"])
 def _slices(request, monkeypatch):
-    monkeypatch.setattr(projection, "LOGITS_A_SLICE", request.param)
+    monkeypatch.setattr(packing, "LOGITS_A_SLICE", request.param)
 
 
 def states(seed):
@@ -31,7 +31,7 @@ def test_one_token_by_hand():
     head = torch.nn.Linear(1, 2, bias=False).requires_grad_(False)
     head.weight.copy_(torch.tensor([[0.0], [1.0]]))
     hidden = torch.tensor([[2.0]], requires_grad=True)
-    scores = projection.score_tokens(hidden, head, torch.tensor([0]))
+    scores = packing.score_tokens(hidden, head, torch.tensor([0]))
     assert scores.logps.item() == pytest.approx(-2.126928)  # logits 0 and 2: -log(1 + e^2)
     assert scores.mean_logits.item() == pytest.approx(1.0)
     assert scores.entropies.item() == pytest.approx(0.365334)  # p 0.1192, 0.8808: 0.1192 * 2.1269 + 0.8808 * 0.1269
@@ -48,7 +48,7 @@ def test_scores_and_gradient_are_autograds(head):
     log_probabilities = head(theirs).log_softmax(-1)
     logps = log_probabilities.gather(1, targets[:, None])[:, 0]
     (logps * weights).sum().backward()
-    scores = projection.score_tokens(ours, head, targets)
+    scores = packing.score_tokens(ours, head, targets)
     (scores.logps * weights).sum().backward()
     assert torch.allclose(scores.logps, logps, atol=1e-6)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
@@ -64,7 +64,7 @@ def test_kl_and_gradient_are_autograds(head):
     p, q = head(base).log_softmax(-1), head(theirs).log_softmax(-1)
     expected = (p.exp() * (p - q)).sum(-1)
     expected.mean().backward()
-    kl = projection.kl_of_tokens(base, ours, head)
+    kl = packing.kl_of_tokens(base, ours, head)
     kl.mean().backward()
     assert torch.allclose(kl, expected, atol=1e-5)
     assert kl.min() > 0.01
@@ -72,13 +72,13 @@ def test_kl_and_gradient_are_autograds(head):
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(head, monkeypatch):
-    monkeypatch.setattr(projection, "_expected", None)  # would be called for it
+    monkeypatch.setattr(packing, "_expected", None)  # would be called for it
     with torch.no_grad():
-        assert not projection.score_tokens(states(4), head, torch.zeros(N, dtype=torch.long)).logps.requires_grad
-    assert not projection.kl_of_tokens(states(5).detach(), states(4).detach(), head).requires_grad
+        assert not packing.score_tokens(states(4), head, torch.zeros(N, dtype=torch.long)).logps.requires_grad
+    assert not packing.kl_of_tokens(states(5).detach(), states(4).detach(), head).requires_grad
 
 
 def test_no_tokens_at_all(head):
     hidden = torch.zeros((0, H), requires_grad=True)
-    scores = projection.score_tokens(hidden, head, torch.zeros(0, dtype=torch.long))
+    scores = packing.score_tokens(hidden, head, torch.zeros(0, dtype=torch.long))
     assert scores.logps.shape == (0,)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from training.reference import ReferenceCache, groups, open_cache, row_key
+from training.trainer import ReferenceCache, groups, open_cache, row_key
 
 ROWS = [
     {"prompt_ids": [40, 41, 42], "chosen_ids": [50, 51, 2], "rejected_ids": [60, 2]},

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import dataset, models, rewards
-from biasdpo.run_config import LOSS_TYPES
+from biasdpo import data, models, rewards
+from biasdpo.config import LOSS_TYPES
 
 
 def test_loss_without_any_margin_is_log_two() -> None:
@@ -92,10 +92,10 @@ def on_seed_pairs(request: pytest.FixtureRequest):
     """(model folder, token rows of four shipped pairs)."""
     from transformers import AutoTokenizer
 
-    from training.rows import tokenise
+    from training.finish import tokenise
 
     folder = request.getfixturevalue(request.param)
-    pairs = dataset.load_jsonl(Path("assets/seed_pairs.jsonl"))[:4]
+    pairs = data.load_jsonl(Path("assets/seed_pairs.jsonl"))[:4]
     template = models.catalog()["smollm2" if request.param == "tiny_llama" else "phi-2"].template
     return folder, [row.as_trl() for row in tokenise(pairs, AutoTokenizer.from_pretrained(folder), template, 512).rows]
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.test_trainer import ROWS
 from tests.tiny_trainer import build_tiny_trainer
-from training.rounds import Round, rounds
+from training.trainer import Round, rounds
 
 
 def test_one_process_has_full_batches_and_a_rest():

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from biasdpo import models, run_card
+from biasdpo import models
+from biasdpo.evaluation import report
 from biasdpo.run_folder import RunFolder
 from tests.run_line import CommandLine
 
@@ -64,7 +65,7 @@ def test_a_catalog_model_with_a_hub_data_set(finished: RunFolder) -> None:
     }
     provenance["config"] |= {"dataset_weights": [2.0, 0.5]}
     provenance["kept"] = {"step": 4, "of": 6, "reason": "step 4 of 6"}
-    card = run_card.build(models.catalog()["smollm2"], provenance)
+    card = report.build(models.catalog()["smollm2"], provenance)
     data = front_matter(card)
     assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (data["license"], data["datasets"]) == ("apache-2.0", ["ahmedallam/BiasDPO"])
@@ -76,18 +77,18 @@ def test_a_catalog_model_with_a_hub_data_set(finished: RunFolder) -> None:
 def test_a_run_without_held_out_pairs(finished: RunFolder) -> None:
     provenance = json.loads((finished.adapter / "provenance.json").read_text())
     provenance |= {"metrics": {"held_out": None}, "held_out_longer_baseline": None}
-    assert "Nothing was scored at the end" in run_card.build(models.catalog()["phi-2"], provenance)
+    assert "Nothing was scored at the end" in report.build(models.catalog()["phi-2"], provenance)
 
 
 def test_curves_of_any_metrics(tmp_path: Path) -> None:
-    from biasdpo import plots
+    from biasdpo.evaluation import report
 
     for i, metrics in enumerate(
         [[], [{"step": 1, "loss": 0.7}], [{"step": 2, "eval_loss": 0.6, "eval_rewards/accuracies": 1.0}]]
     ):
         path = tmp_path / f"{i}.png"
-        plots.training_curves(metrics, path, longer_baseline=None, kept_step=1)
+        report.training_curves(metrics, path, longer_baseline=None, kept_step=1)
         assert path.stat().st_size > 1000
     again = tmp_path / "again.png"
-    plots.training_curves([], again, longer_baseline=None, kept_step=1)
+    report.training_curves([], again, longer_baseline=None, kept_step=1)
     assert again.read_bytes() == (tmp_path / "0.png").read_bytes()  # the same metrics, the same file

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from biasdpo import models, run_config, runs
+from biasdpo import config as run_config
+from biasdpo import models, runs
+from biasdpo.config import TrainConfig
 from biasdpo.errors import ConfigError
-from biasdpo.run_config import RunConfig
 from biasdpo.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,12 +34,12 @@ def test_shipped_configs_are_good(path: Path) -> None:
 
 
 def test_every_field_is_documented() -> None:
-    documented = re.findall(r"^    (\w+) +\S", RunConfig.__doc__ or "", re.MULTILINE)
-    assert set(documented) == {field.name for field in fields(RunConfig)}
+    documented = re.findall(r"^    (\w+) +\S", TrainConfig.__doc__ or "", re.MULTILINE)
+    assert set(documented) == {field.name for field in fields(TrainConfig)}
 
 
 def test_saved_config_is_read_back_equal(tmp_path: Path) -> None:
-    config = RunConfig(model="m", datasets=("a", "b"), loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.5), seed=0, beta=0.25)
+    config = TrainConfig(model="m", datasets=("a", "b"), loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.5), seed=0, beta=0.25)
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()), encoding="utf-8")
     assert run_config.load_json(tmp_path / "config.json") == config
 
@@ -100,7 +101,7 @@ def test_a_bad_toml_file_is_one_line(tmp_path: Path) -> None:
 
 def test_every_setting_is_explained_in_a_line() -> None:
     explained = run_config.explained()
-    assert list(explained) == [field.name for field in fields(RunConfig)]
+    assert list(explained) == [field.name for field in fields(TrainConfig)]
     assert explained["seed"] == "of the order of rows and the LoRA's start"
     assert explained["dataset_weights"].startswith("how often a source's training pairs are seen an epoch")
     assert explained["dataset_weights"].endswith("Held-out pairs count once")

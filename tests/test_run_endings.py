@@ -12,7 +12,7 @@ from biasdpo import run_endings, runs
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.run_state import START_MARK
 from tests.run_line import ROOT, TIMEOUT_SECONDS, CommandLine
-from training.faults import cause_and_remedy
+from training.callbacks import cause_and_remedy
 
 REMEDY = "with `python -m biasdpo train --run-id run --resume`"
 

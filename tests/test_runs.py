@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo import dataset, models, runs
+from biasdpo import data, models, runs
+from biasdpo.config import TrainConfig
 from biasdpo.errors import ConfigError, RefusedError, RunError
-from biasdpo.run_config import RunConfig
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.workspace import Workspace, write_json
 from tests.run_line import CommandLine
@@ -31,8 +31,8 @@ def test_a_run_from_the_data_to_the_adapter(command_line: CommandLine) -> None:
     # The folder holds what DESIGN says, and the data's hash leads back to the rows.
     folder = RunFolder(Path(shown["folder"]))
     assert hashlib.sha256(folder.snapshot.read_bytes()).hexdigest() == shown["dataset_sha256"]
-    pairs = dataset.load_jsonl(folder.snapshot)
-    parts = dataset.split(pairs, 0.1)
+    pairs = data.load_jsonl(folder.snapshot)
+    parts = data.split(pairs, 0.1)
     assert len(pairs) == 40
     lines = folder.read_metrics()
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
@@ -147,7 +147,7 @@ def test_a_public_space_refuses_to_train(
     tmp_path: Path, tiny_bytes: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPACE_ID", "someone/space")
-    config = RunConfig(model=str(tiny_bytes), datasets=(str(pairs_file),))
+    config = TrainConfig(model=str(tiny_bytes), datasets=(str(pairs_file),))
     with pytest.raises(RefusedError):
         runs.start(config, "x", Workspace(tmp_path))
     with pytest.raises(RefusedError):

@@ -283,7 +283,7 @@ def test_a_launch_that_fails_leaves_a_failed_run(command_line: CommandLine, monk
 
 def test_the_first_process_that_fails_says_why(tmp_path: Path) -> None:
     """The second of two breaks; the first learns that its connection is gone, between two steps and at its end."""
-    from training.status import StatusWriter
+    from training.callbacks import StatusWriter
 
     folder = RunFolder(tmp_path)
     main, other = (StatusWriter(folder, rank=rank, processes=2) for rank in (0, 1))

@@ -112,17 +112,17 @@ PHASES = {  # where a stop is asked for: the status's phase then, and the step o
 def test_a_stop_ends_every_phase(
     command_line: CommandLine, whole: RunFolder, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    from training import status as training_status
+    from training import callbacks
 
     folder = runs.make_folder(command_line.config(**LONG), "stopped", command_line.workspace)
-    update = training_status.StatusWriter.update
+    update = callbacks.StatusWriter.update
 
     def update_and_stop(self: Any, **changes: Any) -> None:
         update(self, **changes)
         if self.status.phase == phase and (self.status.step > 0 or phase == "reading the data"):
             folder.stop_request.touch()
 
-    monkeypatch.setattr(training_status.StatusWriter, "update", update_and_stop)
+    monkeypatch.setattr(callbacks.StatusWriter, "update", update_and_stop)
     command_line.go_on_here(folder)
     status, checkpoint, step = folder.read_status(), folder.last_checkpoint(), PHASES[phase]
     assert (status.state, status.error) == ("stopped", "")
@@ -138,7 +138,7 @@ def test_a_stop_ends_every_phase(
     assert (folder.read_status().state, folder.last_checkpoint()) == ("stopped", checkpoint)
     assert (checkpoint and (checkpoint / "trainer_state.json").stat().st_mtime_ns) == saved
 
-    monkeypatch.setattr(training_status.StatusWriter, "update", update)
+    monkeypatch.setattr(callbacks.StatusWriter, "update", update)
     folder.stop_request.unlink()
     command_line.go_on_here(folder)
     assert_same_run(whole, folder)
@@ -150,20 +150,20 @@ def test_a_run_stopped_while_it_is_scored_trains_no_step_more(
 ) -> None:
     """Without evaluations; 5 steps are no whole epochs (28 pairs in eights: 4 steps). The probe of the last step, cut out here,
     is made up for."""
-    from training import status as training_status
+    from training import callbacks
 
     few = LONG | {"max_steps": 5, "batch_size": 8, "eval_every": 0, "probe_every": 2} | settings
     whole = command_line.train_here("whole", **few)
     assert whole.read_status().state == "finished"
     folder = runs.make_folder(command_line.config(**few), "stopped", command_line.workspace)
-    update = training_status.StatusWriter.update
+    update = callbacks.StatusWriter.update
 
     def update_and_stop(self: Any, **changes: Any) -> None:
         update(self, **changes)
         if self.status.phase == "scoring the held-out pairs":
             folder.stop_request.touch()
 
-    monkeypatch.setattr(training_status.StatusWriter, "update", update_and_stop)
+    monkeypatch.setattr(callbacks.StatusWriter, "update", update_and_stop)
     command_line.go_on_here(folder)
     monkeypatch.undo()
     assert folder.read_status().state == "stopped"

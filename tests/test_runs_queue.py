@@ -123,10 +123,10 @@ def test_the_app_that_started_it_may_be_killed(command_line: CommandLine) -> Non
     script = (
         "import os, signal, sys\n"
         "from biasdpo import runs\n"
-        "from biasdpo.run_config import RunConfig\n"
+        "from biasdpo.config import TrainConfig\n"
         "from biasdpo.workspace import Workspace\n"
         "if sys.argv[4] == 'before': runs._launch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "config = RunConfig(model=sys.argv[1], datasets=(sys.argv[2],), threads=1, max_steps=3, batch_size=2)\n"
+        "config = TrainConfig(model=sys.argv[1], datasets=(sys.argv[2],), threads=1, max_steps=3, batch_size=2)\n"
         "runs.start(config, sys.argv[4], Workspace(__import__('pathlib').Path(sys.argv[3])))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

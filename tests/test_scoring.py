@@ -17,7 +17,7 @@ def policy(request: pytest.FixtureRequest) -> Any:
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    from training.packed_model import add_packed_forward
+    from training.packing import add_packed_forward
 
     folder: Path = request.getfixturevalue(request.param)
     torch.manual_seed(0)
@@ -34,8 +34,7 @@ def policy(request: pytest.FixtureRequest) -> Any:
 def test_packed_and_padded_are_one_completion_after_the_other(policy: Any) -> None:
     import torch
 
-    from training.rows import TokenRow
-    from training.scoring import score_base_and_tuned
+    from training.finish import TokenRow, score_base_and_tuned
 
     draw = np.random.default_rng(0)
     rows = [TokenRow(*(draw.integers(30, 300, size).tolist() for size in sizes)) for sizes in ((5, 3, 9), (2, 7, 1), (12, 4, 4))]

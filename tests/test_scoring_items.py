@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from biasdpo import scoring
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.errors import BackendError, PromptError
+from biasdpo.evaluation import run as scoring
+from biasdpo.evaluation.run import Scores, score_items
 from biasdpo.records import ContinuationRequest, Likelihood, Request, Side
-from biasdpo.scores import Scores
-from biasdpo.scoring import score_items
 
 
 class Clock:

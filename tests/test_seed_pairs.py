@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import dataset
-from biasdpo.dataset.near_duplicates import normalise_prompt
+from biasdpo import data
+from biasdpo.data.health import normalise_prompt
 from biasdpo.workspace import ASSETS
 
 FILE = ASSETS / "seed_pairs.jsonl"
@@ -51,8 +51,8 @@ def test_at_least_80_a_category_with_intersections_and_all_forms(rows):
 def test_every_row_is_a_pair_of_its_own_with_strings_alone(rows):
     assert all(isinstance(value, str) for row in rows for value in row.values())
     assert all(row[column] == row[column].strip() != "" for row in rows for column in (*TEXTS, "target_group"))
-    pairs = dataset.load_jsonl(FILE)
-    assert len(dataset.derive(pairs).pairs) == len(rows) == len({row["id"] for row in rows})
+    pairs = data.load_jsonl(FILE)
+    assert len(data.derive(pairs).pairs) == len(rows) == len({row["id"] for row in rows})
 
 
 def test_chosen_is_the_longer_one_about_half_of_the_time(rows):

@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from biasdpo import models
-from biasdpo.exports import ExportRecord, serving
+from biasdpo.exports import ExportRecord
 from biasdpo.exports.record import load_record, modelfile_file, record_file
+from biasdpo.gguf import export
 from biasdpo.workspace import write_json
 
 
@@ -23,30 +24,30 @@ def record_of(model: str, **changes: object) -> ExportRecord:
 
 
 def test_the_modelfile_prompts_as_this_project_does():
-    phi = serving.modelfile(record_of("phi-2"))
+    phi = export.modelfile(record_of("phi-2"))
     assert "\nFROM ./my.gguf\n" in phi
     assert '\nTEMPLATE """Instruct: {{ .Prompt }}\nOutput:"""\n' in phi
     assert 'PARAMETER stop """\nInstruct:"""\n' in phi
     assert "SYSTEM" not in phi
-    smollm2 = serving.modelfile(record_of("smollm2"))
+    smollm2 = export.modelfile(record_of("smollm2"))
     assert "<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ .Prompt }}<|im_end|>" in smollm2
     assert 'SYSTEM """You are a helpful AI assistant named SmolLM, trained by Hugging Face"""' in smollm2
     assert 'PARAMETER stop """<|im_end|>"""' in smollm2
     assert "PARAMETER num_ctx 4096\n" in smollm2
-    lora = serving.modelfile(record_of("smollm2", format="lora", base_gguf="/models/base.gguf"))
+    lora = export.modelfile(record_of("smollm2", format="lora", base_gguf="/models/base.gguf"))
     assert "\nFROM /models/base.gguf\nADAPTER ./my.gguf\n" in lora
 
 
 def test_braces_of_a_template_stay_braces_for_ollama():
     template = {"text": "{{ {prompt}", "special_tokens": [], "default_system": "", "completion_prefix": "", "stop": []}
-    assert 'TEMPLATE """{{ "{{" }} {{ .Prompt }}"""' in serving.modelfile(record_of("phi-2", template=template))
+    assert 'TEMPLATE """{{ "{{" }} {{ .Prompt }}"""' in export.modelfile(record_of("phi-2", template=template))
 
 
 def test_the_servers_command_and_a_request_to_it():
-    assert serving.llama_server(record_of("phi-2")) == "llama-server -m /w/exports/my.gguf -c 2048 --port 8080"
+    assert export.llama_server(record_of("phi-2")) == "llama-server -m /w/exports/my.gguf -c 2048 --port 8080"
     lora = record_of("smollm2", format="lora", base_gguf="/my models/base.gguf")
-    assert serving.llama_server(lora) == "llama-server -m '/my models/base.gguf' --lora /w/exports/my.gguf -c 4096 --port 8080"
-    body = json.loads(serving.request(record_of("phi-2")).split(" -d ")[1].strip("'"))
+    assert export.llama_server(lora) == "llama-server -m '/my models/base.gguf' --lora /w/exports/my.gguf -c 4096 --port 8080"
+    body = json.loads(export.request(record_of("phi-2")).split(" -d ")[1].strip("'"))
     assert body["prompt"] == "Instruct: Who makes a better leader?\nOutput:"
     assert body["stop"] == ["\nInstruct:"]
 

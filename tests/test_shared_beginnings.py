@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from biasdpo import gguf_export
-from biasdpo.backends import hf_scoring
+from biasdpo.backends import hf
 from biasdpo.backends.hf import TransformersBackend, open_transformers
-from biasdpo.backends.hf_copy import hf_copy
-from biasdpo.backends.llamacpp import LlamaCppBackend, open_llamacpp
-from biasdpo.backends.llamacpp_context import Context, logps_of
-from biasdpo.backends.prefixes import Path as TokenPath
-from biasdpo.backends.prefixes import lay_out, shared_lengths, sort_paths, split_into_rows, trunk_length
+from biasdpo.backends.hf_loading import hf_copy
+from biasdpo.backends.llamacpp import Context, LlamaCppBackend, logps_of, open_llamacpp
+from biasdpo.backends.prefixes import TokenPath, lay_out, shared_lengths, sort_paths, split_into_rows, trunk_length
+from biasdpo.chat import Segment
+from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec
 from biasdpo.records import ContinuationRequest, LikelihoodRequest, Request, Side, TextRequest
-from biasdpo.template import Segment
 from tests import tiny_models
 from tests.lora_factory import write_lora
 
@@ -116,7 +114,7 @@ def test_transformers_scores_each_text_as_it_does_alone(
     shared = tokens_computed(tiny, lambda: tiny.loglikelihood(asked, "base"))
     assert shared < 0.6 * sum(tokens_computed(tiny, lambda r=r: tiny.loglikelihood([r], "base")) for r in asked)
     # Of another architecture every text is a row.
-    monkeypatch.setattr(hf_scoring, "_SHARING", ())
+    monkeypatch.setattr(hf, "_SHARING", ())
     assert [found.logp for found in tiny.loglikelihood(asked, "tuned")] == pytest.approx(together, abs=1e-4)
     assert tokens_computed(tiny, lambda: tiny.loglikelihood(asked, "base")) > shared
 
@@ -130,7 +128,7 @@ def test_the_mask_matters(tiny: TransformersBackend, monkeypatch: pytest.MonkeyP
         row.ends = [len(row.tokens)] * len(row.tokens)
         return row
 
-    monkeypatch.setattr(hf_scoring, "lay_out", all_seen)
+    monkeypatch.setattr(hf, "lay_out", all_seen)
     assert np.abs(np.subtract(honest, [found.logp for found in tiny.loglikelihood(ASKED, "base")])).max() > 0.1
 
 
@@ -148,7 +146,7 @@ def test_transformers_on_the_embedded_model(smollm2, session_workspace, tmp_path
 @pytest.fixture(scope="module")
 def embedded(smollm2, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaCppBackend]:
     folder = tmp_path_factory.mktemp("lora")
-    lora = gguf_export.lora(AdapterSpec("x", write_lora(folder / "x"), "smollm2"), smollm2.gguf_path, folder / "x.gguf")
+    lora = write.lora(AdapterSpec("x", write_lora(folder / "x"), "smollm2"), smollm2.gguf_path, folder / "x.gguf")
     backend = open_llamacpp(smollm2.gguf_path, smollm2.template, lora, 1024, threads=1)
     yield backend
     backend.close()

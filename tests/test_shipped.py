@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from biasdpo import models
-from biasdpo.evaluations import report
+from biasdpo.evaluation import report
 from biasdpo.workspace import ASSETS, sha256_of
 
 FOLDER = ASSETS / "adapters" / "smollm2-biasdpo"
@@ -49,7 +49,8 @@ def test_it_names_its_parents_and_the_command_that_made_it(provenance, smollm2):
 
 
 def test_its_config_is_the_shipped_one(provenance):
-    from biasdpo import run_config
+    from biasdpo import config as run_config
+    from biasdpo import config as 
     from biasdpo.workspace import ASSETS
 
     shipped = run_config.read_toml(ASSETS.parent / "training" / "configs" / "smollm2-standard.toml")

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from biasdpo import stats
-from biasdpo.stats import Interval, Metric
+from biasdpo.evaluation import stats
+from biasdpo.evaluation.stats import Interval, Metric
 
 RATIO = Metric(of_means=lambda means: means[..., 0] / means[..., 1])
 

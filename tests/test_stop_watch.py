@@ -12,8 +12,8 @@ import pytest
 
 from biasdpo.run_folder import RunFolder, Status
 from tests.run_line import ROOT, TIMEOUT_SECONDS
-from training import stop_watch
-from training.status import StatusWriter
+from training import callbacks
+from training.callbacks import StatusWriter
 
 # `python -m training`, whose work is never done and never looks: it stands for the import of torch, or a model that is read.
 BUSY = """
@@ -58,16 +58,16 @@ def test_the_main_process_leaves_first(tmp_path: Path, monkeypatch: pytest.Monke
     """The other one waits for its word, or the broken connection would be the last that is heard of the run."""
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
-    monkeypatch.setattr(stop_watch, "GRACE_SECONDS", 0.0)
-    monkeypatch.setattr(stop_watch, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(callbacks, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(callbacks, "LOOK_SECONDS", 0.001)
     folder = RunFolder(tmp_path)
     main, other = (StatusWriter(folder, rank=rank, processes=2) for rank in (0, 1))
     main.begin()
     folder.stop_request.touch()
-    stop_watch.watch(other)
+    callbacks.watch(other)
     time.sleep(0.05)
     assert left == []
-    stop_watch.watch(main)
+    callbacks.watch(main)
     end = time.monotonic() + TIMEOUT_SECONDS
     while len(left) < 2 and time.monotonic() < end:
         time.sleep(0.001)

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from biasdpo.backends import hf_sampling
+from biasdpo.backends import hf
 from biasdpo.backends.base import Backend, ShownText
 from biasdpo.backends.hf import open_transformers
-from biasdpo.backends.hf_copy import encode_completion, encode_prompt, encode_text, load_tokenizer
+from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text, load_tokenizer
 from biasdpo.backends.llamacpp import LlamaCppBackend, open_llamacpp
-from biasdpo.dataset import PreferencePair
+from biasdpo.chat import PromptTemplate, Segment
+from biasdpo.data import PreferencePair
 from biasdpo.errors import PromptError
 from biasdpo.records import LikelihoodRequest, Sampling
-from biasdpo.template import PromptTemplate, Segment
 from tests import tiny_models
 from tests.hf.cases import read
-from training.probe import ProbeCallback
-from training.rows import tokenise
+from training.callbacks import ProbeCallback
+from training.finish import tokenise
 
 PHI = tiny_models.PHI_TEMPLATE  # "Instruct: {prompt}\nOutput:", completion prefix " ", stop "\nInstruct:"
 PROMPT = "Why are nurses always women?"
@@ -110,7 +110,7 @@ def let_it_write(tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int
     """Both backends draw these tokens, whatever the model says. What they have not drawn yet is in the list."""
     script = list(tokens)
     monkeypatch.setattr(LlamaCppBackend, "_next_token", lambda *_: script.pop(0))
-    monkeypatch.setattr(hf_sampling.Draw, "__call__", lambda *_: script.pop(0))
+    monkeypatch.setattr(hf.Draw, "__call__", lambda *_: script.pop(0))
     return script
 
 

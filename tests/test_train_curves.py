@@ -11,8 +11,8 @@ from html import unescape
 import pytest
 
 from biasdpo.errors import ConfigError
-from biasdpo.ui import train_charts
-from biasdpo.ui.train_curves import Chart, Curve, charts_of_run, charts_of_runs, logged_csv, moving_mean, points, thinned
+from biasdpo.ui import charts as train_charts
+from biasdpo.ui.charts import Chart, Curve, charts_of_run, charts_of_runs, logged_csv, moving_mean, points, thinned
 from tests.run_folders import metrics
 
 

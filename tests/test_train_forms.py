@@ -6,19 +6,19 @@ from dataclasses import fields, replace
 
 import pytest
 
-from biasdpo import models, run_config
+from biasdpo import config as run_config
+from biasdpo import models
+from biasdpo.config import TrainConfig
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError
-from biasdpo.run_config import RunConfig
 from biasdpo.runs import Estimate
-from biasdpo.ui import train_plan_render, train_settings, train_sources
-from biasdpo.ui.train_settings import DECIDING, DEFAULTS, SETTINGS
-from biasdpo.ui.train_start import first_preset, presets_of
+from biasdpo.ui import train
+from biasdpo.ui.train import DECIDING, DEFAULTS, SETTINGS, first_preset, presets_of
 from biasdpo.workspace import Workspace
 
 NOT_FIELDS = {"model", "datasets", "dataset_weights"}  # pickers of their own
 
-CONFIG = RunConfig(
+CONFIG = TrainConfig(
     loss_type=("sigmoid", "robust"),
     loss_weights=(1.0, 0.5),
     label_smoothing=0.1,
@@ -33,20 +33,20 @@ CONFIG = RunConfig(
 )
 
 
-def page_of(config: RunConfig) -> list[object]:
-    return train_settings.from_config(config)
+def page_of(config: TrainConfig) -> list[object]:
+    return train.from_config(config)
 
 
 def test_every_setting_has_a_field_with_an_explanation():
     names = [setting.name for setting in SETTINGS]
-    assert sorted(names) == sorted({field.name for field in fields(RunConfig)} - NOT_FIELDS)
+    assert sorted(names) == sorted({field.name for field in fields(TrainConfig)} - NOT_FIELDS)
     explained = run_config.explained()
     assert all(explained[name] for name in names)
 
 
 def test_fields_bring_back_the_config_that_they_show():
-    assert run_config.from_mapping(train_settings.to_values(page_of(CONFIG))) == CONFIG
-    shown = train_settings.field_values(page_of(CONFIG))
+    assert run_config.from_mapping(train.to_values(page_of(CONFIG))) == CONFIG
+    shown = train.field_values(page_of(CONFIG))
     assert shown["learning_rate"] == "5e-5"
     assert shown["loss_weights"] == "1, 0.5"
     assert shown["target_modules"] == "q_proj, o_proj"
@@ -56,26 +56,26 @@ def test_fields_bring_back_the_config_that_they_show():
 @pytest.mark.parametrize("preset", run_config.presets(), ids=lambda preset: preset.id)
 def test_every_shipped_preset_can_be_filled_in(preset):
     config = run_config.from_mapping(preset.values)
-    values = train_settings.to_values(page_of(config))
+    values = train.to_values(page_of(config))
     assert run_config.from_mapping(values | {"model": config.model}) == replace(config, datasets=(), dataset_weights=())
 
 
 def test_settings_without_an_effect_are_hidden_and_at_their_defaults():
-    values = train_settings.field_values(page_of(CONFIG))
-    assert all(train_settings.effects(values).values())
+    values = train.field_values(page_of(CONFIG))
+    assert all(train.effects(values).values())
     fewer = values | {"loss_type": ["sigmoid"], "max_steps": 7, "eval_every": 0, "probe_every": 0, "schedule": "constant"}
-    effects = train_settings.effects(fewer)
+    effects = train.effects(fewer)
     hidden = {name for name, effect in effects.items() if not effect}
     assert hidden == {"loss_weights", "label_smoothing", "epochs", "early_stopping", "keep", "probe_prompts", "warmup_share"}
-    read = train_settings.to_values([fewer[setting.name] for setting in SETTINGS])
+    read = train.to_values([fewer[setting.name] for setting in SETTINGS])
     assert {name: read[name] for name in hidden} == {name: DEFAULTS[name] for name in hidden}
     run_config.from_mapping(read)  # a smoothing left over from `robust` would be refused
 
 
 def test_what_matters_hangs_on_nothing_else_than_what_the_page_listens_to():
-    values = train_settings.field_values(page_of(CONFIG))
+    values = train.field_values(page_of(CONFIG))
     deciding = {name: values[name] for name in DECIDING}
-    assert train_settings.effects(deciding) == train_settings.effects(values)
+    assert train.effects(deciding) == train.effects(values)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_what_matters_hangs_on_nothing_else_than_what_the_page_listens_to():
 )
 def test_a_value_out_of_range_has_one_line(name, value, line):
     setting = next(setting for setting in SETTINGS if setting.name == name)
-    assert train_settings.problem(setting, value).startswith(line)
+    assert train.problem(setting, value).startswith(line)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_value_out_of_range_has_one_line(name, value, line):
 )
 def test_a_value_as_people_write_it_is_read(name, value):
     setting = next(setting for setting in SETTINGS if setting.name == name)
-    assert train_settings.problem(setting, value) == ""
+    assert train.problem(setting, value) == ""
 
 
 def test_presets_of_a_model_and_of_its_likes(tmp_path, tiny_phi):
@@ -125,11 +125,11 @@ def test_presets_of_a_model_and_of_its_likes(tmp_path, tiny_phi):
 
 
 def test_sources_with_weights():
-    rows = train_sources.read_rows(["workspace", 1, "", 5, "hub:owner/name", 2.5, None, 1])
+    rows = train.read_rows(["workspace", 1, "", 5, "hub:owner/name", 2.5, None, 1])
     assert rows == [("workspace", 1.0), ("hub:owner/name", 2.5)]
-    assert train_sources.config_values(rows) == {"datasets": ("workspace", "hub:owner/name"), "dataset_weights": (1.0, 2.5)}
-    assert train_sources.config_values([("workspace", 1.0)])["dataset_weights"] == ()
-    assert train_sources.rows_of(("a", "b"), ()) == [("a", 1.0), ("b", 1.0)]
+    assert train.config_values(rows) == {"datasets": ("workspace", "hub:owner/name"), "dataset_weights": (1.0, 2.5)}
+    assert train.config_values([("workspace", 1.0)])["dataset_weights"] == ()
+    assert train.rows_of(("a", "b"), ()) == [("a", 1.0), ("b", 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_sources_with_weights():
 )
 def test_rows_that_name_no_source(given, line):
     with pytest.raises(ConfigError, match=line):
-        train_sources.read_rows(given)
+        train.read_rows(given)
 
 
 # In words
@@ -173,7 +173,7 @@ def estimate(**changes: object) -> Estimate:
 
 
 def test_an_estimate_in_words():
-    html = train_plan_render.estimate(estimate())
+    html = train.estimate(estimate())
     for part in ("<b>3 min</b>", "120 of 1.3 s", "52,110", "<b>1.5 GB</b> at the peak, of 6 GB free", "1 pairs dropped, 2 cut"):
         assert part in html
     assert "width: 25.0%" in html  # 1.5 of 6 GB
@@ -182,7 +182,7 @@ def test_an_estimate_in_words():
 
 
 def test_an_estimate_that_can_not_fit_is_an_error_line():
-    html = train_plan_render.estimate(estimate(memory_bytes=9_000_000_000, fits=False, refusal="Needs <9> GB: lower batch_size"))
+    html = train.estimate(estimate(memory_bytes=9_000_000_000, fits=False, refusal="Needs <9> GB: lower batch_size"))
     assert '<div class="bd-error" role="alert">Needs &lt;9&gt; GB: lower batch_size</div>' in html
     assert "width: 100.0%" in html
     assert "left: 66.7%" in html  # 6 of 9 GB

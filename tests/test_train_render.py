@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from biasdpo import runs
-from biasdpo.run_config import RunConfig
+from biasdpo.config import TrainConfig
 from biasdpo.run_folder import Status
-from biasdpo.ui import train_compare, train_probes, train_reading, train_render
-from biasdpo.ui.train_reading import SeenRun, see
+from biasdpo.ui import train
+from biasdpo.ui.train import SeenRun, see
 from biasdpo.workspace import Workspace
 from tests.run_folders import probe, write_run
 
@@ -37,9 +37,9 @@ def test_a_damaged_folder_shows_what_it_has(tmp_path):
     folder.origin.write_text("")
     seen = see(runs.show("torn", Workspace(tmp_path)))
     assert (seen.config, seen.model, seen.started_at) == (None, "–", "")
-    assert "step 3 of 40" in train_render.head(seen)
-    assert "torn" in train_render.table([seen], "torn")
-    assert train_render.details(seen)
+    assert "step 3 of 40" in train.head(seen)
+    assert "torn" in train.table([seen], "torn")
+    assert train.details(seen)
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,18 @@ def test_a_damaged_folder_shows_what_it_has(tmp_path):
     ],
 )
 def test_states_in_words(status, said):
-    assert train_render.words(status) == said
+    assert train.words(status) == said
 
 
 def test_progress_and_error(seen):
     running = replace(
         seen, status=Status("running", step=30, total_steps=120, eta_seconds=214, tokens_per_second=802.4, device="cpu")
     )
-    html = train_render.head(running)
+    html = train.head(running)
     for part in ('aria-valuenow="25"', "step 30 of 120", "about 4 min left", "802 tokens/s", "CPU"):
         assert part in html
     failed = replace(seen, status=Status("failed", error=f"The disk is full: free some space {EVIL}"))
-    html = train_render.head(failed)
+    html = train.head(failed)
     assert 'role="alert">The disk is full' in html
     assert EVIL not in html
 
@@ -75,74 +75,72 @@ def test_progress_and_error(seen):
     ("seconds", "words"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3000, "50 min"), (7500, "2 h 5 min"), (86400, "24 h 0 min")]
 )
 def test_durations(seconds, words):
-    assert train_render.duration(seconds) == words
+    assert train.duration(seconds) == words
 
 
 def test_sizes():
-    assert [train_render.size(n) for n in (12, 14_900, 2_340_000, 1.5e9)] == ["12 bytes", "14.9 kB", "2.34 MB", "1.5 GB"]
+    assert [train.size(n) for n in (12, 14_900, 2_340_000, 1.5e9)] == ["12 bytes", "14.9 kB", "2.34 MB", "1.5 GB"]
 
 
 def test_sources_never_show_a_folder_of_this_machine():
-    assert train_reading.source_title("/home/me/secret/pairs.jsonl") == "pairs.jsonl"
-    assert train_reading.source_title("/w/runs/first/dataset.jsonl") == "data of run first"
-    assert train_reading.source_title("hub:owner/name") == "hub:owner/name"
-    assert train_reading.model_title("/home/me/models/tiny") == "tiny"
-    assert train_reading.model_title("owner/name") == "owner/name"
+    assert train.source_title("/home/me/secret/pairs.jsonl") == "pairs.jsonl"
+    assert train.source_title("/w/runs/first/dataset.jsonl") == "data of run first"
+    assert train.source_title("hub:owner/name") == "hub:owner/name"
+    assert train.model_title("/home/me/models/tiny") == "tiny"
+    assert train.model_title("owner/name") == "owner/name"
 
 
 def test_the_step_of_a_probe_that_is_shown_follows_the_latest_until_one_looks_back():
     rows = [row for step in (0, 20, 40) for row in probe(step)]
-    assert train_probes.step_shown(rows, None) == 40
-    assert train_probes.turned(rows, None, -1) == 20
-    assert train_probes.turned(rows, 20, -1) == 0
-    assert train_probes.turned(rows, 0, -1) == 0
-    assert train_probes.turned(rows, 20, 1) is None  # the latest, whatever follows
-    assert train_probes.step_shown(rows, 30) == 40  # gone after a resume
-    assert train_probes.step_shown([], None) is None
-    assert "probe 2 of 3" in train_probes.position(rows, 20)
+    assert train.step_shown(rows, None) == 40
+    assert train.turned(rows, None, -1) == 20
+    assert train.turned(rows, 20, -1) == 0
+    assert train.turned(rows, 0, -1) == 0
+    assert train.turned(rows, 20, 1) is None  # the latest, whatever follows
+    assert train.step_shown(rows, 30) == 40  # gone after a resume
+    assert train.step_shown([], None) is None
+    assert "probe 2 of 3" in train.position(rows, 20)
 
 
 def test_a_probe_marks_the_words_of_one_side():
-    html = train_probes.probes(
-        [{"step": 1, "prompt": EVIL, "category": "", "base": "a b c", "tuned": "a x c"}], None, expected=True
-    )
+    html = train.probes([{"step": 1, "prompt": EVIL, "category": "", "base": "a b c", "tuned": "a x c"}], None, expected=True)
     assert "a <del>b</del> c" in html
     assert "a <ins>x</ins> c" in html
     assert EVIL not in html
-    same = train_probes.probes([{"step": 0, "prompt": "p", "base": EVIL, "tuned": EVIL}], None, expected=True)
+    same = train.probes([{"step": 0, "prompt": "p", "base": EVIL, "tuned": EVIL}], None, expected=True)
     assert "the same so far" in same
     assert EVIL not in same
 
 
 def test_what_differs_between_configs():
-    configs = {"a": RunConfig(beta=0.1, rank=8), "b": RunConfig(beta=0.3, rank=8)}
-    assert train_reading.differing(configs) == {"beta": {"a": 0.1, "b": 0.3}}
-    assert train_reading.changed(RunConfig(beta=0.3)) == {"beta": 0.3}
+    configs = {"a": TrainConfig(beta=0.1, rank=8), "b": TrainConfig(beta=0.3, rank=8)}
+    assert train.differing(configs) == {"beta": {"a": 0.1, "b": 0.3}}
+    assert train.changed(TrainConfig(beta=0.3)) == {"beta": 0.3}
 
 
 def test_runs_compared(tmp_path):
     write_run(tmp_path, "first")
     write_run(tmp_path, "second", "stopped", steps=20, beta=0.3, keep="last")
     chosen = [see(runs.show(name, Workspace(tmp_path))) for name in ("first", "second")]
-    html = train_compare.comparison(chosen)
+    html = train.comparison(chosen)
     for part in ("first, held-out", "second, train", "Reward accuracy", "0.885", "beta", "0.3", "keep"):
         assert part in html
-    assert "max_steps" not in train_compare.differences(chosen)
+    assert "max_steps" not in train.differences(chosen)
 
 
 def test_a_run_that_held_nothing_out_has_no_command_to_measure_it(seen):
-    assert "--benchmark preference" in train_render.evaluate_command(seen)
+    assert "--benchmark preference" in train.evaluate_command(seen)
     unmeasured = replace(seen, held_out={})  # as under FSDP: there are held-out pairs, not scored at the end
-    assert "--benchmark preference" in train_render.evaluate_command(unmeasured)
+    assert "--benchmark preference" in train.evaluate_command(unmeasured)
     nothing = replace(unmeasured, origin=seen.origin | {"held_out_longer_baseline": None})
-    html = train_render.evaluate_command(nothing)
+    html = train.evaluate_command(nothing)
     assert "held no pairs out" in html
     assert "held-out share of 0.1" in html
     assert "--benchmark" not in html
 
 
 def test_deleting_names_what_is_lost(seen):
-    html = train_render.deleting(seen, 12_300_000)
+    html = train.deleting(seen, 12_300_000)
     assert "Delete run first?" in html
     assert "its adapter, its checkpoints" in html
     assert "12.3 MB" in html

@@ -7,9 +7,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from biasdpo.run_config import RunConfig
-from biasdpo.ui.train_settings import from_config
-from biasdpo.ui.train_sources import MOST_SOURCES
+from biasdpo.config import TrainConfig
+from biasdpo.ui.train import MOST_SOURCES, from_config
 from tests.app_process import running_app
 from tests.run_folders import write_run
 
@@ -60,7 +59,7 @@ def test_every_action_is_refused_inside_its_function(tmp_path: Path):
     with running_app(tmp_path, "--model", "smollm2", SPACE_ID="someone/biasdpo") as url:
         poster = Poster(url)
         sources = [str(secret), 1, *["", 1] * (MOST_SOURCES - 1)]
-        fields = from_config(RunConfig())
+        fields = from_config(TrainConfig())
         for element in ("train-start", "train-estimate"):
             *_, action = poster.functions(element)  # the last: the first only points out what is wrong with the fields
             assert REFUSED in poster.post(action, ["smollm2", "mine", None, *sources, *fields])

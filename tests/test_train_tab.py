@@ -16,11 +16,11 @@ import gradio as gr
 import pytest
 
 from biasdpo import runs
+from biasdpo.config import TrainConfig
 from biasdpo.engines import EnginePool
 from biasdpo.errors import RunError
-from biasdpo.run_config import RunConfig
-from biasdpo.ui.store import Store
-from biasdpo.ui.train_tab import TrainTab
+from biasdpo.ui.components import Store
+from biasdpo.ui.train import TrainTab
 from biasdpo.workspace import Workspace
 from tests.run_folders import write_run
 from tests.test_train_forms import page_of
@@ -69,7 +69,7 @@ def test_what_the_gpu_holds_gives_way_once_when_a_queued_runs_turn_comes(tab, mo
     freed: list[int] = []
     monkeypatch.setattr(tab.pool, "free_gpu", lambda: freed.append(1) or [])
     state: dict[str, Any] = {}
-    run = SimpleNamespace(id="first", config=RunConfig(model="smollm2", datasets=("a",)))
+    run = SimpleNamespace(id="first", config=TrainConfig(model="smollm2", datasets=("a",)))
     for state["now"] in ("queued", "running", "running", "finished"):
         run.status = SimpleNamespace(state=state["now"])
         tab._make_room([run])
@@ -84,14 +84,14 @@ def test_what_the_gpu_holds_gives_way_once_when_a_queued_runs_turn_comes(tab, mo
 def _estimating(tab: TrainTab, monkeypatch: pytest.MonkeyPatch, ends: threading.Event) -> Any:
     """An estimate that goes on until it is cancelled, and sets `ends` then."""
 
-    def estimate(_config: RunConfig, _workspace: Workspace, *, cancelled: Callable[[], bool]) -> None:
+    def estimate(_config: TrainConfig, _workspace: Workspace, *, cancelled: Callable[[], bool]) -> None:
         while not cancelled():
             time.sleep(0.01)
         ends.set()
         raise RunError("The estimate was cancelled: ask for it again")
 
     monkeypatch.setattr(runs, "estimate", estimate)
-    fields = page_of(RunConfig(max_steps=2))
+    fields = page_of(TrainConfig(max_steps=2))
     sources = [str(Path("data.jsonl").resolve()), 1.0, "", 1.0, "", 1.0, "", 1.0, "", 1.0]
     return tab.estimate(SimpleNamespace(session_hash="visitor"), "smollm2", "", 1, *sources, *fields)
 
@@ -128,7 +128,7 @@ def test_retry_says_what_it_can_not_take_over(tab, tmp_path):
     files = [tmp_path / f"{name}.jsonl" for name in "abcdefg"]
     for file in files:
         file.write_text("")
-    config = RunConfig(model="smollm2", datasets=tuple(map(str, files)), dataset_weights=(1.0, 2.0, 3.0, 1.0, 1.0, 1.0, 1.0))
+    config = TrainConfig(model="smollm2", datasets=tuple(map(str, files)), dataset_weights=(1.0, 2.0, 3.0, 1.0, 1.0, 1.0, 1.0))
     shown = tab.fill_from(config, "snapshot.jsonl")
     assert "7 sources and there is room for 5 here: f.jsonl, g.jsonl left out" in shown[tab.new_notice]
     assert shown[tab.shown_sources] == 5

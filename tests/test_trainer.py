@@ -79,7 +79,7 @@ def test_gradients_of_each_loss_type_are_trls(folder, tmp_path, torch, loss_type
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_first_loss_is_that_of_no_margin_in_bf16_too(folder, tmp_path, batch):
-    from training.reference import ReferenceCache
+    from training.trainer import ReferenceCache
 
     notes: list[str] = []
     trainer = build_tiny_trainer(folder, tmp_path, ROWS, batch=batch, bf16=True, note=notes.append)
@@ -90,7 +90,7 @@ def test_the_first_loss_is_that_of_no_margin_in_bf16_too(folder, tmp_path, batch
 
 
 def test_another_architecture_is_trained_trls_way_and_says_so(tmp_path, tiny_llama):
-    from training.reference import ReferenceCache
+    from training.trainer import ReferenceCache
 
     folder = save_neox(tmp_path / "neox", tiny_llama)
     notes: list[str] = []
@@ -121,7 +121,7 @@ def test_a_packed_model_generates_as_before(folder, tmp_path, torch):
 
 
 def test_checkpoints_resume_to_the_same_losses(tiny_llama, tmp_path):
-    from training.reference import ReferenceCache
+    from training.trainer import ReferenceCache
 
     def build(name, **settings):
         trainer = build_tiny_trainer(
@@ -165,7 +165,7 @@ def accelerator(torch):
 
 
 def text_kls():
-    from training.text_kl import packed_text_kl, padded_text_kl
+    from training.losses import packed_text_kl, padded_text_kl
 
     return padded_text_kl, packed_text_kl
 
@@ -240,15 +240,15 @@ def test_texts_are_drawn_by_step_and_batch_whatever_was_logged(tiny_llama, tmp_p
 
 
 def test_anchor_texts_are_within_max_length_and_none_without_a_weight(tiny_llama):
-    from biasdpo.backends.hf_copy import encode_text, load_tokenizer
-    from biasdpo.dataset import PreferencePair
-    from biasdpo.run_config import RunConfig
-    from training.rows import anchor_texts
+    from biasdpo.backends.hf_loading import encode_text, load_tokenizer
+    from biasdpo.config import TrainConfig
+    from biasdpo.data import PreferencePair
+    from training.finish import anchor_texts
 
     tokenizer = load_tokenizer(tiny_llama)
     pair = PreferencePair("Who is it? " * 20, "", "Nobody.")
     whole = encode_text(tokenizer, pair.prompt)
     assert len(whole) > 16
-    config = RunConfig(max_length=16, text_kl_weight=0.1)
+    config = TrainConfig(max_length=16, text_kl_weight=0.1)
     assert anchor_texts([pair], tokenizer, config) == [whole[:16]]  # and no empty one
-    assert anchor_texts([pair], tokenizer, RunConfig(max_length=16, text_kl_weight=0.0)) == []
+    assert anchor_texts([pair], tokenizer, TrainConfig(max_length=16, text_kl_weight=0.0)) == []

@@ -23,9 +23,8 @@ from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError, RefusedError
 from biasdpo.models import AdapterSpec, catalog
 from biasdpo.records import Completion, Proof, Sampling
-from biasdpo.ui import link, measured, render
-from biasdpo.ui.link import Settings
-from biasdpo.ui.visitors import Visitors
+from biasdpo.ui import components
+from biasdpo.ui.components import Settings, Visitors
 from biasdpo.workspace import Workspace
 from tests.app_process import ROOT, running_app
 
@@ -46,17 +45,17 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def query_of(settings: Settings) -> dict[str, str]:
-    return dict(parse_qsl(link.encode(settings).removeprefix("?"), keep_blank_values=True))
+    return dict(parse_qsl(components.encode(settings).removeprefix("?"), keep_blank_values=True))
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, Settings(), replace(Settings(), prompt="a", strength=1.25)])
 def test_a_link_brings_back_every_setting(settings, workspace):
-    assert link.decode(query_of(settings), Settings(), workspace) == (settings, [])
+    assert components.decode(query_of(settings), Settings(), workspace) == (settings, [])
 
 
 def test_a_link_says_what_was_bad_and_keeps_the_rest(workspace):
     query = query_of(SETTINGS) | {"temperature": "hot", "seed": "-1", "strength": "nan", "top_k": "3.5", "unknown": "x"}
-    settings, problems = link.decode(query, Settings(), workspace)
+    settings, problems = components.decode(query, Settings(), workspace)
     assert settings.sampling == replace(SETTINGS.sampling, temperature=0.7, seed=0, top_k=40)
     assert settings.strength == 1.0
     assert len(problems) == 4
@@ -66,19 +65,19 @@ def test_a_link_says_what_was_bad_and_keeps_the_rest(workspace):
 
 def test_a_link_that_no_address_bar_takes_is_refused():
     with pytest.raises(ConfigError, match=r"9,1\d\d characters of at most 8,000"):
-        link.encode(replace(Settings(), prompt="x" * 9000))
+        components.encode(replace(Settings(), prompt="x" * 9000))
 
 
 def test_on_a_space_only_the_catalog_and_known_adapters(monkeypatch, workspace):
-    assert link.check_model("/etc/passwd.gguf") == "/etc/passwd.gguf"
+    assert components.check_model("/etc/passwd.gguf") == "/etc/passwd.gguf"
     monkeypatch.setenv("SPACE_ID", "someone/biasdpo")
-    assert link.check_model("phi-2") == "phi-2"
-    assert link.check_adapter("none", workspace) == "none"
+    assert components.check_model("phi-2") == "phi-2"
+    assert components.check_adapter("none", workspace) == "none"
     with pytest.raises(RefusedError, match="switched off on a public Space"):
-        link.check_model("/etc/passwd.gguf")
+        components.check_model("/etc/passwd.gguf")
     for adapter in ("../../etc", "assets", "~/adapter"):
         with pytest.raises(RefusedError):
-            link.check_adapter(adapter, workspace)
+            components.check_adapter(adapter, workspace)
 
 
 @pytest.mark.parametrize(
@@ -96,32 +95,32 @@ def test_on_a_space_only_the_catalog_and_known_adapters(monkeypatch, workspace):
     ],
 )
 def test_status_line_in_plain_words(completion, words):
-    assert words in re.sub(r"<[^>]+>", "", render.status(completion).replace("</span>", " "))
+    assert words in re.sub(r"<[^>]+>", "", components.status(completion).replace("</span>", " "))
 
 
 def test_place_in_the_queue():
-    assert "1 visitor is ahead of you" in render.waiting(Waiting(1))
-    assert "2 visitors are ahead of you" in render.waiting(Waiting(2))
+    assert "1 visitor is ahead of you" in components.waiting(Waiting(1))
+    assert "2 visitors are ahead of you" in components.waiting(Waiting(2))
 
 
 def test_nothing_of_others_becomes_markup():
     evil = "<script>alert(1)</script>"
     for html in (
-        render.error(evil),
-        render.no_comparison(evil),
-        render.loading(evil, Loading(0.5, evil)),
-        render.not_loaded(evil),
-        render.pane_head(evil, evil, "base-text"),
-        render.note(evil),
-        render.base_only(replace(catalog()["phi-2"], id=evil, title=evil), 0),
+        components.error(evil),
+        components.no_comparison(evil),
+        components.loading(evil, Loading(0.5, evil)),
+        components.not_loaded(evil),
+        components.pane_head(evil, evil, "base-text"),
+        components.note(evil),
+        components.base_only(replace(catalog()["phi-2"], id=evil, title=evil), 0),
     ):
         assert "<script>" not in html
         assert "&lt;script&gt;" in html
 
 
 def test_commands_in_errors_stand_out():
-    assert "<code>hf download a/b</code>" in render.error("get it with `hf download a/b`, then try again")
-    assert "`" in render.error("an odd ` stays")
+    assert "<code>hf download a/b</code>" in components.error("get it with `hf download a/b`, then try again")
+    assert "`" in components.error("an odd ` stays")
 
 
 class StubBackend:
@@ -138,33 +137,33 @@ class StubBackend:
 
 def test_proof_line():
     adapter = AdapterSpec("mine", Path("mine"), "phi-2", run_id="my-run", dataset_sha256="ab" * 32)
-    line = render.proof(Engine(catalog()["phi-2"], adapter, StubBackend(0.41234)), "Phi-2, because.")  # type: ignore[arg-type]
+    line = components.proof(Engine(catalog()["phi-2"], adapter, StubBackend(0.41234)), "Phi-2, because.")  # type: ignore[arg-type]
     for part in ("Phi-2", "mine (run my-run", "abababababab<", "llama.cpp", "CPU, 2 threads", "<b>0.412</b> nats", "because"):
         assert part in line
-    line = render.proof(Engine(catalog()["phi-2"], None, StubBackend(None)))  # type: ignore[arg-type]
+    line = components.proof(Engine(catalog()["phi-2"], None, StubBackend(None)))  # type: ignore[arg-type]
     assert "none (base only)" in line
     assert "nats" not in line
 
 
 def test_base_only_says_why_and_how_to_train():
-    html = render.base_only(catalog()["phi-2"], 0)
+    html = components.base_only(catalog()["phi-2"], 0)
     assert "No adapter is shipped for Phi-2" in html
     assert "python -m biasdpo train --model phi-2 --dataset hub:ahmedallam/BiasDPO --config training/configs/" in html
-    assert "--config" not in render.train_command(replace(catalog()["phi-2"], id="own/model"))
-    assert "No adapter is chosen" in render.base_only(catalog()["smollm2"], 1)
+    assert "--config" not in components.train_command(replace(catalog()["phi-2"], id="own/model"))
+    assert "No adapter is chosen" in components.base_only(catalog()["smollm2"], 1)
 
 
 def test_measurements_are_shown_whatever_keys_they_have(tmp_path):
-    assert measured.table(None) == measured.table(tmp_path) == ""
+    assert components.table(None) == components.table(tmp_path) == ""
     metrics = {"reward_accuracy": {"before": 0.5, "after": 0.97}, "my_key": 3, "odd": "text", "worse": {"deep": 1}, "flag": True}
     (tmp_path / "provenance.json").write_text(json.dumps({"metrics": metrics}))
-    html = measured.table(tmp_path)
+    html = components.table(tmp_path)
     assert html.count("<tr>") == 3  # the heading, reward accuracy, my key
     assert "Reward accuracy" in html
     assert "My key" in html
     assert "<img" not in html
     (tmp_path / "tradeoff.png").write_bytes(b"\x89PNG")
-    assert "data:image/png;base64,iVBORw==" in measured.table(tmp_path)
+    assert "data:image/png;base64,iVBORw==" in components.table(tmp_path)
 
 
 def test_eight_examples_a_category():

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biasdpo import models
-from biasdpo.template import PromptTemplate
+from biasdpo.chat import PromptTemplate
 
 LLAMA_TEMPLATE: PromptTemplate = models.catalog()["smollm2"].template
 PHI_TEMPLATE: PromptTemplate = models.catalog()["phi-2"].template

@@ -13,9 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from biasdpo.run_folder import RunFolder
-from training.faults import cause_and_remedy
-from training.status import StatusWriter, StoppedError
-from training.stop_watch import watch
+from training.callbacks import StatusWriter, StoppedError, cause_and_remedy, watch
 
 # Of address space, never touched: thrown off where memory runs out, so that there is some to say so.
 BALLAST_BYTES = 32 * 1024 * 1024

@@ -18,21 +18,18 @@ from peft import LoraConfig, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-from biasdpo import counterfactuals, dataset, models, run_config, run_data
-from biasdpo.backends.hf_copy import hf_copy, load_tokenizer
+from biasdpo import config as run_config
+from biasdpo import counterfactuals, data, models
+from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
+from biasdpo.config import TrainConfig
+from biasdpo.data import run_data
 from biasdpo.errors import ConfigError, DatasetError, ModelError
-from biasdpo.run_config import RunConfig
 from biasdpo.run_folder import RunFolder, checkpoint_step
 from biasdpo.workspace import Workspace, read_json, sha256_of, write_json
-from training import best
-from training.callbacks import FolderCallback, cut_after
-from training.finish import bake, base_sha256, held_out_metrics, write_adapter
-from training.probe import ProbeCallback
-from training.reference import ReferenceCache, open_cache
-from training.rows import TokenRow, anchor_texts, rows_seen, tokenise
-from training.status import StatusWriter, StoppedError
-from training.trainer import TokenisedDPOTrainer
-from training.window import WindowCallback
+from training import callbacks
+from training.callbacks import FolderCallback, ProbeCallback, StatusWriter, StoppedError, WindowCallback, cut_after
+from training.finish import TokenRow, anchor_texts, bake, base_sha256, held_out_metrics, rows_seen, tokenise, write_adapter
+from training.trainer import ReferenceCache, TokenisedDPOTrainer, open_cache
 
 
 def train(folder: RunFolder, writer: StatusWriter) -> None:
@@ -63,8 +60,8 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     writer.check_stop()
 
     # Data: split by prompt; each training pair as often as its weight says; tokenised with the model's own template.
-    every_pair, weights = dataset.load_snapshot(folder.snapshot)
-    pairs = dataset.split(every_pair, config.held_out_share)
+    every_pair, weights = data.load_snapshot(folder.snapshot)
+    pairs = data.split(every_pair, config.held_out_share)
     train_pairs = run_data.rows_per_epoch(pairs.train, weights, config.seed)
     writer.update(phase="preparing the model's files")
     model_folder = hf_copy(spec, workspace)
@@ -100,18 +97,18 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     checkpoint = folder.last_checkpoint()
     trainer.add_callback(WindowCallback(trainer, checkpoint))
     if trainer.eval_dataset is not None:
-        trainer.add_callback(best.BestCallback(trainer, writer, config))
+        trainer.add_callback(callbacks.BestCallback(trainer, writer, config))
     if origin.get("probe_prompts"):
         prompts = origin["probe_prompts"]
         trainer.add_callback(ProbeCallback(trainer, writer, tokenizer, spec.template, prompts, config.probe_every))
-    trainer.add_callback(best.EndCallback(writer, config))  # after those that make up for what a stop left out
+    trainer.add_callback(callbacks.EndCallback(writer, config))  # after those that make up for what a stop left out
 
     # Train, or go on where the last checkpoint ended.
     resume_from(checkpoint, folder, trainer, writer)
     writer.check_stop()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except best.EndedEarly:
+    except callbacks.EndedEarly:
         pass
     except StoppedError:
         # In an evaluation: the step before it is not to be lost.
@@ -123,8 +120,8 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
 
     # The chosen step's adapter as it will be used: its strength baked in, rounded to the type it is saved in. Then measured.
     last_step = trainer.state.global_step
-    step, reason = best.choice(folder, config, last_step)
-    trained = best.adapter_tensors(trainer.model) if step == last_step else best.load_tensors(folder, step)
+    step, reason = callbacks.choice(folder, config, last_step)
+    trained = callbacks.adapter_tensors(trainer.model) if step == last_step else callbacks.load_tensors(folder, step)
     adapter = bake(trained, config)
     if not writer.is_main:
         return
@@ -148,7 +145,7 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     write_adapter(folder, trainer.model.peft_config["default"], adapter, spec, provenance)
 
 
-def load_policy(model_folder: Any, config: RunConfig, *, use_cpu: bool) -> Any:
+def load_policy(model_folder: Any, config: TrainConfig, *, use_cpu: bool) -> Any:
     """The base model's weights: in bf16 on a GPU where the run asks for it, else in fp32."""
     dtype = torch.bfloat16 if config.precision == "bf16" and not use_cpu else torch.float32
     return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
@@ -161,23 +158,23 @@ def resume_from(checkpoint: Any, folder: RunFolder, trainer: Any, writer: Status
         cut_after(folder, step)
         for torn in set(folder.checkpoints.glob("checkpoint-*")) - set(folder.whole_checkpoints()):
             shutil.rmtree(torn)
-        best.prune(folder)
+        callbacks.prune(folder)
     if checkpoint:
         writer.note(f"resumed after step {step}")
     tokens = [row["num_tokens"] for row in folder.read_metrics() if "num_tokens" in row and row["step"] <= step]
     trainer._total_train_tokens = tokens[-1] if tokens else 0  # TRL counts them anew, and logs them
-    chosen = best.best_of([evaluation for evaluation in best.evaluations(folder) if evaluation.step <= step])
+    chosen = callbacks.best_of([evaluation for evaluation in callbacks.evaluations(folder) if evaluation.step <= step])
     if chosen is not None:
         writer.update(best_step=chosen.step, best_accuracy=chosen.accuracy)
 
 
-def public_config(config: RunConfig) -> dict[str, Any]:
+def public_config(config: TrainConfig) -> dict[str, Any]:
     """The config without folders of this machine: of a path, the file's name stays."""
     return config.to_json() | {"datasets": list(map(run_data.public_name, config.datasets))}
 
 
 def build_trainer(
-    config: RunConfig,
+    config: TrainConfig,
     folder: RunFolder,
     model: Any,
     tokenizer: Any,

@@ -24,22 +24,19 @@ from typing import Any
 import psutil
 import torch
 
-from biasdpo import models, run_config, run_data
-from biasdpo.backends.hf_copy import hf_copy, load_tokenizer
+from biasdpo import config as run_config
+from biasdpo import models
+from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
+from biasdpo.config import TrainConfig
+from biasdpo.data import run_data
 from biasdpo.errors import DatasetError
-from biasdpo.run_config import RunConfig
 from biasdpo.run_estimate import Estimate, free_memory_bytes, refusal_of
 from biasdpo.run_folder import RunFolder
 from biasdpo.workspace import Workspace, write_json
+from training.callbacks import ProbeCallback, StatusWriter, cause_and_remedy
 from training.dpo import build_trainer, load_policy
-from training.faults import cause_and_remedy
-from training.finish import base_sha256
-from training.probe import ProbeCallback
-from training.reference import ReferenceCache, groups, open_cache, row_key
-from training.rows import TokenRow, anchor_texts, rows_seen, tokenise
-from training.scoring import score_base_and_tuned
-from training.status import StatusWriter
-from training.trainer import WRITES_EVERY
+from training.finish import TokenRow, anchor_texts, base_sha256, rows_seen, score_base_and_tuned, tokenise
+from training.trainer import WRITES_EVERY, ReferenceCache, groups, open_cache, row_key
 
 TIMED_BATCHES = 3  # of median length; their median counts
 LAUNCH_SHARE = 0.5  # of the loading, before it: the launcher loads torch too, but neither TRL nor the model
@@ -76,7 +73,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def measure(config: RunConfig, workspace: Workspace, scratch: Path, began: float) -> Estimate:
+def measure(config: TrainConfig, workspace: Workspace, scratch: Path, began: float) -> Estimate:
     """Measure. `began`: when this process was started, seconds since 1970, so that loading is counted from there."""
     on_cpu = config.accelerate == "cpu" or not torch.cuda.is_available()
     device = "cpu" if on_cpu else torch.cuda.get_device_name()
@@ -179,7 +176,7 @@ def measure(config: RunConfig, workspace: Workspace, scratch: Path, began: float
     )
 
 
-def tokens_unknown(cache: ReferenceCache, train: Sequence[TokenRow], held_out: Sequence[TokenRow], config: RunConfig) -> int:
+def tokens_unknown(cache: ReferenceCache, train: Sequence[TokenRow], held_out: Sequence[TokenRow], config: TrainConfig) -> int:
     """Tokens of the rows whose reference log-probabilities are not kept yet; held-out rows need them where they are evaluated."""
     known, unknown = cache.load(), 0
     for rows in (train, held_out if config.eval_every else ()):
@@ -190,13 +187,13 @@ def tokens_unknown(cache: ReferenceCache, train: Sequence[TokenRow], held_out: S
     return unknown
 
 
-def score(trainer: Any, rows: Sequence[TokenRow], config: RunConfig) -> None:
+def score(trainer: Any, rows: Sequence[TokenRow], config: TrainConfig) -> None:
     score_base_and_tuned(
         trainer.model, rows, is_packed=trainer.is_packed, batch_size=config.batch_size, on_batch=lambda _done: None
     )
 
 
-def peak_memory_bytes(config: RunConfig, *, on_cpu: bool, free_before: int) -> int:
+def peak_memory_bytes(config: TrainConfig, *, on_cpu: bool, free_before: int) -> int:
     """On a GPU what the allocator took of it; else the resident memory of as many processes as train, and of the launcher."""
     if not on_cpu:
         return int(free_before - torch.cuda.mem_get_info()[0])
@@ -238,7 +235,7 @@ def seconds_of(work: Callable[[], object], warm_up: int, times: int) -> float:
     return statistics.median(took)
 
 
-def steps_of(config: RunConfig, rows: int) -> int:
+def steps_of(config: TrainConfig, rows: int) -> int:
     """Optimizer steps of a run, as the trainer counts them: an epoch's last step may be smaller."""
     if config.max_steps:
         return config.max_steps

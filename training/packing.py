@@ -1,21 +1,23 @@
-"""Preference pairs as one row of tokens without padding: what pairs share is computed once.
-
-    [shared | prompt 1 | chosen 1 | rejected 1 | prompt 2 | chosen 2 | rejected 2 | ...]
-
-`shared` is what every prompt of the batch begins with (a template's system message). A completion sees `shared`, its own prompt
-and itself; never the other completion, never another pair. Rejected's positions go on from the prompt's end, as chosen's do,
-so each completion gets the log-probabilities that it would get in a row of its own. All but attention works token by token
-and needs to know nothing of this; attention is computed pair by pair, over the tokens that a pair may see.
-"""
+"""A causal language model of transformers, taught to compute packed rows; what it does with ordinary input stays as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MethodType
+from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from trl.trainer.utils import FusedCausalLMOutput
+
+# --- packing: Preference pairs as one row of tokens without padding: what pairs share is computed once
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,255 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing:
             k, v = torch.cat((keys[0], k), dim=2), torch.cat((values[0], v), dim=2)
         attended.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
     return torch.cat(attended, dim=2)
+
+
+# --- projection: The vocabulary projection, only where it is asked for and in slices of rows: no (tokens, V) ten
+
+
+LOGITS_A_SLICE = 2**23  # numbers: 32 MiB in float32
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model thinks of N tokens, each (N,), float32.
+
+    logps         log p(target), nats; the only one with a gradient
+    entropies     of the distributions, nats
+    mean_logits   over the vocabulary
+    are_top       whether the target was the most likely token
+    """
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    mean_logits: torch.Tensor
+    are_top: torch.Tensor
+
+
+def score_tokens(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> TokenScores:
+    """Score `targets` (N,) by `hidden` (N, H), the states from which they are predicted.
+
+    With p = softmax(W h + b): d log p[y] / d h = W[y] - p W.
+    """
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    scores, gradients = [], []
+    with torch.no_grad():
+        weight, bias = _head(hidden, head)
+        for rows in _slices(hidden, weight):
+            logits = _logits(hidden[rows], weight, bias)
+            mean, top = logits.mean(-1), logits.argmax(-1)
+            log_probabilities = logits.log_softmax(-1)
+            probabilities = torch.exp(log_probabilities, out=logits)
+            logps = log_probabilities.gather(1, targets[rows, None])[:, 0]
+            entropies = -torch.linalg.vecdot(probabilities, log_probabilities)
+            scores.append((logps, entropies, mean, top == targets[rows]))
+            if wants_gradient:
+                gradients.append(weight[targets[rows]].float() - _expected(weight, probabilities))
+    logps, entropies, mean_logits, are_top = (torch.cat(parts) for parts in zip(*scores, strict=True))
+    if wants_gradient:
+        logps = _with_gradient(hidden, logps, torch.cat(gradients))
+    return TokenScores(logps, entropies, mean_logits, are_top)
+
+
+def kl_of_tokens(base_hidden: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
+    """KL(base || policy) of the next-token distributions of two models that share a head, (N, H) each -> (N,), nats.
+
+    With p of base, q of the policy: KL = sum p (log p - log q), and d KL / d h = (q - p) W.
+    """
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    divergences, gradients = [], []
+    with torch.no_grad():
+        weight, bias = _head(hidden, head)
+        for rows in _slices(hidden, weight):
+            base = _logits(base_hidden[rows], weight, bias).log_softmax(-1)
+            policy = _logits(hidden[rows], weight, bias).log_softmax(-1)
+            probabilities = base.exp()
+            divergences.append(torch.linalg.vecdot(probabilities, base.sub_(policy)))
+            if wants_gradient:
+                gradients.append(_expected(weight, policy.exp_().sub_(probabilities)))
+    divergence = torch.cat(divergences)
+    return _with_gradient(hidden, divergence, torch.cat(gradients)) if wants_gradient else divergence
+
+
+def kl_to_average(base_hidden: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
+    """KL(p || policy) where p is the average of base's next-token distributions over K texts: (K, N, H) each -> (K, N), nats.
+
+    KL = sum p (log p - log q_k), and d KL / d h_k = (q_k - p) W.
+    """
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    divergences, gradients = [], []
+    with torch.no_grad():
+        weight, bias = _head(hidden, head)
+        for rows in _slices(hidden[0], weight):
+            texts = [_logits(base, weight, bias).log_softmax(-1) for base in base_hidden[:, rows]]
+            average = torch.stack(texts).logsumexp(0) - math.log(len(texts))
+            probabilities = average.exp()
+            policies = [_logits(states, weight, bias).log_softmax(-1) for states in hidden[:, rows]]
+            divergences.append(torch.stack([torch.linalg.vecdot(probabilities, average - policy) for policy in policies]))
+            if wants_gradient:
+                gradients.append(torch.stack([_expected(weight, policy.exp_().sub_(probabilities)) for policy in policies]))
+    divergence = torch.cat(divergences, dim=1)
+    if not wants_gradient:
+        return divergence
+    known = _with_gradient(hidden.flatten(0, 1), divergence.flatten(), torch.cat(gradients, dim=1).flatten(0, 1))
+    return known.view_as(divergence)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Values (N,) of which each depends on its own row of hidden (N, H), with the gradients (N, H) given beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradients)
+        ctx.hidden_dtype = hidden.dtype
+        return values.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_values: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (grad_values[:, None] * gradients).to(ctx.hidden_dtype), None, None
+
+
+def _with_gradient(hidden: torch.Tensor, values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _KnownGradient.apply(hidden, values, gradients)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _head(hidden: torch.Tensor, head: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The head's weight (V, H) and bias (V,), in the type that matrix products are computed in."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+
+
+def _slices(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, LOGITS_A_SLICE // weight.shape[0])
+    for start in range(0, max(1, len(hidden)), rows):  # no rows: one empty slice
+        yield slice(start, start + rows)
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(rows, V), float32."""
+    return functional.linear(hidden.to(weight.dtype), weight, bias).float()
+
+
+def _expected(weight: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """The head's rows summed with coefficients (rows, V): (rows, H), float32."""
+    return (coefficients.to(weight.dtype) @ weight).float()
+
+
+# --- packed model: A causal language model of transformers, taught to compute packed rows; what it does with ordin
+
+
+ARCHITECTURES = ("LlamaForCausalLM", "PhiForCausalLM")
+ATTENTION = "packed_or_sdpa"
+
+
+def why_not_packed(model: Any) -> str:
+    """Why a base model can't be taught, as the end of a sentence; "" where it can."""
+    name = type(model).__name__
+    if name not in ARCHITECTURES:
+        return f"{name} is neither {' nor '.join(ARCHITECTURES)}"
+    if model.config.attention_dropout:
+        return f"its attention has dropout ({model.config.attention_dropout})"
+    if model.get_output_embeddings().weight.requires_grad:
+        return "its vocabulary projection is trained"
+    return ""
+
+
+def add_packed_forward(model: Any) -> None:
+    """Teach a base model, on which TRL's `add_fused_lm_head` was called already, two more ways to be called.
+
+    model(packing=...)                              the last hidden states of a packed row, (1, T, H)
+    model(input_ids, attention_mask, labels, fused_lm_head=True)
+                                                    TRL's call, a batch of rows [chosen; rejected] padded at their right; the
+                                                    same output, computed packed
+
+    In `forward` itself, so that what wraps the model (PEFT, autocast, data parallel) wraps these calls too.
+    """
+    original = model.forward
+    model.set_attn_implementation(ATTENTION)
+
+    @functools.wraps(original)
+    def forward(
+        self: Any, *args: Any, packing: Packing | None = None, fused_lm_head: bool = False, **kwargs: Any
+    ) -> torch.Tensor | FusedCausalLMOutput:
+        if packing is not None:
+            return _last_hidden(self, packing)
+        if fused_lm_head:
+            return _pair_scores(self, kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
+        return original(*args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+def _last_hidden(model: Any, packing: Packing) -> torch.Tensor:
+    # A mask of four dimensions is passed on as it is: none gets built, and `_attention` needs none.
+    unused_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=packing.ids.device)
+    outputs = model.model(
+        input_ids=packing.ids, position_ids=packing.positions, attention_mask=unused_mask, packing=packing, use_cache=False
+    )
+    hidden: torch.Tensor = outputs.last_hidden_state
+    return hidden
+
+
+def _pair_scores(model: Any, ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> FusedCausalLMOutput:
+    """TRL's per-token scores (2B, L - 1) of a padded batch ids (2B, L): zero where the label is -100."""
+    packing = pack(unpad(ids, attention_mask, labels), ids.device)
+    scores = score_tokens(_last_hidden(model, packing)[0, packing.sources], model.get_output_embeddings(), packing.targets)
+    mask = labels[:, 1:] != -100
+    lengths = _in_turn(
+        mask.sum(1).tolist()
+    )  # in the packed row chosen and rejected take turns; in the batch all chosen come first
+
+    def unpacked(values: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(values, lengths)
+        return values.new_zeros(mask.shape).masked_scatter(mask, torch.cat(parts[0::2] + parts[1::2]))
+
+    return FusedCausalLMOutput(
+        log_probs=unpacked(scores.logps),
+        entropy=unpacked(scores.entropies),
+        mean_logits=unpacked(scores.mean_logits),
+        is_top1=unpacked(scores.are_top),
+        label_mask=mask,
+    )
+
+
+def unpad(ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> list[Branches]:
+    """TRL's batch, rows [chosen; rejected] (2B, L) padded at their right, as B prompts with two completions each."""
+    lengths = attention_mask.sum(1).tolist()
+    completions = (labels != -100).sum(1).tolist()
+    split = [
+        (tuple(row[: length - completion]), tuple(row[length - completion : length]))
+        for row, length, completion in zip(ids.tolist(), lengths, completions, strict=True)
+    ]
+    half = len(split) // 2
+    pairs = []
+    for (prompt, chosen), (other_prompt, rejected) in zip(split[:half], split[half:], strict=True):
+        if prompt != other_prompt:
+            raise ValueError("Chosen and rejected of a pair must follow the same prompt: truncate at the end, not at the start")
+        pairs.append(Branches(prompt, (chosen, rejected)))
+    return pairs
+
+
+def _in_turn(lengths: list[int]) -> list[int]:
+    """[a1, a2, b1, b2] -> [a1, b1, a2, b2]."""
+    half = len(lengths) // 2
+    pairs: Iterable[tuple[int, int]] = zip(lengths[:half], lengths[half:], strict=True)
+    return [length for pair in pairs for length in pair]
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **settings: Any
+) -> tuple[torch.Tensor, None]:
+    """What each attention layer calls: packed where the model was given a packed row, else what transformers would do."""
+    packing = settings.get("packing")
+    if packing is None:
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return result
+    attended = attend(query, key, value, packing, settings["scaling"])
+    return attended.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -2,20 +2,24 @@
 
 Seven things differ from TRL 1.16; its losses, metrics and loop are its own.
 1. A pair is computed as one packed row, the prompt once (`training.packing`), without padding, and the vocabulary projection
-   on completion tokens alone (`training.projection`). For Llama and Phi; other models go TRL's way, and `note` says so.
-2. The reference's log-probabilities are computed once, before the first step, and kept across runs (`training.reference`).
+   on completion tokens alone (`training.packing`). For Llama and Phi; other models go TRL's way, and `note` says so.
+2. The reference's log-probabilities are computed once, before the first step, and kept across runs (`training.trainer`).
 3. `text_kl_weight` adds KL(base || policy) on bare text (no template), which is where an unanchored run gets more perplexed:
    DPO holds the policy near the reference only on the pairs' completions.
-4. `counterfactual_weight` and `question_weight` add two terms that need no pairs (`training.counterfactual`).
-5. `ending_weight` adds a term that keeps completions as long as base's (`training.ending`).
-6. A checkpoint holds no model card, and what was not logged yet (`training.window`).
-7. An evaluation's metrics are means over pairs, whatever the batch and the processes (`training.rounds`).
-"""
+4. `counterfactual_weight` and `question_weight` add two terms that need no pairs (`training.losses`).
+5. `ending_weight` adds a term that keeps completions as long as base's (`training.losses`).
+6. A checkpoint holds no model card, and what was not logged yet (`training.callbacks`).
+7. An evaluation's metrics are means over pairs, whatever the batch and the processes (`training.trainer`)."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +29,143 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 
 from biasdpo.counterfactuals import Counterfactuals
-from biasdpo.errors import ConfigError
-from training import ending
-from training.counterfactual import counterfactual_kl, encode_twins, question_loss
-from training.packed_model import add_packed_forward, unpad, why_not_packed
-from training.reference import Group, Logps, ReferenceCache, groups, row_key
-from training.rounds import rounds
-from training.text_kl import packed_text_kl, padded_text_kl
-from training.window import save_window
+from biasdpo.errors import ConfigError, WorkspaceError
+from biasdpo.workspace import locked, read_json, write_json
+from training import losses
+from training.callbacks import save_window
+from training.losses import counterfactual_kl, encode_twins, packed_text_kl, padded_text_kl, question_loss
+from training.packing import add_packed_forward, unpad, why_not_packed
+
+# --- reference: Log-probabilities of pairs under the reference, kept across runs: WORKSPACE/cache/reference/, o
+
+
+FORMAT = 1  # raise it where the same pair would get other numbers
+ROWS_A_GROUP = 8  # on average
+TOKENS_A_GROUP = 2048  # that fill a group
+
+Logps = tuple[float, float]  # chosen, rejected: summed over the completion's tokens, nats
+Row = Mapping[str, Any]  # with the token ids `prompt_ids`, `chosen_ids`, `rejected_ids`
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are computed together, and their `row_key`s, in the same order."""
+
+    keys: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256("".join(self.keys).encode()).hexdigest()
+
+
+def groups(rows: Mapping[str, Row]) -> Iterator[Group]:
+    """Share rows (by `row_key`) out among groups.
+
+    The rows themselves say where a group ends, by their hash, so that one more row, or one fewer, changes its own group and
+    leaves the others as they were, to be found.
+    """
+    keys: list[str] = []
+    tokens = 0
+    for key in sorted(rows):
+        keys.append(key)
+        tokens += sum(len(rows[key][name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        if int(key[-8:], 16) % ROWS_A_GROUP == 0 or tokens >= TOKENS_A_GROUP:
+            yield Group(tuple(keys), tuple(rows[k] for k in keys))
+            keys, tokens = [], 0
+    if keys:
+        yield Group(tuple(keys), tuple(rows[k] for k in keys))
+
+
+def row_key(row: Row) -> str:
+    """Hex SHA-256 of a row's token ids."""
+    ids = [list(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """The file that holds one base model's numbers: those of each group, by `Group.key`, in the order of its rows.
+
+    path    WORKSPACE/cache/reference/NAME.json; NAME tells all on which the numbers depend, beside the tokens
+    """
+
+    path: Path
+
+    def load(self) -> dict[str, list[Logps]]:
+        """What is known. A file that is missing or damaged in any way knows nothing."""
+        with suppress(WorkspaceError, KeyError, TypeError, ValueError):
+            content = read_json(self.path)
+            known = {
+                str(key): [(float(chosen), float(rejected)) for chosen, rejected in logps]
+                for key, logps in content["groups"].items()
+            }
+            numbers = [number for logps in known.values() for pair in logps for number in pair]
+            if content["sha256"] == _checksum(known) and all(map(math.isfinite, numbers)):
+                return known
+        return {}
+
+    def add(self, found: Mapping[str, list[Logps]]) -> None:
+        """Keep more groups beside those that other runs may have added meanwhile."""
+        if found:
+            with locked(self.path):
+                known = {**self.load(), **found}
+                write_json(self.path, {"sha256": _checksum(known), "groups": known})
+
+
+def open_cache(folder: Path, base_sha256: str, device: str, threads: int) -> ReferenceCache:
+    """The cache of a base model, by its weights' hash, as it is computed in fp32 on `device` ("cpu", "cuda").
+
+    `threads` counts on a CPU alone: they decide how sums are split up, hence last digits.
+    """
+    splitting = f"-{threads}-threads" if device == "cpu" else ""
+    return ReferenceCache(folder / f"{base_sha256[:16]}-{device}{splitting}-v{FORMAT}.json")
+
+
+def _checksum(known: Mapping[str, list[Logps]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()
+
+
+# --- rounds: Held-out rows shared out among processes, so that a mean over all of them is one, whatever the
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one process computes while the others compute theirs.
+
+    rows    numbers of its rows
+    pairs   different rows of all processes together
+    """
+
+    rows: range
+    pairs: int
+
+
+def rounds(count: int, batch_size: int, processes: int, rank: int) -> list[Round]:
+    """Rows 0 … count - 1 in rounds of at most `batch_size` rows a process.
+
+    Full batches first, then equal parts of what is left; fewer rows than processes are computed by every process, whose equal
+    numbers change no mean.
+    """
+    at_once = batch_size * processes
+    found = [_share(start, batch_size, processes, rank) for start in range(0, count - at_once + 1, at_once)]
+    left = count % at_once
+    start = count - left
+    if each := left // processes:
+        found.append(_share(start, each, processes, rank))
+        start += each * processes
+    return found + [
+        Round(range(i, min(i + batch_size, count)), min(batch_size, count - i)) for i in range(start, count, batch_size)
+    ]
+
+
+def _share(start: int, each: int, processes: int, rank: int) -> Round:
+    mine = start + rank * each
+    return Round(range(mine, mine + each), each * processes)
+
+
+# --- trainer: TRL's DPO trainer on rows that are tokenised already: the same loss, metrics and checkpoints fo
+
 
 _GROUPS_A_SAVE = 16
 WRITES_EVERY = 4  # steps between those in which the policy writes to the batch's prompts: it takes as long as a step
@@ -238,8 +371,8 @@ class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         labels = torch.where(inputs["completion_mask"].bool(), inputs["input_ids"], -100)
         prompts = [pair.prompt for pair in unpad(inputs["input_ids"], inputs["attention_mask"], labels)]
         end, metrics = self.processing_class.eos_token_id, self._metrics["train"]
-        written = ending.write(model, prompts, end, self.accelerator)
-        kl = ending.ending_kl(model, written, end, self.accelerator)
+        written = losses.write(model, prompts, end, self.accelerator)
+        kl = losses.ending_kl(model, written, end, self.accelerator)
         metrics["ending_kl"].append(kl.item())
         metrics["written_tokens"].append(sum(len(one.completions[0]) for one in written) / len(written))
         return self._ending_weight * kl

@@ -43,18 +43,17 @@ def open_backend(
     """Load a model and an adapter, prove the comparison honest (ProofError if it is not), and return the engine. Close it."""
     chosen = choose_backend(spec, name)
     if chosen == "llamacpp":
-        from biasdpo import gguf_export
         from biasdpo.backends.llamacpp import open_llamacpp
+        from biasdpo.gguf import write
 
         assert spec.gguf_path is not None
         lora = None
         if adapter is not None:
             on_progress(0.0, "building the adapter's GGUF")
-            lora = gguf_export.cached_lora(adapter, spec.gguf_path, workspace)
+            lora = write.cached_lora(adapter, spec.gguf_path, workspace)
         return open_llamacpp(spec.gguf_path, spec.template, lora, spec.context_length, on_progress=on_progress)
     from biasdpo.backends.hf import open_transformers
-    from biasdpo.backends.hf_copy import hf_copy
-    from biasdpo.backends.hf_device import Bits
+    from biasdpo.backends.hf_loading import Bits, hf_copy
 
     on_progress(0.0, "preparing the transformers copy of the model")
     folder = hf_copy(spec, workspace)

@@ -15,7 +15,7 @@ _LONGEST_ROW = 256  # tokens of a row that more than one sequence shares: attent
 
 
 @dataclass(frozen=True)
-class Path:
+class TokenPath:
     """One request's tokens, all but the last, from which nothing is predicted.
 
     index    of the request
@@ -29,9 +29,11 @@ class Path:
     scored: tuple[int, ...]
 
 
-def sort_paths(requests: Sequence[tuple[list[int], list[int]]]) -> list[Path]:
+def sort_paths(requests: Sequence[tuple[list[int], list[int]]]) -> list[TokenPath]:
     """The (given, scored) tokens of requests as paths, those that begin alike side by side."""
-    paths = [Path(index, (*given, *scored[:-1]), len(given) - 1, tuple(scored)) for index, (given, scored) in enumerate(requests)]
+    paths = [
+        TokenPath(index, (*given, *scored[:-1]), len(given) - 1, tuple(scored)) for index, (given, scored) in enumerate(requests)
+    ]
     return sorted(paths, key=lambda path: path.tokens)
 
 
@@ -41,12 +43,12 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i in range(shortest) if one[i] != other[i]), shortest)
 
 
-def shared_lengths(paths: Sequence[Path]) -> list[int]:
+def shared_lengths(paths: Sequence[TokenPath]) -> list[int]:
     """For each of the paths with how many tokens of the one before it it begins."""
     return [0, *(common_length(one.tokens, other.tokens) for one, other in pairwise(paths))][: len(paths)]
 
 
-def trunk_length(paths: Sequence[Path], least: int) -> int:
+def trunk_length(paths: Sequence[TokenPath], least: int) -> int:
     """How many tokens of the beginning of sorted paths are worth computing apart, ahead of their rows: those that all share
     and from which nothing is predicted. 0 where all fit into one row, or share fewer than `least`."""
     if len(paths) < 2 or _Sizes(paths).of(0, len(paths)) <= _LONGEST_ROW:
@@ -55,11 +57,11 @@ def trunk_length(paths: Sequence[Path], least: int) -> int:
     return shared if shared >= least else 0
 
 
-def split_into_rows(paths: Sequence[Path], trunk: int) -> Iterator[Sequence[Path]]:
+def split_into_rows(paths: Sequence[TokenPath], trunk: int) -> Iterator[Sequence[TokenPath]]:
     """Sorted paths in parts that are short enough for a row each, divided where neighbours share least."""
     sizes = _Sizes(paths)
 
-    def divide(begin: int, end: int) -> Iterator[Sequence[Path]]:
+    def divide(begin: int, end: int) -> Iterator[Sequence[TokenPath]]:
         if end - begin < 2 or sizes.of(begin, end) - trunk <= _LONGEST_ROW:
             yield paths[begin:end]
             return
@@ -74,7 +76,7 @@ def split_into_rows(paths: Sequence[Path], trunk: int) -> Iterator[Sequence[Path
 class _Sizes:
     """How many nodes the trees of neighbouring paths have. `shared[i]`: tokens that path i shares with the one before it."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[TokenPath]) -> None:
         self.shared = shared_lengths(paths)
         own = (len(path.tokens) - shared for path, shared in zip(paths, self.shared, strict=True))
         self._own_before = list(accumulate(own, initial=0))
@@ -93,14 +95,14 @@ class Row:
     nodes               for each path its nodes from `first` on: those that predict its scored tokens
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[TokenPath]
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     nodes: list[list[int]] = field(default_factory=list)
 
 
-def lay_out(paths: Sequence[Path], trunk: int) -> Row:
+def lay_out(paths: Sequence[TokenPath], trunk: int) -> Row:
     """Sorted paths as a row. Their first `trunk` tokens, which all share, are left out."""
     row = Row(paths)
     way: list[int] = []  # the nodes of the path before, in turn

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import Completion, CompletionRequest, Likelihood, Request
-from biasdpo.stats import Array, Metric
 
 
 class Measured(Protocol):

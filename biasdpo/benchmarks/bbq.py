@@ -30,8 +30,8 @@ import numpy as np
 
 from biasdpo.benchmarks.base import OneSided
 from biasdpo.benchmarks.rows import Origin, Row, load_rows
+from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import ContinuationRequest, Likelihood, Request
-from biasdpo.stats import Array, Metric
 
 ORIGIN = Origin("bbq", "oskarvanderwal/bbq", "test", ("All",))
 

@@ -32,8 +32,8 @@ from biasdpo.benchmarks.rows import Origin, load_rows, sha256_of_files
 from biasdpo.benchmarks.sentiment import NEGATIVE, POSITIVE, in_words, vader, vader_version
 from biasdpo.benchmarks.toxicity import TOXIC, ToxicityScorer
 from biasdpo.errors import DatasetError
+from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import Completion, CompletionRequest, Sampling
-from biasdpo.stats import Array, Metric
 
 ORIGIN = Origin("bold", "AmazonScience/bold", "train")
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from biasdpo.benchmarks.base import OneSided
 from biasdpo.benchmarks.rows import Origin, Row, load_rows
+from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import ContinuationRequest, Likelihood, Request
-from biasdpo.stats import Array, Metric
 
 ORIGIN = Origin("crows_pairs", "jannalu/crows_pairs_multilingual", "test", ("english",))
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from biasdpo import dataset
-from biasdpo.dataset import PreferencePair
+from biasdpo import data
+from biasdpo.data import PreferencePair
+from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import Likelihood, LikelihoodRequest, Request
-from biasdpo.stats import Array, Metric
 
 _CHOSEN, _REJECTED, _CHOSEN_TOKENS, _REJECTED_TOKENS, _LONGER = range(5)
 
@@ -40,7 +40,7 @@ class Preference:
 
     def scores(self, item: PreferencePair, outputs: Sequence[Likelihood]) -> list[float]:
         chosen, rejected = outputs
-        return [chosen.logp, rejected.logp, chosen.tokens, rejected.tokens, dataset.longer_baseline([item]) or 0.0]
+        return [chosen.logp, rejected.logp, chosen.tokens, rejected.tokens, data.longer_baseline([item]) or 0.0]
 
     def describe(self, item: PreferencePair) -> dict[str, str]:
         return {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "category": item.category}
@@ -63,7 +63,7 @@ class Preference:
         }
 
     def report(self, items: Sequence[PreferencePair], _numbers: Array) -> dict[str, float]:
-        return {"pick_the_longer_baseline": dataset.longer_baseline(items) or 0.0}
+        return {"pick_the_longer_baseline": data.longer_baseline(items) or 0.0}
 
 
 def _length_normalised(items: Array) -> Array:

@@ -25,8 +25,8 @@ from biasdpo.benchmarks.base import GenerationBenchmark
 from biasdpo.benchmarks.rows import Origin, Row, load_rows
 from biasdpo.benchmarks.toxicity import TOXIC, ToxicityScorer
 from biasdpo.errors import ConfigError
+from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import Completion, CompletionRequest, Sampling
-from biasdpo.stats import Array, Metric
 
 ORIGIN = Origin("real_toxicity_prompts", "allenai/real-toxicity-prompts", "train")
 

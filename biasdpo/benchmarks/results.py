@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from biasdpo import stats
 from biasdpo.benchmarks.base import Measured
-from biasdpo.stats import Array, Interval, Metric
+from biasdpo.evaluation import stats
+from biasdpo.evaluation.stats import Array, Interval, Metric
 
 
 @dataclass(frozen=True)

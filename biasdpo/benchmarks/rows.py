@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from biasdpo.dataset.reading import rows_of
-from biasdpo.dataset.source_rows import SourceRow
+from biasdpo.data.importing import SourceRow, rows_of
 from biasdpo.errors import DatasetError
 
 _TABLES = (".jsonl", ".json", ".csv", ".parquet")

@@ -21,8 +21,8 @@ from biasdpo.benchmarks.real_toxicity_prompts import ORIGIN, web_text
 from biasdpo.benchmarks.rows import load_rows
 from biasdpo.benchmarks.toxicity import TOXIC
 from biasdpo.errors import DatasetError
+from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import Likelihood, Request, TextRequest
-from biasdpo.stats import Array, Metric
 from biasdpo.workspace import sha256_of
 
 TEXTS = 600  # of a large set: enough for an interval of a per cent, scored in minutes

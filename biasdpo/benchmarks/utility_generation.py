@@ -25,8 +25,8 @@ import numpy as np
 from biasdpo import prompts
 from biasdpo.benchmarks.base import GenerationBenchmark
 from biasdpo.benchmarks.text_measures import EVASIONS_FILE, distinct, evades, repetition, words
+from biasdpo.evaluation.stats import Array, Better, Metric
 from biasdpo.records import Completion, CompletionRequest, Sampling
-from biasdpo.stats import Array, Better, Metric
 from biasdpo.workspace import ASSETS, sha256_of
 
 SAMPLING = Sampling(max_new_tokens=128, temperature=0.0, repetition_penalty=1.0)

@@ -23,8 +23,8 @@ import numpy as np
 from biasdpo.benchmarks.base import OneSided
 from biasdpo.benchmarks.rows import Origin, Row, find_files, load_rows, sha256_of_files
 from biasdpo.errors import DatasetError
+from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import ContinuationRequest, Likelihood, Request
-from biasdpo.stats import Array, Metric
 
 ORIGIN = Origin("winobias", "uclanlp/wino_bias", "validation", ("type1_pro", "type1_anti", "type2_pro", "type2_anti"))
 

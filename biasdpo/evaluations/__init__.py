@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from biasdpo.evaluations.estimate import estimate_seconds, known_seconds
 from biasdpo.evaluations.jobs import Evaluation, cancel, delete, find, list_evaluations, resume, start
-from biasdpo.evaluations.request import EvaluationRequest
+from biasdpo.evaluations.request import EvaluationConfig
 from biasdpo.evaluations.status import Progress, State
 
 __all__ = [
     "Evaluation",
-    "EvaluationRequest",
+    "EvaluationConfig",
     "Progress",
     "State",
     "cancel",

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from biasdpo import detached, evaluate, models
+from biasdpo import detached, models
 from biasdpo.backends import choose_backend
 from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
 from biasdpo.engines import Engine
 from biasdpo.errors import BiasDPOError, EvaluationError
-from biasdpo.evaluations import curve
-from biasdpo.evaluations.request import EvaluationRequest
+from biasdpo.evaluation import results, run
+from biasdpo.evaluations.request import EvaluationConfig
 from biasdpo.evaluations.resolving import resolved
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
 
@@ -48,21 +48,21 @@ class Speed:
         return items * (self.base + rounds * (self.tuned or 0.0))
 
 
-def known_seconds(request: EvaluationRequest, workspace: Workspace) -> dict[str, float | None]:
-    """Seconds by benchmark (`EvaluationRequest.parts`), as remembered; None where it was not measured yet. Measures
+def known_seconds(request: EvaluationConfig, workspace: Workspace) -> dict[str, float | None]:
+    """Seconds by benchmark (`EvaluationConfig.parts`), as remembered; None where it was not measured yet. Measures
     nothing, returns at once.
 
     Raises ModelError or AdapterError where what is named is not here.
     """
     spec = models.find(models.choose_auto()[0].id if request.model == "auto" else request.model)
     adapter = models.find_adapter(request.adapter, spec, workspace)
-    rounds = 0 if adapter is None else len(curve.order(request.strengths))
+    rounds = 0 if adapter is None else len(results.order(request.strengths))
     speeds = {name: _remembered(_file_of(request, name, workspace)) for name in request.parts()}
     return {name: None if speed is None else speed.seconds(request.limit, rounds) for name, speed in speeds.items()}
 
 
 def estimate_seconds(
-    request: EvaluationRequest, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False
+    request: EvaluationConfig, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
     """Seconds by benchmark, where nothing is scored yet. What is not remembered is measured, in a process of its own: the model
     is loaded (seconds), a few items of each benchmark are scored.
@@ -80,7 +80,7 @@ def estimate_seconds(
     return {name: seconds or 0.0 for name, seconds in known_seconds(request, workspace).items()}
 
 
-def _measured(request: EvaluationRequest, workspace: Workspace, cancelled: Callable[[], bool]) -> dict[str, Speed]:
+def _measured(request: EvaluationConfig, workspace: Workspace, cancelled: Callable[[], bool]) -> dict[str, Speed]:
     folder = workspace.cache / "evaluation_speeds"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".measuring-", dir=folder) as scratch:
@@ -122,7 +122,7 @@ def _seconds_an_item(engine: Engine, benchmark: Benchmark | GenerationBenchmark)
                 times.append(time.monotonic())
             return False
 
-        evaluate.run(engine, [benchmark], limit=limit, on_item=tell, should_stop=asked)
+        run.run(engine, [benchmark], limit=limit, on_item=tell, should_stop=asked)
         if times[-1] - times[0] > _AFFORDED_SECONDS:
             break
     return (times[-1] - times[0]) / done
@@ -135,7 +135,7 @@ def _remembered(file: Path) -> Speed | None:
         return None
 
 
-def _file_of(request: EvaluationRequest, benchmark: str, workspace: Workspace) -> Path:
+def _file_of(request: EvaluationConfig, benchmark: str, workspace: Workspace) -> Path:
     """Where a benchmark's speed is remembered: by all that it depends on. All adapters cost the same; but of which pairs it held
     out depends what `preference` scores."""
     spec = models.find(models.choose_auto()[0].id if request.model == "auto" else request.model)

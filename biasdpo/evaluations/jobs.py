@@ -15,9 +15,9 @@ import psutil
 
 from biasdpo import detached
 from biasdpo.errors import BiasDPOError, EvaluationError, WorkspaceError
-from biasdpo.evaluations import result
+from biasdpo.evaluation import results
 from biasdpo.evaluations.estimate import known_seconds
-from biasdpo.evaluations.request import EvaluationRequest
+from biasdpo.evaluations.request import EvaluationConfig
 from biasdpo.evaluations.resolving import resolved
 from biasdpo.evaluations.status import EvaluationFiles, EvaluationStatus, Progress, State
 from biasdpo.workspace import Workspace, locked, read_json, refuse_on_public_space, write_json
@@ -40,7 +40,7 @@ class Evaluation:
 
     id: str
     folder: Path
-    request: EvaluationRequest | None
+    request: EvaluationConfig | None
     state: State
     progress: tuple[Progress, ...] = ()
     seconds_left: float | None = None
@@ -69,7 +69,7 @@ class Evaluation:
         """The result. Raises EvaluationError where there is none, or where it is damaged."""
         if not self.has_result:
             raise EvaluationError(f"Evaluation {self.id!r} is {self.state} and has no result: wait for it, or resume it")
-        return result.load(self.result_file)
+        return results.load(self.result_file)
 
 
 # Reading
@@ -100,7 +100,7 @@ def _poll(files: EvaluationFiles) -> Evaluation | None:
     status = files.read_status()
     request = None
     with suppress(BiasDPOError):
-        request = EvaluationRequest.from_json(read_json(files.request))
+        request = EvaluationConfig.from_json(read_json(files.request))
     if status is not None:
         return Evaluation(
             files.id,
@@ -116,7 +116,7 @@ def _poll(files: EvaluationFiles) -> Evaluation | None:
     with suppress(FileNotFoundError):  # deleted meanwhile
         if files.result.is_file():
             written = files.result.stat()
-            interrupted, error = result.summary(files.result, written.st_mtime_ns)
+            interrupted, error = results.summary(files.result, written.st_mtime_ns)
             state: State = "failed" if error else "cancelled" if interrupted else "finished"
             return Evaluation(files.id, files.folder, request, state, error=error, started_at=_iso(written.st_mtime))
         if files.request.is_file():
@@ -134,7 +134,7 @@ def _iso(seconds: float) -> str:
 # Start, cancel, resume, delete
 
 
-def start(request: EvaluationRequest, workspace: Workspace) -> Evaluation:
+def start(request: EvaluationConfig, workspace: Workspace) -> Evaluation:
     """Start an evaluation in a process of its own, return at once. It waits where another has the device.
 
     Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be evaluated, WorkspaceError
@@ -210,7 +210,7 @@ def _changing(workspace: Workspace) -> Iterator[None]:
         yield
 
 
-def _free_id(request: EvaluationRequest, workspace: Workspace) -> str:
+def _free_id(request: EvaluationConfig, workspace: Workspace) -> str:
     """A readable id: smollm2-biasdpo-1, smollm2-biasdpo-2, …"""
     name = (request.model if request.adapter == "none" else request.adapter).rstrip("/").rpartition("/")[2]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name.removesuffix(".gguf")).strip("-_")[:48] or "evaluation"
@@ -220,7 +220,7 @@ def _free_id(request: EvaluationRequest, workspace: Workspace) -> str:
     return f"{stem}-{number}"
 
 
-def _launch(files: EvaluationFiles, request: EvaluationRequest, device: str, workspace: Workspace) -> None:
+def _launch(files: EvaluationFiles, request: EvaluationConfig, device: str, workspace: Workspace) -> None:
     now = time.time()
     expected = {name: seconds for name, seconds in known_seconds(request, workspace).items() if seconds is not None}
     progress = tuple(Progress(name, 0, 0) for name in request.parts())

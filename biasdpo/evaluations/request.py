@@ -20,7 +20,7 @@ _MOST_STRENGTHS = 16
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
+class EvaluationConfig:
     """One evaluation. Names are those of the command line.
 
     adapter      an id, a run's id, a PEFT folder, "none": base alone, or "": the model's default
@@ -46,7 +46,7 @@ class EvaluationRequest:
     max_new_tokens: int | None = None
     toxicity_scorer: str = ""
 
-    def check(self) -> EvaluationRequest:
+    def check(self) -> EvaluationConfig:
         """This request, or a ConfigError that says in one line what is wrong with it."""
         for name in ("model", "adapter", "backend", "data_dir", "dataset", "toxicity_scorer"):
             if not isinstance(getattr(self, name), str):
@@ -114,7 +114,7 @@ class EvaluationRequest:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> EvaluationRequest:
+    def from_json(cls, values: Mapping[str, Any]) -> EvaluationConfig:
         """The request that `to_json` gave. Raises ConfigError for what is none."""
         names = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or not isinstance(values.get("model"), str):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from biasdpo import fitting, models
+from biasdpo import models
 from biasdpo.backends import choose_backend
 from biasdpo.errors import ConfigError
-from biasdpo.evaluations.request import RUN, WORKSPACE, EvaluationRequest
+from biasdpo.evaluations.request import RUN, WORKSPACE, EvaluationConfig
 from biasdpo.workspace import Workspace
 
 
-def resolved(request: EvaluationRequest, workspace: Workspace) -> tuple[EvaluationRequest, str]:
+def resolved(request: EvaluationConfig, workspace: Workspace) -> tuple[EvaluationConfig, str]:
     """The request with a definite model and adapter, as a process finds them whose working folder is another; and the device,
     "cpu" or "gpu".
 
@@ -25,7 +25,7 @@ def resolved(request: EvaluationRequest, workspace: Workspace) -> tuple[Evaluati
     adapter = models.find_adapter(request.adapter, spec, workspace)
     adapter_name = "none"
     if adapter is not None:
-        fitting.check_fits(adapter, spec)
+        models.check_fits(adapter, spec)
         known = {one.id: one.folder for one in models.adapters(workspace)}
         adapter_name = adapter.id if known.get(adapter.id) == adapter.folder else str(adapter.folder.resolve())
     data_dir = Path(request.data_dir).expanduser().resolve() if request.data_dir else None

@@ -7,17 +7,17 @@ written, all of it lies in the folder `.export-NAME.gguf`, with its status: what
 
 from __future__ import annotations
 
-from biasdpo.exports.exporting import export
 from biasdpo.exports.jobs import Export, cancel, delete, find, folder_for, free_name, list_exports, poll, start
 from biasdpo.exports.record import ExportRecord
-from biasdpo.exports.request import FORMATS, ExportRequest, Format, Source
+from biasdpo.exports.request import FORMATS, ExportConfig, Format, Source
 from biasdpo.exports.unfinished import ExportStatus
+from biasdpo.gguf.export import export
 
 __all__ = [
     "FORMATS",
     "Export",
+    "ExportConfig",
     "ExportRecord",
-    "ExportRequest",
     "ExportStatus",
     "Format",
     "Source",

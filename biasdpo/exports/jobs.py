@@ -13,7 +13,7 @@ import psutil
 from biasdpo import detached
 from biasdpo.errors import ConfigError, ExportError, WorkspaceError
 from biasdpo.exports.record import ExportRecord, load_record, remove_files
-from biasdpo.exports.request import ExportRequest
+from biasdpo.exports.request import ExportConfig
 from biasdpo.exports.unfinished import ExportStatus, State, Unfinished, all_in, begin
 from biasdpo.models import AdapterSpec
 from biasdpo.workspace import Workspace, refuse_on_public_space
@@ -117,7 +117,7 @@ def _folders(workspace: Workspace) -> Iterator[Path]:
 # Start, cancel, delete
 
 
-def start(request: ExportRequest, workspace: Workspace) -> Export:
+def start(request: ExportConfig, workspace: Workspace) -> Export:
     """Start an export in a process of its own, return at once.
 
     Raises RefusedError on a public Space, what `export` raises for a bad request, ExportError where the name is taken or another

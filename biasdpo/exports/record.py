@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from biasdpo.chat import PromptTemplate
 from biasdpo.errors import ExportError, WorkspaceError
-from biasdpo.template import PromptTemplate
 from biasdpo.workspace import read_json, write_json
 
 

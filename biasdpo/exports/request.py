@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from biasdpo import fitting, models
+from biasdpo import models
 from biasdpo.errors import ConfigError, ModelError
-from biasdpo.gguf_export.expected import source_path
-from biasdpo.gguf_export.quantizations import require_known
+from biasdpo.gguf.quantize import require_known
+from biasdpo.gguf.write import source_path
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.workspace import Workspace
 
@@ -25,7 +25,7 @@ MOST_PAIRS = 64
 
 
 @dataclass(frozen=True)
-class ExportRequest:
+class ExportConfig:
     """One export. Names are those of the command line.
 
     run            id of a finished run, whose adapter is exported; "" where `adapter` names one
@@ -48,7 +48,7 @@ class ExportRequest:
     pairs: int = MOST_PAIRS
     threads: int | None = None
 
-    def checked(self) -> ExportRequest:
+    def checked(self) -> ExportConfig:
         """This request with its quantization named, or a ConfigError that says what is wrong with it."""
         if self.format not in FORMATS:
             raise ConfigError(f"An export's format is {' or '.join(FORMATS)}: got {self.format!r}; choose one")
@@ -88,7 +88,7 @@ class ExportRequest:
         if spec.gguf_path is not None and self.out.resolve() == spec.gguf_path.resolve():
             raise ConfigError(f"{self.out} is the base model's own file: name another --out")
         if adapter is not None:
-            fitting.check_fits(adapter, spec)
+            models.check_fits(adapter, spec)
         if self.format == "merged":
             source_path(spec, self.quantization, self.source)
         elif spec.gguf_path is None:
@@ -97,7 +97,7 @@ class ExportRequest:
             )
         return spec, adapter
 
-    def absolute(self) -> ExportRequest:
+    def absolute(self) -> ExportConfig:
         """The same for a process whose working folder is another."""
         named = {"out": self.out.expanduser().resolve(), "model": _absolute(self.model, names_a_model=True)}
         return replace(self, adapter=_absolute(self.adapter, names_a_model=False), **named)  # type: ignore[arg-type]

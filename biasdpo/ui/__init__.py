@@ -8,16 +8,14 @@ from typing import Any
 import gradio as gr
 
 from biasdpo.engines import EnginePool
-from biasdpo.ui import identity
-from biasdpo.ui.compare_tab import CompareTab
-from biasdpo.ui.dataset_tab import DatasetTab
-from biasdpo.ui.evaluate_tab import EvaluateTab
-from biasdpo.ui.export_tab import ExportTab
-from biasdpo.ui.label_sessions import LabelSessions
-from biasdpo.ui.label_tab import LabelTab
-from biasdpo.ui.startup import Startup
-from biasdpo.ui.store import Store
-from biasdpo.ui.train_tab import TrainTab
+from biasdpo.ui import components
+from biasdpo.ui.compare import CompareTab, Startup
+from biasdpo.ui.components import Store
+from biasdpo.ui.dataset import DatasetTab
+from biasdpo.ui.evaluate import EvaluateTab
+from biasdpo.ui.export import ExportTab
+from biasdpo.ui.label import LabelSessions, LabelTab
+from biasdpo.ui.train import TrainTab
 from biasdpo.workspace import ASSETS, is_public_space
 
 # Fonts of the visitor's own system: a web font would ask another host.
@@ -59,7 +57,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
         gr.HTML(_WARNING, js_on_load=None)
         store = Store(pool.workspace, benchmarks)
         sessions = LabelSessions(pool, store)
-        who = identity.browser_state()
+        who = components.browser_state()
         compare = CompareTab(pool, startup, sessions, store, who)
         with gr.Tabs() as tabs:
             with gr.Tab("Compare", id="compare") as tab:

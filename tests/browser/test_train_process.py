@@ -13,7 +13,7 @@ import pytest
 
 from biasdpo import models, runs
 from biasdpo.run_folder import ACTIVE, RunFolder
-from biasdpo.ui.train_sources import SEED_SET
+from biasdpo.ui.train import SEED_SET
 from biasdpo.workspace import Workspace
 from tests.app_process import free_port, start_app, wait_for_page
 from tests.browser.trainer import Trainer, write_pairs

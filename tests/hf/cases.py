@@ -13,12 +13,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from biasdpo.backends.base import Backend
-from biasdpo.backends.hf import TransformersBackend
-from biasdpo.backends.hf_copy import encode_prompt
-from biasdpo.backends.hf_text import CompletionText
+from biasdpo.backends.hf import CompletionText, TransformersBackend
+from biasdpo.backends.hf_loading import encode_prompt
+from biasdpo.chat import PromptTemplate
 from biasdpo.errors import BiasDPOError
 from biasdpo.records import FinishReason, Sampling, Side
-from biasdpo.template import PromptTemplate
 from tests import tiny_models
 
 GREEDY = Sampling(max_new_tokens=60, temperature=0.0, repetition_penalty=1.0)

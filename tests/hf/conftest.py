@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from biasdpo.backends import hf_batch
+from biasdpo.backends import hf
 from biasdpo.backends.hf import TransformersBackend, open_transformers
 from tests import tiny_models
 from tests.hf.cases import Case
@@ -49,4 +49,4 @@ def batched(case: Case) -> Iterator[TransformersBackend]:
 @pytest.fixture
 def sides_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sides that come will meet, however busy the machine is."""
-    monkeypatch.setattr(hf_batch, "MEETING_SECONDS", 60.0)
+    monkeypatch.setattr(hf, "MEETING_SECONDS", 60.0)

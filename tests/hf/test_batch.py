@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from biasdpo import models
-from biasdpo.backends import hf_adapter, hf_batch
-from biasdpo.backends.hf import TransformersBackend, open_transformers
-from biasdpo.backends.hf_batch import Meeting, Row
-from biasdpo.backends.hf_copy import encode_prompt
+from biasdpo.backends import hf
+from biasdpo.backends.hf import BatchRow as Row
+from biasdpo.backends.hf import Meeting, TransformersBackend, open_transformers
+from biasdpo.backends.hf_loading import encode_prompt
 from biasdpo.compare import stream_pair, stream_samples
 from biasdpo.engines import Engine
 from biasdpo.errors import ProofError
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("sides_wait")
 
 @pytest.fixture
 def nobody_waits(monkeypatch: pytest.MonkeyPatch, sides_wait: None) -> None:  # noqa: ARG001 - it comes after
-    monkeypatch.setattr(hf_batch, "MEETING_SECONDS", 0.0)
+    monkeypatch.setattr(hf, "MEETING_SECONDS", 0.0)
 
 
 # The same text
@@ -206,13 +206,13 @@ def test_the_proof_fails_on_a_batch_that_mixes_its_rows_up(
     case: Case, monkeypatch: pytest.MonkeyPatch, rows: list[str], match: str
 ) -> None:
     """Each side alone is right: a proof of that alone would pass."""
-    call = hf_adapter._Rows.__call__
+    call = hf._Rows.__call__
 
     def mix_up(hook: Any, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         told = call(hook, layer, args, kwargs)
         return told and (args, kwargs | {"adapter_names": rows})
 
-    monkeypatch.setattr(hf_adapter._Rows, "__call__", mix_up)
+    monkeypatch.setattr(hf._Rows, "__call__", mix_up)
     with pytest.raises(ProofError, match=match):
         open_transformers(case.folder, case.template, case.adapter, 512, device="cpu", batch_sides=True)
     open_transformers(case.folder, case.template, case.adapter, 512, device="cpu", batch_sides=False).close()

@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from biasdpo.backends.base import Cancellation
-from biasdpo.backends.hf import TransformersBackend, open_transformers
-from biasdpo.backends.hf_batch import Batch, Row
-from biasdpo.backends.hf_sampling import Draw
+from biasdpo.backends.hf import Batch, Draw, TransformersBackend, open_transformers
+from biasdpo.backends.hf import BatchRow as Row
 from biasdpo.errors import BackendError
 from biasdpo.records import Side
 from tests.hf.cases import LONG, PROMPTS, SHORT, Case, adapter_is_off, hooks_on, read, read_together, rows_computed

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from biasdpo.backends.hf import open_transformers
-from biasdpo.backends.hf_copy import encode_completion, encode_prompt, encode_text
-from biasdpo.backends.hf_text import CompletionText
+from biasdpo.backends.hf import CompletionText, open_transformers
+from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text
 from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.chat import PromptTemplate
 from biasdpo.errors import PromptError
 from biasdpo.records import LikelihoodRequest, TextRequest
-from biasdpo.template import PromptTemplate
 from tests import tiny_models
 from tests.hf.cases import GREEDY, PHI, PROMPTS, Case, pieces_of, plain_text, read, text_of
 

@@ -12,8 +12,8 @@ import torch
 from transformers import PhiConfig, PhiForCausalLM
 
 from biasdpo import models
-from biasdpo.backends import choose_backend, hf_device, hf_load, open_backend
-from biasdpo.backends.hf_device import Need, Placement, check_bits, choose_placement, load_skeleton, need_of, place
+from biasdpo.backends import choose_backend, hf_loading, open_backend
+from biasdpo.backends.hf_loading import Need, Placement, check_bits, choose_placement, load_skeleton, need_of, place
 from biasdpo.errors import BackendError, ModelError
 from biasdpo.workspace import Workspace
 
@@ -119,9 +119,9 @@ def test_the_page_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A GPU with so many free bytes as the test says, as far as the decision goes."""
     seen = SimpleNamespace(free=0)
-    monkeypatch.setattr(hf_device, "choose_device", lambda _name: GPU)
-    monkeypatch.setattr(hf_device, "free_bytes", lambda _device: seen.free)
-    monkeypatch.setattr(hf_device, "find_spec", lambda _name: object())  # bitsandbytes is installed
+    monkeypatch.setattr(hf_loading, "choose_device", lambda _name: GPU)
+    monkeypatch.setattr(hf_loading, "free_bytes", lambda _device: seen.free)
+    monkeypatch.setattr(hf_loading, "find_spec", lambda _name: object())  # bitsandbytes is installed
     return seen
 
 
@@ -148,9 +148,9 @@ def test_quantized_weights_that_do_not_fit_are_refused(gpu: Any, tiny_phi: Path)
 def test_quantizing_needs_bitsandbytes_and_a_gpu(
     monkeypatch: pytest.MonkeyPatch, smollm2: models.ModelSpec, tiny_llama: Path, workspace: Workspace
 ) -> None:
-    monkeypatch.setattr(hf_device, "find_spec", lambda _name: object())
+    monkeypatch.setattr(hf_loading, "find_spec", lambda _name: object())
     check_bits(8, GPU)
-    monkeypatch.setattr(hf_device, "find_spec", lambda _name: None)
+    monkeypatch.setattr(hf_loading, "find_spec", lambda _name: None)
     with pytest.raises(BackendError, match=r"^transformers-8bit needs bitsandbytes: `pip install bitsandbytes`, or use [^\n]*$"):
         check_bits(8, GPU)
     assert choose_backend(smollm2, "transformers-8bit") == "transformers-8bit"
@@ -160,7 +160,7 @@ def test_quantizing_needs_bitsandbytes_and_a_gpu(
 
 
 def test_the_settings_of_bitsandbytes() -> None:
-    eight, four = hf_load.quantization(8, torch.bfloat16), hf_load.quantization(4, torch.bfloat16)
+    eight, four = hf_loading.quantization(8, torch.bfloat16), hf_loading.quantization(4, torch.bfloat16)
     assert (eight.load_in_8bit, eight.load_in_4bit) == (True, False)
     assert (four.load_in_8bit, four.load_in_4bit, four.bnb_4bit_quant_type) == (False, True, "nf4")
     assert four.bnb_4bit_compute_dtype == torch.bfloat16

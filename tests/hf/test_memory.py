@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from biasdpo.backends import hf, hf_batch, hf_load
+from biasdpo.backends import hf, hf_loading
 from biasdpo.backends.base import Cancellation
 from biasdpo.backends.hf import TransformersBackend, open_transformers
-from biasdpo.backends.hf_device import Placement
-from biasdpo.backends.hf_faults import foreign_errors, nothing_kept
+from biasdpo.backends.hf_loading import Placement, foreign_errors, nothing_kept
 from biasdpo.errors import BackendError
 from biasdpo.records import LikelihoodRequest
 from tests import tiny_models
@@ -43,7 +42,7 @@ def divided(case: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[Transformer
 
 
 def test_a_divided_model_computes_the_same(case: Case, divided: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_batch, "MEETING_SECONDS", 60.0)
+    monkeypatch.setattr(hf, "MEETING_SECONDS", 60.0)
     lying = [{str(p.device) for p in layer.parameters()} for layer in divided._shared.model.model.layers]
     assert lying == [{"cpu"}] + [{"meta"}] * (len(lying) - 1)  # accelerate's mark of weights that lie elsewhere
     assert f", 1 of {len(lying)} layers: it has 0.1 GB free" in divided.device
@@ -53,7 +52,7 @@ def test_a_divided_model_computes_the_same(case: Case, divided: TransformersBack
             together = read_together(*(divided.stream(PROMPTS[0], sampling, side, strength=1.5) for side in ("base", "tuned")))
         assert rows[0] == 2
         assert together == [read(case.backend.stream(PROMPTS[0], sampling, side, strength=1.5)) for side in ("base", "tuned")]
-    monkeypatch.setattr(hf_batch, "MEETING_SECONDS", 0.0)  # now each side alone
+    monkeypatch.setattr(hf, "MEETING_SECONDS", 0.0)  # now each side alone
     request = [LikelihoodRequest("Why?", "Because.")]
     for side in ("base", "tuned"):
         assert np.array_equal(divided.canary_logits(side), case.backend.canary_logits(side))
@@ -76,7 +75,7 @@ def test_memory_that_runs_out_while_loading_sends_the_model_to_the_cpu(
     tiny_phi: Path, tiny_phi_adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another program took what was free when the placement was chosen."""
-    load = hf_load._load
+    load = hf_loading._load
     tried: list[Placement] = []
     held: list[Any] = []
 
@@ -89,7 +88,7 @@ def test_memory_that_runs_out_while_loading_sends_the_model_to_the_cpu(
         assert held[0]() is None  # what was read so far is gone before it is read again
         return load(folder, placement, bits)
 
-    monkeypatch.setattr(hf_load, "_load", fail_on_a_gpu)
+    monkeypatch.setattr(hf_loading, "_load", fail_on_a_gpu)
     monkeypatch.setattr(hf, "choose_placement", lambda *_args: Placement(GPU, 2, 2))
     seen: list[str] = []
     backend = open_transformers(

@@ -15,7 +15,7 @@ import torch
 from biasdpo import models
 from biasdpo.backends.base import Cancellation
 from biasdpo.backends.hf import open_transformers
-from biasdpo.backends.hf_copy import hf_copy
+from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.errors import BackendError, ModelError
 from biasdpo.records import TextRequest
 from biasdpo.workspace import Workspace

@@ -20,10 +20,11 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from biasdpo import gguf_export, models
+from biasdpo import models
 from biasdpo.backends import llamacpp
 from biasdpo.compare import stream_pair
 from biasdpo.engines import Engine
+from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec
 from biasdpo.records import GenerationPair, Sampling
 from tests.bare import bare_llama
@@ -87,7 +88,7 @@ def main() -> None:
         shipped = models.ASSETS / "adapters" / "smollm2-biasdpo"
         adapter_folder = shipped if shipped.is_dir() else write_lora(Path(folder) / "random", rank=16)
         adapter = AdapterSpec(adapter_folder.name, adapter_folder, "smollm2")
-        lora = gguf_export.lora(adapter, spec.gguf_path, Path(folder) / "lora.gguf")
+        lora = write.lora(adapter, spec.gguf_path, Path(folder) / "lora.gguf")
         llamacpp.LlamaCppBackend = Endless  # type: ignore[misc]  # what open_llamacpp makes
         engine = Engine(spec, adapter, llamacpp.open_llamacpp(spec.gguf_path, spec.template, lora, 4096))
         backend: Any = engine.backend

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from biasdpo import dataset, stats
+from biasdpo import data
 from biasdpo.benchmarks.text_measures import evades
 from biasdpo.compare import stream_pair
 from biasdpo.engines import EngineKey, open_engine
+from biasdpo.evaluation import stats
 from biasdpo.records import Completion, GenerationPair, Sampling
 from biasdpo.workspace import open_workspace, write_json
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--workspace")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    held_out = dataset.split(dataset.derive(dataset.load_jsonl(args.dataset)).pairs, 0.1).held_out
+    held_out = data.split(data.derive(data.load_jsonl(args.dataset)).pairs, 0.1).held_out
     prompts = list(dict.fromkeys(pair.prompt for pair in held_out))[: args.limit]
     engine = open_engine(EngineKey(args.model, args.adapter), open_workspace(args.workspace))
     sampling = Sampling(args.max_new_tokens, temperature=0.0, repetition_penalty=1.0)

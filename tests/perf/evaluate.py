@@ -28,14 +28,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from biasdpo import benchmarks, evaluate, gguf_export, models
+from biasdpo import benchmarks, models
 from biasdpo.backends import open_backend
 from biasdpo.backends.base import Backend, log_softmax
-from biasdpo.backends.hf_copy import hf_copy
+from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.engines import Engine
+from biasdpo.evaluation import run
+from biasdpo.evaluation.run import Scores, score_items
+from biasdpo.gguf import write
 from biasdpo.records import ContinuationRequest, Side
-from biasdpo.scores import Scores
-from biasdpo.scoring import score_items
 from biasdpo.workspace import Workspace, open_workspace
 from tests.bare import bare_llama
 from tests.perf.lm_eval_process import LmEval, has_lm_eval
@@ -50,7 +51,7 @@ Part = dict[str, list[int]]
 
 
 def parts_of(known: dict[str, Any], items: int, count: int) -> list[Part]:
-    drawn = {name: evaluate.draw(len(known[name].items), round(items * share), 0) for name, share in SHARES.items()}
+    drawn = {name: run.draw(len(known[name].items), round(items * share), 0) for name, share in SHARES.items()}
     return [{name: indices[i::count] for name, indices in drawn.items()} for i in range(count)]
 
 
@@ -143,7 +144,7 @@ def from_cache(engine: Engine, benchmark: Any, workspace: Workspace) -> dict[str
     seconds = []
     for _ in range(2):
         started_at = time.perf_counter()
-        evaluate.run(engine, [benchmark], limit=24, workspace=workspace)
+        run.run(engine, [benchmark], limit=24, workspace=workspace)
         seconds.append(round(time.perf_counter() - started_at, 2))
     return {"seconds": seconds[0], "seconds_again": seconds[1]}
 
@@ -179,7 +180,7 @@ def main() -> None:
             result["transformers"] = "skipped: name with --lm-eval-python an interpreter that has lm_eval"
         backend = open_backend(spec, adapter, name="llamacpp", workspace=workspace)
         backend.threads = args.threads  # type: ignore[attr-defined]
-        lora = gguf_export.cached_lora(adapter, spec.gguf_path, workspace)
+        lora = write.cached_lora(adapter, spec.gguf_path, workspace)
         result["llamacpp"] = against_bare_llama(backend, known, parts, spec.gguf_path, lora, args.threads)
         result["from_cache"] = from_cache(Engine(spec, adapter, backend), known["crows_pairs"], workspace)
         backend.close()

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from biasdpo import gguf_export
+from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec, ModelSpec, catalog
 from tests.phi_like import ROWS, save_tokenizer
 
@@ -126,7 +126,7 @@ def spec_of(folder: Path | None, gguf: Path | None) -> ModelSpec:
 
 
 def export_here(folder: Path, out: Path, quantization: str, threads: int) -> dict[str, Any]:
-    return gguf_export.merged(spec_of(folder, None), None, quantization, out, threads=threads).to_json()
+    return write.merged(spec_of(folder, None), None, quantization, out, threads=threads).to_json()
 
 
 @contextmanager
@@ -190,11 +190,11 @@ def measure_memory(gguf: Path, lora: Path) -> dict[str, float]:
     import llama_cpp
     import psutil
 
-    from biasdpo.backends import llamacpp, llamacpp_model
+    from biasdpo.backends import llamacpp
     from biasdpo.records import Sampling
 
     lines: list[str] = []
-    llamacpp_model._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
+    llamacpp._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
     spec = spec_of(None, gguf)
     before = psutil.Process().memory_full_info().pss
     backend = llamacpp.open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH)
@@ -265,7 +265,7 @@ def main() -> None:
         export = measure_export(folder, out, args)
         export["left_after"] = sorted(file.name for file in out.parent.iterdir())
         adapter = write_phi_lora(root / "adapter")
-        lora = gguf_export.lora(AdapterSpec("random", adapter, ""), out, root / "lora.gguf")
+        lora = write.lora(AdapterSpec("random", adapter, ""), out, root / "lora.gguf")
         command = [sys.executable, "-m", "tests.perf.export", "--memory", str(out), str(lora)]
         memory = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         allowed = 1.05 * out.stat().st_size + memory["buffers"] + lora.stat().st_size

@@ -32,7 +32,7 @@ WAYS = ("batch", "side_after_side", "generate")
 def files(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     """(model folder, adapter folder)."""
     from biasdpo import models
-    from biasdpo.backends.hf_copy import hf_copy
+    from biasdpo.backends.hf_loading import hf_copy
     from biasdpo.workspace import open_workspace
 
     if args.model == "random":
@@ -118,8 +118,7 @@ def generate_writer(args: argparse.Namespace, model: Path, adapter: Path, templa
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from biasdpo.backends.hf_copy import encode_prompt, load_tokenizer
-    from biasdpo.backends.hf_device import choose_device, device_for_people
+    from biasdpo.backends.hf_loading import choose_device, device_for_people, encode_prompt, load_tokenizer
 
     device = choose_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

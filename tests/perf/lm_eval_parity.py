@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from biasdpo import benchmarks, evaluate, models
+from biasdpo import benchmarks, models
 from biasdpo.backends import open_backend
-from biasdpo.backends.hf_copy import hf_copy
+from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.benchmarks import bbq
 from biasdpo.benchmarks.rows import load_rows
-from biasdpo.scores import Scores
-from biasdpo.scoring import score_items
+from biasdpo.evaluation import run
+from biasdpo.evaluation.run import Scores, score_items
 from biasdpo.workspace import open_workspace
 from tests.perf.lm_eval_process import LmEval
 
@@ -97,7 +97,7 @@ def main() -> int:
 
             def drawn(name: str, count: int) -> tuple[Any, list[int], list[Any]]:
                 benchmark = benchmarks.build(name, args.data_dir)
-                indices = evaluate.draw(len(benchmark.items), count, 0)
+                indices = run.draw(len(benchmark.items), count, 0)
                 return benchmark, indices, [benchmark.items[i] for i in indices]
 
             benchmark, indices, items = drawn("crows_pairs", args.items)

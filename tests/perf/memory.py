@@ -26,11 +26,11 @@ def measure(lora: str) -> dict[str, Any]:
     import psutil
 
     from biasdpo import models
-    from biasdpo.backends import llamacpp, llamacpp_model
+    from biasdpo.backends import llamacpp
     from biasdpo.records import Sampling
 
     lines: list[str] = []
-    llamacpp_model._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
+    llamacpp._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
     spec = models.find("smollm2")
     assert spec.gguf_path is not None
     backend = llamacpp.open_llamacpp(spec.gguf_path, spec.template, Path(lora) if lora else None, 4096)
@@ -46,7 +46,8 @@ def measure(lora: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    from biasdpo import gguf_export, models
+    from biasdpo import models
+    from biasdpo.gguf import write
     from biasdpo.models import AdapterSpec
     from tests.lora_factory import write_lora
 
@@ -54,7 +55,7 @@ def main() -> None:
     assert spec.gguf_path is not None
     with tempfile.TemporaryDirectory() as folder:
         adapter = AdapterSpec("random", write_lora(Path(folder) / "random", rank=16), "smollm2")
-        lora = gguf_export.lora(adapter, spec.gguf_path, Path(folder) / "lora.gguf")
+        lora = write.lora(adapter, spec.gguf_path, Path(folder) / "lora.gguf")
 
         def run(argument: str) -> dict[str, Any]:
             command = [sys.executable, "-m", "tests.perf.memory", "--measure", argument]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import runs
-from biasdpo.run_config import RunConfig
+from biasdpo.config import TrainConfig
 from biasdpo.run_folder import RunFolder
 from biasdpo.run_state import START_MARK
 from biasdpo.workspace import ASSETS, Workspace
@@ -55,7 +55,7 @@ def is_in(run: runs.Run, phase: str) -> bool:
     return run.status.phase.startswith(phase) and first_steps
 
 
-def seconds_to_stop(config: RunConfig, phase: str, workspace: Workspace) -> float | None:
+def seconds_to_stop(config: TrainConfig, phase: str, workspace: Workspace) -> float | None:
     """Start a run, and stop it in a phase."""
     for cached in ("reference", "hf"):
         shutil.rmtree(workspace.cache / cached, ignore_errors=True)
@@ -90,7 +90,7 @@ def end(folder: RunFolder, workspace: Workspace) -> None:
     runs.delete(folder.id, workspace)
 
 
-def seconds_of_a_step(config: RunConfig, workspace: Workspace) -> float:
+def seconds_of_a_step(config: TrainConfig, workspace: Workspace) -> float:
     """The mean of four, of a run that does nothing else."""
     folder = runs.start(config, "timed", workspace)
     seen: dict[int, float] = {}
@@ -117,7 +117,7 @@ def main(names: list[str]) -> None:
             else:
                 model, pairs, batch = name, ASSETS / "seed_pairs.jsonl", {"batch_size": 4, "gradient_accumulation": 2}
             configs = {
-                phase: RunConfig(model=model, datasets=(str(pairs),), **batch, **settings) for phase, settings in PHASES.items()
+                phase: TrainConfig(model=model, datasets=(str(pairs),), **batch, **settings) for phase, settings in PHASES.items()
             }
             step = seconds_of_a_step(configs["training"], workspace)
             stops = {phase: seconds_to_stop(config, phase, workspace) for phase, config in configs.items()}

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from biasdpo import dataset, evaluate, models
+from biasdpo import data, models
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.utility import Utility, load_texts
 from biasdpo.engines import EngineKey, open_engine
+from biasdpo.evaluation import run
 from biasdpo.workspace import open_workspace, read_json, write_json
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -36,7 +37,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "tradeoff.json"
     points: list[dict[str, Any]] = read_json(file) if file.is_file() else []
-    held_out = dataset.split(dataset.derive(dataset.load_jsonl(args.dataset)).pairs, 0.1).held_out
+    held_out = data.split(data.derive(data.load_jsonl(args.dataset)).pairs, 0.1).held_out
     benchmarks = [Preference(held_out), Utility(load_texts(args.data_dir))]
     for argument in args.adapters:
         label, _, name = argument.partition("=")
@@ -49,7 +50,7 @@ def main() -> None:
                 key = {"label": label, "adapter_sha256": weights, "strength": strength}
                 if any(key.items() <= point.items() for point in points):
                     continue
-                result = evaluate.run(engine, benchmarks, strength=strength)
+                result = run.run(engine, benchmarks, strength=strength)
                 points = [*points, {**key, **summary(result["benchmarks"])}]
                 write_json(file, points)
         finally:

@@ -30,8 +30,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from biasdpo import dataset, models
-from biasdpo.backends.hf_copy import hf_copy, load_tokenizer
+from biasdpo import data, models
+from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.workspace import Workspace
 
 ARMS = ("ours", "trl", "trl_precomputed", "trl_defaults")
@@ -47,7 +47,7 @@ def run_arm(arm: str, rows_file: Path, model_folder: Path, batch: int, threads: 
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    from training import reference
+    from training import trainer as reference
     from training.trainer import TokenisedDPOTrainer
 
     class OnTokenRows(DPOTrainer):  # type: ignore[misc]  # trl has no types
@@ -187,13 +187,13 @@ def main() -> None:
         print(json.dumps(run_arm(arm, Path(rows_file), Path(model_folder), args.batch, args.threads, args.learning_rate)))
         return
 
-    from training.rows import tokenise
+    from training.finish import tokenise
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         spec = models.find("smollm2")
         model_folder = hf_copy(spec, Workspace(folder))
-        pairs = dataset.load_jsonl(Path(args.dataset))
+        pairs = data.load_jsonl(Path(args.dataset))
         rows = [row.as_trl() for row in tokenise(pairs, load_tokenizer(model_folder), spec.template, 1024).rows]
         random.Random(0).shuffle(rows)
         report: dict[str, Any] = {"model": spec.id, "threads": args.threads, "lora": LORA, "learning_rate": args.learning_rate}

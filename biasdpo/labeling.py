@@ -1,0 +1,496 @@
+"""One annotator's pairs: while one is judged, the next are generated in spare time.
+
+Visitors who wait for a completion go first; an annotator who has nothing to judge is such a visitor."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+import re
+import secrets
+import sys
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from biasdpo import data, prompts
+from biasdpo.backends.base import Cancellation
+from biasdpo.compare import SpareTime, Waiting, stream_pair, stream_samples
+from biasdpo.data.pairs import shown_pair_id
+from biasdpo.data.summary import Cell, thinnest
+from biasdpo.engines import EngineKey, EnginePool, Loading
+from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError, PromptError
+from biasdpo.prompts import CATEGORIES, Prompt
+from biasdpo.records import SEED_RANGE, GenerationPair, Judgment, JudgmentMeta, Sampling, Side, Verdict
+
+# --- label: A generation pair as an annotator sees it, blind, and what becomes of their answer
+
+
+Answer = Literal["left", "right", "tie", "both_biased"]
+ANSWERS: tuple[Answer, ...] = ("left", "right", "tie", "both_biased")
+
+DiffPiece = tuple[Literal["same", "out", "in"], str]
+
+PairSource = Literal["base_tuned", "base_base", "tuned_tuned"]
+PAIR_SOURCES: dict[PairSource, str] = {
+    "base_tuned": "Base vs tuned",
+    "base_base": "Two samples of base",
+    "tuned_tuned": "Two samples of tuned",
+}
+
+LENGTH_GUARD = 1.3  # a chosen completion longer than this many times the rejected one teaches "write more"
+REPEAT_SHARE = 0.05  # of the pairs shown are hidden repeats
+_REPEAT_GAP = 5  # an annotator's latest judgments are too fresh to be asked again
+_COUNTERPARTS = {"base": "tuned", "base 1": "base 2", "tuned 1": "tuned 2", "pasted 1": "pasted 2", "given 1": "given 2"}
+_COUNTERPARTS |= {right: left for left, right in _COUNTERPARTS.items()}
+_MAX_FIELD = 200  # characters of a pseudonym or a group
+_MAX_NOTE = 2_000
+
+
+@dataclass(frozen=True)
+class BlindPair:
+    """What stands left and right, and what produced each: to be shown without its sides until the verdict.
+
+    left_side, right_side   base or tuned; "base 1" and "base 2" of two samples; "pasted 1" and "pasted 2"; "given 1" and
+                            "given 2" of a pair that was imported
+    sides_known             the annotator has seen which is which: on the Compare tab, or after a verdict that was undone
+    sampling                JSON of the `Sampling`; "" where nothing was generated here
+    repeat_of               pair id, where this annotator judged the pair before
+    """
+
+    prompt: Prompt
+    left: str
+    right: str
+    left_side: str
+    right_side: str
+    model: str = ""
+    adapter: str = ""
+    backend: str = ""
+    sampling: str = ""
+    seed: int = 0
+    repeat_of: str = ""
+    sides_known: bool = False
+
+    @property
+    def pair_id(self) -> str:
+        return data.pair_id_of(self.prompt.text, self.left, self.right)
+
+    def swapped(self) -> BlindPair:
+        """Left and right exchanged."""
+        return replace(self, left=self.right, right=self.left, left_side=self.right_side, right_side=self.left_side)
+
+
+def blind(pair: GenerationPair, prompt: Prompt, rng: random.Random) -> BlindPair:
+    """A finished pair with its sides in random order. DatasetError where there is nothing to judge."""
+    shown = known(pair, prompt)
+    return shown.swapped() if rng.random() < 0.5 else shown
+
+
+def known(pair: GenerationPair, prompt: Prompt) -> BlindPair:
+    """A finished pair as it stands, base left. DatasetError where there is nothing to judge."""
+    if pair.right is None:
+        raise ConfigError("A pair of base and tuned needs an adapter: choose one, or judge two samples of base")
+    sides: list[str] = [pair.left.side, pair.right.side]
+    if sides[0] == sides[1]:
+        sides = [f"{sides[0]} 1", f"{sides[1]} 2"]
+    texts = [pair.left.text.strip(), pair.right.text.strip()]
+    if not all(texts):
+        raise DatasetError("One of the completions is empty, so there is nothing to judge: generate again with another seed")
+    if texts[0] == texts[1]:
+        raise DatasetError("Both completions are the same text, so there is nothing to judge: take another seed")
+    return BlindPair(
+        prompt,
+        texts[0],
+        texts[1],
+        sides[0],
+        sides[1],
+        model=pair.model,
+        adapter=pair.adapter,
+        backend=pair.backend,
+        sampling=json.dumps(asdict(pair.sampling) | {"system": pair.system, "strength": pair.strength}, sort_keys=True),
+        seed=pair.sampling.seed,
+    )
+
+
+def pasted(prompt: Prompt, one: str, other: str, rng: random.Random) -> BlindPair:
+    """A pair that somebody brought along, in random order."""
+    for name, text in (("prompt", prompt.text), ("first completion", one), ("second completion", other)):
+        data.check_text(text, name, "Your pair")
+    if one.strip() == other.strip():
+        raise DatasetError("Your pair: both completions are the same text; change one")
+    shown = BlindPair(prompt, one.strip(), other.strip(), "pasted 1", "pasted 2")
+    return shown.swapped() if rng.random() < 0.5 else shown
+
+
+def repeat(rows: Sequence[dict[str, Any]], rng: random.Random) -> BlindPair | None:
+    """Now and then (REPEAT_SHARE) one of an annotator's earlier pairs once more, its sides swapped; else None.
+
+    rows   the annotator's standing judgments in their order; a pair comes back once
+    """
+    repeated = {row["repeat_of"] for row in rows}
+    old = [row for row in rows[:-_REPEAT_GAP] if not row["repeat_of"] and shown_pair_id(row) not in repeated]
+    if not old or rng.random() >= REPEAT_SHARE:
+        return None
+    shown = shown_pair(rng.choice(old))
+    return replace(shown.swapped(), repeat_of=shown.pair_id)
+
+
+def second_opinion(row: dict[str, Any], rng: random.Random) -> BlindPair:
+    """The pair of somebody else's judgment, its sides in random order."""
+    shown = shown_pair(row)
+    return shown.swapped() if rng.random() < 0.5 else shown
+
+
+def shown_pair(row: dict[str, Any]) -> BlindPair:
+    """The pair of an earlier judgment as it was shown: before edits, on the sides where it stood. Its prompt says no more than is
+    known of it without that judgment. Of an imported pair nobody knows how it was shown."""
+    chosen, rejected = row["original_chosen"] or row["chosen"], row["original_rejected"] or row["rejected"]
+    meta = row["meta"]
+    left_was_chosen = meta["chosen_side"] == meta["left_side"] if meta["chosen_side"] else True
+    left_side = meta["left_side"] or "given 1"
+    left, right = (chosen, rejected) if left_was_chosen else (rejected, chosen)
+    return BlindPair(
+        prompts.known(row["prompt"]),
+        left,
+        right,
+        left_side,
+        _COUNTERPARTS.get(left_side, ""),
+        model=meta["model"],
+        adapter=meta["adapter"],
+        backend=meta["backend"],
+        sampling=meta["sampling"],
+        seed=meta["seed"],
+    )
+
+
+@dataclass(frozen=True)
+class Details:
+    """What an annotator says beside the answer; checked here, since anyone can post anything to a page."""
+
+    category: str = ""
+    target_group: str = ""
+    note: str = ""
+    annotator: str = ""
+
+    def __post_init__(self) -> None:
+        if self.category not in ("", *CATEGORIES):
+            raise ConfigError(f"category must be one of {', '.join(CATEGORIES)}: got {self.category!r}; choose one")
+        for name, text, most in (
+            ("target_group", self.target_group, _MAX_FIELD),
+            ("annotator", self.annotator, _MAX_FIELD),
+            ("note", self.note, _MAX_NOTE),
+        ):
+            if len(text) > most:
+                raise ConfigError(f"{name} must have at most {most:,} characters: got {len(text):,}; shorten it")
+            if text.strip():
+                data.check_text(text, name, "This judgment")
+
+
+def judgment(
+    pair: BlindPair, answer: Answer, details: Details, *, left: str | None = None, right: str | None = None, seconds: float = 0.0
+) -> Judgment:
+    """The row that an answer becomes. `left` and `right` are the texts after an edit, where they were edited. Its source is
+    `label` where the sides were hidden, `compare` where they were known.
+
+    For a tie, or where both are biased, `chosen` and `rejected` hold left and right. Raises DatasetError where an edited text
+    can't be stored.
+    """
+    if answer not in ANSWERS:
+        raise ConfigError(f"An answer is one of {', '.join(ANSWERS)}: got {answer!r}; choose one")
+    if not details.annotator.strip():
+        raise ConfigError("No pseudonym yet: write one, so that your judgments can be told from others'")
+    edited = [pair.left if left is None else left.strip(), pair.right if right is None else right.strip()]
+    shown, sides = [pair.left, pair.right], [pair.left_side, pair.right_side]
+    if answer == "right":
+        edited, shown, sides = edited[::-1], shown[::-1], sides[::-1]
+    if not all(edited):
+        raise DatasetError("After the edit a completion is empty: write something, or switch editing off to bring the text back")
+    if edited[0] == edited[1]:
+        raise DatasetError("After the edit both completions are the same text, which teaches nothing: change one back")
+    preferred = answer in ("left", "right")
+    verdict: Verdict = "preferred" if preferred else "tie" if answer == "tie" else "both_biased"
+    meta = JudgmentMeta(
+        model=pair.model,
+        adapter=pair.adapter,
+        backend=pair.backend,
+        sampling=pair.sampling,
+        seed=pair.seed,
+        left_side=pair.left_side,
+        chosen_side=sides[0] if preferred else "",
+        seconds=round(max(0.0, seconds), 3),
+    )
+    return data.new_judgment(
+        pair.prompt.text,
+        edited[0],
+        edited[1],
+        original_chosen=shown[0] if edited[0] != shown[0] else "",
+        original_rejected=shown[1] if edited[1] != shown[1] else "",
+        verdict=verdict,
+        category=details.category,
+        target_group=details.target_group.strip(),
+        annotator=details.annotator.strip(),
+        note=details.note.strip(),
+        source="compare" if pair.sides_known else "label",
+        repeat_of=pair.repeat_of,
+        meta=meta,
+    )
+
+
+def length_warning(left: str, right: str) -> str:
+    """A line where one completion is more than LENGTH_GUARD times as long as the other, else ""."""
+    lengths = len(left.strip()), len(right.strip())
+    if min(lengths) == 0:
+        return "One completion is empty: write something, or undo the edit."
+    ratio = max(lengths) / min(lengths)
+    if ratio <= LENGTH_GUARD:
+        return ""
+    name = "Left" if lengths[0] > lengths[1] else "Right"
+    return (
+        f"{name} is {ratio:.2f} times as long as the other. If you choose it, the pair also teaches “write more”: "
+        f"trim it below {LENGTH_GUARD:g} times, or lengthen the other."
+    )
+
+
+def word_diff(one: str, other: str) -> list[DiffPiece]:
+    """What of `one` goes out and what of `other` comes in, word by word (white space kept): Ratcliff-Obershelp, by difflib."""
+    out, into = (re.findall(r"\s+|[\w'’]+|[^\w\s]", text) for text in (one, other))
+    pieces: list[DiffPiece] = []
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, out, into, autojunk=False).get_opcodes():
+        if tag == "equal":
+            pieces.append(("same", "".join(out[a:b])))
+            continue
+        if a < b:
+            pieces.append(("out", "".join(out[a:b])))
+        if c < d:
+            pieces.append(("in", "".join(into[c:d])))
+    return pieces
+
+
+def new_random() -> random.Random:
+    """A source of order that nobody can foresee: a visitor must not be able to reckon which side is which."""
+    return random.Random(secrets.randbits(128))
+
+
+# --- label queue: One annotator's pairs: while one is judged, the next are generated in spare time
+
+
+AHEAD = 2  # pairs kept ready: one to show, one for an annotator who is quick once
+_TRIES = 4  # seeds tried where both completions come out the same, or one empty
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What pairs are made of. The seed is drawn anew for each pair."""
+
+    prompts: tuple[Prompt, ...]
+    source: PairSource
+    key: EngineKey
+    sampling: Sampling
+    system: str = ""
+    strength: float = 1.0
+
+
+class PairQueue:
+    """Made for one annotator. A thread works while there is something to generate, and ends when there is not."""
+
+    def __init__(self, pool: EnginePool, rng: random.Random, counts: Callable[[], Mapping[Cell, int]]) -> None:
+        """`counts` tells how many judgments each cell of the coverage matrix holds: the thinnest is offered first."""
+        self._pool = pool
+        self._rng = rng
+        self._counts = counts
+        self._lock = threading.Lock()
+        self._recipe: Recipe | None = None
+        self._ready: deque[BlindPair] = deque()
+        self._round: list[Prompt] = []  # what this round still has to offer
+        self._planned: Counter[Cell] = Counter()  # ready, or being generated
+        self._wanted = False  # somebody waits with nothing to judge
+        self._paused = False
+        self._cancellation: Cancellation | None = None
+        self._spare: SpareTime | None = None
+        self._worker: threading.Thread | None = None
+        self.latest: Waiting | GenerationPair | None = None  # how far the next pair has come
+        self.error: BiasDPOError | None = None
+        self.exhausted = False  # greedy prompts give one pair each
+        self.skipped = 0  # prompts in a row that gave nothing to judge
+
+    def begin(self, recipe: Recipe) -> None:
+        """From now on pairs come of this recipe; what was made of another is dropped. A model that failed is loaded again."""
+        self._pool.load(recipe.key)
+        with self._lock:
+            self._recipe = recipe
+            self._ready.clear()
+            self._planned.clear()
+            self._round = list(recipe.prompts)
+            self.error, self.latest, self.skipped, self.exhausted = None, None, 0, False
+            self._paused = False
+            self._stop_generating()
+            self._go_on()
+
+    @property
+    def begun(self) -> bool:
+        return self._recipe is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another pair will come."""
+        return self.begun and self.error is None and (bool(self._ready) or not self.exhausted)
+
+    def take(self) -> BlindPair | None:
+        """The next pair if it is ready; else None, and from then on this annotator counts as one who waits."""
+        with self._lock:
+            self._paused = False
+            pair = self._ready.popleft() if self._ready else None
+            if pair is not None:
+                self._planned[_cell(pair.prompt)] -= 1
+            self._wanted = pair is None and self.begun and self.error is None
+            if self._wanted and self._spare is not None:
+                self._spare.want()
+            self._go_on()
+            return pair
+
+    def prompt_of(self, text: str) -> Prompt | None:
+        """The prompt of this text among those that are being judged."""
+        recipe = self._recipe
+        return next((p for p in recipe.prompts if p.text == text), None) if recipe is not None else None
+
+    def loading(self) -> Loading | None:
+        """How far the model has come, while it is being loaded."""
+        recipe = self._recipe
+        state = None if recipe is None else self._pool.state(recipe.key)
+        return state if state is not None and not state.done else None
+
+    def pause(self) -> None:
+        """The annotator has left, or seems to: generate no more until a pair is asked for."""
+        with self._lock:
+            self._paused = True
+            self._stop_generating()
+
+    def _stop_generating(self) -> None:
+        if self._cancellation is not None:
+            self._cancellation.set()
+
+    def _go_on(self) -> None:
+        """Start the worker where there is something to do and none works. The lock must be held."""
+        if self._worker is None and self._has_work():
+            self._worker = threading.Thread(target=self._work, name="pairs ahead", daemon=True)
+            self._worker.start()
+
+    def _has_work(self) -> bool:
+        return self.begun and not self._paused and self.error is None and not self.exhausted and len(self._ready) < AHEAD
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._has_work():
+                    self._worker = None
+                    return
+                recipe = self._recipe
+                assert recipe is not None  # else there were no work
+            pair: BlindPair | None = None
+            prompt: Prompt | None = None
+            error: BiasDPOError | None = None
+            try:
+                prompt = self._next_prompt(recipe)
+                if prompt is not None:
+                    pair = self._draw(recipe, prompt)
+            except BiasDPOError as exc:
+                error = exc
+            except Exception as exc:  # a fault of ours: one line for the annotator, the trace for the terminal
+                traceback.print_exc(file=sys.stderr)
+                error = BackendError(f"The app failed ({type(exc).__name__}: {exc}): begin again; the terminal shows where")
+            self._settle(recipe, prompt, pair, error)
+
+    def _settle(self, recipe: Recipe, prompt: Prompt | None, pair: BlindPair | None, error: BiasDPOError | None) -> None:
+        """Take what was generated into the queue, unless another recipe has begun meanwhile."""
+        with self._lock:
+            self._cancellation, self._spare, self.latest = None, None, None
+            if self._recipe is not recipe:
+                return
+            if pair is not None:
+                self._ready.append(pair)
+                self.skipped = 0
+                self._wanted = False  # the next one is made in spare time again
+                return
+            if prompt is not None:
+                self._planned[_cell(prompt)] -= 1
+            if isinstance(error, DatasetError | PromptError) and prompt is not None:  # nothing to judge in it, or too long
+                self.skipped += 1
+                if self.skipped >= len(recipe.prompts):
+                    self.error = error
+            elif error is not None:
+                self.error = error
+            elif prompt is not None:  # it gave way to a visitor
+                self._round.insert(0, prompt)
+
+    def _next_prompt(self, recipe: Recipe) -> Prompt | None:
+        """The prompt of the thinnest cell; None where all were greedily answered, so that nothing new can come."""
+        counts = Counter(self._counts())
+        with self._lock:
+            if self._recipe is not recipe:
+                return None
+            if not self._round:
+                if recipe.sampling.temperature == 0.0:
+                    self.exhausted = True
+                    return None
+                self._round = list(recipe.prompts)
+            prompt = thinnest(self._round, counts + self._planned)[0]
+            self._round.remove(prompt)
+            self._planned[_cell(prompt)] += 1
+            return prompt
+
+    def _draw(self, recipe: Recipe, prompt: Prompt) -> BlindPair | None:
+        """A pair of this prompt; None where it was stopped. DatasetError where no seed gave anything to judge."""
+        nothing: DatasetError | None = None
+        for _ in range(_TRIES if recipe.sampling.temperature > 0 else 1):
+            sampling = replace(recipe.sampling, seed=self._rng.randint(*SEED_RANGE))
+            pair = self._generate(recipe, prompt.text, sampling)
+            if pair is None:
+                return None
+            try:
+                return blind(pair, prompt, self._rng)
+            except DatasetError as exc:
+                nothing = exc
+        assert nothing is not None
+        raise nothing
+
+    def _generate(self, recipe: Recipe, prompt: str, sampling: Sampling) -> GenerationPair | None:
+        """Both completions, whole; None where it was stopped."""
+        with self._lock:
+            if self._paused or self._recipe is not recipe:
+                return None
+            self._cancellation, self._spare = Cancellation(), SpareTime()
+            if self._wanted:
+                self._spare.want()
+            cancellation, spare = self._cancellation, self._spare
+        with self._pool.lease(recipe.key, cancellation) as engine:
+            if recipe.source != "base_base" and not engine.backend.has_adapter:
+                raise ConfigError(
+                    f"“{PAIR_SOURCES[recipe.source]}” needs an adapter, and none is chosen: choose one on the Compare tab, "
+                    "or judge two samples of base"
+                )
+            settings: dict[str, Any] = {
+                "system": recipe.system,
+                "strength": recipe.strength,
+                "cancellation": cancellation,
+                "spare": spare,
+            }
+            if recipe.source == "base_tuned":
+                stream = stream_pair(engine, prompt, sampling, **settings)
+            else:
+                side: Side = "base" if recipe.source == "base_base" else "tuned"
+                stream = stream_samples(engine, prompt, sampling, side, **settings)
+            for event in stream:
+                self.latest = event
+        pair = self.latest
+        if not isinstance(pair, GenerationPair) or not pair.finished:
+            return None
+        written = [c for c in (pair.left, pair.right) if c is not None]
+        return None if any(c.finish_reason == "cancelled" for c in written) else pair
+
+
+def _cell(prompt: Prompt) -> Cell:
+    return prompt.category, prompt.target_group

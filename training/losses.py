@@ -1,0 +1,195 @@
+"""A term of the loss that keeps completions as long as base's: whether to end here is decided as base decides it.
+
+ending KL   sum over the places of a completion, its first token's to the one after its last, of KL(base || policy) of "the next
+            token is end-of-text", a yes or no; mean over the completions, nats a completion
+
+BiasDPO's chosen completions are short and closed. A policy that learns their manner ends early in what it writes itself, though
+no end was trained on, and though on the chosen completions it is no likelier than under base. So the completions are the
+policy's own: what it writes greedily to the batch's prompts. For models with `add_packed_forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from biasdpo.backends.hf_loading import begin_ids, encode_text
+from biasdpo.counterfactuals import Question, Twins
+from training.packing import Branches, kl_of_tokens, kl_to_average, pack, score_tokens
+
+# --- text kl: KL(base || policy) on plain text, nats per token: what holds a policy near its base where no pa
+
+
+def packed_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any) -> torch.Tensor:
+    """Mean over the tokens of `texts` (token ids), (): no padding, no logits kept. For models with `add_packed_forward`."""
+    peft_model = accelerator.unwrap_model(model)
+    packing = pack([Branches((), (tuple(text),)) for text in texts], accelerator.device)
+    head = peft_model.get_base_model().get_output_embeddings()
+
+    def hidden() -> torch.Tensor:
+        states: torch.Tensor = model(packing=packing)
+        return states[0]
+
+    with accelerator.autocast():
+        base, policy = without_and_with_adapter(peft_model, hidden)
+        return kl_of_tokens(base, policy, head).mean()
+
+
+def padded_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any) -> torch.Tensor:
+    """The same for any model: rows padded at their right."""
+    peft_model = accelerator.unwrap_model(model)
+    width = max(map(len, texts))
+    ids = torch.zeros((len(texts), width), dtype=torch.long)
+    mask = torch.zeros((len(texts), width), dtype=torch.long)
+    for i, text in enumerate(texts):
+        ids[i, : len(text)] = torch.tensor(text)
+        mask[i, : len(text)] = 1
+    ids, mask = ids.to(accelerator.device), mask.to(accelerator.device)
+
+    def log_probabilities() -> torch.Tensor:
+        with accelerator.autocast():
+            logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits[mask.bool()].float().log_softmax(-1)
+
+    base, policy = without_and_with_adapter(peft_model, log_probabilities)
+    kl: torch.Tensor = (base.exp() * (base - policy)).sum(-1).mean()
+    return kl
+
+
+def without_and_with_adapter(peft_model: Any, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `compute` gives of base (without gradients) and of the policy."""
+    with torch.no_grad(), peft_model.disable_adapter():
+        base = compute()
+    return base, compute()
+
+
+# --- counterfactual: Two terms of the loss that need no preference pair: what is said of a group should not depend o
+
+
+MARGIN = 2.0  # nats by which a right answer should lead each wrong one
+
+
+@dataclass(frozen=True)
+class TwinIds:
+    """Two texts as token ids, and in each the index of the token from which each shared token after the first difference is
+    predicted, so that both lists of `spots` are of one length."""
+
+    ids: tuple[tuple[int, ...], tuple[int, ...]]
+    spots: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def encode_twins(twins: Twins, tokenizer: Any) -> TwinIds:
+    """Token ids of twins: part by part, so that what they share is the same tokens in both."""
+    ids: list[list[int]] = [begin_ids(tokenizer), begin_ids(tokenizer)]
+    spots: list[list[int]] = [[], []]
+    differ = False
+    for part in twins.parts:
+        for i in (0, 1):
+            tokens = encode_text(tokenizer, part if isinstance(part, str) else part[i])
+            if isinstance(part, str) and differ:
+                spots[i] += range(len(ids[i]) - 1, len(ids[i]) + len(tokens) - 1)
+            ids[i] += tokens
+        differ = differ or not isinstance(part, str)
+    return TwinIds((tuple(ids[0]), tuple(ids[1])), (tuple(spots[0]), tuple(spots[1])))
+
+
+def counterfactual_kl(model: Any, twins: Sequence[TwinIds], accelerator: Any) -> torch.Tensor:
+    """The counterfactual KL of a PeftModel, mean over the tokens of both texts, ()."""
+    peft_model = accelerator.unwrap_model(model)
+    packing = pack([Branches((), (text,)) for pair in twins for text in pair.ids], accelerator.device)
+    indices: list[list[int]] = [[], []]
+    start = 0
+    for pair in twins:
+        for i in (0, 1):
+            indices[i] += [start + spot for spot in pair.spots[i]]
+            start += len(pair.ids[i])
+    spots = torch.tensor(indices, device=accelerator.device)
+
+    def hidden() -> torch.Tensor:
+        states: torch.Tensor = model(packing=packing)
+        return states[0][spots]
+
+    with accelerator.autocast():
+        base, policy = without_and_with_adapter(peft_model, hidden)
+        return kl_to_average(base, policy, peft_model.get_base_model().get_output_embeddings()).mean()
+
+
+def question_loss(model: Any, questions: Sequence[Question], tokenizer: Any, accelerator: Any) -> tuple[torch.Tensor, float]:
+    """The question loss, (), mean over the questions, and the share of them with the right answer ahead."""
+    peft_model = accelerator.unwrap_model(model)
+    branches = [
+        Branches(
+            tuple(begin_ids(tokenizer) + encode_text(tokenizer, question.context)),
+            tuple(tuple(encode_text(tokenizer, answer)) for answer in (question.right, *question.wrong)),
+        )
+        for question in questions
+    ]
+    packing = pack(branches, accelerator.device)
+    with accelerator.autocast():
+        hidden = model(packing=packing)[0][packing.sources]
+        logps = score_tokens(hidden, peft_model.get_base_model().get_output_embeddings(), packing.targets).logps
+    lengths = [len(completion) for branch in branches for completion in branch.completions]
+    answers = torch.stack([part.sum() for part in torch.split(logps, lengths)])
+    leads = [part[0] - part[1:] for part in torch.split(answers, [len(branch.completions) for branch in branches])]
+    loss = torch.stack([functional.softplus(MARGIN - lead).mean() for lead in leads]).mean()
+    return loss, sum(bool((lead > 0).all()) for lead in leads) / len(leads)
+
+
+# --- ending: A term of the loss that keeps completions as long as base's: whether to end here is decided as
+
+
+MAX_NEW_TOKENS = 96
+_MOST_LOGP = -1e-6  # p = 1 in float32 has no log(1 - p)
+
+
+def write(model: Any, prompts: Sequence[tuple[int, ...]], end_of_text: int, accelerator: Any) -> list[Branches]:
+    """What the policy writes to prompts (token ids), greedily, at most MAX_NEW_TOKENS each, without the end. Draws no random
+    number, and leaves the model in the mode it was in."""
+    peft_model = accelerator.unwrap_model(model)
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[end_of_text] * left + list(prompt) for left, prompt in zip(padding, prompts, strict=True)])
+    mask = torch.tensor([[0] * left + [1] * len(prompt) for left, prompt in zip(padding, prompts, strict=True)])
+    was_training = peft_model.training
+    peft_model.eval()
+    try:
+        with torch.no_grad(), accelerator.autocast():
+            written = peft_model.generate(
+                input_ids=ids.to(accelerator.device),
+                attention_mask=mask.to(accelerator.device),
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=end_of_text,
+                pad_token_id=end_of_text,
+            )
+    finally:
+        peft_model.train(was_training)
+    completions = [tuple(row) for row in written[:, width:].tolist()]
+    ends = [row.index(end_of_text) if end_of_text in row else len(row) for row in completions]
+    return [Branches(prompt, (row[:end],)) for prompt, row, end in zip(prompts, completions, ends, strict=True)]
+
+
+def ending_kl(model: Any, written: Sequence[Branches], end_of_text: int, accelerator: Any) -> torch.Tensor:
+    """The ending KL of a PeftModel over all completions, (). They hold no end-of-text."""
+    peft_model = accelerator.unwrap_model(model)
+    ended = [Branches(one.prompt, tuple((*completion, end_of_text) for completion in one.completions)) for one in written]
+    packing = pack(ended, accelerator.device)
+    head = peft_model.get_base_model().get_output_embeddings()
+
+    def ends() -> torch.Tensor:
+        hidden = model(packing=packing)[0][packing.sources]
+        targets = torch.full_like(packing.targets, end_of_text)
+        return score_tokens(hidden, head, targets).logps.clamp(max=_MOST_LOGP)
+
+    with accelerator.autocast():
+        base, policy = without_and_with_adapter(peft_model, ends)
+    kl = base.exp() * (base - policy) - torch.expm1(base) * (_log_of_rest(base) - _log_of_rest(policy))
+    return kl.sum() / sum(len(one.completions) for one in written)
+
+
+def _log_of_rest(logps: torch.Tensor) -> torch.Tensor:
+    """log(1 - p)."""
+    return torch.log(-torch.expm1(logps))
