@@ -50,7 +50,6 @@ def test_it_names_its_parents_and_the_command_that_made_it(provenance, smollm2):
 
 def test_its_config_is_the_shipped_one(provenance):
     from biasdpo import config as run_config
-    from biasdpo import config as 
     from biasdpo.workspace import ASSETS
 
     shipped = run_config.read_toml(ASSETS.parent / "training" / "configs" / "smollm2-standard.toml")
