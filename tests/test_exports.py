@@ -17,9 +17,9 @@ from biasdpo import exports, models
 from biasdpo.__main__ import build_parser
 from biasdpo.errors import AdapterError, ConfigError, ExportError, ModelError, RefusedError
 from biasdpo.exports import ExportConfig, jobs
-from biasdpo.exports.record import load_record
 from biasdpo.exports.unfinished import ExportStatus, Unfinished
 from biasdpo.gguf import export as exporting
+from biasdpo.gguf.export import load_record
 from biasdpo.gguf.write import lora as real_lora
 from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import Workspace, sha256_of

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from biasdpo import models
 from biasdpo.exports import ExportRecord
-from biasdpo.exports.record import load_record, modelfile_file, record_file
 from biasdpo.gguf import export
+from biasdpo.gguf.export import load_record, modelfile_file, record_file
 from biasdpo.workspace import write_json
 
 
