@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -60,11 +60,15 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA of one matrix: W + scale * B @ A is the tuned one. A is (rank, in), B is (out, rank)."""
+    """LoRA of one matrix: W + scale * B @ A is the tuned one. A is (rank, in), B is (out, rank).
+
+    first_row   of a GGUF's tensor, to which B's first row belongs: not 0 only in a fused attn_qkv
+    """
 
     a: NDArray[Any]
     b: NDArray[Any]
     alpha: float
+    first_row: int = 0
 
     @property
     def rank(self) -> int:
@@ -73,14 +77,6 @@ class Factors:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class Part:
-    """Factors in a GGUF tensor's row order, for its rows from `first_row` on (not 0 only in a fused attn_qkv)."""
-
-    first_row: int
-    factors: Factors
 
 
 def read_adapter(adapter: AdapterSpec) -> dict[str, Factors]:
@@ -136,10 +132,10 @@ def _alpha(config: dict[str, Any], module: str, rank: int) -> float:
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
-def place(factors: Mapping[str, Factors], layout: Layout, adapter_id: str) -> dict[str, tuple[Part, ...]]:
+def place(factors: Mapping[str, Factors], layout: Layout, adapter_id: str) -> dict[str, tuple[Factors, ...]]:
     """The factors by GGUF tensor, rows in its order. AdapterError if one has no place (`models.check_fits` knows more)."""
     names = _name_map(layout)
-    placed: dict[str, tuple[Part, ...]] = {}
+    placed: dict[str, tuple[Factors, ...]] = {}
     for module, pair in sorted(factors.items()):
         name = names.get_name(module) or ""
         tensor, first, shape = f"{name}.weight", 0, layout.shapes.get(f"{name}.weight")
@@ -152,9 +148,8 @@ def place(factors: Mapping[str, Factors], layout: Layout, adapter_id: str) -> di
                 f"Adapter {adapter_id} was made for another base model: it adapts {module} ({made[0]} x {made[1]}), "
                 f"this model {has}; choose the adapter's own model"
             )
-        part = Part(first, Factors(pair.a, layout.permute(tensor, pair.b), pair.alpha))
-        placed[tensor] = (*placed.get(tensor, ()), part)
-    return {tensor: tuple(sorted(parts, key=lambda part: part.first_row)) for tensor, parts in placed.items()}
+        placed[tensor] = (*placed.get(tensor, ()), replace(pair, b=layout.permute(tensor, pair.b), first_row=first))
+    return {tensor: tuple(sorted(parts, key=lambda pair: pair.first_row)) for tensor, parts in placed.items()}
 
 
 def _fused_place(name: str, layout: Layout) -> tuple[str, int, tuple[int, ...] | None]:
@@ -198,24 +193,23 @@ def lora(adapter: AdapterSpec, base_gguf: Path, out: Path) -> Path:
     placed = place(factors, layout, adapter.id)
     # The file holds one alpha. Layers with another alpha or rank carry the difference in their B.
     alpha = Counter(pair.alpha for pair in factors.values()).most_common(1)[0][0] or 1.0  # llama.cpp reads 0 as "unset"
+    outputs = []
+    for name, parts in placed.items():
+        for end, factor in zip("ab", _joined(parts, layout.shapes[name][0], alpha), strict=True):
+            kind = gguf.GGMLQuantizationType.F16 if factor.dtype == np.float16 else gguf.GGMLQuantizationType.F32
+            data = factor if factor.dtype == np.float16 else factor.astype(np.float32)
+            outputs.append(Output(StoredTensor(f"{name}.lora_{end}", factor.shape, kind, data), kind))
+
+    def add_metadata(writer: Any) -> None:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        writer.add_name(adapter.id)
+        writer.add_string("biasdpo.adapter_sha256", sha256_of(adapter.weights))
+
     try:
         with replacing(out) as temporary:
-            writer = gguf.GGUFWriter(temporary, layout.architecture)
-            writer.add_type("adapter")
-            writer.add_string("adapter.type", "lora")
-            writer.add_float32("adapter.lora.alpha", alpha)
-            writer.add_name(adapter.id)
-            writer.add_string("biasdpo.adapter_sha256", sha256_of(adapter.weights))
-            for name, parts in placed.items():
-                for end, factor in zip("ab", _joined(parts, layout.shapes[name][0], alpha), strict=True):
-                    stored = factor if factor.dtype == np.float16 else factor.astype(np.float32)
-                    writer.add_tensor(f"{name}.lora_{end}", stored)
-            try:
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_tensors_to_file()
-            finally:
-                writer.close()
+            _write_gguf(temporary, layout.architecture, add_metadata, outputs)
     except OSError as exc:
         raise _cannot_write(out, exc) from exc
     return out
@@ -230,23 +224,22 @@ def cached_lora(adapter: AdapterSpec, base_gguf: Path, workspace: Workspace) -> 
         return out if out.is_file() else lora(adapter, base_gguf, out)
 
 
-def _joined(parts: Sequence[Part], rows: int, alpha: float) -> tuple[NDArray[Any], NDArray[Any]]:
+def _joined(parts: Sequence[Factors], rows: int, alpha: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """A (R, in) and B (rows, R) of one tensor, R the sum of its parts' ranks: alpha / R * B @ A is the sum of their changes.
 
     In a fused attn_qkv A's rows are stacked and B is block-diagonal. A single part with the file's alpha stays as it is.
     """
-    rank = sum(part.factors.rank for part in parts)
-    if len(parts) == 1 and len(parts[0].factors.b) == rows:
-        pair = parts[0].factors
+    if len(parts) == 1 and len(parts[0].b) == rows:
+        pair = parts[0]
         return pair.a, pair.b if pair.alpha == alpha else pair.b.astype(np.float32) * np.float32(pair.alpha / alpha)
+    rank = sum(pair.rank for pair in parts)
     b = np.zeros((rows, rank), np.float32)
     column = 0
-    for part in parts:
-        pair = part.factors
+    for pair in parts:
         block = pair.b.astype(np.float32) * np.float32(pair.scale * rank / alpha)
-        b[part.first_row : part.first_row + len(pair.b), column : column + pair.rank] = block
+        b[pair.first_row : pair.first_row + len(pair.b), column : column + pair.rank] = block
         column += pair.rank
-    return np.concatenate([part.factors.a for part in parts]), b
+    return np.concatenate([pair.a for pair in parts]), b
 
 
 # Tensors on their way from a mapped file to a GGUF
@@ -260,7 +253,7 @@ class Output:
 
     tensor: StoredTensor
     kind: Any
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Factors, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -291,13 +284,12 @@ class Output:
             yield from pool.map(lambda first: self.rows(first, min(first + step, count)), starts[i : i + threads])
 
 
-def _add(values: NDArray[np.float32], first: int, part: Part) -> None:
-    """Add a part's change, scale * B @ A in float32, to `values`, a tensor's rows from `first` on."""
-    b = part.factors.b
-    start, stop = max(first, part.first_row), min(first + len(values), part.first_row + len(b))
+def _add(values: NDArray[np.float32], first: int, pair: Factors) -> None:
+    """Add a change, scale * B @ A in float32, to `values`, a tensor's rows from `first` on."""
+    start, stop = max(first, pair.first_row), min(first + len(values), pair.first_row + len(pair.b))
     if start < stop:
-        rows = b[start - part.first_row : stop - part.first_row].astype(np.float32)
-        values[start - first : stop - first] += np.float32(part.factors.scale) * (rows @ part.factors.a.astype(np.float32))
+        rows = pair.b[start - pair.first_row : stop - pair.first_row].astype(np.float32)
+        values[start - first : stop - first] += np.float32(pair.scale) * (rows @ pair.a.astype(np.float32))
 
 
 def _write_gguf(
@@ -306,10 +298,13 @@ def _write_gguf(
     add_metadata: Callable[[Any], None],
     outputs: Sequence[Output],
     *,
-    threads: int,
-    on_progress: Callable[[float], None],
+    threads: int = 1,
+    on_progress: Callable[[float], None] = lambda _share: None,
 ) -> None:
-    """Write a GGUF. `on_progress` is called with the share of bytes written. OSError if the disk is full."""
+    """Write a GGUF. `on_progress` is called with the share of bytes written. OSError if the disk is full.
+
+    Not by the writer's own `write_tensors_to_file`: numpy's tofile, which it calls, loses the last error of a full disk.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
