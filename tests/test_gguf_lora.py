@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -66,50 +67,30 @@ def test_the_cache_is_built_once_and_again_when_the_adapter_changes(tiny_llama, 
     assert write.cached_lora(adapter_of(folder), tiny_llama_gguf, workspace) != first
 
 
-FAULTS = {
-    "complete safetensors|truncated": lambda file: file.write_bytes(file.read_bytes()[:5000]),
-    "not a LoRA factor": lambda file: save_file({"something": np.zeros(3, np.float32)}, file),
-    "adapts the embeddings": lambda file: change(
-        file, lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((4, 489), np.float32)})
-    ),
-    "as I8: save": lambda file: change(file, lambda t: t.update({name: value.astype(np.int8) for name, value in t.items()})),
-    "no matching pair": lambda file: change(file, lambda t: t.pop(min(t))),
-}
+def test_an_adapter_that_does_not_fit_is_refused(tiny_phi, tiny_phi_gguf, tiny_llama_adapter, tmp_path):
+    """`models.check_fits_file` decides; test_fitting has its reasons."""
+    assert_refused(tiny_llama_adapter, tiny_phi_gguf, "was made for another base model: it adapts")
+    dora = tiny_models.write_adapter(tmp_path / "dora", tiny_phi, use_dora=True)
+    assert_refused(dora, tiny_phi_gguf, "uses use_dora")
 
 
-def change(file, edit):
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file)
+def test_a_gguf_of_another_architecture_is_checked_by_its_own_names(tiny_llama, tmp_path):
+    adapter = tiny_models.write_adapter(tmp_path / "a", tiny_llama, modules="up_proj")
+    for shape, message in (((128, 32), r"up_proj \(128 x 64\), this model has 128 x 32"), ((), "this model lacks it")):
+        writer = gguf.GGUFWriter(tmp_path / "qwen2.gguf", "qwen2")
+        writer.add_block_count(3)
+        writer.add_head_count(4)
+        for i in range(3):
+            writer.add_tensor(f"blk.{i}.{'ffn_up' if shape else 'ffn_down'}.weight", np.zeros(shape or (1, 32), np.float32))
+        tiny_models._finish(writer)
+        assert_refused(adapter, tmp_path / "qwen2.gguf", message)
 
 
-@pytest.mark.parametrize("message", FAULTS)
-def test_a_damaged_adapter_is_refused(tiny_phi, tiny_phi_gguf, tmp_path, message):
+def test_factors_that_are_no_floats_are_refused(tiny_phi, tiny_phi_gguf, tmp_path):
     folder = tiny_models.write_adapter(tmp_path / "a", tiny_phi)
-    FAULTS[message](folder / "adapter_model.safetensors")
-    assert_refused(folder, tiny_phi_gguf, message)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_dora": True}, "uses use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
-        ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
-        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
-        ({"lora_alpha": []}, "adapter_config.json"),
-        ({"alpha_pattern": {"(": 3}}, "adapter_config.json"),
-    ],
-)
-def test_adapters_that_are_more_than_lora_are_refused(tiny_phi, tiny_phi_gguf, tmp_path, settings, message):
-    assert_refused(tiny_models.write_adapter(tmp_path / "a", tiny_phi, **settings), tiny_phi_gguf, message)
-
-
-def test_an_adapter_of_another_model_is_refused(tiny_phi_gguf, tiny_llama_adapter, tmp_path):
-    assert_refused(tiny_llama_adapter, tiny_phi_gguf, r"another base model: it adapts .*\(128 x 64\), this model lacks it")
-    other = tiny_models.save_tiny_phi(tmp_path / "other", hidden_size=32)
-    narrow = tiny_models.write_adapter(tmp_path / "narrow", other)
-    assert_refused(narrow, tiny_phi_gguf, r"layers.0.mlp.fc1 \(128 x 32\), this model has 128 x 64")
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor.astype(np.int8) for name, tensor in load_file(file).items()}, file)
+    assert_refused(folder, tiny_phi_gguf, "is I8, supported are F32, F16, BF16")
 
 
 def assert_refused(folder, base, message):

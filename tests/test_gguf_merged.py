@@ -84,7 +84,7 @@ def test_bf16_weights_pass_bit_for_bit(tmp_path):
 
 def test_only_touched_tensors_change_and_metadata_stay(tiny_llama, tiny_llama_gguf, tmp_path):
     folder = tiny_models.write_adapter(
-        tmp_path / "adapter", tiny_llama, rank=4, alpha=8.0, modules=r"layers\.1\..*(q_proj|up_proj)"
+        tmp_path / "adapter", tiny_llama, alpha=8.0, modules=r"layers\.1\..*(q_proj|up_proj)", layers_to_transform=[1]
     )
     written = write.merged(spec_of(tiny_llama_gguf), adapter_of(folder), "keep", tmp_path / "out.gguf")
     before, after = tensors_of(tiny_llama_gguf), tensors_of(written.path)

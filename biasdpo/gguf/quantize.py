@@ -25,23 +25,22 @@ UNQUANTIZED = ("F32", "F16", "BF16")  # written without llama.cpp's quantizer
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are stored. `bits_per_weight`: average for a model like Phi-2; `cost`: one line for people."""
+    """How weights are stored. `cost`: one line for people."""
 
     name: str
-    bits_per_weight: float
     cost: str
 
 
 QUANTIZATIONS: tuple[Quantization, ...] = (
-    Quantization("F32", 32.0, "Exact. For proofs and further conversion."),
-    Quantization("F16", 16.0, "Half the size; the rounding is not visible in any text. Supported everywhere."),
-    Quantization("BF16", 16.0, "Half the size; the type of Phi-2's own weights. Slow on CPUs without BF16."),
-    Quantization("Q8_0", 8.5, "A quarter of F32; almost no loss."),
-    Quantization("Q6_K", 6.6, "Small loss; a good choice if memory allows it."),
-    Quantization("Q5_K_M", 5.7, "Small but measurable loss."),
-    Quantization("Q4_K_M", 5.0, "The usual choice for a laptop: a sixth of F32, some loss."),
-    Quantization("Q4_1", 5.1, "Older format, fast on a CPU; more loss than Q4_K_M. For widths that are not multiples of 256."),
-    Quantization("Q4_0", 4.6, "The smallest and fastest here; the most loss."),
+    Quantization("F32", "Exact. For proofs and further conversion."),
+    Quantization("F16", "Half the size; the rounding is not visible in any text. Supported everywhere."),
+    Quantization("BF16", "Half the size; the type of Phi-2's own weights. Slow on CPUs without BF16."),
+    Quantization("Q8_0", "A quarter of F32; almost no loss."),
+    Quantization("Q6_K", "Small loss; a good choice if memory allows it."),
+    Quantization("Q5_K_M", "Small but measurable loss."),
+    Quantization("Q4_K_M", "The usual choice for a laptop: a sixth of F32, some loss."),
+    Quantization("Q4_1", "Older format, fast on a CPU; more loss than Q4_K_M. For widths that are not multiples of 256."),
+    Quantization("Q4_0", "The smallest and fastest here; the most loss."),
 )
 
 # llama.cpp's number of a file's quantization: enum llama_ftype in llama.h.

@@ -177,9 +177,10 @@ def _open_hf(folder: Path) -> Source:
     stored = _open_safetensors(folder)
     names = {ours: str(hf_name(ours, layout.architecture)) for ours in layout.shapes}
     _check_tensors(stored, {names[ours]: shape for ours, shape in layout.shapes.items()}, config.tied, folder)
-    tokenizer = _read_tokenizer(folder, config)
+    keys = {f"{config.architecture}.{key}": value for key, value in config.keys.items()} | _tokenizer_keys(folder, config)
     tensors = tuple(_stored_tensor(ours, stored[theirs], layout) for ours, theirs in names.items())
-    return Source("hf", layout, tensors, tokenizer.bytes + 100 * len(tensors) + 2000, partial(_add_metadata, config, tokenizer))
+    header_bytes = (folder / "tokenizer.json").stat().st_size + 100 * len(tensors) + 2000  # JSON is longer than GGUF
+    return Source("hf", layout, tensors, header_bytes, partial(_add_metadata, keys))
 
 
 def hf_layout(folder: Path) -> Layout:
@@ -189,52 +190,43 @@ def hf_layout(folder: Path) -> Layout:
 
 @dataclass(frozen=True)
 class _HfConfig:
-    """What config.json says of a model's size. `rotary`: rotated dimensions of a head. `values`: config.json itself."""
+    """What config.json says of a model. `keys`: GGUF's metadata of the architecture; `values`: config.json itself."""
 
     architecture: str
     vocabulary: int
-    context: int
-    width: int
-    inner: int
-    blocks: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    rotary: int
-    rope_theta: float
-    epsilon: float
+    keys: dict[str, int | float]
     tied: bool
-    attention_bias: bool
-    mlp_bias: bool
+    biased: dict[str, bool]  # {"attn": ..., "ffn": ...}
     values: dict[str, Any] = field(repr=False)
 
     def layout(self) -> Layout:
         """The layout of the model's GGUF: every tensor that such a model has."""
-        rows, kv_rows = self.heads * self.head_width, self.kv_heads * self.head_width
-        sizes = {
-            **dict.fromkeys(("token_embd", "output"), (self.vocabulary, self.width)),
-            **dict.fromkeys(("attn_norm", "ffn_norm", "output_norm"), (self.width,)),
-            "attn_q": (rows, self.width),
-            **dict.fromkeys(("attn_k", "attn_v"), (kv_rows, self.width)),
-            "attn_output": (self.width, rows),
-            **dict.fromkeys(("ffn_gate", "ffn_up"), (self.inner, self.width)),
-            "ffn_down": (self.width, self.inner),
+        names = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "attention.head_count_kv")
+        width, inner, blocks, heads, kv_heads = (int(self.keys[name]) for name in names)
+        rows, kv_rows = (count * int(self.keys["attention.key_length"]) for count in (heads, kv_heads))
+        sizes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("token_embd", "output"), (self.vocabulary, width)),
+            **dict.fromkeys(("attn_norm", "ffn_norm", "output_norm"), (width,)),
+            "attn_q": (rows, width),
+            **dict.fromkeys(("attn_k", "attn_v"), (kv_rows, width)),
+            "attn_output": (width, rows),
+            **dict.fromkeys(("ffn_gate", "ffn_up"), (inner, width)),
+            "ffn_down": (width, inner),
         }
         outside = ("token_embd", "output_norm", *(() if self.tied else ("output",)))
         inside = [module for module in MODULES[self.architecture] if module not in ("token_embd", "output_norm", "output")]
         shapes: dict[str, tuple[int, ...]] = {}
-        for name in (*outside, *(f"blk.{i}.{module}" for i in range(self.blocks) for module in inside)):
+        for name in (*outside, *(f"blk.{i}.{module}" for i in range(blocks) for module in inside)):
             module = name.rpartition(".")[2]
             shapes[f"{name}.weight"] = sizes[module]
             if self._has_bias(module):
                 shapes[f"{name}.bias"] = sizes[module][:1]
-        return Layout(self.architecture, self.blocks, self.heads, self.kv_heads, shapes)
+        return Layout(self.architecture, blocks, heads, kv_heads, shapes)
 
     def _has_bias(self, module: str) -> bool:
         if self.architecture == "phi2":
             return module != "token_embd"
-        biased = {"attn": self.attention_bias, "ffn": self.mlp_bias}
-        return not module.endswith("_norm") and biased.get(module.partition("_")[0], False)
+        return not module.endswith("_norm") and self.biased.get(module.partition("_")[0], False)
 
 
 def _read_config(folder: Path) -> _HfConfig:
@@ -264,44 +256,42 @@ def _read_config(folder: Path) -> _HfConfig:
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head_width = width // heads if phi else int(config.get("head_dim") or width // heads)
         share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if phi else 1.0
-        return _HfConfig(
-            architecture=ARCHITECTURES[name],
-            vocabulary=int(config["vocab_size"]),
-            context=int(config["max_position_embeddings"]),
-            width=width,
-            inner=int(config["intermediate_size"]),
-            blocks=int(config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_width=head_width,
-            rotary=int(head_width * float(share)),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            epsilon=float(config["layer_norm_eps" if phi else "rms_norm_eps"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=phi or bool(config.get("attention_bias")),
-            mlp_bias=phi or bool(config.get("mlp_bias")),
-            values=config,
-        )
+        keys: dict[str, int | float] = {
+            "vocab_size": int(config["vocab_size"]),
+            "context_length": int(config["max_position_embeddings"]),
+            "embedding_length": width,
+            "feed_forward_length": int(config["intermediate_size"]),
+            "block_count": int(config["num_hidden_layers"]),
+            "attention.head_count": heads,
+            "attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
+            "attention.key_length": head_width,
+            "attention.value_length": head_width,
+            "rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            "rope.dimension_count": int(head_width * float(share)),
+        }
+        if phi:
+            keys["attention.layer_norm_epsilon"] = float(config["layer_norm_eps"])
+        else:
+            keys["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
+        biased = {"attn": bool(config.get("attention_bias")), "ffn": bool(config.get("mlp_bias"))}
+        tied = bool(config.get("tie_word_embeddings", False))
+        return _HfConfig(ARCHITECTURES[name], int(config["vocab_size"]), keys, tied, biased, config)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as exc:
         raise ModelError(f"{folder / 'config.json'} is incomplete ({type(exc).__name__}: {exc}): fetch the model again") from exc
 
 
-def _add_metadata(config: _HfConfig, tokenizer: GgufTokenizer, writer: Any, title: str) -> None:
+def _add_metadata(keys: Mapping[str, Any], writer: Any, title: str) -> None:
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     writer.add_type("model")
     writer.add_name(title)
-    writer.add_vocab_size(config.vocabulary)
-    writer.add_context_length(config.context)
-    writer.add_embedding_length(config.width)
-    writer.add_feed_forward_length(config.inner)
-    writer.add_block_count(config.blocks)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_width)
-    writer.add_value_length(config.head_width)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.rotary)
-    (writer.add_layer_norm_rms_eps if config.architecture == "llama" else writer.add_layer_norm_eps)(config.epsilon)
-    tokenizer.add_to(writer)
+    for key, value in keys.items():
+        add[type(value)](key, value)
 
 
 def _json(path: Path, *, required: bool = False) -> dict[str, Any]:
@@ -323,13 +313,20 @@ _BYTES_PER_NUMBER = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
-class _HfTensor:
+class HfTensor:
     """A tensor in a file. `dtype`: F32, F16 or BF16; `offset` of its first byte."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def kind(self) -> Any:
+        """gguf.GGMLQuantizationType."""
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType[self.dtype]
 
     def map(self) -> NDArray[Any]:
         """The tensor as the gguf package has it: numbers for F32 and F16, bytes (…, 2 * in) for BF16."""
@@ -339,7 +336,7 @@ class _HfTensor:
         return data.view("<f4" if self.dtype == "F32" else "<f2").reshape(self.shape)
 
 
-def _open_safetensors(folder: Path) -> dict[str, _HfTensor]:
+def _open_safetensors(folder: Path) -> dict[str, HfTensor]:
     """{name: tensor} of a folder's weights. ModelError for a missing or truncated shard, or another dtype."""
     index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
     if index.is_file():
@@ -349,10 +346,11 @@ def _open_safetensors(folder: Path) -> dict[str, _HfTensor]:
         files = [folder / Path(name).name for name in sorted(set(shards.values()))]
     if not files:
         raise ModelError(f"{folder} has no *.safetensors: fetch the model's safetensors weights (pickles are not opened)")
-    return {name: tensor for file in files for name, tensor in _read_shard(file)}
+    return {name: tensor for file in files for name, tensor in read_safetensors(file)}
 
 
-def _read_shard(file: Path) -> Iterable[tuple[str, _HfTensor]]:
+def read_safetensors(file: Path) -> Iterable[tuple[str, HfTensor]]:
+    """(name, tensor) of a safetensors file. ModelError if it is damaged, or holds another dtype than F32, F16, BF16."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -369,10 +367,10 @@ def _read_shard(file: Path) -> Iterable[tuple[str, _HfTensor]]:
             raise ModelError(
                 f"{file}: {name} is {entry['dtype']}, supported are {', '.join(_BYTES_PER_NUMBER)}: fetch it in one of them"
             )
-        yield name, _HfTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        yield name, HfTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
 
 
-def _check_tensors(stored: Mapping[str, _HfTensor], expected: Mapping[str, tuple[int, ...]], tied: bool, folder: Path) -> None:
+def _check_tensors(stored: Mapping[str, HfTensor], expected: Mapping[str, tuple[int, ...]], tied: bool, folder: Path) -> None:
     missing = [name for name in expected if name not in stored]
     if missing:
         others = f" and {len(missing) - 1} more of {len(expected)} tensors" if len(missing) > 1 else ""
@@ -387,10 +385,10 @@ def _check_tensors(stored: Mapping[str, _HfTensor], expected: Mapping[str, tuple
             raise ModelError(f"{folder} holds {name}, which has no place in the GGUF: convert it with convert_hf_to_gguf.py")
 
 
-def _stored_tensor(name: str, tensor: _HfTensor, layout: Layout) -> StoredTensor:
+def _stored_tensor(name: str, tensor: HfTensor, layout: Layout) -> StoredTensor:
     from gguf import GGMLQuantizationType
 
-    kind, data = GGMLQuantizationType[tensor.dtype], tensor.map()
+    kind, data = tensor.kind, tensor.map()
     if len(tensor.shape) == 1:  # llama.cpp wants vectors in F32; they are small
         return StoredTensor(name, tensor.shape, GGMLQuantizationType.F32, layout.permute(name, decode(data, kind, name)))
     order = layout.permute(name, np.arange(tensor.shape[0])) if is_permuted(name, layout.architecture) else None
@@ -400,40 +398,8 @@ def _stored_tensor(name: str, tensor: _HfTensor, layout: Layout) -> StoredTensor
 # Its tokenizer: byte-level BPE, with llama.cpp's name of its pre-tokenizer
 
 
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """A tokenizer as GGUF stores it. `special`: {role: id} (bos, eos, eot, eom, padding, unknown)."""
-
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    special: dict[str, int]
-    add_bos: bool
-    chat_template: str
-
-    @property
-    def bytes(self) -> int:
-        """About the size in a file: a string takes its bytes and 8 for its length."""
-        strings = sum(8 + len(text.encode()) for text in (*self.tokens, *self.merges))
-        return strings + 4 * len(self.types) + len(self.chat_template)
-
-    def add_to(self, writer: Any) -> None:
-        """Add the tokenizer's keys to a gguf.GGUFWriter."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
-        for role, token in self.special.items():
-            writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
-        writer.add_add_bos_token(self.add_bos)
-        if self.chat_template:
-            writer.add_chat_template(self.chat_template)
-
-
-def _read_tokenizer(folder: Path, config: _HfConfig) -> GgufTokenizer:
-    """The tokenizer of a Hugging Face folder. ModelError if a GGUF can't hold it."""
+def _tokenizer_keys(folder: Path, config: _HfConfig) -> dict[str, Any]:
+    """GGUF's metadata of a folder's tokenizer. ModelError if a GGUF can't hold it."""
     tokenizer = _json(folder / "tokenizer.json", required=True)
     settings, generation = _json(folder / "tokenizer_config.json"), _json(folder / "generation_config.json")
     try:
@@ -448,18 +414,21 @@ def _read_tokenizer(folder: Path, config: _HfConfig) -> GgufTokenizer:
         added = tokenizer.get("added_tokens") or []
         tokens, types = _tokens(model["vocab"], added, config.vocabulary, folder)
         ids = {**model["vocab"], **{entry["content"]: entry["id"] for entry in added}}
+        special = _special_tokens(ids, settings, generation, config.values, folder)
         probe = _probe_tokenizer(tokenizer)
-        return GgufTokenizer(
-            pre=_pre_tokenizer(probe, config.architecture, folder),
-            tokens=tokens,
-            types=types,
-            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
-            special=_special_tokens(ids, settings, generation, config.values, folder),
-            add_bos=_adds_bos(probe, settings, folder),
-            chat_template=_chat_template(folder, settings),
-        )
+        keys = {
+            "ggml.model": "gpt2",
+            "ggml.pre": _pre_tokenizer(probe, config.architecture, folder),
+            "ggml.tokens": tokens,
+            "ggml.token_type": types,
+            "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+            **{f"ggml.{role}_token_id": token for role, token in special.items()},
+            "ggml.add_bos_token": _adds_bos(probe, settings, folder),
+            "chat_template": _chat_template(folder, settings),
+        }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
         raise ModelError(f"{folder / 'tokenizer.json'} is damaged ({type(exc).__name__}: {exc}): fetch the model again") from exc
+    return {f"tokenizer.{key}": value for key, value in keys.items() if value != ""}
 
 
 def _unsupported(folder: Path, what: str) -> ModelError:
@@ -540,7 +509,7 @@ def _adds_bos(probe: Any, settings: Mapping[str, Any], folder: Path) -> bool:
     *added, last = probe.encode("a").ids
     if len(added) > 1 or last != 0:
         raise _unsupported(folder, "adds tokens to a text other than one at its beginning")
-    return bool(added or (probe.post_processor is None and settings.get("add_bos_token")))
+    return bool(added or settings.get("add_bos_token"))
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str:

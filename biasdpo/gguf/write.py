@@ -5,9 +5,7 @@ Tensors stream from mapped files, a block of rows at a time: Phi-2's size takes 
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -37,10 +35,10 @@ from biasdpo.gguf.quantize import (
     require_known,
     tensor_bytes,
 )
-from biasdpo.gguf.sources import Layout, Source, StoredTensor, hf_layout, open_source
+from biasdpo.gguf.sources import Layout, Source, StoredTensor, hf_layout, open_source, read_safetensors
 from biasdpo.model_files import QKV, read_header
-from biasdpo.models import AdapterSpec, ModelSpec
-from biasdpo.workspace import Workspace, locked, read_json, replacing, sha256_of
+from biasdpo.models import AdapterSpec, ModelSpec, check_fits_file
+from biasdpo.workspace import Workspace, locked, replacing, sha256_of
 
 Progress = Callable[[float, str], None]
 """Called with the share done (0 to 1) and what is being done."""
@@ -49,13 +47,6 @@ SourceName = Literal["auto", "hf", "gguf"]
 
 
 # An adapter's factors, and where they belong among a GGUF's tensors
-
-_PEFT_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
-# PEFT features that a plain pair (A, B) does not express.
-_UNSUPPORTED = (
-    "use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "layer_replication",
-    "target_parameters", "fan_in_fan_out", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,61 +70,24 @@ class Factors:
         return self.alpha / self.rank
 
 
-def read_adapter(adapter: AdapterSpec) -> dict[str, Factors]:
-    """An adapter's factors by Hugging Face module. AdapterError if it is damaged or not plain LoRA."""
-    from safetensors import SafetensorError, safe_open
-
-    config = read_json(adapter.folder / "adapter_config.json")
-    used = [name for name in _UNSUPPORTED if config.get(name)]
-    if used:
-        raise AdapterError(f"Adapter {adapter.id} uses {', '.join(used)}, which a GGUF can't hold: use --backend transformers")
-    weights = adapter.weights
-    pairs: dict[str, dict[str, NDArray[Any]]] = {}
+def read_factors(adapter: AdapterSpec, model: Path) -> dict[str, Factors]:
+    """An adapter's factors by Hugging Face module. AdapterError if it does not fit `model`, a folder or a GGUF."""
+    modules = check_fits_file(adapter, model)
     try:
-        with safe_open(weights, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                match = _PEFT_NAME.fullmatch(name)
-                if match is None:
-                    what = "adapts the embeddings" if "lora_embedding" in name else "is not a LoRA factor"
-                    raise AdapterError(f"{weights} holds {name}, which {what}: only plain LoRA on linear layers is supported")
-                pairs.setdefault(match["module"], {})[match["factor"]] = _float_tensor(file, weights, name)
-    except (OSError, SafetensorError) as exc:
-        raise AdapterError(f"{weights} is not a complete safetensors file ({exc}): train or fetch the adapter again") from exc
-    for module, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise AdapterError(f"{weights}: {module} has no matching pair of LoRA factors; train or fetch the adapter again")
-    if not pairs:
-        raise AdapterError(f"{weights} holds no LoRA factors: choose a trained adapter")
-    try:
-        return {module: Factors(pair["A"], pair["B"], _alpha(config, module, len(pair["A"]))) for module, pair in pairs.items()}
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as exc:
-        raise AdapterError(
-            f"{adapter.folder / 'adapter_config.json'} is damaged ({type(exc).__name__}: {exc}): train or fetch the adapter again"
-        ) from exc
+        tensors = {name.replace(".default.", "."): tensor for name, tensor in read_safetensors(adapter.weights)}
+    except ModelError as exc:
+        raise AdapterError(f"{exc}, or train the adapter again") from exc
 
+    def factor(module: str, letter: str) -> NDArray[Any]:
+        tensor = tensors[f"base_model.model.{module}.lora_{letter}.weight"]
+        return tensor.map() if tensor.dtype == "F16" else decode(tensor.map(), tensor.kind, module)
 
-def _float_tensor(file: Any, weights: Path, name: str) -> NDArray[Any]:
-    dtype = file.get_slice(name).get_dtype()
-    if dtype in ("F16", "F32", "F64"):
-        return np.asarray(file.get_tensor(name))
-    if dtype != "BF16":
-        raise AdapterError(f"{weights} holds {name} as {dtype}: save the adapter in F32, F16 or BF16")
-    from safetensors import safe_open  # numpy has no bfloat16; torch has
-
-    with safe_open(weights, framework="pt") as torch_file:
-        return np.asarray(torch_file.get_tensor(name).float().numpy())
-
-
-def _alpha(config: dict[str, Any], module: str, rank: int) -> float:
-    """The numerator that makes alpha / rank PEFT's scaling (alpha / sqrt(rank) with rank-stabilized LoRA)."""
-    patterns = (config.get("alpha_pattern") or {}).items()
-    # The first that matches, as PEFT's get_pattern_key chooses.
-    alpha = float(next((own for key, own in patterns if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"]))
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    return {name: Factors(factor(name, "A"), factor(name, "B"), lora.alpha) for name, lora in modules.items()}
 
 
 def place(factors: Mapping[str, Factors], layout: Layout, adapter_id: str) -> dict[str, tuple[Factors, ...]]:
-    """The factors by GGUF tensor, rows in its order. AdapterError if one has no place (`models.check_fits` knows more)."""
+    """The factors by GGUF tensor, rows in its order. AdapterError if one has no place:
+    `models.check_fits` does not know the names of other architectures than those in MODULES."""
     names = _name_map(layout)
     placed: dict[str, tuple[Factors, ...]] = {}
     for module, pair in sorted(factors.items()):
@@ -188,7 +142,7 @@ def lora(adapter: AdapterSpec, base_gguf: Path, out: Path) -> Path:
     """
     import gguf
 
-    factors = read_adapter(adapter)
+    factors = read_factors(adapter, base_gguf)
     layout = Layout.of_gguf(base_gguf)
     placed = place(factors, layout, adapter.id)
     # The file holds one alpha. Layers with another alpha or rank carry the difference in their B.
@@ -416,8 +370,9 @@ def merged(
     `out` is complete or absent. Raises ModelError, AdapterError, ConfigError or ExportError.
     """
     started = time.monotonic()
-    opened = open_source(source_path(spec, quantization, source))
-    placed = {} if adapter is None else place(read_adapter(adapter), opened.layout, adapter.id)
+    path = source_path(spec, quantization, source)
+    opened = open_source(path)
+    placed = {} if adapter is None else place(read_factors(adapter, path), opened.layout, adapter.id)
     outputs = [
         Output(tensor, _kind(tensor, quantization, touched=tensor.name in placed), placed.get(tensor.name, ()))
         for tensor in opened.tensors
