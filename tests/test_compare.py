@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from biasdpo import models
-from biasdpo.backends.base import Cancellation, Turnstile
+from biasdpo.backends.base import Cancellation, VisitorQueue
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.compare import Waiting, stream_pair
 from biasdpo.engines import Engine, EngineKey, EnginePool
@@ -157,13 +157,13 @@ def test_a_failure_on_one_side_is_raised_once_and_stops_the_other(engine, monkey
     assert not [t for t in threading.enumerate() if t.name.startswith("stream ")]
 
 
-def test_the_turnstile_is_first_come_first_served():
-    turnstile = Turnstile()
-    with turnstile.ticket() as first, turnstile.ticket() as second:
-        with turnstile.ticket() as third:
-            assert [turnstile.position(t) for t in (first, second, third)] == [0, 1, 2]
-        assert turnstile.wait(second, 0.01) == 1
-    assert turnstile._tickets == []
+def test_the_visitors_is_first_come_first_served():
+    visitors = VisitorQueue()
+    with visitors.ticket() as first, visitors.ticket() as second:
+        with visitors.ticket() as third:
+            assert [visitors.position(t) for t in (first, second, third)] == [0, 1, 2]
+        assert visitors.wait(second, 0.01) == 1
+    assert visitors._tickets == []
 
 
 # The pool of engines

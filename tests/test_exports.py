@@ -17,9 +17,9 @@ from biasdpo import exports, models
 from biasdpo.__main__ import build_parser
 from biasdpo.errors import AdapterError, ConfigError, ExportError, ModelError, RefusedError
 from biasdpo.exports import ExportConfig, jobs
-from biasdpo.exports.record import load_record
 from biasdpo.exports.unfinished import ExportStatus, Unfinished
 from biasdpo.gguf import export as exporting
+from biasdpo.gguf.export import load_record
 from biasdpo.gguf.write import lora as real_lora
 from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import Workspace, sha256_of
@@ -159,7 +159,7 @@ def test_a_failed_proof_leaves_what_was_there(lora, workspace, tiny_llama, tmp_p
     lora.out.write_bytes(b"the one before")
     with monkeypatch.context() as patch:  # a writer that writes another adapter than it was given
         patch.setattr(exporting.write, "lora", lambda _adapter, base, out: real_lora(wrong, base, out))
-        with pytest.raises(ExportError, match=r"tiny.gguf was thrown away, since its proof failed: .*mean KL"):
+        with pytest.raises(ExportError, match=r"tiny.gguf was discarded: its proof failed: .*mean KL"):
             exports.export(lora, workspace)
     assert lora.out.read_bytes() == b"the one before"
     assert leftovers(lora) == ["tiny.gguf"]

@@ -7,11 +7,10 @@ written, all of it lies in the folder `.export-NAME.gguf`, with its status: what
 
 from __future__ import annotations
 
-from biasdpo.exports.jobs import Export, cancel, delete, find, folder_for, free_name, list_exports, poll, start
-from biasdpo.exports.record import ExportRecord
+from biasdpo.exports.jobs import Export, cancel, delete, export, find, folder_for, free_name, list_exports, poll, start
 from biasdpo.exports.request import FORMATS, ExportConfig, Format, Source
 from biasdpo.exports.unfinished import ExportStatus
-from biasdpo.gguf.export import export
+from biasdpo.gguf.export import ExportRecord
 
 __all__ = [
     "FORMATS",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from biasdpo import detached
+from biasdpo import detached, runs
 from biasdpo.errors import ConfigError, ExportError, WorkspaceError
-from biasdpo.exports.record import ExportRecord, load_record, remove_files
 from biasdpo.exports.request import ExportConfig
-from biasdpo.exports.unfinished import ExportStatus, State, Unfinished, all_in, begin
+from biasdpo.exports.unfinished import ExportStatus, State, Unfinished, all_in, begin, unfinished_export
+from biasdpo.gguf import export as exporting
+from biasdpo.gguf.export import ExportRecord, load_record, modelfile_file, record_file
 from biasdpo.models import AdapterSpec
 from biasdpo.workspace import Workspace, refuse_on_public_space
 
@@ -154,6 +156,39 @@ def _start_process(folder: Unfinished, status: ExportStatus, command: list[str])
         folder.write_status(replace(status, pid=process.pid, pid_created=process.create_time()))
 
 
+def export(
+    request: ExportConfig, workspace: Workspace, on_progress: Callable[[float, str], None] = lambda _share, _phase: None
+) -> ExportRecord:
+    """Resolve a request and export it in this process."""
+    refuse_on_public_space("Export")
+    request = request.absolute().checked()
+    with unfinished_export(request.out, request.to_json()) as progress:
+        spec, adapter = request.resolved(workspace)
+
+        def tell(share: float, phase: str) -> None:
+            progress(share, phase)
+            on_progress(share, phase)
+
+        resolved = exporting.ExportRequest(
+            out=request.out,
+            format=request.format,
+            model=spec,
+            adapter=adapter,
+            quantization=request.quantization,
+            source=request.source,
+            pairs=request.pairs,
+            threads=request.threads,
+            command=runs.shown_command(sys.argv[1:]),
+            code_version=runs.code_version(),
+            recorded=request.to_json(),
+        )
+        try:
+            return exporting.export(resolved, progress.unfinished.path, workspace, tell)
+        except exporting.UnprovenError as exc:
+            progress.proof = exc.proof.to_json()
+            raise
+
+
 def cancel(export: Export) -> None:
     """End an export that is under way: its process, and all that it has written. Raises ExportError where it is not under way."""
     if export.status is None or not export.is_active:
@@ -176,3 +211,12 @@ def delete(export: Export) -> None:
         raise ExportError(f"{export.out.name} is being exported: cancel it first")
     export.unfinished.remove()
     remove_files(export.out)
+
+
+def remove_files(out: Path) -> None:
+    """Delete an exported file and what lies beside it, the file first. Raises ExportError where it can't be deleted."""
+    try:
+        for path in (out, record_file(out), modelfile_file(out)):
+            path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise ExportError(f"Can't delete {out}: {exc.strerror or exc}; make its folder writable, then try again") from exc

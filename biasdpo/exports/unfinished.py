@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -232,12 +231,3 @@ def _fail(progress: Progress, exc: BaseException) -> None:
 
 def _lives(status: ExportStatus) -> bool:
     return is_alive(Status("running", pid=status.pid, pid_created=status.pid_created))
-
-
-def fsync_folder(folder: Path) -> None:
-    """Have a rename in a folder outlive a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,10 +16,10 @@ from biasdpo import exports, models
 from biasdpo.errors import BiasDPOError, ConfigError, ExportError
 from biasdpo.exports import Export, ExportConfig, ExportRecord, jobs
 from biasdpo.exports.jobs import check_name, folder_for, free_name, id_of
-from biasdpo.exports.record import modelfile_file
 from biasdpo.exports.request import DEFAULT_QUANTIZATION, MOST_PAIRS
 from biasdpo.gguf import export as serving
 from biasdpo.gguf import quantize, write
+from biasdpo.gguf.export import modelfile_file
 from biasdpo.gguf.proof import MAX_DROP, MAX_KL_NATS, ExportProof
 from biasdpo.gguf.quantize import KEEP
 from biasdpo.models import AdapterSpec, ModelSpec

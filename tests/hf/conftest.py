@@ -49,4 +49,4 @@ def batched(case: Case) -> Iterator[TransformersBackend]:
 @pytest.fixture
 def sides_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sides that come will meet, however busy the machine is."""
-    monkeypatch.setattr(hf, "MEETING_SECONDS", 60.0)
+    monkeypatch.setattr(hf, "PAIRING_SECONDS", 60.0)

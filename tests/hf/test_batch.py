@@ -12,7 +12,7 @@ import pytest
 from biasdpo import models
 from biasdpo.backends import hf
 from biasdpo.backends.hf import BatchRow as Row
-from biasdpo.backends.hf import Meeting, TransformersBackend, open_transformers
+from biasdpo.backends.hf import Pairing, TransformersBackend, open_transformers
 from biasdpo.backends.hf_loading import encode_prompt
 from biasdpo.compare import stream_pair, stream_samples
 from biasdpo.engines import Engine
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("sides_wait")
 
 @pytest.fixture
 def nobody_waits(monkeypatch: pytest.MonkeyPatch, sides_wait: None) -> None:  # noqa: ARG001 - it comes after
-    monkeypatch.setattr(hf, "MEETING_SECONDS", 0.0)
+    monkeypatch.setattr(hf, "PAIRING_SECONDS", 0.0)
 
 
 # The same text
@@ -160,14 +160,14 @@ def test_a_side_whose_other_never_comes_goes_alone(case: Case, batched: Transfor
         read(case.backend.stream(PROMPTS[1], SHORT, "tuned")),
     ]
     assert set(rows) == {1}
-    assert batched._meeting._seats == []
+    assert batched._pairing._waiting == []
 
 
 def test_without_an_adapter_nobody_is_waited_for(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def wait(*_args: Any) -> None:
         raise AssertionError("waited")
 
-    monkeypatch.setattr(Meeting, "batch_of", wait)
+    monkeypatch.setattr(Pairing, "batch_of", wait)
     backend = open_transformers(case.folder, case.template, None, 512, device="cpu", batch_sides=True)
     assert text_of(backend, PROMPTS[0], "base") == text_of(case.backend, PROMPTS[0], "base")
     backend.close()
@@ -206,13 +206,13 @@ def test_the_proof_fails_on_a_batch_that_mixes_its_rows_up(
     case: Case, monkeypatch: pytest.MonkeyPatch, rows: list[str], match: str
 ) -> None:
     """Each side alone is right: a proof of that alone would pass."""
-    call = hf._Rows.__call__
+    call = hf._RowHook.__call__
 
     def mix_up(hook: Any, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         told = call(hook, layer, args, kwargs)
         return told and (args, kwargs | {"adapter_names": rows})
 
-    monkeypatch.setattr(hf._Rows, "__call__", mix_up)
+    monkeypatch.setattr(hf._RowHook, "__call__", mix_up)
     with pytest.raises(ProofError, match=match):
         open_transformers(case.folder, case.template, case.adapter, 512, device="cpu", batch_sides=True)
     open_transformers(case.folder, case.template, case.adapter, 512, device="cpu", batch_sides=False).close()

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from biasdpo.backends.base import Cancellation
-from biasdpo.backends.hf import Batch, Draw, TransformersBackend, open_transformers
+from biasdpo.backends.hf import Batch, Sampler, TransformersBackend, open_transformers
 from biasdpo.backends.hf import BatchRow as Row
 from biasdpo.errors import BackendError
 from biasdpo.records import Side
@@ -35,7 +35,7 @@ def assert_nothing_is_left(case: Case, batched: TransformersBackend, hooks: list
     """No hooks, no state: the proof passes again against a model that never had an adapter, and pairs are as before."""
     assert hooks_on(batched) == hooks
     assert adapter_is_off(batched)
-    assert batched._meeting._seats == []
+    assert batched._pairing._waiting == []
     assert batched.prove(canaries_of_bare_model(case)) == batched.proof
     together = read_together(*(batched.stream(PROMPTS[0], SHORT, side) for side in ("base", "tuned")))
     assert together == [read(case.backend.stream(PROMPTS[0], SHORT, side)) for side in ("base", "tuned")]
@@ -164,7 +164,7 @@ def test_out_of_memory_is_one_line_on_both_sides(case: Case, batched: Transforme
 def test_logits_that_are_no_numbers_end_one_row() -> None:
     """Row 1's are NaN at the second step; row 0's greatest logit is at 2, 1, 0."""
     rows = [
-        Row(side, x, Draw(replace(SHORT, max_new_tokens=3), [7]), 3, Cancellation())
+        Row(side, x, Sampler(replace(SHORT, max_new_tokens=3), [7]), 3, Cancellation())
         for side, x in (("base", 0.0), ("tuned", 1.0))
     ]
     asked: list[list[list[int]]] = []
@@ -187,7 +187,7 @@ def test_logits_that_are_no_numbers_end_one_row() -> None:
 
 
 def test_a_fault_of_ours_ends_both_rows_as_well() -> None:
-    rows = [Row(side, 1.0, Draw(SHORT, [7]), 3, Cancellation()) for side in ("base", "tuned")]
+    rows = [Row(side, 1.0, Sampler(SHORT, [7]), 3, Cancellation()) for side in ("base", "tuned")]
 
     def step(*_args: Any) -> None:
         raise ZeroDivisionError

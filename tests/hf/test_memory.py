@@ -19,7 +19,7 @@ import torch
 from biasdpo.backends import hf, hf_loading
 from biasdpo.backends.base import Cancellation
 from biasdpo.backends.hf import TransformersBackend, open_transformers
-from biasdpo.backends.hf_loading import Placement, foreign_errors, nothing_kept
+from biasdpo.backends.hf_loading import Placement, foreign_errors, released_errors
 from biasdpo.errors import BackendError
 from biasdpo.records import LikelihoodRequest
 from tests import tiny_models
@@ -30,8 +30,12 @@ GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 
 @pytest.fixture
 def divided(case: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[TransformersBackend]:
-    layers = len(case.backend._shared.model.model.layers)
-    monkeypatch.setattr(hf, "choose_placement", lambda *_args: Placement(CPU, layers, 1, "it has 0.1 GB free of the 0.2 needed"))
+    model = case.backend._shared.model
+    layers = len(model.model.layers)
+    places: dict[str, Any] = {f"model.{name}": CPU for name, _ in model.model.named_children() if name != "layers"}
+    places |= {"lm_head": CPU, "model.layers.0": CPU} | {f"model.layers.{i}": "cpu" for i in range(1, layers)}
+    placement = Placement(CPU, places, f"1 of {layers} layers", "it has 0.1 GB free of the 0.2 needed")
+    monkeypatch.setattr(hf, "choose_placement", lambda *_args: placement)
     seen: list[str] = []
     backend = open_transformers(
         case.folder, case.template, case.adapter, 512, batch_sides=True, on_progress=lambda _share, what: seen.append(what)
@@ -42,7 +46,7 @@ def divided(case: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[Transformer
 
 
 def test_a_divided_model_computes_the_same(case: Case, divided: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "MEETING_SECONDS", 60.0)
+    monkeypatch.setattr(hf, "PAIRING_SECONDS", 60.0)
     lying = [{str(p.device) for p in layer.parameters()} for layer in divided._shared.model.model.layers]
     assert lying == [{"cpu"}] + [{"meta"}] * (len(lying) - 1)  # accelerate's mark of weights that lie elsewhere
     assert f", 1 of {len(lying)} layers: it has 0.1 GB free" in divided.device
@@ -52,7 +56,7 @@ def test_a_divided_model_computes_the_same(case: Case, divided: TransformersBack
             together = read_together(*(divided.stream(PROMPTS[0], sampling, side, strength=1.5) for side in ("base", "tuned")))
         assert rows[0] == 2
         assert together == [read(case.backend.stream(PROMPTS[0], sampling, side, strength=1.5)) for side in ("base", "tuned")]
-    monkeypatch.setattr(hf, "MEETING_SECONDS", 0.0)  # now each side alone
+    monkeypatch.setattr(hf, "PAIRING_SECONDS", 0.0)  # now each side alone
     request = [LikelihoodRequest("Why?", "Because.")]
     for side in ("base", "tuned"):
         assert np.array_equal(divided.canary_logits(side), case.backend.canary_logits(side))
@@ -89,7 +93,7 @@ def test_memory_that_runs_out_while_loading_sends_the_model_to_the_cpu(
         return load(folder, placement, bits)
 
     monkeypatch.setattr(hf_loading, "_load", fail_on_a_gpu)
-    monkeypatch.setattr(hf, "choose_placement", lambda *_args: Placement(GPU, 2, 2))
+    monkeypatch.setattr(hf, "choose_placement", lambda *_args: Placement(GPU))
     seen: list[str] = []
     backend = open_transformers(
         tiny_phi, tiny_models.PHI_TEMPLATE, tiny_phi_adapter, 512, on_progress=lambda _share, what: seen.append(what)
@@ -119,7 +123,7 @@ def test_an_error_that_is_kept_keeps_no_tensors() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def fail() -> None:
-        with nothing_kept(), foreign_errors():
+        with released_errors(), foreign_errors():
             compute()
 
     with pytest.raises(BackendError) as kept:
