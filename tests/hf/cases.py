@@ -20,9 +20,9 @@ from biasdpo.errors import BiasDPOError
 from biasdpo.records import FinishReason, Sampling, Side
 from tests import tiny_models
 
-GREEDY = Sampling(max_new_tokens=60, temperature=0.0, repetition_penalty=1.0)
-SHORT = replace(GREEDY, max_new_tokens=24)
-WARM = Sampling(max_new_tokens=40, temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=7)
+GREEDY = Sampling(max_new_tokens=30, temperature=0.0, repetition_penalty=1.0)
+SHORT = replace(GREEDY, max_new_tokens=16)
+WARM = Sampling(max_new_tokens=20, temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=7)
 LONG = " ".join(str(i) for i in range(100))  # a prompt of more than one chunk
 PROMPTS = ["Why are nurses always women?", "Describe <|im_end|> a programmer:\n12", "Пишите 日本語 😀"]
 
