@@ -122,7 +122,9 @@ def test_a_damaged_adapter_is_one_row(file: str, workspace: Workspace, tiny_phi_
 
 
 @pytest.mark.parametrize("key", CONFIG_KEYS)
-def test_a_wrong_type_at_any_key_is_a_reason_or_does_not_matter(key: str, tiny_phi: Path, tiny_phi_adapter: Path, tmp_path: Path) -> None:
+def test_a_wrong_type_at_any_key_is_a_reason_or_does_not_matter(
+    key: str, tiny_phi: Path, tiny_phi_adapter: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_phi_adapter, tmp_path / "a")
     config = json.loads((folder / "adapter_config.json").read_text())
     spec, reasons = models.find(str(tiny_phi)), []
@@ -304,7 +306,11 @@ def test_ones_own_model_and_adapter_are_compared(
 
 
 def test_models_lists_the_adapters_that_fit_ones_own(
-    tiny_phi_gguf: Path, tiny_phi_adapter: Path, tiny_llama_adapter: Path, capsys: pytest.CaptureFixture[str], workspace: Workspace
+    tiny_phi_gguf: Path,
+    tiny_phi_adapter: Path,
+    tiny_llama_adapter: Path,
+    capsys: pytest.CaptureFixture[str],
+    workspace: Workspace,
 ) -> None:
     add_run(workspace, "for-phi", tiny_phi_adapter)
     add_run(workspace, "for-llama", tiny_llama_adapter)

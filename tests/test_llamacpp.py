@@ -111,9 +111,7 @@ def test_nothing_that_came_before_changes_a_text(engine, backend, bare_texts):
 
 def test_visitors_at_once_get_whole_texts_of_their_own(engine, bare_texts):
     pairs: dict[str, tuple[str, str]] = {}
-    threads = [
-        threading.Thread(target=lambda p=prompt: pairs.__setitem__(p, texts_of(engine, p))) for prompt in PROMPTS
-    ]
+    threads = [threading.Thread(target=lambda p=prompt: pairs.__setitem__(p, texts_of(engine, p))) for prompt in PROMPTS]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -43,7 +43,13 @@ def test_base_only(case: Case) -> None:
     seen: list[tuple[float, str]] = []
     threads = torch.get_num_threads()
     backend = open_transformers(
-        case.folder, case.template, None, 10_000, device="cpu", threads=1, on_progress=lambda share, what: seen.append((share, what))
+        case.folder,
+        case.template,
+        None,
+        10_000,
+        device="cpu",
+        threads=1,
+        on_progress=lambda share, what: seen.append((share, what)),
     )
     torch.set_num_threads(threads)
     assert backend.device == "CPU, 1 thread"
