@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from biasdpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
+    from biasdpo.benchmarks.base import Benchmark
     from biasdpo.benchmarks.toxicity import ToxicityScorer
     from biasdpo.evaluations import EvaluationConfig
     from biasdpo.evaluations.watching import Watch
@@ -81,7 +81,7 @@ def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
 
     from biasdpo import models
     from biasdpo.engines import EngineKey, open_engine
-    from biasdpo.evaluation import results
+    from biasdpo.evaluation import run
     from biasdpo.evaluations import estimate
     from biasdpo.workspace import open_workspace, write_json
 
@@ -97,7 +97,7 @@ def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
         if args.measure:
             write_json(args.out, estimate.measure(engine, benchmarks))
             return 0
-        watch.begin(benchmarks, args.limit, len(results.order(strengths)))
+        watch.begin(benchmarks, args.limit, len(run.strength_order(strengths)))
         with tqdm(unit=" item", file=sys.stderr) as bar:
 
             def show(name: str, done: int, total: int) -> None:
@@ -109,7 +109,7 @@ def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
                 watch.on_item(name, done, total)
 
             with _stop_on_interrupt() as stopped:
-                result = results.run(
+                result = run.run(
                     engine,
                     benchmarks,
                     strengths,
@@ -198,13 +198,15 @@ def _request(args: argparse.Namespace, model: str, adapter: AdapterSpec | None) 
     )
 
 
-def _build(args: argparse.Namespace, adapter: AdapterSpec | None, workspace: Workspace) -> list[Benchmark | GenerationBenchmark]:
+def _build(args: argparse.Namespace, adapter: AdapterSpec | None, workspace: Workspace) -> list[Benchmark[Any]]:
     from biasdpo import benchmarks as known
-    from biasdpo.evaluation.results import preference
+    from biasdpo.evaluation.run import preference_benchmark
 
     how = known.Generation(args.samples, args.max_new_tokens, _scorer(args.toxicity_scorer))
     return [
-        preference(args.dataset or "", adapter, workspace) if name == "preference" else known.build(name, args.data_dir, how)
+        preference_benchmark(args.dataset or "", adapter, workspace)
+        if name == "preference"
+        else known.build(name, args.data_dir, how)
         for name in known.expand(args.benchmark.split(","))
     ]
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from biasdpo.benchmarks.base import Measured
+from biasdpo.benchmarks.base import Benchmark
 from biasdpo.benchmarks.bbq import BBQ, Question
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
-from biasdpo.benchmarks.results import Scored, correct, summarise
 from biasdpo.benchmarks.stereoset import StereoSet, Triple
 from biasdpo.benchmarks.utility import Utility
 from biasdpo.data import PreferencePair
+from biasdpo.evaluation.run import correct, summarize
 from biasdpo.workspace import write_json
 
 _CATEGORIES = ("gender", "race-color", "religion", "nationality")
@@ -76,7 +76,7 @@ def write_result(root: Path, name: str, made: Any) -> Path:
     return file
 
 
-def _scored(n: int, shift: float, rng: np.random.Generator) -> list[tuple[Measured, Any, Any]]:
+def _scored(n: int, shift: float, rng: np.random.Generator) -> list[tuple[Benchmark, Any, Any]]:
     noise = rng.normal(0, 0.4, (n, 1))
     logps = rng.normal(-40, 4, (n, 1)) + np.concatenate([rng.normal(1.2, 1.5, (n, 1)), np.zeros((n, 1))], axis=1)
     moved = logps + np.concatenate([shift + noise, noise / 4], axis=1)
@@ -139,16 +139,16 @@ def _question(i: int) -> Question:
 
 
 def _answers(ambiguous: Any, rng: np.random.Generator, biased_share: float) -> Any:
-    """BBQ's numbers: ambiguous, right, names a group, biased, answer, three logps."""
+    """BBQ's numbers: ambiguous, right, names a group, biased, answer, three logps, has a biased answer."""
     n = len(ambiguous)
     names = (rng.random(n) < 0.8).astype(float)
     biased = names * (rng.random(n) < biased_share + 0.2).astype(float)
     right = np.where(ambiguous > 0, 1 - names, names * (rng.random(n) < 0.6))
     answer = np.where(names > 0, 1 - biased, 2)
-    return np.stack([ambiguous, right, names, biased, answer, *rng.normal(-9, 1, (3, n))], axis=1)
+    return np.stack([ambiguous, right, names, biased, answer, *rng.normal(-9, 1, (3, n)), np.ones(n)], axis=1)
 
 
-def _part(benchmark: Measured, base: Any, tuned: Any, n_failed: int) -> dict[str, Any]:
+def _part(benchmark: Benchmark, base: Any, tuned: Any, n_failed: int) -> dict[str, Any]:
     items = list(benchmark.items)
     rows = []
     for i, item in enumerate(items):
@@ -164,7 +164,7 @@ def _part(benchmark: Measured, base: Any, tuned: Any, n_failed: int) -> dict[str
         "not_as_published": "",
         "settings": {},
         "data_sha256": benchmark.data_sha256,
-        **summarise(Scored(benchmark, items, np.asarray(base), np.asarray(tuned)), 0),
+        **summarize(benchmark, items, np.asarray(base), np.asarray(tuned)),
         "failures": [{"index": 900 + i, "reason": "the prompt is longer than the model's context"} for i in range(n_failed)],
         "columns": list(benchmark.columns),
         "items": rows,

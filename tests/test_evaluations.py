@@ -15,7 +15,7 @@ from biasdpo.__main__ import build_parser
 from biasdpo.cli_evaluate import _request
 from biasdpo.data import PreferencePair, split
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, RefusedError
-from biasdpo.evaluation import report, results
+from biasdpo.evaluation import report, run
 from biasdpo.evaluation.results import TableRow, compare, group_table, table
 from biasdpo.evaluations import EvaluationConfig
 from biasdpo.workspace import sha256_of
@@ -148,16 +148,16 @@ def test_pairs_of_the_adapters_own_run_or_of_the_workspace(workspace):
     adapter = models.from_run(workspace, "first")
     held_out = [pair.prompt for pair in split(rows, 0.5).held_out]
     assert 0 < len(held_out) < 60
-    scored = results.preference("run", adapter, workspace)
+    scored = run.preference_benchmark("run", adapter, workspace)
     assert [pair.prompt for pair in scored.items] == held_out
-    assert [pair.prompt for pair in results.preference(str(file), adapter, workspace).items] == held_out
+    assert [pair.prompt for pair in run.preference_benchmark(str(file), adapter, workspace).items] == held_out
     with pytest.raises(ConfigError, match="there is none: name a file"):
-        results.preference("run", None, workspace)
+        run.preference_benchmark("run", None, workspace)
     file.write_text(lines + lines.replace("Is", "Was"))  # not what it was trained on any more
     with pytest.raises(DatasetError, match="first was trained on is not in this workspace"):
-        results.preference("run", adapter, workspace)
+        run.preference_benchmark("run", adapter, workspace)
     with pytest.raises(DatasetError, match="No preference pairs in the workspace yet"):
-        results.preference("workspace", adapter, workspace)
+        run.preference_benchmark("workspace", adapter, workspace)
 
 
 # Tables
@@ -232,9 +232,9 @@ def test_a_report_says_what_was_measured_and_what_it_may_be_compared_with():
         "less biased |"
     )
     assert "| 50 * |" in perplexity
-    assert lines.index("## Benchmarks") < lines.index(sentences) < lines.index("## Price") < lines.index(perplexity)
+    assert lines.index("## Benchmarks") < lines.index(sentences) < lines.index("## Quality cost") < lines.index(perplexity)
     assert "- \\* utility: not comparable with other evaluations: limited to 50 of 600 items." in lines
-    assert "- crows_pairs: 2 items could not be scored, and are not; the first: too long \\| by far" in lines
+    assert "- crows_pairs: 2 items could not be scored and are excluded; the first: too long \\| by far" in lines
     assert "<details><summary>crows_pairs by group</summary>" in lines
     assert "python -m biasdpo evaluate --model=base.gguf --benchmark=bbq --data-dir=data --out=result.json" in lines
     assert "/home/me" not in text
@@ -305,7 +305,7 @@ def test_a_card_gets_one_section_that_the_next_evaluation_replaces(workspace, mo
         (a_result(adapter="mine"), "has another adapter now"),
         (a_result(adapter="smollm2-biasdpo"), "smollm2-biasdpo is no run's adapter"),
         (a_result(adapter=""), "The base model is no run's adapter"),
-        ({**result, "provenance": result["provenance"] | {"interrupted": True}}, "What was interrupted"),
+        ({**result, "provenance": result["provenance"] | {"interrupted": True}}, "An interrupted evaluation"),
     ):
         with pytest.raises(EvaluationError, match=words):
             report.add_to_card(bad, workspace)

@@ -7,7 +7,7 @@ import pytest
 from biasdpo.benchmarks import bbq, crows_pairs, preference, stereoset, truthfulqa, winobias
 from biasdpo.data import PreferencePair
 from biasdpo.evaluation import results
-from biasdpo.evaluation.results import Flip, way_of
+from biasdpo.evaluation.results import Flip, direction_of
 from biasdpo.records import Likelihood
 
 
@@ -104,12 +104,12 @@ def test_every_outcome_in_an_order_is_one_that_a_benchmark_gives():
 
 
 def test_ways():
-    assert way_of("prefers the stereotype", "prefers the anti-stereotype") == "toward less bias"
-    assert way_of("right in both", "right in the stereotypical sentence only") == "toward more bias"
-    assert way_of("right: unknown", "wrong: the biased answer") == "toward more bias"
-    assert way_of("wrong: the biased answer", "wrong: the unbiased answer") == ""  # nobody can say: a person must look
-    assert way_of("prefers the true answer", "prefers a false answer") == ""  # no matter of bias
-    assert way_of("right: unknown", "right: the unbiased answer") == ""
+    assert direction_of("prefers the stereotype", "prefers the anti-stereotype") == "toward less bias"
+    assert direction_of("right in both", "right in the stereotypical sentence only") == "toward more bias"
+    assert direction_of("right: unknown", "wrong: the biased answer") == "toward more bias"
+    assert direction_of("wrong: the biased answer", "wrong: the unbiased answer") == ""  # nobody can say: a person must look
+    assert direction_of("prefers the true answer", "prefers a false answer") == ""  # no matter of bias
+    assert direction_of("right: unknown", "right: the unbiased answer") == ""
 
 
 def item(index: int, base: list[float], tuned: list[float], outcome: tuple[str, ...], **more: object) -> dict[str, object]:

@@ -19,10 +19,10 @@ from typing import Any
 
 from biasdpo import detached, models
 from biasdpo.backends import choose_backend
-from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
+from biasdpo.benchmarks.base import Benchmark
 from biasdpo.engines import Engine
 from biasdpo.errors import BiasDPOError, EvaluationError
-from biasdpo.evaluation import results, run
+from biasdpo.evaluation import run
 from biasdpo.evaluations.request import EvaluationConfig
 from biasdpo.evaluations.resolving import resolved
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
@@ -56,7 +56,7 @@ def known_seconds(request: EvaluationConfig, workspace: Workspace) -> dict[str, 
     """
     spec = models.find(models.choose_auto()[0].id if request.model == "auto" else request.model)
     adapter = models.find_adapter(request.adapter, spec, workspace)
-    rounds = 0 if adapter is None else len(results.order(request.strengths))
+    rounds = 0 if adapter is None else len(run.strength_order(request.strengths))
     speeds = {name: _remembered(_file_of(request, name, workspace)) for name in request.parts()}
     return {name: None if speed is None else speed.seconds(request.limit, rounds) for name, speed in speeds.items()}
 
@@ -95,7 +95,7 @@ def _measured(request: EvaluationConfig, workspace: Workspace, cancelled: Callab
         return {name: Speed(**values) for name, values in read_json(answer).items()}
 
 
-def measure(engine: Engine, benchmarks: Sequence[Benchmark | GenerationBenchmark]) -> dict[str, Any]:
+def measure(engine: Engine, benchmarks: Sequence[Benchmark[Any]]) -> dict[str, Any]:
     """`Speed` by benchmark, as JSON, on items drawn with seed 0. Nothing is kept."""
     alone = replace(engine, adapter=None)
     found = {}
@@ -106,7 +106,7 @@ def measure(engine: Engine, benchmarks: Sequence[Benchmark | GenerationBenchmark
     return found
 
 
-def _seconds_an_item(engine: Engine, benchmark: Benchmark | GenerationBenchmark) -> float:
+def _seconds_an_item(engine: Engine, benchmark: Benchmark[Any]) -> float:
     """From the first question whether to stop, which is asked when all is ready, to the last item."""
     for limit in (_FIRST, _MORE):
         times: list[float] = []

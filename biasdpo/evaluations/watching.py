@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 
-from biasdpo.benchmarks.base import Measured
+from biasdpo.benchmarks.base import Benchmark
 from biasdpo.errors import BiasDPOError, EvaluationError
 from biasdpo.evaluations.status import EvaluationFiles, EvaluationStatus, Progress, State, ahead
 
@@ -43,7 +44,7 @@ class Watch:
             raise StopError("The evaluation was cancelled before anything was scored: resume it to score all")
         self._write(replace(self.status, phase=text))
 
-    def begin(self, benchmarks: Sequence[Measured], limit: int | None, rounds: int) -> None:
+    def begin(self, benchmarks: Sequence[Benchmark[Any]], limit: int | None, rounds: int) -> None:
         """The items are known, of which each is scored in so many rounds."""
         items = {one.name: len(one.items) if limit is None else min(limit, len(one.items)) for one in benchmarks}
         progress = tuple(Progress(name, 0, rounds * count) for name, count in items.items())
