@@ -1,4 +1,4 @@
-"""The cache of reference log-probabilities: found again, never trusted when damaged, computed once."""
+"""The cache of reference log-probabilities: computed once, never trusted when damaged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from training.trainer import ReferenceCache, groups, open_cache, row_key
+from tests.tiny_trainer import build_tiny_trainer, losses_of
+from training.reference import ReferenceCache, groups, open_cache, row_key
 
 ROWS = [
     {"prompt_ids": [40, 41, 42], "chosen_ids": [50, 51, 2], "rejected_ids": [60, 2]},
@@ -99,9 +100,7 @@ def test_long_rows_fill_a_group_sooner():
 
 @pytest.fixture
 def trainer_of(tiny_llama, tmp_path):
-    """build(rows, ...) -> a TokenisedDPOTrainer on a tiny Llama."""
-    from tests.tiny_trainer import build_tiny_trainer
-
+    """build(rows, ...) -> a TokenizedDPOTrainer on a tiny Llama."""
     return lambda rows=ROWS, **settings: build_tiny_trainer(tiny_llama, tmp_path / "out", rows, **settings)
 
 
@@ -123,9 +122,8 @@ def test_each_row_is_computed_once_whatever_the_rank_the_seed_and_the_epoch(trai
     forwards = count_forwards(first)
     first.use_reference(cache, lambda _done, _total: None)
     first.train()
-    assert sum(forwards) == 2 * (
-        3 + 1
-    )  # three different rows, of which one comes twice, and one to evaluate; two completions each
+    # Three different rows, of which one comes twice, and one to evaluate; two completions each.
+    assert sum(forwards) == 2 * (3 + 1)
     second = trainer_of(rank=8, seed=7)
     forwards = count_forwards(second)
     second.use_reference(cache, lambda _done, _total: None)
@@ -138,7 +136,7 @@ def test_cached_and_in_step_references_give_the_same_losses(trainer_of, cache):
     cached.use_reference(cache, lambda _done, _total: None)
     for trainer in (cached, in_step):
         trainer.train()
-    ours, trls = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in (cached, in_step))
+    ours, trls = map(losses_of, (cached, in_step))
     assert len(ours) == 6
     assert ours[0] == pytest.approx(0.6931, abs=1e-4)  # policy = reference: -log(1/2)
     assert ours == pytest.approx(trls, abs=1e-4)

@@ -92,12 +92,12 @@ def on_seed_pairs(request: pytest.FixtureRequest):
     """(model folder, token rows of four shipped pairs)."""
     from transformers import AutoTokenizer
 
-    from training.finish import tokenise
+    from training.rows import tokenize
 
     folder = request.getfixturevalue(request.param)
     pairs = data.load_jsonl(Path("assets/seed_pairs.jsonl"))[:4]
     template = models.catalog()["smollm2" if request.param == "tiny_llama" else "phi-2"].template
-    return folder, [row.as_trl() for row in tokenise(pairs, AutoTokenizer.from_pretrained(folder), template, 512).rows]
+    return folder, [row.to_trl() for row in tokenize(pairs, AutoTokenizer.from_pretrained(folder), template, 512).rows]
 
 
 @pytest.fixture(scope="module")

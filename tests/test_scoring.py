@@ -34,7 +34,8 @@ def policy(request: pytest.FixtureRequest) -> Any:
 def test_packed_and_padded_are_one_completion_after_the_other(policy: Any) -> None:
     import torch
 
-    from training.finish import TokenRow, score_base_and_tuned
+    from training.finish import score_base_and_tuned
+    from training.rows import TokenRow
 
     draw = np.random.default_rng(0)
     rows = [TokenRow(*(draw.integers(30, 300, size).tolist() for size in sizes)) for sizes in ((5, 3, 9), (2, 7, 1), (12, 4, 4))]
@@ -56,12 +57,11 @@ def test_packed_and_padded_are_one_completion_after_the_other(policy: Any) -> No
     policy.train()
     for is_packed in (True, False):
         done: list[int] = []
-        base, tuned = score_base_and_tuned(policy, rows, is_packed=is_packed, batch_size=2, on_batch=done.append)
+        base, tuned, mean_kl = score_base_and_tuned(policy, rows, is_packed=is_packed, batch_size=2, on_batch=done.append)
         assert done == [2, 3]
         np.testing.assert_allclose(tuned.chosen_logps, chosen, atol=1e-3)
         np.testing.assert_allclose(tuned.rejected_logps, rejected, atol=1e-3)
-        assert tuned.kl == pytest.approx(kl / 14, abs=1e-4)  # tokens of the chosen completions: 3 + 7 + 4
-        assert base.kl is None
+        assert mean_kl == pytest.approx(kl / 14, abs=1e-4)  # tokens of the chosen completions: 3 + 7 + 4
         assert np.abs(base.chosen_logps - tuned.chosen_logps).min() > 0.01
         assert base.chosen_lengths.tolist() == [3, 7, 4]
         assert policy.training

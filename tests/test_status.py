@@ -1,4 +1,4 @@
-"""A run is stopped where its main thread can't look: nothing is lost, and the launcher sees no failure."""
+"""A training process's status: stops where its main thread can't look, and who has the last word."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 
 from biasdpo.run_folder import RunFolder, Status
 from tests.run_line import ROOT, TIMEOUT_SECONDS
-from training import callbacks
-from training.callbacks import StatusWriter
+from training import status
+from training.status import StatusWriter, watch_for_stop
 
-# `python -m training`, whose work is never done and never looks: it stands for the import of torch, or a model that is read.
+# `python -m training` whose work never ends and never looks: it stands for the import of torch, or a model that loads.
 BUSY = """
 import runpy, sys, time, types
 busy = types.ModuleType("training.dpo")
-busy.train = lambda folder, writer: (print("busy", flush=True), time.sleep(600))
+busy.train = lambda folder, writer: (print("busy", sorted({"torch", "trl"} & set(sys.modules)), flush=True), time.sleep(600))
 sys.modules["training.dpo"] = busy
 sys.argv[0] = "training"
 runpy.run_module("training", run_name="__main__")
@@ -29,11 +29,10 @@ runpy.run_module("training", run_name="__main__")
 def start_busy(folder: RunFolder, rank: int, processes: int) -> subprocess.Popen[str]:
     """Start it, and return when it is at work."""
     environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUSY, str(folder.path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", BUSY, str(folder.path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "busy\n"
+    assert process.stdout.readline() == "busy []\n"  # it reports before it loads a heavy library
     return process
 
 
@@ -50,42 +49,42 @@ def test_a_busy_run_is_stopped_and_no_failure(tmp_path: Path, processes: int) ->
         for process in busy:
             process.kill()
             process.communicate()
-    status = folder.read_status()
-    assert (status.state, status.step, status.error, status.phase) == ("stopped", 40, "", "")
+    found = folder.read_status()
+    assert (found.state, found.step, found.error, found.phase) == ("stopped", 40, "", "")
 
 
-def test_the_main_process_leaves_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one waits for its word, or the broken connection would be the last that is heard of the run."""
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    monkeypatch.setattr(callbacks, "GRACE_SECONDS", 0.0)
-    monkeypatch.setattr(callbacks, "LOOK_SECONDS", 0.001)
+def test_the_main_process_exits_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one waits for its status, or the broken connection would be the run's last word."""
+    exited: list[int] = []
+    monkeypatch.setattr(os, "_exit", exited.append)
+    monkeypatch.setattr(status, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(status, "POLL_SECONDS", 0.001)
     folder = RunFolder(tmp_path)
-    main, other = (StatusWriter(folder, rank=rank, processes=2) for rank in (0, 1))
+    main, other = (StatusWriter(folder, rank, processes=2) for rank in (0, 1))
     main.begin()
     folder.stop_request.touch()
-    callbacks.watch(other)
+    watch_for_stop(other)
     time.sleep(0.05)
-    assert left == []
-    callbacks.watch(main)
+    assert exited == []
+    watch_for_stop(main)
     end = time.monotonic() + TIMEOUT_SECONDS
-    while len(left) < 2 and time.monotonic() < end:
+    while len(exited) < 2 and time.monotonic() < end:
         time.sleep(0.001)
-    assert left == [0, 0]
+    assert exited == [0, 0]
     other.end("failed", "Connection closed by peer")
     assert folder.read_status().state == "stopped"
 
 
 @pytest.mark.parametrize("after", ["the first step", "the end"])
-def test_nobody_leaves_once_there_is_something_to_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
+def test_nobody_exits_once_there_is_something_to_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
+    exited: list[int] = []
+    monkeypatch.setattr(os, "_exit", exited.append)
     writer = StatusWriter(RunFolder(tmp_path))
     writer.begin()
     if after == "the end":
         writer.end("failed", "The disk is full")
     else:
-        writer.stay()
-    writer.leave()
-    assert left == []
+        writer.forbid_exit()
+    writer.exit_stopped()
+    assert exited == []
     assert writer.folder.read_status().state == ("failed" if after == "the end" else "running")
