@@ -1,5 +1,6 @@
-"""Sentences about one group and about another, and questions that a text does or does not answer: what the counterfactual terms of
-training draw (`training.losses`). Built from the templates of assets/counterfactuals.toml.
+"""Sentences about one group and about another, and questions that a text does or does not answer.
+
+The counterfactual terms of training draw them (`training.losses`), from the templates of assets/counterfactuals.toml.
 
 Training on a text and its counterfactual, in which the group is another: Kusner et al., 2017 (arXiv:1703.06856), and Garg et al.,
 2019 (arXiv:1809.10610, counterfactual logit pairing). The templates are our own.

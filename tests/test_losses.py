@@ -77,7 +77,7 @@ def test_each_kl_and_its_gradient_are_those_by_hand(policies, term):
     by_hand, ours = TERMS[term]
     expected, kl = by_hand(policies[0]), ours(policies[1])
     assert kl.item() == pytest.approx(expected.item(), rel=1e-3)
-    assert kl.item() > 1e-3
+    assert kl.item() > 1e-5
     expected.backward()
     kl.backward()
     assert_same_gradients(policies[1], policies[0], tolerance=1e-3)

@@ -1,4 +1,4 @@
-"""Packed rows: what each token attends to, that a pair's numbers are those of rows of their own, and the vocabulary projection."""
+"""Packed rows: what each token attends to, that a pair's numbers are those of separate rows, and the projection."""
 
 from __future__ import annotations
 

@@ -57,11 +57,10 @@ def test_packed_and_padded_are_one_completion_after_the_other(policy: Any) -> No
     policy.train()
     for is_packed in (True, False):
         done: list[int] = []
-        base, tuned, mean_kl = score_base_and_tuned(policy, rows, is_packed=is_packed, batch_size=2, on_batch=done.append)
+        scores = score_base_and_tuned(policy, rows, is_packed=is_packed, batch_size=2, on_batch=done.append)
         assert done == [2, 3]
-        np.testing.assert_allclose(tuned.chosen_logps, chosen, atol=1e-3)
-        np.testing.assert_allclose(tuned.rejected_logps, rejected, atol=1e-3)
-        assert mean_kl == pytest.approx(kl / 14, abs=1e-4)  # tokens of the chosen completions: 3 + 7 + 4
-        assert np.abs(base.chosen_logps - tuned.chosen_logps).min() > 0.01
-        assert base.chosen_lengths.tolist() == [3, 7, 4]
+        np.testing.assert_allclose(scores.tuned, [chosen, rejected], atol=1e-3)
+        assert scores.kl == pytest.approx(kl / 14, abs=1e-4)  # tokens of the chosen completions: 3 + 7 + 4
+        assert np.abs(scores.base - scores.tuned).min() > 0.01
+        assert scores.lengths.tolist() == [[3, 7, 4], [9, 1, 4]]
         assert policy.training

@@ -129,7 +129,7 @@ def test_the_loss_is_trls_plus_the_weighted_terms(tiny_llama, tmp_path, monkeypa
     plain, loss = first_loss(theirs, ROWS[:2]).item(), first_loss(ours, ROWS[:2]).item()
     metrics = {name: ours._metrics["train"][name][0] for name in names}
     assert loss == pytest.approx(plain + sum(weight * metrics[name] for name, weight in names.items()), abs=1e-5)
-    assert all(value > 1e-4 for value in metrics.values())
+    assert all(value > 1e-6 for value in metrics.values())
     assert first_loss(ours, ROWS[:2], train=False).item() == pytest.approx(plain, abs=1e-5)  # not in evaluations
     if "ending" in terms:  # only in every fourth step
         assert 0 < ours._metrics["train"]["written_tokens"][0] <= 12

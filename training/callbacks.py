@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import StoppingCriteria, TrainerCallback
+from transformers import TrainerCallback
 
 from biasdpo.backends.base import ShownText
 from biasdpo.backends.hf_loading import encode_prompt, end_tokens
@@ -322,6 +322,11 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
 
     def complete(self, prompt: str) -> str:
         """The policy's greedy completion, as the Compare tab would show it."""
+
+        def check_stop(row: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:  # at every token
+            (self.writer.check_stop if self.trainer.is_fsdp_enabled else self.writer.check_stop_alone)()
+            return torch.zeros(len(row), dtype=torch.bool, device=row.device)
+
         ids = encode_prompt(self.tokenizer, self.template, prompt)
         device = self.trainer.accelerator.device
         mixed_precision = nullcontext() if device.type == "cpu" else self.trainer.accelerator.autocast()
@@ -333,18 +338,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
                 max_new_tokens=MAX_NEW_TOKENS,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 eos_token_id=sorted(end_tokens(self.trainer.model, self.tokenizer, self.template)),
-                stopping_criteria=[_CheckStop(self.writer, alone=not self.trainer.is_fsdp_enabled)],
+                stopping_criteria=[check_stop],
             )
         text: str = self.tokenizer.decode(out[0][len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return ShownText(self.template).add(text, final=True)[0]
-
-
-class _CheckStop(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-    """Looks for a stop request at every token."""
-
-    def __init__(self, writer: StatusWriter, *, alone: bool) -> None:
-        self.check = writer.check_stop_alone if alone else writer.check_stop
-
-    def __call__(self, input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
-        self.check()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -43,48 +43,46 @@ def held_out_metrics(
         writer.update(phase=f"scoring the held-out pairs ({done} of {len(rows)})")
         writer.check_stop_alone()
 
-    base, tuned, kl = score_base_and_tuned(
+    scores = score_base_and_tuned(
         trainer.model, rows, is_packed=trainer.is_packed, batch_size=config.batch_size, on_batch=report_progress
     )
-    margins = rewards.reward_margin(tuned.chosen_logps, tuned.rejected_logps, base.chosen_logps, base.rejected_logps, config.beta)
-
-    def normalized_accuracy(scores: PairScores) -> float:
-        return rewards.length_normalised_accuracy(
-            scores.chosen_logps, scores.rejected_logps, scores.chosen_lengths, scores.rejected_lengths
-        )
-
+    margins = rewards.reward_margin(*scores.tuned, *scores.base, config.beta)
     return {
         "pairs": len(rows),
         "reward_accuracy": rewards.reward_accuracy(margins),
         "reward_accuracy_of_picking_the_longer": data.longer_baseline(pairs),
         "reward_margin_nats": float(margins.mean()),
         "logratio_margin_nats": float(margins.mean() / config.beta),
-        "length_normalised_accuracy_base": normalized_accuracy(base),
-        "length_normalised_accuracy_tuned": normalized_accuracy(tuned),
-        "kl_base_to_tuned_nats_per_token": kl,
+        "length_normalised_accuracy_base": rewards.length_normalised_accuracy(*scores.base, *scores.lengths),
+        "length_normalised_accuracy_tuned": rewards.length_normalised_accuracy(*scores.tuned, *scores.lengths),
+        "kl_base_to_tuned_nats_per_token": scores.kl,
     }
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """One model's log-probabilities (N,), nats, summed over each completion, and the completions' token counts (N,)."""
+    """Scores of N pairs, without and with the adapter.
 
-    chosen_logps: NDArray[np.float64]
-    rejected_logps: NDArray[np.float64]
-    chosen_lengths: NDArray[np.float64]
-    rejected_lengths: NDArray[np.float64]
+    base, tuned   (2, N) log-probabilities summed over the tokens of chosen and rejected, nats
+    lengths       (2, N) these tokens' counts
+    kl            KL(base || tuned), nats, mean over the tokens of the chosen completions
+    """
+
+    base: NDArray[np.float64]
+    tuned: NDArray[np.float64]
+    lengths: NDArray[np.float64]
+    kl: float
 
 
 def score_base_and_tuned(
     model: Any, rows: Sequence[TokenRow], *, is_packed: bool, batch_size: int, on_batch: Callable[[int], None]
-) -> tuple[PairScores, PairScores, float]:
-    """Score N > 0 rows under a PeftModel without and with its adapter, and KL(base || tuned), nats, mean over the tokens of the
-    chosen completions. `on_batch` gets the number of pairs done.
+) -> PairScores:
+    """Score N > 0 rows under a PeftModel without and with its adapter. `on_batch` gets the number of pairs done.
 
     is_packed   whether the base model has `add_packed_forward`: the prompt is computed once, nothing is padded
     """
     logps = np.zeros((2, 2, len(rows)))  # side, completion, pair
-    lengths = np.array([[len(r.chosen_ids) for r in rows], [len(r.rejected_ids) for r in rows]], dtype=np.float64)
+    lengths = np.array([[len(ids) for ids in _completions(row)] for row in rows], dtype=np.float64).T
     head = model.get_base_model().get_output_embeddings()
     hidden_states = _packed_states if is_packed else _padded_states
     kl_sum = 0.0
@@ -95,23 +93,22 @@ def score_base_and_tuned(
     for start in range(0, len(rows), batch_size):
         indices = order[start : start + batch_size]
         batch = [rows[i] for i in indices]
-        by_completion = [len(ids) for row in batch for ids in _completions(row)]
-        targets = torch.tensor([token for row in batch for ids in _completions(row) for token in ids], device=model.device)
+        completions = [ids for row in batch for ids in _completions(row)]
+        sizes = list(map(len, completions))
+        targets = torch.tensor([token for ids in completions for token in ids], device=model.device)
+        is_chosen = torch.tensor([i % 2 == 0 for i, size in enumerate(sizes) for _ in range(size)], device=model.device)
         with torch.inference_mode():
             with model.disable_adapter():
                 base = hidden_states(model, batch)
             tuned = hidden_states(model, batch)
             for side, hidden in enumerate((base, tuned)):
-                sums = [part.sum().item() for part in torch.split(score_tokens(hidden, head, targets).logps, by_completion)]
+                sums = [part.sum().item() for part in torch.split(score_tokens(hidden, head, targets).logps, sizes)]
                 logps[side][:, indices] = np.reshape(sums, (-1, 2)).T
-            is_chosen = torch.tensor([i % 2 == 0 for i, length in enumerate(by_completion) for _ in range(length)])
-            is_chosen = is_chosen.to(model.device)
-            kl = torch.split(kl_of_tokens(base[is_chosen], tuned[is_chosen], head), by_completion[::2])
-            kl_sum += sum(part.sum().item() for part in kl)
+            kl = kl_of_tokens(base[is_chosen], tuned[is_chosen], head)
+            kl_sum += sum(part.sum().item() for part in torch.split(kl, sizes[::2]))
         on_batch(start + len(indices))
     model.train(was_training)
-    base_scores, tuned_scores = (PairScores(*logps[side], *lengths) for side in (0, 1))
-    return base_scores, tuned_scores, kl_sum / lengths[0].sum()
+    return PairScores(logps[0], logps[1], lengths, kl_sum / lengths[0].sum())
 
 
 def _completions(row: TokenRow) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -108,9 +109,8 @@ class StatusWriter:
         if self.processes == 1:
             self.stopping = self.folder.stop_request.exists()
             return self.stopping
-        from torch import distributed
-
-        if distributed.is_available() and distributed.is_initialized():  # before that no process may leave the others alone
+        distributed = sys.modules.get("torch.distributed")  # until it is initialized, no process may leave the others alone
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
             seen = [self.folder.stop_request.exists()]
             distributed.broadcast_object_list(seen, src=0)
             self.stopping = seen[0]
