@@ -81,7 +81,7 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
     writer.note(f"The adapter is that of {reason}")
     adapter = bake(trained, config)
     held_out = None
-    if trainer.is_fsdp_enabled:  # no process holds the whole model
+    if not trainer.is_packed:  # under FSDP no process holds the whole model
         writer.note("The held-out pairs are not scored at the end under FSDP: run `python -m biasdpo evaluate`")
     else:
         set_peft_model_state_dict(trainer.model, {name: tensor.float() for name, tensor in adapter.items()})
@@ -158,9 +158,9 @@ def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> Non
 
 
 def load_policy(model_folder: Path, config: TrainConfig, *, use_cpu: bool) -> Any:
-    """The base model: in bf16 on a GPU if the run asks for it, else in fp32."""
+    """The base model, in bf16 on a GPU if the run asks for it, else in fp32; without attention dropout, as DPO is without any."""
     dtype = torch.bfloat16 if config.precision == "bf16" and not use_cpu else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attention_dropout=0.0)
 
 
 def build_trainer(

@@ -149,8 +149,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
         trainer.prediction_step(policy, trainer.data_collator(examples), prediction_loss_only=True)
 
     def score() -> None:
-        settings = {"is_packed": trainer.is_packed, "batch_size": config.batch_size}
-        score_base_and_tuned(trainer.model, evaluated, **settings, on_batch=lambda _done: None)
+        score_base_and_tuned(trainer.model, evaluated, batch_size=config.batch_size, on_batch=lambda _done: None)
 
     if evaluated and config.eval_every:
         evaluations = times(config.eval_every, steps) * share * seconds_of(evaluate, 0, 1) / config.num_processes

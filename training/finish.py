@@ -43,18 +43,18 @@ def held_out_metrics(
         writer.update(phase=f"scoring the held-out pairs ({done} of {len(rows)})")
         writer.check_stop_alone()
 
-    scores = score_base_and_tuned(
-        trainer.model, rows, is_packed=trainer.is_packed, batch_size=config.batch_size, on_batch=report_progress
-    )
-    margins = rewards.reward_margin(*scores.tuned, *scores.base, config.beta)
+    scores = score_base_and_tuned(trainer.model, rows, batch_size=config.batch_size, on_batch=report_progress)
+    (base_chosen, base_rejected), (tuned_chosen, tuned_rejected) = scores.base, scores.tuned
+    margins = rewards.reward_margin(tuned_chosen, tuned_rejected, base_chosen, base_rejected, config.beta)
+    by_length = rewards.length_normalised_accuracy
     return {
         "pairs": len(rows),
         "reward_accuracy": rewards.reward_accuracy(margins),
         "reward_accuracy_of_picking_the_longer": data.longer_baseline(pairs),
         "reward_margin_nats": float(margins.mean()),
         "logratio_margin_nats": float(margins.mean() / config.beta),
-        "length_normalised_accuracy_base": rewards.length_normalised_accuracy(*scores.base, *scores.lengths),
-        "length_normalised_accuracy_tuned": rewards.length_normalised_accuracy(*scores.tuned, *scores.lengths),
+        "length_normalised_accuracy_base": by_length(base_chosen, base_rejected, *scores.lengths),
+        "length_normalised_accuracy_tuned": by_length(tuned_chosen, tuned_rejected, *scores.lengths),
         "kl_base_to_tuned_nats_per_token": scores.kl,
     }
 
@@ -74,35 +74,30 @@ class PairScores:
     kl: float
 
 
-def score_base_and_tuned(
-    model: Any, rows: Sequence[TokenRow], *, is_packed: bool, batch_size: int, on_batch: Callable[[int], None]
-) -> PairScores:
-    """Score N > 0 rows under a PeftModel without and with its adapter. `on_batch` gets the number of pairs done.
-
-    is_packed   whether the base model has `add_packed_forward`: the prompt is computed once, nothing is padded
-    """
+def score_base_and_tuned(model: Any, rows: Sequence[TokenRow], *, batch_size: int, on_batch: Callable[[int], None]) -> PairScores:
+    """Score N > 0 rows under a PeftModel with `add_packed_forward`, without and with its adapter. `on_batch` gets the number of
+    pairs done."""
     logps = np.zeros((2, 2, len(rows)))  # side, completion, pair
     lengths = np.array([[len(ids) for ids in _completions(row)] for row in rows], dtype=np.float64).T
     head = model.get_base_model().get_output_embeddings()
-    hidden_states = _packed_states if is_packed else _padded_states
     kl_sum = 0.0
     was_training = model.training
     model.eval()
-    # Neighbors of similar length share a batch: less padding. Results go back by index.
+    # Pairs of similar length share a batch; results go back by index.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + max(map(len, _completions(rows[i]))))
     for start in range(0, len(rows), batch_size):
         indices = order[start : start + batch_size]
         batch = [rows[i] for i in indices]
-        completions = [ids for row in batch for ids in _completions(row)]
-        sizes = list(map(len, completions))
-        targets = torch.tensor([token for ids in completions for token in ids], device=model.device)
+        pairs = [Branches(tuple(row.prompt_ids), (tuple(row.chosen_ids), tuple(row.rejected_ids))) for row in batch]
+        packing = pack(pairs, model.device)
+        sizes = [len(ids) for row in batch for ids in _completions(row)]
         is_chosen = torch.tensor([i % 2 == 0 for i, size in enumerate(sizes) for _ in range(size)], device=model.device)
         with torch.inference_mode():
             with model.disable_adapter():
-                base = hidden_states(model, batch)
-            tuned = hidden_states(model, batch)
+                base = model(packing=packing)[0, packing.sources]
+            tuned = model(packing=packing)[0, packing.sources]
             for side, hidden in enumerate((base, tuned)):
-                sums = [part.sum().item() for part in torch.split(score_tokens(hidden, head, targets).logps, sizes)]
+                sums = [part.sum().item() for part in torch.split(score_tokens(hidden, head, packing.targets).logps, sizes)]
                 logps[side][:, indices] = np.reshape(sums, (-1, 2)).T
             kl = kl_of_tokens(base[is_chosen], tuned[is_chosen], head)
             kl_sum += sum(part.sum().item() for part in torch.split(kl, sizes[::2]))
@@ -113,28 +108,6 @@ def score_base_and_tuned(
 
 def _completions(row: TokenRow) -> tuple[list[int], list[int]]:
     return row.chosen_ids, row.rejected_ids
-
-
-def _packed_states(model: Any, batch: Sequence[TokenRow]) -> torch.Tensor:
-    """The last hidden states from which the completions' tokens are predicted, pair by pair, chosen first: (N, H)."""
-    pairs = [Branches(tuple(row.prompt_ids), (tuple(row.chosen_ids), tuple(row.rejected_ids))) for row in batch]
-    packing = pack(pairs, model.device)
-    states: torch.Tensor = model(packing=packing)[0, packing.sources]
-    return states
-
-
-def _padded_states(model: Any, batch: Sequence[TokenRow]) -> torch.Tensor:
-    """The same for any model: rows padded on the right."""
-    texts = [(row.prompt_ids, ids) for row in batch for ids in _completions(row)]
-    width = max(len(prompt) + len(completion) for prompt, completion in texts)
-    ids = torch.zeros((len(texts), width), dtype=torch.long)
-    mask = torch.zeros((len(texts), width), dtype=torch.long)
-    for i, (prompt, completion) in enumerate(texts):
-        ids[i, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        mask[i, : len(prompt) + len(completion)] = 1
-    decoder = model.get_base_model().base_model  # without the head
-    hidden = decoder(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).last_hidden_state
-    return torch.cat([hidden[i, len(p) - 1 : len(p) + len(completion) - 1] for i, (p, completion) in enumerate(texts)])
 
 
 def write_adapter(
