@@ -147,10 +147,10 @@ def test_generated_in_a_batch_is_what_the_policy_writes_alone(policies, monkeypa
         return tuple(token for token in row[len(prompt) :] if token != end)
 
     packed.train()
-    whole = losses.write(packed, prompts, END, ACCELERATOR)
+    whole = losses.generate(packed, prompts, END, ACCELERATOR)
     assert packed.training
     assert [one.completions for one in whole] == [(alone(prompt, END),) for prompt in prompts]
     end = whole[0].completions[0][3]  # as if this token were the end
-    cut = losses.write(packed, prompts, end, ACCELERATOR)
+    cut = losses.generate(packed, prompts, end, ACCELERATOR)
     assert [one.completions for one in cut] == [(alone(prompt, end),) for prompt in prompts]
     assert len(cut[0].completions[0]) <= 3

@@ -108,7 +108,7 @@ def logps(on_seed_pairs, tmp_path_factory):
     from tests.tiny_trainer import build_tiny_trainer
 
     folder, rows = on_seed_pairs
-    model = build_tiny_trainer(folder, tmp_path_factory.mktemp("out"), rows, trained=0.02, way="trl").model.eval()
+    model = build_tiny_trainer(folder, tmp_path_factory.mktemp("out"), rows, trained=0.02, ours=False).model.eval()
     sums = []
     for reference in (False, True):
         for completion in ("chosen_ids", "rejected_ids"):
@@ -133,7 +133,7 @@ def test_agrees_with_the_trainers(on_seed_pairs, logps, tmp_path, loss_types, wa
         folder,
         tmp_path,
         rows,
-        way=way,
+        ours=way == "ours",
         batch=4,
         trained=0.02,
         loss_type=loss_types,

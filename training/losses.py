@@ -148,7 +148,7 @@ def question_loss(model: Any, questions: Sequence[Question], tokenizer: Any, acc
 # Ending KL
 
 
-def write(model: Any, prompts: Sequence[tuple[int, ...]], end_of_text: int, accelerator: Any) -> list[Branches]:
+def generate(model: Any, prompts: Sequence[tuple[int, ...]], end_of_text: int, accelerator: Any) -> list[Branches]:
     """The policy's greedy completions of prompts (token ids), at most MAX_NEW_TOKENS each, without the end. Uses no random
     numbers, and leaves the model in the mode it was in."""
     peft_model = accelerator.unwrap_model(model)

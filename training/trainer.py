@@ -202,7 +202,7 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             labels = torch.where(inputs["completion_mask"].bool(), inputs["input_ids"], -100)
             prompts = [pair.prompt for pair in unpad(inputs["input_ids"], inputs["attention_mask"], labels)]
             end = self.processing_class.eos_token_id
-            written = losses.write(model, prompts, end, self.accelerator)
+            written = losses.generate(model, prompts, end, self.accelerator)
             kl = losses.ending_kl(model, written, end, self.accelerator)
             metrics["ending_kl"].append(kl.item())
             metrics["written_tokens"].append(sum(len(one.completions[0]) for one in written) / len(written))
