@@ -146,15 +146,6 @@ def test_no_completion_attends_to_another_completion_or_pair(policies):
     assert [longer[i] for i in (1, 2, 4, 5)] == pytest.approx([before[i] for i in (1, 2, 4, 5)], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_phi"])
-def test_packed_rows_survive_gradient_checkpointing(request, name):
-    plain, packed = load_policies(request.getfixturevalue(name))
-    packed.activation_checkpointing_enable()
-    for model in (plain, packed):
-        packed_logps(model.train()).sum().backward()
-    assert_same_gradients(packed, plain)
-
-
 def test_what_cannot_be_packed_says_why(tiny_llama):
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 

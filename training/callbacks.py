@@ -6,6 +6,7 @@ Why transformers' `load_best_model_at_end` and `EarlyStoppingCallback` are not u
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,13 @@ from biasdpo.run_folder import RunFolder
 from biasdpo.workspace import replacing
 from training.status import StatusWriter, StoppedError
 
+logger = logging.getLogger(__name__)
+
 # Metrics, speed, status
 
 _CLOCK_KEYS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time")  # differ from run to run
 _MUST_BE_FINITE = {"loss": "loss", "grad_norm": "gradient of the loss", "eval_loss": "held-out loss"}
+_SUMMARY = ("loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 
 class FolderCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -75,6 +79,8 @@ class FolderCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
                 )
         if line and self.writer.is_main:
             append_json(self.writer.folder.metrics, line)
+            summary = ", ".join(f"{name} {line[name]:.4g}" for name in _SUMMARY if name in line)
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, summary)
             if "loss" in line:
                 self._log_speed(state.global_step, line.get("num_tokens"))
 
@@ -122,8 +128,9 @@ class Evaluation:
 
 
 def read_evaluations(folder: RunFolder, up_to_step: int | None = None) -> list[Evaluation]:
-    """The evaluations of metrics.jsonl, by step."""
-    found = [Evaluation(row["step"], row[ACCURACY], row[MARGIN]) for row in folder.read_metrics() if ACCURACY in row]
+    """The evaluations of metrics.jsonl, by step; damaged lines are skipped (a resume repairs them)."""
+    rows = [row for row in folder.read_metrics() if ACCURACY in row and MARGIN in row and isinstance(row.get("step"), int)]
+    found = [Evaluation(row["step"], row[ACCURACY], row[MARGIN]) for row in rows]
     return [evaluation for evaluation in found if up_to_step is None or evaluation.step <= up_to_step]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import DPOConfig
 
 from biasdpo import config as run_config
@@ -217,7 +217,7 @@ def build_trainer(
         ending=config.ending_weight,
         texts=rows.anchors,
     )
-    return TokenizedDPOTrainer(
+    trainer = TokenizedDPOTrainer(
         terms=terms,
         note=writer.note,
         model=model,
@@ -228,6 +228,8 @@ def build_trainer(
         peft_config=lora,
         callbacks=[callbacks.FolderCallback(writer)],
     )
+    trainer.remove_callback(PrinterCallback)  # `FolderCallback` logs instead
+    return trainer
 
 
 def _dataset(rows: Sequence[TokenRow]) -> Dataset:
