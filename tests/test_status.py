@@ -18,8 +18,12 @@ from training.status import StatusWriter, watch_for_stop
 # `python -m training` whose work never ends and never looks: it stands for the import of torch, or a model that loads.
 BUSY = """
 import runpy, sys, time, types
+def train(folder, writer):
+    writer.note("working")
+    print("busy", sorted({"torch", "trl"} & set(sys.modules)), flush=True)
+    time.sleep(600)
 busy = types.ModuleType("training.dpo")
-busy.train = lambda folder, writer: (print("busy", sorted({"torch", "trl"} & set(sys.modules)), flush=True), time.sleep(600))
+busy.train = train
 sys.modules["training.dpo"] = busy
 sys.argv[0] = "training"
 runpy.run_module("training", run_name="__main__")
@@ -30,7 +34,7 @@ def start_busy(folder: RunFolder, rank: int, processes: int) -> subprocess.Popen
     """Start it, and return when it is at work."""
     environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes)}
     command = [sys.executable, "-c", BUSY, str(folder.path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "busy []\n"  # it reports before it loads a heavy library
     return process
@@ -48,7 +52,8 @@ def test_a_busy_run_is_stopped_and_no_failure(tmp_path: Path, processes: int) ->
     finally:
         for process in busy:
             process.kill()
-            process.communicate()
+        logs = [process.communicate()[1] for process in busy]
+    assert [f"[{folder.id}] working\n" in log for log in logs] == [True, False][:processes]  # the main process's alone
     found = folder.read_status()
     assert (found.state, found.step, found.error, found.phase) == ("stopped", 40, "", "")
 
