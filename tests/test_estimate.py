@@ -121,7 +121,7 @@ def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandL
 
 
 def test_a_failing_measurement_is_one_line(command_line: CommandLine) -> None:
-    with pytest.raises(RunError, match="No pairs are left") as caught:
+    with pytest.raises(RunError, match="No rows to train on") as caught:
         runs.estimate(command_line.config(max_length=16), command_line.workspace)
     assert "\n" not in str(caught.value)
     assert list((command_line.workspace.cache / "estimates").glob("*.json")) == []

@@ -12,7 +12,7 @@ from biasdpo import run_endings, runs
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.run_state import START_MARK
 from tests.run_line import ROOT, TIMEOUT_SECONDS, CommandLine
-from training.callbacks import cause_and_remedy
+from training.status import cause_and_remedy
 
 REMEDY = "with `python -m biasdpo train --run-id run --resume`"
 
@@ -41,9 +41,9 @@ import psutil
 from biasdpo.run_folder import RunFolder
 from training.__main__ import main
 import training.dpo
-from training.trainer import TokenisedDPOTrainer
+from training.trainer import TokenizedDPOTrainer
 
-step = TokenisedDPOTrainer.training_step
+step = TokenizedDPOTrainer.training_step
 def hungry_step(self, *arguments, **more):
     hoard = []
     if self.state.global_step == 2:
@@ -55,7 +55,7 @@ def hungry_step(self, *arguments, **more):
                 pass
         training.dpo.torch.empty(2**20)
     return step(self, *arguments, **more)
-TokenisedDPOTrainer.training_step = hungry_step
+TokenizedDPOTrainer.training_step = hungry_step
 limit = psutil.Process().memory_info().vms + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.exit(main(RunFolder(Path(sys.argv[2]))))

@@ -92,16 +92,16 @@ def test_memory_that_runs_out(command_line: CommandLine, monkeypatch: pytest.Mon
     """The third step asks torch for 32 TB."""
     import torch
 
-    from training.trainer import TokenisedDPOTrainer
+    from training.trainer import TokenizedDPOTrainer
 
-    step = TokenisedDPOTrainer.training_step
+    step = TokenizedDPOTrainer.training_step
 
     def hungry_step(self: Any, *arguments: Any, **more: Any) -> Any:
         if self.state.global_step == 2:
             torch.empty(2**45, dtype=torch.uint8)
         return step(self, *arguments, **more)
 
-    monkeypatch.setattr(TokenisedDPOTrainer, "training_step", hungry_step)
+    monkeypatch.setattr(TokenizedDPOTrainer, "training_step", hungry_step)
     folder = command_line.train_here("hungry")
     status = folder.read_status()
     assert (status.state, status.step, "\n" in status.error) == ("failed", 2, False)
@@ -283,10 +283,10 @@ def test_a_launch_that_fails_leaves_a_failed_run(command_line: CommandLine, monk
 
 def test_the_first_process_that_fails_says_why(tmp_path: Path) -> None:
     """The second of two breaks; the first learns that its connection is gone, between two steps and at its end."""
-    from training.callbacks import StatusWriter
+    from training.status import StatusWriter
 
     folder = RunFolder(tmp_path)
-    main, other = (StatusWriter(folder, rank=rank, processes=2) for rank in (0, 1))
+    main, other = (StatusWriter(folder, rank, processes=2) for rank in (0, 1))
     main.begin()
     other.end("failed", "Out of memory")
     main.update(phase="training", step=3)

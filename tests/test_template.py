@@ -22,7 +22,7 @@ from biasdpo.records import LikelihoodRequest, Sampling
 from tests import tiny_models
 from tests.hf.cases import read
 from training.callbacks import ProbeCallback
-from training.finish import tokenise
+from training.rows import tokenize
 
 PHI = tiny_models.PHI_TEMPLATE  # "Instruct: {prompt}\nOutput:", completion prefix " ", stop "\nInstruct:"
 PROMPT = "Why are nurses always women?"
@@ -59,7 +59,7 @@ def tokenizer(tiny_phi: Path) -> Any:
 
 def training_tokens(tokenizer: Any, completion: str) -> tuple[list[int], list[int]]:
     """(prompt, completion with its end) as training computes with them."""
-    [row] = tokenise([PreferencePair(PROMPT, completion, "x")], tokenizer, PHI, 512).rows
+    [row] = tokenize([PreferencePair(PROMPT, completion, "x")], tokenizer, PHI, 512).rows
     return row.prompt_ids, row.chosen_ids
 
 
@@ -68,7 +68,7 @@ def training_tokens(tokenizer: Any, completion: str) -> tuple[list[int], list[in
 
 def test_an_end_of_text_that_is_left_out_is_no_part_of_a_completion(tokenizer: Any) -> None:
     pair = PreferencePair(PROMPT, "They are not.", "They are.")
-    [trained], [left_out] = (tokenise([pair], tokenizer, PHI, 512, ends).rows for ends in ("trained", "left_out"))
+    [trained], [left_out] = (tokenize([pair], tokenizer, PHI, 512, ends).rows for ends in ("trained", "left_out"))
     assert trained.chosen_ids == [*left_out.chosen_ids, tokenizer.eos_token_id]
     assert trained.rejected_ids == [*left_out.rejected_ids, tokenizer.eos_token_id]
     assert trained.prompt_ids == left_out.prompt_ids

@@ -1,1 +1,1 @@
-"""The training process. Nothing imports it: `biasdpo.runs` starts it through `accelerate launch`."""
+"""DPO training of a LoRA adapter; `biasdpo.runs` starts it as a process of its own."""
