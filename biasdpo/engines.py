@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from biasdpo import models
 from biasdpo.backends import open_backend
@@ -119,15 +120,18 @@ class EnginePool:
             for key in [key for key, loading in self._engines.items() if loading.leases == 0]:
                 self._close(key)
 
-    def free_gpu(self) -> list[str]:
-        """Close the engines on a GPU that nobody uses at this moment, so that a run has the room; their models' titles."""
+    def release(self, device: Literal["cpu", "gpu"]) -> bool:
+        """Close the engines on a device that nobody uses at this moment, so that a job has the memory; whether none is left."""
         with self._changed:
-            freed = []
+            left = False
             for key, loading in list(self._engines.items()):
-                if loading.engine is not None and loading.leases == 0 and not loading.engine.backend.device.startswith("CPU"):
-                    freed.append(loading.engine.spec.title)
-                    self._close(key)
-            return freed
+                if loading.engine is None:
+                    left |= loading.error is None  # it is loading, and then has a device
+                elif loading.engine.backend.device.startswith("CPU") == (device == "cpu"):
+                    left |= loading.leases > 0
+                    if loading.leases == 0:
+                        self._close(key)
+            return not left
 
     def _open(self, key: EngineKey, loading: Loading) -> None:
         try:

@@ -1,1 +1,1 @@
-"""The training process. Nothing imports it: `biasdpo.runs` starts it through `accelerate launch`."""
+"""The training process. Nothing imports it: `biasdpo.jobs.worker` starts it through `accelerate launch`."""

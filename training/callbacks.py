@@ -26,8 +26,16 @@ from biasdpo.backends.hf_loading import encode_prompt, end_tokens
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
 from biasdpo.errors import BiasDPOError, RunError
-from biasdpo.run_endings import MEMORY_WORDS, THREAD_WORDS, is_at_memory_limit, memory_kills
-from biasdpo.run_folder import RunFolder, State, Status, checkpoint_step
+from biasdpo.jobs.job import (
+    MEMORY_WORDS,
+    THREAD_WORDS,
+    JobFolder,
+    State,
+    Status,
+    checkpoint_step,
+    is_at_memory_limit,
+    memory_kills,
+)
 from biasdpo.workspace import read_json, replacing, write_json
 
 # --- status: What the training process says of itself: status.json, and whether it was asked to stop
@@ -43,7 +51,7 @@ class StatusWriter:
     may_leave   whether the process may end at any moment and nothing is lost: until its first step begins
     """
 
-    def __init__(self, folder: RunFolder, *, rank: int = 0, processes: int = 1) -> None:
+    def __init__(self, folder: JobFolder, *, rank: int = 0, processes: int = 1) -> None:
         self.folder = folder
         self.rank = rank
         self.processes = processes
@@ -160,7 +168,7 @@ class Evaluation:
     margin: float
 
 
-def evaluations(folder: RunFolder) -> list[Evaluation]:
+def evaluations(folder: JobFolder) -> list[Evaluation]:
     """The evaluations of metrics.jsonl, by step."""
     return [Evaluation(row["step"], row[ACCURACY], row[MARGIN]) for row in folder.read_metrics() if ACCURACY in row]
 
@@ -233,7 +241,7 @@ class EndCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
             raise EndedEarly
 
 
-def is_enough(folder: RunFolder, config: TrainConfig) -> bool:
+def is_enough(folder: JobFolder, config: TrainConfig) -> bool:
     """Whether early stopping ends the run."""
     limit = config.early_stopping
     return bool(limit) and evaluations_without_gain(evaluations(folder)) >= limit
@@ -251,13 +259,13 @@ def _whole(tensor: Any) -> torch.Tensor:
     return whole
 
 
-def save_tensors(folder: RunFolder, step: int, tensors: dict[str, torch.Tensor]) -> None:
+def save_tensors(folder: JobFolder, step: int, tensors: dict[str, torch.Tensor]) -> None:
     """best/step-N.safetensors, whole or not at all."""
     with replacing(folder.best / f"step-{step}.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 
 
-def load_tensors(folder: RunFolder, step: int) -> dict[str, torch.Tensor]:
+def load_tensors(folder: JobFolder, step: int) -> dict[str, torch.Tensor]:
     path = folder.best / f"step-{step}.safetensors"
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
@@ -266,7 +274,7 @@ def load_tensors(folder: RunFolder, step: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def prune(folder: RunFolder) -> None:
+def prune(folder: JobFolder) -> None:
     """Delete from best/ what no checkpoint can need: for each of them, and for now, the best so far is kept."""
     found = evaluations(folder)
     horizons = [*map(checkpoint_step, folder.whole_checkpoints()), max((e.step for e in found), default=0)]
@@ -276,7 +284,7 @@ def prune(folder: RunFolder) -> None:
             file.unlink()
 
 
-def choice(folder: RunFolder, config: TrainConfig, last_step: int) -> tuple[int, str]:
+def choice(folder: JobFolder, config: TrainConfig, last_step: int) -> tuple[int, str]:
     """Which step's adapter becomes the run's, and why, in one sentence."""
     found = [evaluation for evaluation in evaluations(folder) if evaluation.step <= last_step]
     best = best_of(found)
@@ -373,7 +381,7 @@ def append_json(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def cut_after(folder: RunFolder, step: int) -> None:
+def cut_after(folder: JobFolder, step: int) -> None:
     """Drop what was written past `step`, which a resumed run writes again: of metrics, speed and probes."""
     for path, rows in (
         (folder.metrics, folder.read_metrics()),
@@ -398,7 +406,7 @@ _FULL_WORDS = (
 _CONNECTION_WORDS = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "NCCL error: remote")
 
 
-def cause_and_remedy(exc: BaseException, log: str = "the run's train.log") -> str:
+def cause_and_remedy(exc: BaseException, log: str = "the run's log.txt") -> str:
     """One line for people. `log`: where its traceback is."""
     if isinstance(exc, BiasDPOError):
         return str(exc)

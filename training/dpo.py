@@ -2,7 +2,7 @@
 
     accelerate launch --config_file training/accelerate/cpu.yaml -m training WORKSPACE/runs/ID
 
-`biasdpo.runs.start` makes the folder and starts this; it talks to nobody, and writes status.json, metrics.jsonl, probes.jsonl,
+`biasdpo.jobs.store` makes the folder and starts this; it talks to nobody, and writes status.json, metrics.jsonl, probes.jsonl,
 checkpoints/, best/ and adapter/. The method is DPO with LoRA (arXiv:2305.18290, arXiv:2106.09685) by TRL's DPOTrainer; the
 reference is the base model, which is the policy with its adapter switched off.
 """
@@ -24,18 +24,18 @@ from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import run_data
 from biasdpo.errors import ConfigError, DatasetError, ModelError
-from biasdpo.run_folder import RunFolder, checkpoint_step
-from biasdpo.workspace import Workspace, read_json, sha256_of, write_json
+from biasdpo.jobs.job import JobFolder, checkpoint_step
+from biasdpo.workspace import Workspace, sha256_of
 from training import callbacks
 from training.callbacks import FolderCallback, ProbeCallback, StatusWriter, StoppedError, WindowCallback, cut_after
 from training.finish import TokenRow, anchor_texts, bake, base_sha256, held_out_metrics, rows_seen, tokenise, write_adapter
 from training.trainer import ReferenceCache, TokenisedDPOTrainer, open_cache
 
 
-def train(folder: RunFolder, writer: StatusWriter) -> None:
+def train(folder: JobFolder, writer: StatusWriter) -> None:
     """Everything between the config and the adapter. Raises StoppedError where the run was asked to stop."""
     config = run_config.load_json(folder.config)
-    origin = read_json(folder.origin)
+    origin = folder.read_record().origin()
     workspace = Workspace(folder.path.parent.parent)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -56,7 +56,7 @@ def train(folder: RunFolder, writer: StatusWriter) -> None:
         if origin.setdefault("counterfactuals_sha256", templates) != templates:
             raise DatasetError(f"{counterfactuals.FILE} was changed after the run was started: restore it, or start a new run")
     if writer.is_main:
-        write_json(folder.origin, origin)
+        folder.add_hashes({name: origin[name] for name in ("base_sha256", "counterfactuals_sha256") if name in origin})
     writer.check_stop()
 
     # Data: split by prompt; each training pair as often as its weight says; tokenised with the model's own template.
@@ -151,7 +151,7 @@ def load_policy(model_folder: Any, config: TrainConfig, *, use_cpu: bool) -> Any
     return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
 
 
-def resume_from(checkpoint: Any, folder: RunFolder, trainer: Any, writer: StatusWriter) -> None:
+def resume_from(checkpoint: Any, folder: JobFolder, trainer: Any, writer: StatusWriter) -> None:
     """Take back what was written past the checkpoint (past the start, where there is none)."""
     step = checkpoint_step(checkpoint) if checkpoint else 0
     if writer.is_main:
@@ -175,7 +175,7 @@ def public_config(config: TrainConfig) -> dict[str, Any]:
 
 def build_trainer(
     config: TrainConfig,
-    folder: RunFolder,
+    folder: JobFolder,
     model: Any,
     tokenizer: Any,
     train_rows: tuple[TokenRow, ...],

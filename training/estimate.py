@@ -2,7 +2,7 @@
 
     python -m training.estimate CONFIG.json ANSWER.json WORKSPACE
 
-`biasdpo.run_estimate` starts it, and reads ANSWER.json: the fields of an `Estimate`, or {"error": one line}. The steps are the
+`biasdpo.jobs.estimate` starts it, and reads ANSWER.json: the fields of an `Estimate`, or {"error": one line}. The steps are the
 run's own, by the trainer that `training.dpo.build_trainer` gives; the time of a step between is taken to be linear in its tokens.
 Nothing is written into the workspace but what is cached there anyway.
 """
@@ -30,8 +30,8 @@ from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import run_data
 from biasdpo.errors import DatasetError
-from biasdpo.run_estimate import Estimate, free_memory_bytes, refusal_of
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.estimate import Estimate, free_memory_bytes, refusal_of
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace, write_json
 from training.callbacks import ProbeCallback, StatusWriter, cause_and_remedy
 from training.dpo import build_trainer, load_policy
@@ -98,7 +98,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, began: flo
     median_rows, longest_rows = around_median(by_length, config.batch_size), by_length[-config.batch_size :]
     evaluated = around_median(sorted(held_out.rows, key=tokens_of), config.batch_size)
     timed_rows = (*median_rows, *longest_rows)
-    writer = StatusWriter(RunFolder(scratch / "run"), rank=1)  # which writes no status
+    writer = StatusWriter(JobFolder(scratch / "run"), rank=1)  # which writes no status
     writer.folder.path.mkdir()
     trainer = build_trainer(config, writer.folder, model, tokenizer, timed_rows, evaluated, anchors, writer, use_cpu=on_cpu)
     loading = time.time() - began

@@ -20,7 +20,7 @@ from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
 from biasdpo.data import PreferencePair
 from biasdpo.evaluation import report
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import sha256_of, write_json
 from training.callbacks import StatusWriter
 from training.packing import Branches, kl_of_tokens, pack, score_tokens
@@ -243,7 +243,7 @@ def held_out_metrics(
 
 
 def write_adapter(
-    folder: RunFolder, lora: Any, tensors: dict[str, torch.Tensor], spec: models.ModelSpec, provenance: dict[str, Any]
+    folder: JobFolder, lora: Any, tensors: dict[str, torch.Tensor], spec: models.ModelSpec, provenance: dict[str, Any]
 ) -> None:
     """Write adapter/ whole or not at all: weights, config, provenance, card. No pickle, and no path of this machine."""
     unfinished = folder.path / ".adapter"

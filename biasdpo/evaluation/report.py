@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from biasdpo import models, runs
+from biasdpo import models
 from biasdpo.errors import EvaluationError
 from biasdpo.evaluation.results import PRICE, Ci, TableRow, compare, group_table, metrics, points, table
+from biasdpo.jobs.job import shown_command
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, refuse_on_public_space, replacing
 
@@ -220,7 +221,7 @@ def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
             yield from (f"<details><summary>{plain(name)} by group</summary>", "", *_table(groups), "", "</details>", "")
     yield from _curves(result)
     if command:
-        yield from ("## Reproduce", "", "```", runs.shown_command(list(command)[3:]), "```", "")
+        yield from ("## Reproduce", "", "```", shown_command(list(command)[3:]), "```", "")
     yield "Each line: base → tuned on the same items, 95 % bootstrap intervals, p of a paired randomization test, corrected by"
     yield "Holm over the table. Good news must survive the correction; a clear change for the worse need not."
 

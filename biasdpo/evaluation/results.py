@@ -18,8 +18,8 @@ from biasdpo.data import PreferencePair
 from biasdpo.engines import Engine
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, WorkspaceError
 from biasdpo.evaluation import run as evaluate
-from biasdpo.evaluations.request import RUN, WORKSPACE
 from biasdpo.gguf.proof import held_out_pairs
+from biasdpo.jobs.requests import RUN, WORKSPACE
 from biasdpo.models import AdapterSpec
 from biasdpo.workspace import Workspace, read_json, sha256_of
 

@@ -5,25 +5,118 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from biasdpo import runs
 from biasdpo.chat import PromptTemplate
 from biasdpo.errors import ExportError, WorkspaceError
-from biasdpo.exports.record import ExportRecord, modelfile_file
-from biasdpo.exports.request import ExportConfig
-from biasdpo.exports.unfinished import Progress, fsync_folder, unfinished_export
 from biasdpo.gguf import write
 from biasdpo.gguf.proof import ExportProof, held_out_pairs, prove
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling
-from biasdpo.workspace import Workspace, refuse_on_public_space, replacing, sha256_of
+from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, replacing, sha256_of, write_json
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """The record beside an exported file.
+
+    out              the file; its folder is where the record lies
+    model, adapter   ids of the parents; adapter "none": the model alone
+    base_gguf        path of the GGUF that a LoRA GGUF is loaded onto; "" where merged
+    parents          SHA-256 of what it was made from, by name: the adapter's weights and config, the model's files, the data set
+    written          what the writer says: source, tensors, those that fell back to another type
+    seconds          of writing and of the proof
+    proof            the proof of equality; `export_proof.ExportProof` reads it
+    request          what was asked for, as absolute paths
+    template         of the prompt, and `context_length` in tokens: what a server must know to prompt it as here
+    """
+
+    out: Path
+    format: str
+    quantization: str
+    model: str
+    model_title: str
+    adapter: str
+    bytes: int
+    sha256: str
+    created_at: str
+    code_version: str
+    run_id: str = ""
+    base_gguf: str = ""
+    command: str = ""
+    context_length: int = 0
+    parents: dict[str, str] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    proof: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_template(self) -> PromptTemplate:
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.template.items()
+        }
+        return PromptTemplate(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `export --json`."""
+        return {**asdict(self), "out": str(self.out)}
+
+    def write(self) -> None:
+        """Write it beside its file."""
+        write_json(record_file(self.out), {**self.to_json(), "out": self.out.name})
+
+
+def record_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
+
+
+def modelfile_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.Modelfile")
+
+
+def load_record(out: Path) -> ExportRecord | None:
+    """The record of an exported file; None where there is none, or it is damaged or of another file."""
+    known = {one.name for one in fields(ExportRecord)}
+    try:
+        values = read_json(record_file(out))
+        if not isinstance(values, dict) or values.get("out") != out.name:
+            return None
+        return ExportRecord(**{name: value for name, value in values.items() if name in known} | {"out": out})
+    except (WorkspaceError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One resolved export. `recorded`: what was asked for, as the record keeps it."""
+
+    out: Path
+    format: str
+    model: ModelSpec
+    adapter: AdapterSpec | None
+    quantization: str = ""
+    source: Literal["auto", "hf", "gguf"] = "auto"
+    pairs: int = 64
+    threads: int | None = None
+    command: str = ""
+    code_version: str = ""
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+
+class UnprovenError(ExportError):
+    """The written file failed its proof."""
+
+    def __init__(self, message: str, proof: ExportProof) -> None:
+        super().__init__(message)
+        self.proof = proof
+
 
 # --- serving: How an exported file is used elsewhere: llama-server, and Ollama's Modelfile
 
@@ -90,9 +183,6 @@ def _quoted(text: str) -> str:
     return f'"""{text}"""'
 
 
-# --- exporting: One export, from beginning to end: write to a temporary name, prove, rename, record
-
-
 Tell = Callable[[float, str], None]
 
 
@@ -100,29 +190,14 @@ def _quiet(_share: float, _phase: str) -> None:
     pass
 
 
-def export(request: ExportConfig, workspace: Workspace, on_progress: Tell = _quiet) -> ExportRecord:
-    """Write `request.out`, prove it equal to what it was made from, put it under its name, and record what it is.
+def export(request: ExportRequest, folder: Path, workspace: Workspace, progress: Tell = _quiet) -> ExportRecord:
+    """Write a GGUF in the working folder `folder`, prove it, rename it to `request.out`, and record it.
 
-    on_progress   called with the share that is done, from 0 to 1, and what is done now
-    Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be exported, ExportError where
-    it could not be written or its proof failed. Then nothing is under the final name (or the file that was there before).
+    `folder` must be on the disk of `request.out`, and the caller's to delete.
     """
     refuse_on_public_space("Export")
-    request = request.absolute().checked()
-    with unfinished_export(request.out, request.to_json()) as progress:
-        spec, adapter = request.resolved(workspace)
-
-        def tell(share: float, phase: str) -> None:
-            progress(share, phase)
-            on_progress(share, phase)
-
-        return _export(request, spec, adapter, workspace, progress, tell)
-
-
-def _export(
-    request: ExportConfig, spec: ModelSpec, adapter: AdapterSpec | None, workspace: Workspace, progress: Progress, tell: Tell
-) -> ExportRecord:
-    file = progress.unfinished.file
+    spec, adapter, tell = request.model, request.adapter, progress
+    file = folder / request.out.name
     is_lora = request.format == "lora"
     writing = 0.05 if is_lora else 0.6  # its share of all; the proof has the rest but a hundredth
     began = time.monotonic()
@@ -130,7 +205,7 @@ def _export(
     written: dict[str, Any] = {}
     if is_lora:
         assert adapter is not None
-        assert spec.gguf_path is not None  # `resolved` has seen to both
+        assert spec.gguf_path is not None
         write.lora(adapter, spec.gguf_path, file)
     else:
         written = write.merged(
@@ -154,7 +229,8 @@ def _export(
         threads=request.threads,
         on_progress=lambda share, what: tell(writing + (0.99 - writing) * share, what),
     )
-    _refuse_unproven(proof, request, progress)
+    if proof.passed is False:
+        raise UnprovenError(f"{request.out.name} was deleted, since its proof failed: {'; '.join(proof.failures)}", proof)
     proven = time.monotonic()
     tell(0.99, "naming and recording it")
     record = ExportRecord(
@@ -167,27 +243,21 @@ def _export(
         bytes=file.stat().st_size,
         sha256=sha256_of(file),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        code_version=runs.code_version(),
+        code_version=request.code_version,
         run_id="" if adapter is None else adapter.run_id,
         base_gguf=str(spec.gguf_path) if is_lora else "",
-        command=runs.shown_command(sys.argv[1:]),
+        command=request.command,
         context_length=spec.context_length,
         parents=_parents(request, spec, adapter, written.get("source", "")),
         written={name: value for name, value in written.items() if name != "path"},
         seconds={"writing": round(wrote - began, 1), "proof": round(proven - wrote, 1)},
         proof=proof.to_json(),
-        request=request.to_json(),
+        request=request.recorded,
         template=asdict(spec.template),
     )
     _name(file, record)
     tell(1.0, "done")
     return record
-
-
-def _refuse_unproven(proof: ExportProof, request: ExportConfig, progress: Progress) -> None:
-    if proof.passed is False:
-        progress.proof = proof.to_json()
-        raise ExportError(f"{request.out.name} was thrown away, since its proof failed: {'; '.join(proof.failures)}")
 
 
 def _name(file: Path, record: ExportRecord) -> None:
@@ -197,7 +267,11 @@ def _name(file: Path, record: ExportRecord) -> None:
         with file.open("rb") as written:
             os.fsync(written.fileno())
         file.replace(out)
-        fsync_folder(out.parent)
+        handle = os.open(out.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         record.write()
         with replacing(modelfile_file(out)) as temporary:
             temporary.write_text(modelfile(record), encoding="utf-8")
@@ -205,7 +279,7 @@ def _name(file: Path, record: ExportRecord) -> None:
         raise WorkspaceError(f"Can't write {out}: {exc.strerror or exc}; make room there, then export again") from exc
 
 
-def _parents(request: ExportConfig, spec: ModelSpec, adapter: AdapterSpec | None, source: str) -> dict[str, str]:
+def _parents(request: ExportRequest, spec: ModelSpec, adapter: AdapterSpec | None, source: str) -> dict[str, str]:
     """SHA-256 by name of what the file was made from."""
     files: dict[str, Path] = {}
     if adapter is not None:
