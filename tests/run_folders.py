@@ -45,10 +45,7 @@ def write_run(
         "train_longer_baseline": 0.58,
     }
     record = JobRecord(
-        id=run_id,
-        created_at="2026-11-24T09:05:00+00:00",
-        code_version="0.4.0",
-        resolved=Resolved(model=config.model, data=data),
+        id=run_id, created_at="2026-11-24T09:05:00+00:00", code_version="0.4.0", resolved=Resolved(model=config.model, data=data)
     )
     write_json(folder.record, record.model_dump())
     write_lines(folder.metrics, metrics(steps, total, config.learning_rate))

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from biasdpo.run_folder import RunFolder
 from safetensors.numpy import load_file
 
 from biasdpo.config import TrainConfig
-from biasdpo.run_folder import RunFolder
 from tests.run_line import CommandLine
 
 

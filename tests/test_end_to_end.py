@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from biasdpo.run_folder import RunFolder
 
 from biasdpo import models
 from biasdpo.__main__ import main
@@ -24,7 +25,6 @@ from biasdpo.backends.base import Backend
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.records import Sampling, Side
-from biasdpo.run_folder import RunFolder
 from biasdpo.workspace import Workspace
 from tests import tiny_models
 from tests.hf.cases import read

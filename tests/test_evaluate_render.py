@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from biasdpo.evaluations import Evaluation, EvaluationConfig, Progress
 
 from biasdpo.errors import ConfigError, EvaluationError
 from biasdpo.evaluation.results import CurvePoint, Flip, flips, table
-from biasdpo.evaluations import Evaluation, EvaluationConfig, Progress
 from biasdpo.ui import charts, evaluate
 from biasdpo.ui.components import decimals, interval, number, p_value
 from biasdpo.ui.evaluate import STRENGTHS, About, missing, requests_of

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from biasdpo.run_folder import RunFolder
 
 from biasdpo import models
 from biasdpo.evaluation import report
-from biasdpo.run_folder import RunFolder
 from tests.run_line import CommandLine
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from biasdpo.run_folder import RunFolder
 
 from biasdpo import config as run_config
 from biasdpo import models, runs
 from biasdpo.config import TrainConfig
 from biasdpo.errors import ConfigError
-from biasdpo.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "training" / "configs").glob("*.toml"))

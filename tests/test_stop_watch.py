@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from biasdpo.run_folder import RunFolder, Status
+
 from tests.run_line import ROOT, TIMEOUT_SECONDS
 from training import callbacks
 from training.callbacks import StatusWriter

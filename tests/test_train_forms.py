@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import pytest
+from biasdpo.runs import Estimate
 
 from biasdpo import config as run_config
 from biasdpo import models
 from biasdpo.config import TrainConfig
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError
-from biasdpo.runs import Estimate
 from biasdpo.ui import train
 from biasdpo.ui.train import DECIDING, DEFAULTS, SETTINGS, first_preset, presets_of
 from biasdpo.workspace import Workspace

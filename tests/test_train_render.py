@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from biasdpo.run_folder import Status
 
 from biasdpo import runs
 from biasdpo.config import TrainConfig
-from biasdpo.run_folder import Status
 from biasdpo.ui import train
 from biasdpo.ui.train import SeenRun, see
 from biasdpo.workspace import Workspace

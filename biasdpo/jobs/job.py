@@ -28,7 +28,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from biasdpo import __version__
 from biasdpo import config as configs
-from biasdpo.errors import BiasDPOError, JobError
+from biasdpo.errors import ConfigError, JobError
 from biasdpo.workspace import Workspace, as_json, replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -294,9 +294,11 @@ class JobFolder:
 
     def read_record(self) -> JobRecord:
         """Raises JobError where job.json is missing, damaged or of a newer version."""
-        written_by = _validated(_OBJECT, self.record).get("format")
-        if isinstance(written_by, int) and written_by > FORMAT:
-            raise JobError(f"{self.record} has format {written_by}, this version reads {FORMAT}: update BiasDPO to use this job")
+        written = _validated(_OBJECT, self.record).get("format")
+        if not isinstance(written, int):
+            raise JobError(f"{self.record} is damaged (format: {written!r:.40}): restore it from a backup; the other files are kept")
+        if written > FORMAT:
+            raise JobError(f"{self.record} has format {written}, this version reads {FORMAT}: update BiasDPO to use this job")
         return _validated(_RECORD, self.record)
 
     def add_hashes(self, hashes: Mapping[str, str]) -> None:
@@ -306,7 +308,7 @@ class JobFolder:
         write_json(self.record, record.model_copy(update={"resolved": resolved}).model_dump())
 
     def read_config(self) -> Any:
-        """The TrainConfig, EvaluationConfig or ExportConfig in config.json. Raises ConfigError or JobError."""
+        """The TrainConfig, EvaluationConfig or ExportConfig in config.json. Raises JobError."""
         from biasdpo.jobs import requests
 
         values = _validated(_OBJECT, self.config)
@@ -314,8 +316,9 @@ class JobFolder:
             if self.kind == "train":
                 return configs.from_mapping(values)
             return (requests.EvaluationConfig if self.kind == "evaluate" else requests.ExportConfig).from_json(values)
-        except (TypeError, ValueError) as exc:
-            raise JobError(f"{self.config} is damaged ({str(exc)[:200]}): restore it, or start a new {NOUNS[self.kind]}") from exc
+        except (TypeError, ValueError, ConfigError) as exc:
+            reason = " ".join(str(exc).split())[:300]
+            raise JobError(f"{self.config} is damaged ({reason}): restore it, or start a new {NOUNS[self.kind]}") from exc
 
     def read_note(self) -> str:
         """What the user wrote about the job. Raises JobError where it can't be read."""
@@ -505,7 +508,7 @@ def read_job(folder: JobFolder) -> Job:
         damage.append(str(exc))
     try:
         config = folder.read_config()
-    except BiasDPOError as exc:
+    except JobError as exc:
         damage.append(str(exc))
     try:
         status = current_status(folder, record)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from biasdpo.exports.unfinished import Unfinished
 
 from biasdpo import exports
-from biasdpo.exports.unfinished import Unfinished
 from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import Workspace, sha256_of
 from tests.app_process import running_app

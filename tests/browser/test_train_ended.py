@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from biasdpo.run_folder import RunFolder
+
 from biasdpo.workspace import Workspace
 from tests.app_process import running_app
 from tests.browser.trainer import Trainer

@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 import pytest
-
 from biasdpo.run_folder import RunFolder
+
 from biasdpo.workspace import Workspace
 from tests.app_process import running_app
 from tests.browser.trainer import Trainer

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from biasdpo.run_folder import ACTIVE, RunFolder
 
 from biasdpo import models, runs
-from biasdpo.run_folder import ACTIVE, RunFolder
 from biasdpo.ui.train import SEED_SET
 from biasdpo.workspace import Workspace
 from tests.app_process import free_port, start_app, wait_for_page

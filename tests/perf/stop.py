@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from biasdpo import runs
-from biasdpo.config import TrainConfig
 from biasdpo.run_folder import RunFolder
 from biasdpo.run_state import START_MARK
+
+from biasdpo import runs
+from biasdpo.config import TrainConfig
 from biasdpo.workspace import ASSETS, Workspace
 from tests.byte_model import save_tiny_llama
 from tests.run_line import ended, kill
