@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from biasdpo.run_folder import RunFolder
 from safetensors.numpy import load_file
 
 from biasdpo.config import TrainConfig
+from biasdpo.jobs.job import JobFolder
 from tests.run_line import CommandLine
 
 
-def write_evaluations(folder: RunFolder, *evaluations: tuple[int, float, float]) -> None:
+def write_evaluations(folder: JobFolder, *evaluations: tuple[int, float, float]) -> None:
     """(step, accuracy, margin) as metrics.jsonl has them, each after a line of training."""
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -41,7 +41,7 @@ def test_the_best_evaluation(tmp_path: Path, evaluations: list[Any], best: int |
     from training.callbacks import best_of, evaluations_without_gain
     from training.callbacks import evaluations as read
 
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     write_evaluations(folder, *evaluations)
     found = best_of(read(folder))
     assert (found.step if found else None) == best
@@ -51,7 +51,7 @@ def test_the_best_evaluation(tmp_path: Path, evaluations: list[Any], best: int |
 def test_the_choice_is_said_in_one_sentence(tmp_path: Path) -> None:
     from training.callbacks import choice
 
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     config = TrainConfig(eval_every=10)
     assert choice(folder, config, 60) == (60, "step 60, the last: the run was not evaluated while it trained")
     write_evaluations(folder, (40, 0.94, 0.5), (60, 0.91, 0.9))
@@ -72,7 +72,7 @@ def test_what_a_checkpoint_may_need_is_kept(tmp_path: Path) -> None:
 
     from training.callbacks import prune, save_tensors
 
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     write_evaluations(folder, (10, 0.5, 0.0), (15, 0.6, 0.0), (30, 0.7, 0.0), (45, 0.8, 0.0), (50, 0.9, 0.0))
     for step in (10, 15, 30, 45, 50):
         save_tensors(folder, step, {"lora_A": torch.full((1,), float(step))})
@@ -101,7 +101,7 @@ def test_a_run_keeps_the_best_evaluations_adapter(command_line: CommandLine, mon
     # This model of bytes learns at once and never gets worse: the accuracies are told, the rest is real.
     told = {3: 0.5, 6: 0.9, 8: 0.7}
 
-    def evaluations(folder: RunFolder) -> list[callbacks.Evaluation]:
+    def evaluations(folder: JobFolder) -> list[callbacks.Evaluation]:
         return [
             callbacks.Evaluation(row["step"], told[row["step"]], row[callbacks.MARGIN])
             for row in folder.read_metrics()

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from biasdpo.run_folder import RunFolder
 
 from biasdpo import models
 from biasdpo.__main__ import main
 from biasdpo.backends.base import Backend
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.jobs.job import JobFolder
 from biasdpo.records import Sampling, Side
 from biasdpo.workspace import Workspace
 from tests import tiny_models
@@ -68,7 +68,7 @@ class Made:
     """A run and what was exported of it. `records`: what `export` printed, by file."""
 
     model: Path
-    run: RunFolder
+    run: JobFolder
     prompts: tuple[str, ...]
     base: Path
     lora: Path
@@ -89,7 +89,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     rows = root / "pairs.jsonl"
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS), encoding="utf-8")
     place = ("--workspace", root / "workspace")
-    run = RunFolder(Workspace(root / "workspace").run_folder("debiased"))
+    run = JobFolder(Workspace(root / "workspace").run_folder("debiased"))
     sets = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
     prompts = tuple(pair["prompt"] for pair in PAIRS)
     asked = ("--set", f"probe_prompts={json.dumps(prompts[:3])}")

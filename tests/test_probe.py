@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -65,4 +64,4 @@ def test_the_model_is_left_as_it_was(command_line: CommandLine, monkeypatch: pyt
 def test_no_probe_unless_asked_for(command_line: CommandLine) -> None:
     folder = command_line.train_here("none", max_steps=2)
     assert folder.read_probes() == []
-    assert json.loads(folder.origin.read_text())["probe_prompts"] == []
+    assert folder.read_record().origin()["probe_prompts"] == []

@@ -6,11 +6,9 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from biasdpo.exports import ExportRecord
-from biasdpo.exports.record import load_record, modelfile_file, record_file
-
 from biasdpo import models
 from biasdpo.gguf import export
+from biasdpo.gguf.export import ExportRecord, load_record, modelfile_file, record_file
 from biasdpo.workspace import write_json
 
 

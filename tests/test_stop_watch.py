@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from biasdpo.run_folder import RunFolder, Status
 
+from biasdpo.jobs.job import JobFolder, Status
 from tests.run_line import ROOT, TIMEOUT_SECONDS
 from training import callbacks
 from training.callbacks import StatusWriter
@@ -26,7 +26,7 @@ runpy.run_module("training", run_name="__main__")
 """
 
 
-def start_busy(folder: RunFolder, rank: int, processes: int) -> subprocess.Popen[str]:
+def start_busy(folder: JobFolder, rank: int, processes: int) -> subprocess.Popen[str]:
     """Start it, and return when it is at work."""
     environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes)}
     process = subprocess.Popen(
@@ -39,7 +39,7 @@ def start_busy(folder: RunFolder, rank: int, processes: int) -> subprocess.Popen
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_busy_run_is_stopped_and_no_failure(tmp_path: Path, processes: int) -> None:
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     folder.write_status(Status("queued", step=40, total_steps=100))
     busy = [start_busy(folder, rank, processes) for rank in range(processes)]
     try:
@@ -60,7 +60,7 @@ def test_the_main_process_leaves_first(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "_exit", left.append)
     monkeypatch.setattr(callbacks, "GRACE_SECONDS", 0.0)
     monkeypatch.setattr(callbacks, "LOOK_SECONDS", 0.001)
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     main, other = (StatusWriter(folder, rank=rank, processes=2) for rank in (0, 1))
     main.begin()
     folder.stop_request.touch()
@@ -80,7 +80,7 @@ def test_the_main_process_leaves_first(tmp_path: Path, monkeypatch: pytest.Monke
 def test_nobody_leaves_once_there_is_something_to_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
-    writer = StatusWriter(RunFolder(tmp_path))
+    writer = StatusWriter(JobFolder(tmp_path))
     writer.begin()
     if after == "the end":
         writer.end("failed", "The disk is full")

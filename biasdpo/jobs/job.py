@@ -296,7 +296,7 @@ class JobFolder:
         """Raises JobError where job.json is missing, damaged or of a newer version."""
         written = _validated(_OBJECT, self.record).get("format")
         if not isinstance(written, int):
-            raise JobError(f"{self.record} is damaged (format: {written!r:.40}): restore it from a backup; the other files are kept")
+            raise JobError(f"{self.record} is damaged (format: {written!r:.40}): {_RESTORE}")
         if written > FORMAT:
             raise JobError(f"{self.record} has format {written}, this version reads {FORMAT}: update BiasDPO to use this job")
         return _validated(_RECORD, self.record)
@@ -366,24 +366,26 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+_RESTORE = "restore it from a backup; the folder's other files are untouched"
+
+
 def _status_values(status: Status) -> dict[str, Any]:
     return {**asdict(status), "updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _validated(adapter: TypeAdapter[T], path: Path) -> T:
     """A JSON file's value, checked; whatever is wrong with it is a JobError that says what and how to keep the rest."""
-    kept = "restore it from a backup; the folder's other files are untouched"
     try:
         with path.open("rb") as file:
             return adapter.validate_json(file.read(MAX_FILE_BYTES))
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise JobError(f"{path} is damaged ({f'{where}: ' if where else ''}{first['msg'][:200]}): {kept}") from exc
+        raise JobError(f"{path} is damaged ({f'{where}: ' if where else ''}{first['msg'][:200]}): {_RESTORE}") from exc
     except FileNotFoundError as exc:
-        raise JobError(f"{path} is missing: {kept}") from exc
+        raise JobError(f"{path} is missing: {_RESTORE}") from exc
     except OSError as exc:
-        raise JobError(f"Can't read {path} ({exc.strerror or exc}): make it readable, or {kept}") from exc
+        raise JobError(f"Can't read {path} ({exc.strerror or exc}): make it readable, or {_RESTORE}") from exc
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

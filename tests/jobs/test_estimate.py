@@ -130,8 +130,12 @@ def test_a_failing_measurement_is_one_line(command_line: CommandLine) -> None:
 
 def test_it_can_be_cancelled(command_line: CommandLine) -> None:
     asked: list[int] = []
+
+    def cancelled() -> bool:
+        asked.append(1)
+        return len(asked) > 3
+
     with pytest.raises(RunError, match="was cancelled"):
-        cancelled = lambda: bool(asked.append(1)) or len(asked) > 3  # noqa: E731
         estimate.estimate_training(command_line.config(), command_line.workspace, cancelled=cancelled)
     assert len(asked) == 4
     assert [path.name for path in (command_line.workspace.cache / "estimates").iterdir()] == ["last.log"]
