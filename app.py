@@ -109,12 +109,14 @@ def serve(args: argparse.Namespace, workspace: Workspace) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from biasdpo import data
     from biasdpo.engines import EnginePool
+    from biasdpo.jobs import memory
     from biasdpo.ui import build_ui, launch_options
     from biasdpo.ui.compare import Startup
 
     options = launch_options(args.host, args.allowed_host)
     data.mend(workspace)  # a line that a power loss tore would keep other readers from the journal
     pool = EnginePool(workspace)
+    memory.serve_requests(pool, workspace)
     startup = Startup(args.model, args.backend)
     demo = build_ui(pool, startup, args.data_dir)
     try:

@@ -1,4 +1,4 @@
-"""The command line: python -m biasdpo models|compare|dataset|train|runs|export|evaluate.
+"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|export|evaluate.
 
 Results go to stdout (one JSON object, or one a line, with --json), progress and messages to stderr.
 Exit status: 0 done; 2 wrong use or bad input, with one line that says what, what was got, and the remedy; 1 a fault of ours.
@@ -17,9 +17,14 @@ from biasdpo.records import Sampling
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
-    args = parser.parse_args(arguments)
     try:
+        if arguments[:1] in (["jobs"], ["runs"]):
+            from biasdpo import cli_jobs
+
+            return cli_jobs.main(arguments)
+        args = parser.parse_args(arguments)
         return int(args.handler(args))
     except BiasDPOError as exc:
         print(f"biasdpo: {exc}", file=sys.stderr)
@@ -61,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     cli_dataset.add_commands(commands)
     cli_train.add_commands(commands)
+    commands.add_parser("jobs", add_help=False, help="list, show, stop, resume, delete training runs, evaluations and exports")
+    commands.add_parser("runs", add_help=False, help="the same for training runs alone")
     cli_export.add_commands(commands)
     cli_evaluate.add_commands(commands)
 

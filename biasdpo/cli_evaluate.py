@@ -7,20 +7,13 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biasdpo.errors import ConfigError
-
 if TYPE_CHECKING:
-    from biasdpo.benchmarks.base import Benchmark
-    from biasdpo.benchmarks.toxicity import ToxicityScorer
-    from biasdpo.evaluations import EvaluationConfig
-    from biasdpo.evaluations.watching import Watch
-    from biasdpo.models import AdapterSpec
-    from biasdpo.workspace import Workspace
+    from biasdpo.jobs.requests import EvaluationConfig
 
 BENCHMARKS = (
     "preference",
@@ -63,64 +56,36 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--out", required=True, type=Path, metavar="FILE")
     command.add_argument("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace")
     command.add_argument("--json", action="store_true", help="print the result without its items on stdout")
-    command.add_argument("--status", type=Path, help=argparse.SUPPRESS)  # of a job that `evaluations.start` has started
-    command.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # `evaluations.estimate`: how fast, not what
     command.set_defaults(handler=evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run the benchmarks, write FILE, print what changed."""
-    from biasdpo.evaluations.watching import watched
-
-    with watched(args.status) as watch:
-        return _evaluate(args, watch)
-
-
-def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
     from tqdm import tqdm
 
-    from biasdpo import models
-    from biasdpo.engines import EngineKey, open_engine
-    from biasdpo.evaluation import run
-    from biasdpo.evaluations import estimate
+    from biasdpo.jobs.resolve import resolve_evaluation
+    from biasdpo.jobs.worker import EvaluationProgress, run_evaluation
     from biasdpo.workspace import open_workspace, write_json
 
-    watch.phase("reading the items")
     workspace = open_workspace(args.workspace)
-    model = models.choose_auto()[0].id if args.model == "auto" else args.model
-    adapter = models.find_adapter(args.adapter, models.find(model), workspace)
-    strengths = _request(args, model, adapter).check().strengths
-    benchmarks = _build(args, adapter, workspace)
-    watch.phase("loading the model")
-    engine = open_engine(EngineKey(model, args.adapter, args.backend), workspace)
-    try:
-        if args.measure:
-            write_json(args.out, estimate.measure(engine, benchmarks))
-            return 0
-        watch.begin(benchmarks, args.limit, len(run.strength_order(strengths)))
-        with tqdm(unit=" item", file=sys.stderr) as bar:
+    config, _ = resolve_evaluation(_request(args), workspace)
+    with tqdm(unit=" item", file=sys.stderr) as bar, _stop_on_interrupt() as stopped:
 
-            def show(name: str, done: int, total: int) -> None:
+        class Bar(EvaluationProgress):
+            def phase(self, text: str) -> None:
+                bar.set_description(text, refresh=False)
+
+            def on_item(self, name: str, done: int, total: int) -> None:
                 if done <= bar.n:  # the next benchmark
                     bar.reset(total)
                 bar.total = total
                 bar.set_description(name, refresh=False)
                 bar.update(done - bar.n)
-                watch.on_item(name, done, total)
 
-            with _stop_on_interrupt() as stopped:
-                result = run.run(
-                    engine,
-                    benchmarks,
-                    strengths,
-                    limit=args.limit,
-                    seed=args.seed,
-                    workspace=workspace,
-                    on_item=show,
-                    should_stop=lambda: stopped.is_set() or watch.should_stop(),
-                )
-    finally:
-        engine.backend.close()
+            def should_stop(self) -> bool:
+                return stopped.is_set()
+
+        result = run_evaluation(config, workspace, Bar())
     write_json(args.out, result)
     if args.json:
         brief = {name: {key: value for key, value in b.items() if key != "items"} for name, b in result["benchmarks"].items()}
@@ -129,7 +94,7 @@ def _evaluate(args: argparse.Namespace, watch: Watch) -> int:
         for name, numbers in result["benchmarks"].items():
             print("\n".join(_lines(name, numbers)))
     if result["provenance"]["interrupted"]:
-        print(f"Interrupted: {args.out} holds what was scored; the same command goes on from there", file=sys.stderr)
+        print(f"Interrupted: {args.out} holds what was scored; the same command resumes from there", file=sys.stderr)
         return _INTERRUPTED
     return 0
 
@@ -178,13 +143,13 @@ def _decided(change: dict[str, Any]) -> str:
     return f"{_shown(change)}, p {change['p_value']:.2g} (Holm {change['p_holm']:.2g}): {change['verdict']}"
 
 
-def _request(args: argparse.Namespace, model: str, adapter: AdapterSpec | None) -> EvaluationConfig:
+def _request(args: argparse.Namespace) -> EvaluationConfig:
     """What the flags ask for."""
-    from biasdpo.evaluations import EvaluationConfig
+    from biasdpo.jobs.requests import EvaluationConfig
 
     return EvaluationConfig(
-        model=model,
-        adapter="none" if adapter is None else args.adapter,
+        model=args.model,
+        adapter=args.adapter,
         backend=args.backend,
         benchmarks=tuple(args.benchmark.split(",")),
         limit=args.limit,
@@ -196,36 +161,6 @@ def _request(args: argparse.Namespace, model: str, adapter: AdapterSpec | None) 
         max_new_tokens=args.max_new_tokens,
         toxicity_scorer=args.toxicity_scorer,
     )
-
-
-def _build(args: argparse.Namespace, adapter: AdapterSpec | None, workspace: Workspace) -> list[Benchmark[Any]]:
-    from biasdpo import benchmarks as known
-    from biasdpo.evaluation.run import preference_benchmark
-
-    how = known.Generation(args.samples, args.max_new_tokens, _scorer(args.toxicity_scorer))
-    return [
-        preference_benchmark(args.dataset or "", adapter, workspace)
-        if name == "preference"
-        else known.build(name, args.data_dir, how)
-        for name in known.expand(args.benchmark.split(","))
-    ]
-
-
-def _scorer(name: str) -> Callable[[], ToxicityScorer]:
-    """What opens the toxicity scorer that a user named, once one is needed."""
-    from biasdpo.benchmarks.toxicity import profanity_check
-
-    if name in ("", "profanity_check"):
-        return profanity_check
-    if not name.startswith("hub:") or name == "hub:":
-        raise ConfigError(f"Unknown toxicity scorer {name!r}: choose profanity_check or a classifier, as hub:OWNER/NAME")
-
-    def open_classifier() -> ToxicityScorer:
-        from biasdpo.backends.hf import open_classifier
-
-        return open_classifier(name.removeprefix("hub:"))
-
-    return open_classifier
 
 
 def _numbers(text: str) -> list[float]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_FORMATS = ("lora", "merged")  # `exports.FORMATS`, whose import is not light
+_FORMATS = ("lora", "merged")  # `jobs.requests.FORMATS`, whose import is not light
 _SOURCES = ("auto", "hf", "gguf")
 
 
@@ -47,10 +47,12 @@ def export(args: argparse.Namespace) -> int:
     """Write the file, prove it, say what was found."""
     from tqdm import tqdm
 
-    from biasdpo import exports
+    from biasdpo.jobs.job import shown_command
+    from biasdpo.jobs.requests import ExportConfig
+    from biasdpo.jobs.worker import run_export
     from biasdpo.workspace import open_workspace
 
-    request = exports.ExportConfig(
+    request = ExportConfig(
         out=args.out,
         format=args.format,
         run=args.run,
@@ -68,7 +70,7 @@ def export(args: argparse.Namespace) -> int:
             bar.set_description_str(phase, refresh=False)
             bar.update(100 * share - bar.n)
 
-        record = exports.export(request, open_workspace(args.workspace), tell)
+        record = run_export(request, open_workspace(args.workspace), tell, shown_command(sys.argv[1:]))
     if args.json:
         print(json.dumps(record.to_json(), ensure_ascii=False))
     else:

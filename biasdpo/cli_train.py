@@ -1,4 +1,4 @@
-"""The commands `train` and `runs`."""
+"""The command `train`."""
 
 from __future__ import annotations
 
@@ -40,37 +40,18 @@ def add_commands(commands: Any) -> None:
     _add_workspace_and_json(command)
     command.set_defaults(handler=train)
 
-    command = commands.add_parser("runs", help="list, show, stop, delete training runs, or note something on one")
-    command.set_defaults(handler=list_runs)
-    _add_workspace_and_json(command)
-    actions = command.add_subparsers(metavar="ACTION")
-    action = actions.add_parser("list", help="all runs, newest first")
-    _add_workspace_and_json(action, inherit=True)
-    action.set_defaults(handler=list_runs)
-    for name, handler, text in (
-        ("show", show_run, "one run: state, step, config, metrics"),
-        ("stop", stop_run, "ask a run to stop after its next step, with a checkpoint"),
-        ("delete", delete_run, "delete a run that has ended, with its adapter"),
-        ("note", note_run, "write a note on a run; an empty text takes it away"),
-    ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument("run_id", metavar="ID")
-        if handler is note_run:
-            action.add_argument("text", metavar="TEXT")
-        _add_workspace_and_json(action, inherit=True)
-        action.set_defaults(handler=handler)
 
-
-def _add_workspace_and_json(command: argparse.ArgumentParser, *, inherit: bool = False) -> None:
-    """The two flags that every command has; `inherit`: an absent flag keeps what the parent command was given."""
-    nothing: dict[str, Any] = {"default": argparse.SUPPRESS} if inherit else {}
-    command.add_argument("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace", **nothing)
-    command.add_argument("--json", action="store_true", help="print one JSON object (or one a line) on stdout", **nothing)
+def _add_workspace_and_json(command: argparse.ArgumentParser) -> None:
+    """The two flags that every command has."""
+    command.add_argument("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace")
+    command.add_argument("--json", action="store_true", help="print one JSON object (or one a line) on stdout")
 
 
 def train(args: argparse.Namespace) -> int:
     """Start (or resume) a run and wait for it; Ctrl-C asks it to stop."""
-    from biasdpo import runs
+    from biasdpo.cli_jobs import summary
+    from biasdpo.jobs import store
+    from biasdpo.jobs.job import shown_command
     from biasdpo.workspace import open_workspace
 
     if not args.run_id and not args.estimate:
@@ -81,18 +62,18 @@ def train(args: argparse.Namespace) -> int:
         given += ["--set"] * bool(args.settings)
         if given:
             raise ConfigError(f"--resume goes on with the run's own settings: got {', '.join(given)} too; leave them out")
-        folder = runs.resume(args.run_id, workspace)
+        folder = store.resume_job(args.run_id, workspace, "train").folder
     else:
         config = _config(args)
         if args.estimate:
             return _estimate(config, workspace, as_json=args.json)
-        folder = runs.start(config, args.run_id, workspace, command=runs.shown_command(sys.argv[1:]))
+        folder = store.start_training(config, workspace, args.run_id, command=shown_command(sys.argv[1:])).folder
     run = _wait(folder, workspace)
     if args.json:
         print(json.dumps(run.to_json(), ensure_ascii=False))
     if run.status.state == "finished":
         if not args.json:
-            print(_summary(run))
+            print(summary(run))
         return 0
     if run.status.state == "stopped":
         raise RunError(
@@ -119,10 +100,10 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _estimate(config: Any, workspace: Any, *, as_json: bool) -> int:
     """Print what a run would take; one that can't fit is an error after that."""
-    from biasdpo import runs
+    from biasdpo.jobs.estimate import estimate_training
 
     print("Measuring a few steps…", file=sys.stderr)
-    found = runs.estimate(config, workspace)
+    found = estimate_training(config, workspace)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -147,14 +128,14 @@ def _wait(folder: Any, workspace: Any) -> Any:
     """Show a run's progress on stderr until it has ended."""
     from tqdm import tqdm
 
-    from biasdpo import runs
-    from biasdpo.run_folder import ACTIVE
+    from biasdpo.jobs.job import ACTIVE, read_job
+    from biasdpo.jobs.store import stop_job
 
     shown_notes: tuple[str, ...] = ()
     with tqdm(total=0, unit=" step", file=sys.stderr) as bar:
         while True:
             try:
-                run = runs.poll(folder)
+                run = read_job(folder)
                 status = run.status
                 for note in status.notes[len(shown_notes) :]:
                     bar.write(note, file=sys.stderr)
@@ -170,89 +151,5 @@ def _wait(folder: Any, workspace: Any) -> Any:
                 if folder.stop_request.exists():
                     raise  # the second time: leave it to stop by itself
                 bar.write("Asked the run to stop; it saves a checkpoint first. Ctrl-C again leaves it alone.", file=sys.stderr)
-                if runs.poll(folder).status.state in ACTIVE:
-                    runs.stop(folder.id, workspace)
-
-
-def _summary(run: Any) -> str:
-    kept = run.to_json()["kept"].get("reason", "")
-    text = f"Run {run.folder.id}: finished, adapter in {run.folder.adapter}" + (f"\nKept: {kept}" if kept else "")
-    held_out = run.to_json()["metrics"].get("held_out")
-    if held_out:
-        text += (
-            f"\nOn {held_out['pairs']} held-out pairs: reward accuracy {held_out['reward_accuracy']:.3f} (picking the longer: "
-            f"{held_out['reward_accuracy_of_picking_the_longer']:.3f}), margin {held_out['reward_margin_nats']:.3g} nats, "
-            f"length-normalised accuracy {held_out['length_normalised_accuracy_base']:.3f} -> "
-            f"{held_out['length_normalised_accuracy_tuned']:.3f}"
-        )
-    return text
-
-
-def list_runs(args: argparse.Namespace) -> int:
-    """All runs, newest first; with --json one object a line."""
-    from biasdpo import runs
-    from biasdpo.workspace import open_workspace
-
-    found = runs.list_runs(open_workspace(args.workspace))
-    for run in found:
-        print(json.dumps(run.to_json(), ensure_ascii=False) if args.json else _line(run))
-    if not found and not args.json:
-        print("No runs yet: start one with `python -m biasdpo train`", file=sys.stderr)
-    return 0
-
-
-def show_run(args: argparse.Namespace) -> int:
-    """One run."""
-    from biasdpo import runs
-    from biasdpo.workspace import open_workspace
-
-    run = runs.show(args.run_id, open_workspace(args.workspace))
-    if args.json:
-        print(json.dumps(run.to_json(), ensure_ascii=False))
-    else:
-        print(_line(run))
-        for note in (*run.status.notes, run.folder.read_note(), run.status.error):
-            if note:
-                print(f"  {note}")
-        if run.status.state == "finished":
-            print(_summary(run))
-    return 0
-
-
-def stop_run(args: argparse.Namespace) -> int:
-    """Ask a run to stop; returns at once."""
-    from biasdpo import runs
-    from biasdpo.workspace import open_workspace
-
-    run = runs.stop(args.run_id, open_workspace(args.workspace))
-    print(json.dumps(run.to_json(), ensure_ascii=False) if args.json else _line(run))
-    return 0
-
-
-def delete_run(args: argparse.Namespace) -> int:
-    """Delete a run's folder."""
-    from biasdpo import runs
-    from biasdpo.workspace import open_workspace
-
-    runs.delete(args.run_id, open_workspace(args.workspace))
-    print(json.dumps({"id": args.run_id, "deleted": True}) if args.json else f"{args.run_id}: deleted")
-    return 0
-
-
-def note_run(args: argparse.Namespace) -> int:
-    """Write a note on a run."""
-    from biasdpo import runs
-    from biasdpo.workspace import open_workspace
-
-    workspace = open_workspace(args.workspace)
-    runs.write_note(args.run_id, workspace, args.text)
-    run = runs.show(args.run_id, workspace)
-    print(json.dumps(run.to_json(), ensure_ascii=False) if args.json else _line(run))
-    return 0
-
-
-def _line(run: Any) -> str:
-    status = run.status
-    eta = f", {status.eta_seconds:.0f} s left" if status.eta_seconds and status.state == "running" else ""
-    waits = f", waits for {status.waits_for}" if status.waits_for else ""
-    return f"{run.folder.id}: {status.state}, step {status.step} of {status.total_steps}{eta}{waits}"
+                if read_job(folder).status.state in ACTIVE:
+                    stop_job(folder.id, workspace, "train")

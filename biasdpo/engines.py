@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from biasdpo import models
 from biasdpo.backends import open_backend
@@ -125,10 +126,6 @@ class EnginePool:
         """Close every engine that nobody uses at this moment; return the models' titles. For any thread, at any time."""
         return self._release(lambda _engine: True)
 
-    def free_gpu(self) -> list[str]:
-        """Close the engines on a GPU that nobody uses at this moment; return the models' titles."""
-        return self._release(lambda engine: not engine.backend.device.startswith("CPU"))
-
     def close(self) -> None:
         """Close every engine that nobody uses, and forget failed and unfinished loads."""
         self.release_idle()
@@ -146,6 +143,19 @@ class EnginePool:
         engine.backend.close()
         log.info("closed %s on %s", engine.spec.id, engine.backend.device)
         return engine.spec.title
+
+    def release(self, device: Literal["cpu", "gpu"]) -> bool:
+        """Close the engines on a device that nobody uses at this moment, so that a job has the memory; whether none is left."""
+        with self._changed:
+            left = False
+            for key, loading in list(self._engines.items()):
+                if loading.engine is None:
+                    left |= loading.error is None  # it is loading, and then has a device
+                elif loading.engine.backend.device.startswith("CPU") == (device == "cpu"):
+                    left |= loading.leases > 0
+                    if loading.leases == 0:
+                        self._close(key)
+            return not left
 
     def _open(self, key: EngineKey, loading: Loading) -> None:
         try:

@@ -8,7 +8,8 @@ BiasDPOError            what a user can mend: exit status 2, one line
 ├── DatasetError        rows that are no preference pairs, too few rows
 ├── BackendError        an engine that is missing, stopped, or can't do what was asked
 │   └── ProofError      the comparison could not be proven honest: nothing may be shown
-├── RunError            unknown run, run in the wrong state
+├── JobError            unknown job, job in the wrong state, damaged job folder
+├── RunError            a training run that can't go on
 ├── ExportError         a GGUF that could not be written, or that was not proven equal
 ├── EvaluationError     unknown evaluation, evaluation in the wrong state, damaged result
 ├── WorkspaceError      a folder that can't be written, a lock that can't be had
@@ -48,8 +49,12 @@ class ProofError(BackendError):
     """The comparison could not be proven honest, so none is shown."""
 
 
+class JobError(BiasDPOError):
+    """A job is unknown, damaged, or in a state that does not allow what was asked."""
+
+
 class RunError(BiasDPOError):
-    """A run is unknown or in a state that does not allow what was asked."""
+    """A training run can't be started or can't go on."""
 
 
 class ExportError(BiasDPOError):

@@ -1,18 +1,13 @@
-"""A small evaluation that is scored in a second or two: a random model, rows of our own, a result by hand."""
+"""A small evaluation that is scored in a second or two: a random model and items of our own."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from biasdpo import evaluations
-from biasdpo.evaluations import Evaluation, EvaluationConfig
-from biasdpo.workspace import Workspace
-
-_WAIT_SECONDS = 120
+from biasdpo.jobs.job import Job
+from biasdpo.jobs.requests import EvaluationConfig
 
 
 def write_items(data_dir: Path, pairs: int) -> Path:
@@ -32,25 +27,9 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def wait(started: Evaluation, workspace: Workspace, condition: Callable[[Evaluation], bool]) -> Evaluation:
-    """The evaluation once the condition holds."""
-    end = time.monotonic() + _WAIT_SECONDS
-    while time.monotonic() < end:
-        now = evaluations.find(started.id, workspace)
-        if condition(now):
-            return now
-        time.sleep(0.02)
-    log = started.files.log
-    raise AssertionError(f"still {evaluations.find(started.id, workspace)}; {log.read_text()[-2000:] if log.is_file() else ''}")
-
-
-def ended(evaluation: Evaluation) -> bool:
-    return not evaluation.is_active
-
-
-def under_way(evaluation: Evaluation) -> bool:
+def under_way(evaluation: Job) -> bool:
     """Scoring, with something scored; or ended already."""
-    return ended(evaluation) or any(0 < one.done < one.total for one in evaluation.progress)
+    return not evaluation.is_active or any(0 < one.done < one.total for one in evaluation.status.progress)
 
 
 def request(model: Path, adapter: Path, data_dir: Path, **changes: Any) -> EvaluationConfig:

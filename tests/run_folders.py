@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo.config import TrainConfig
-from biasdpo.run_folder import RunFolder, State, Status
+from biasdpo.jobs.job import JobFolder, JobRecord, Resolved, State, Status
 from biasdpo.workspace import ASSETS, write_json
 from tests.lora_factory import write_lora
 
@@ -25,28 +25,29 @@ def write_run(
     total: int = 40,
     status: dict[str, Any] | None = None,
     **settings: Any,
-) -> RunFolder:
+) -> JobFolder:
     """A run of SmolLM2 on the seed set, with curves that fall and rise, an evaluation every ten steps, a probe every twenty.
 
     status     more fields of status.json
     settings   of its config
     """
-    folder = RunFolder(root / "runs" / run_id)
+    folder = JobFolder(root / "runs" / run_id)
     folder.path.mkdir(parents=True)
     values = {"model": "smollm2", "datasets": (str(ASSETS / "seed_pairs.jsonl"),), "eval_every": 10, "probe_every": 20}
     config = TrainConfig(**values | {"max_steps": total} | settings)
     write_json(folder.config, config.to_json())
-    origin = {
+    data = {
         "dataset_sha256": "3fa9c1d2" * 8,
         "dataset_files": ["seed_pairs.jsonl"],
         "dataset_rows": {"read": 258, "pairs": 258, "repeats": 0, "contradictions": 0, "bridging": 2, "per_epoch": 232},
         "confounds": {"pairs": 232, "chosen_longer_share": 0.5, "near_duplicates": 3, "annotators": [], "warnings": []},
         "held_out_longer_baseline": 0.615,
         "train_longer_baseline": 0.58,
-        "code_version": "0.4.0",
-        "started_at": "2026-11-24T09:05:00+00:00",
     }
-    write_json(folder.origin, origin)
+    record = JobRecord(
+        id=run_id, created_at="2026-11-24T09:05:00+00:00", code_version="0.4.0", resolved=Resolved(model=config.model, data=data)
+    )
+    write_json(folder.record, record.model_dump())
     write_lines(folder.metrics, metrics(steps, total, config.learning_rate))
     write_lines(
         folder.speed, [{"step": i, "tokens_per_second": 800 + 40 * math.sin(i), "seconds": i} for i in range(1, steps + 1)]

@@ -1,8 +1,10 @@
-"""Training runs in tests: as a user has them, by the command line, and in this process, which is faster."""
+"""Jobs in tests: as a user has them, by the command line, and training runs in this process, which is faster."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +15,9 @@ from typing import Any
 
 import psutil
 
-from biasdpo import runs
 from biasdpo.config import TrainConfig
-from biasdpo.run_folder import RunFolder, Status
+from biasdpo.jobs import store
+from biasdpo.jobs.job import Job, JobFolder, Status, read_job
 from biasdpo.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +27,7 @@ SMALL = ("max_steps=6", "batch_size=2", "gradient_accumulation=1", "rank=2", "sa
 
 @dataclass
 class CommandLine:
-    """`python -m biasdpo` in a workspace of its own. Runs that still train at the end of a test are killed by their pid."""
+    """`python -m biasdpo` in a workspace of its own. Jobs that are still active at the end of a test are killed by their pid."""
 
     workspace: Workspace
     model: Path
@@ -37,7 +39,6 @@ class CommandLine:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
 
     def train(self, run_id: str, *settings: str, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        self.run_ids.append(run_id)
         sets = [part for setting in SMALL + settings for part in ("--set", setting)]
         files = ("--model", str(self.model), "--dataset", str(self.rows))
         return self("train", *files, "--run-id", run_id, *sets, "--json", *arguments)
@@ -47,49 +48,61 @@ class CommandLine:
         values = {"model": str(self.model), "datasets": (str(self.rows),), "threads": 1, **small, **settings}
         return TrainConfig(**values)
 
-    def start(self, run_id: str, **settings: Any) -> RunFolder:
+    def start(self, run_id: str, **settings: Any) -> JobFolder:
         """Start a run without waiting for it."""
-        self.run_ids.append(run_id)
-        return runs.start(self.config(**settings), run_id, self.workspace)
+        return store.start_training(self.config(**settings), self.workspace, run_id).folder
 
-    def train_here(self, run_id: str, **settings: Any) -> RunFolder:
+    def create(self, run_id: str, **settings: Any) -> JobFolder:
+        """A run's folder, without a process."""
+        return store.create_training(self.config(**settings), self.workspace, run_id)
+
+    def train_here(self, run_id: str, **settings: Any) -> JobFolder:
         """A run's whole training, in this process: no launch, no queue."""
-        folder = runs.make_folder(self.config(**settings), run_id, self.workspace)
-        return self.go_on_here(folder)
+        return self.go_on_here(self.create(run_id, **settings))
 
-    def go_on_here(self, folder: RunFolder) -> RunFolder:
+    def go_on_here(self, folder: JobFolder) -> JobFolder:
         from training.__main__ import main
 
         main(folder)
         return folder
 
     def kill_all(self) -> None:
-        for run_id in self.run_ids:
-            folder = RunFolder(self.workspace.run_folder(run_id))
-            if folder.status_file.is_file():
-                kill(folder.read_status())
+        kill_jobs(self.workspace)
 
 
-def kill(status: Status) -> None:
-    """End a run's process and those below it."""
+def kill_jobs(workspace: Workspace) -> None:
+    """End all active jobs of a workspace, but for this process and its parents."""
+    own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    for job in store.list_jobs(workspace):
+        if job.is_active and job.status.pid not in own:
+            kill(job.status)
+
+
+def kill(status: Status, sent: signal.Signals = signal.SIGKILL) -> None:
+    """End a job's process and those below it."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(status.pid)
         if abs(process.create_time() - status.pid_created) < 1:
-            for child in process.children(recursive=True):
-                child.kill()
-            process.kill()
+            for one in (*process.children(recursive=True), process):
+                one.send_signal(sent)
 
 
-def wait_for(folder: RunFolder, condition: Callable[[runs.Run], bool]) -> runs.Run:
+def wait_for(folder: JobFolder, condition: Callable[[Job], bool]) -> Job:
     end = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < end:
-        run = runs.poll(folder)
-        if condition(run):
-            return run
+        job = read_job(folder)
+        if condition(job):
+            return job
         time.sleep(0.05)
-    log = folder.log.read_text()[-2000:] if folder.log.is_file() else "no log"
-    raise AssertionError(f"still {run.status} after {TIMEOUT_SECONDS} s; {log}")
+    raise AssertionError(f"still {job.status} after {TIMEOUT_SECONDS} s; {folder.log_tail(30)}")
 
 
-def ended(run: runs.Run) -> bool:
-    return run.status.state not in ("queued", "running", "stopping")
+def ended(job: Job) -> bool:
+    return not job.is_active
+
+
+def write_job(folder: JobFolder, state: str = "finished", **status: Any) -> JobFolder:
+    """A job's folder with a status and nothing else."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_status(Status(state, **status))  # type: ignore[arg-type]
+    return folder

@@ -23,8 +23,8 @@ from biasdpo.__main__ import main
 from biasdpo.backends.base import Backend
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.jobs.job import JobFolder
 from biasdpo.records import Sampling, Side
-from biasdpo.run_folder import RunFolder
 from biasdpo.workspace import Workspace
 from tests import tiny_models
 from tests.hf.cases import read
@@ -71,7 +71,7 @@ class Made:
     """A run and its exports. `records`: what `export` printed, by file."""
 
     model: Path
-    run: RunFolder
+    run: JobFolder
     base: Path
     lora: Path
     merged: Path
@@ -91,7 +91,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     rows = root / "pairs.jsonl"
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS), encoding="utf-8")
     place = ("--workspace", root / "workspace")
-    run = RunFolder(Workspace(root / "workspace").run_folder("debiased"))
+    run = JobFolder(Workspace(root / "workspace").run_folder("debiased"))
     sets = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
     command("train", "--model", model, "--dataset", rows, "--run-id", run.id, *sets, *place)
 

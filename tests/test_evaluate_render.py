@@ -11,7 +11,8 @@ import pytest
 
 from biasdpo.errors import ConfigError, EvaluationError
 from biasdpo.evaluation.results import CurvePoint, Flip, flips, table
-from biasdpo.evaluations import Evaluation, EvaluationConfig, Progress
+from biasdpo.jobs.job import Job, JobFolder, JobRecord, Progress, Status
+from biasdpo.jobs.requests import EvaluationConfig
 from biasdpo.ui import charts, evaluate
 from biasdpo.ui.components import decimals, interval, number, p_value
 from biasdpo.ui.evaluate import STRENGTHS, About, missing, requests_of
@@ -29,10 +30,10 @@ def text_of(html: str) -> str:
     return " ".join(re.sub(r"<[^>]+>", " ", html).split())
 
 
-def evaluation(**changes: Any) -> Evaluation:
-    request = EvaluationConfig("smollm2", "none", benchmarks=("crows_pairs", "utility"), limit=50)
-    values: dict[str, Any] = {"id": "one", "folder": Path("/w"), "request": request, "state": "running"}
-    return Evaluation(**values | changes)
+def evaluation(job_id: str = "one", state: Any = "running", **status: Any) -> Job:
+    config = EvaluationConfig("smollm2", "none", benchmarks=("crows_pairs", "utility"), limit=50)
+    folder = JobFolder(Path("/w/evaluations") / job_id)
+    return Job(folder, "evaluate", config, Status(state, **status), JobRecord(id=job_id, kind="evaluate"))
 
 
 # Numbers and words
@@ -181,7 +182,7 @@ def test_several_results_have_a_column_each_and_say_where_they_may_not_stand_sid
 
 def test_progress_has_a_bar_a_benchmark_and_the_seconds_left():
     head = evaluate.head(
-        evaluation(progress=(Progress("crows_pairs", 5, 50), Progress("utility", 0, 0)), seconds_left=30.0, phase="scoring")
+        evaluation(progress=(Progress("crows_pairs", 5, 50), Progress("utility", 0, 0)), eta_seconds=30.0, phase="scoring")
     )
     assert 'aria-label="CrowS-Pairs" aria-valuenow="10"' in head
     told = text_of(head)
@@ -190,12 +191,12 @@ def test_progress_has_a_bar_a_benchmark_and_the_seconds_left():
     assert "about 30 s left" in told
     failed = evaluate.head(evaluation(state="failed", error="No folder <x>: get it"))
     assert "No folder &lt;x&gt;: get it" in failed
-    assert "before anything was scored" in evaluate.head(evaluation(state="cancelled"))
+    assert "before anything was scored" in evaluate.head(evaluation(state="stopped"))
 
 
 def test_the_list_marks_the_chosen_one_and_hides_folders():
     about = About("smollm2", "/home/somebody/mine", ("crows_pairs",), None, 6)
-    rows = evaluate.listed([(evaluation(), about), (evaluation(id="two"), About())], "two")
+    rows = evaluate.listed([(evaluation(), about), (evaluation("two"), About())], "two")
     assert re.search('data-id="two" aria-current="true"', rows)
     assert "6 strengths · CrowS-Pairs" in rows
     assert "somebody" not in rows

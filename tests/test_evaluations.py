@@ -17,7 +17,7 @@ from biasdpo.data import PreferencePair, split
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, RefusedError
 from biasdpo.evaluation import report, run
 from biasdpo.evaluation.results import TableRow, compare, group_table, table
-from biasdpo.evaluations import EvaluationConfig
+from biasdpo.jobs.requests import EvaluationConfig
 from biasdpo.workspace import sha256_of
 from tests.lora_factory import write_lora
 from tests.run_folders import write_run

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from biasdpo import data as dataset
-from biasdpo import runs
 from biasdpo.config import TrainConfig
 from biasdpo.data import PreferencePair, run_data
 from biasdpo.errors import DatasetError
@@ -81,16 +80,16 @@ def test_what_the_meter_is_given(tmp_path: Path, workspace: Workspace) -> None:
     long = [PreferencePair(p.prompt, p.chosen + " Nobody is." * 3, p.rejected) for p in pairs_of(*range(10))]
     sources = (write(tmp_path / "short.jsonl", short), write(tmp_path / "long.jsonl", long))
     config = TrainConfig(model="smollm2", datasets=sources, held_out_share=0.0)
-    even = runs.mixture(config, workspace)
+    even = run_data.load(config, workspace).mixture()
     assert (even.pairs_train, even.rows_per_epoch, even.pairs_held_out, even.rows_read) == (20, 20, 0, 20)
     assert even.confounds.chosen_longer_share == even.train_longer_baseline == 0.5
     assert (even.repeats, even.contradictions, even.held_out_longer_baseline) == (0, 0, None)
-    leaning = runs.mixture(TrainConfig(**{**vars(config), "dataset_weights": (1.0, 3.0)}), workspace)
+    leaning = run_data.load(TrainConfig(**{**vars(config), "dataset_weights": (1.0, 3.0)}), workspace).mixture()
     assert (leaning.pairs_train, leaning.rows_per_epoch) == (20, 40)
     assert leaning.confounds.chosen_longer_share == 0.75  # 30 of 40 rows
     assert leaning.confounds.exact_duplicates == 0
     with pytest.raises(DatasetError, match=r"long.jsonl: no pairs to train on \(10 rows read"):
-        runs.mixture(TrainConfig(datasets=sources[1:], dataset_weights=(0.04,), held_out_share=0.0), workspace)
+        run_data.load(TrainConfig(datasets=sources[1:], dataset_weights=(0.04,), held_out_share=0.0), workspace)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -98,9 +97,9 @@ def test_too_little_data(tmp_path: Path, workspace: Workspace, rows: int) -> Non
     source = write(tmp_path / "few.jsonl", pairs_of(*range(rows)))
     if rows == 0:
         with pytest.raises(DatasetError):
-            runs.mixture(TrainConfig(datasets=(source,)), workspace)
+            run_data.load(TrainConfig(datasets=(source,)), workspace)
         return
-    mixture = runs.mixture(TrainConfig(datasets=(source,), held_out_share=0.0), workspace)
+    mixture = run_data.load(TrainConfig(datasets=(source,), held_out_share=0.0), workspace).mixture()
     assert (mixture.pairs_train, mixture.held_out_longer_baseline) == (1, None)
 
 
@@ -122,6 +121,6 @@ def test_a_weighted_run_trains_on_what_the_mixture_says(command_line: CommandLin
     assert f"{len(data.epoch)} pairs to train on, {len(data.split.held_out)} held out" in folder.read_status().notes
     train = [pair for pair in data.split.train if pair.prompt.startswith("Is a10") and len(pair.prompt) > 25]
     assert all(data.epoch.count(pair) == 2 for pair in train)
-    origin = json.loads(folder.origin.read_text())
+    origin = folder.read_record().origin()
     assert origin["dataset_rows"]["per_epoch"] == len(data.epoch)
     assert origin["dataset_files"] == ["pairs.jsonl", "other.jsonl"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from biasdpo import config as run_config
-from biasdpo import models, runs
+from biasdpo import models
 from biasdpo.config import Preset
+from biasdpo.jobs import store
 from biasdpo.workspace import Workspace
 
 PRESETS = run_config.presets()
@@ -44,7 +45,7 @@ def test_each_trains_two_steps(
     )
     data = {"datasets": [str(pairs)], "held_out_share": 0.3, "max_steps": 2, "threads": 1}
     config = run_config.from_mapping(preset.values | data)
-    run = runs.make_folder(config, "two-steps", Workspace(tmp_path / "workspace"))
+    run = store.create_training(config, Workspace(tmp_path / "workspace"), "two-steps")
     main(run)
     status = run.read_status()
     assert (status.state, status.step, status.error) == ("finished", 2, "")

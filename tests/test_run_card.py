@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from biasdpo import model_card, models
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from tests.run_line import CommandLine
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bytes: Path, pairs_file: Path) -> RunFolder:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bytes: Path, pairs_file: Path) -> JobFolder:
     from biasdpo.workspace import Workspace
 
     line = CommandLine(Workspace(tmp_path_factory.mktemp("card")), tiny_bytes, pairs_file)
@@ -29,7 +29,7 @@ def front_matter(card: str) -> dict[str, Any]:
     return ModelCard(card, ignore_metadata_errors=False).data.to_dict()
 
 
-def test_a_run_of_somebodys_own_model(finished: RunFolder) -> None:
+def test_a_run_of_somebodys_own_model(finished: JobFolder) -> None:
     card = (finished.adapter / "README.md").read_text(encoding="utf-8")
     data = front_matter(card)
     assert (data["library_name"], data["license"], data["pipeline_tag"]) == ("peft", "other", "text-generation")
@@ -56,7 +56,7 @@ def test_a_run_of_somebodys_own_model(finished: RunFolder) -> None:
     assert len(picture) < 200_000
 
 
-def test_a_catalog_model_with_a_hub_data_set(finished: RunFolder) -> None:
+def test_a_catalog_model_with_a_hub_data_set(finished: JobFolder) -> None:
     provenance = json.loads((finished.adapter / "provenance.json").read_text())
     provenance |= {
         "dataset_files": ["hub:ahmedallam/BiasDPO", "evil | name`\n# heading.jsonl"],
@@ -73,7 +73,7 @@ def test_a_catalog_model_with_a_hub_data_set(finished: RunFolder) -> None:
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in card
 
 
-def test_a_run_without_held_out_pairs(finished: RunFolder) -> None:
+def test_a_run_without_held_out_pairs(finished: JobFolder) -> None:
     provenance = json.loads((finished.adapter / "provenance.json").read_text())
     provenance |= {"metrics": {"held_out": None}, "held_out_longer_baseline": None}
     assert "No scores: no pairs were held out" in model_card.build_card(models.catalog()["phi-2"], provenance)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from biasdpo import config as run_config
-from biasdpo import models, runs
+from biasdpo import models
 from biasdpo.config import TrainConfig
 from biasdpo.errors import ConfigError
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs import worker
+from biasdpo.jobs.job import JobFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "training" / "configs").glob("*.toml"))
@@ -164,7 +165,7 @@ def test_as_many_processes_are_launched_as_are_asked_for(
 ) -> None:
     asked = run_config.from_mapping({"accelerate": accelerate, "num_processes": processes})
     file = ROOT / "training" / "accelerate" / f"{config}.yaml"
-    assert runs.launch_command(RunFolder(Path("/w/runs/x")), asked, device, 3) == [
+    assert worker.launch_command(JobFolder(Path("/w/runs/x")), asked, device, 3) == [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)),
         *("--num_cpu_threads_per_process", "3", *flags, "-m", "training", "/w/runs/x"),
     ]

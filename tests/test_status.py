@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo.run_folder import RunFolder, Status
+from biasdpo.jobs.job import JobFolder, Status
 from tests.run_line import ROOT, TIMEOUT_SECONDS
 from training import status
 from training.status import StatusWriter, watch_for_stop
@@ -30,7 +30,7 @@ runpy.run_module("training", run_name="__main__")
 """
 
 
-def start_busy(folder: RunFolder, rank: int, processes: int) -> subprocess.Popen[str]:
+def start_busy(folder: JobFolder, rank: int, processes: int) -> subprocess.Popen[str]:
     """Start it, and return when it is at work."""
     environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes)}
     command = [sys.executable, "-c", BUSY, str(folder.path)]
@@ -42,7 +42,7 @@ def start_busy(folder: RunFolder, rank: int, processes: int) -> subprocess.Popen
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_busy_run_is_stopped_and_no_failure(tmp_path: Path, processes: int) -> None:
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     folder.write_status(Status("queued", step=40, total_steps=100))
     busy = [start_busy(folder, rank, processes) for rank in range(processes)]
     try:
@@ -64,7 +64,7 @@ def test_the_main_process_exits_first(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "_exit", exited.append)
     monkeypatch.setattr(status, "GRACE_SECONDS", 0.0)
     monkeypatch.setattr(status, "POLL_SECONDS", 0.001)
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     main, other = (StatusWriter(folder, rank, processes=2) for rank in (0, 1))
     main.begin()
     folder.stop_request.touch()
@@ -84,7 +84,7 @@ def test_the_main_process_exits_first(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_nobody_exits_once_there_is_something_to_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
     exited: list[int] = []
     monkeypatch.setattr(os, "_exit", exited.append)
-    writer = StatusWriter(RunFolder(tmp_path))
+    writer = StatusWriter(JobFolder(tmp_path))
     writer.begin()
     if after == "the end":
         writer.end("failed", "The disk is full")

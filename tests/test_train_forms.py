@@ -11,7 +11,7 @@ from biasdpo import models
 from biasdpo.config import TrainConfig
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError
-from biasdpo.runs import Estimate
+from biasdpo.jobs.estimate import Estimate
 from biasdpo.ui import train
 from biasdpo.ui.train import DECIDING, DEFAULTS, SETTINGS, first_preset, presets_of
 from biasdpo.workspace import Workspace
@@ -188,11 +188,11 @@ def test_an_estimate_that_can_not_fit_is_an_error_line():
     assert "left: 66.7%" in html  # 6 of 9 GB
 
 
-# Room on the GPU
+# Room for a job
 
 
 class Stub:
-    """As much of a backend as `free_gpu` looks at."""
+    """As much of a backend as `release` looks at."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -202,14 +202,19 @@ class Stub:
         self.closed = True
 
 
-def test_a_run_frees_the_engines_on_a_gpu_that_nobody_uses(tmp_path):
+def test_a_job_gets_the_memory_of_idle_engines_on_its_device(tmp_path):
     pool = EnginePool(Workspace(tmp_path))
     spec = models.catalog()["smollm2"]
     stubs = {"idle": Stub("cuda:0 (NVIDIA H100)"), "used": Stub("cuda:0 (NVIDIA H100)"), "on the CPU": Stub("CPU, 2 threads")}
     for name, stub in stubs.items():
         engine = Engine(spec, None, stub)  # type: ignore[arg-type]
         pool._engines[EngineKey(name)] = Loading(engine=engine, leases=int(name == "used"))
-    assert pool.free_gpu() == ["SmolLM2-135M-Instruct"]
+    assert pool.release("gpu") is False  # one is in use
     assert [name for name, stub in stubs.items() if stub.closed] == ["idle"]
     assert pool.state(EngineKey("idle")) is None  # Generate loads it again
-    assert pool.free_gpu() == []
+    pool._engines[EngineKey("used")].leases = 0
+    assert pool.release("gpu") is True
+    assert [name for name, stub in stubs.items() if stub.closed] == ["idle", "used"]
+    pool._engines[EngineKey("loading")] = Loading()
+    assert pool.release("cpu") is False  # it will have a device soon
+    assert stubs["on the CPU"].closed

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import runs
 from biasdpo.config import TrainConfig
-from biasdpo.run_folder import Status
+from biasdpo.jobs import store
+from biasdpo.jobs.job import Status
 from biasdpo.ui import train
 from biasdpo.ui.train import SeenRun, see
 from biasdpo.workspace import Workspace
@@ -21,7 +21,7 @@ EVIL = "<script>alert(1)</script>"
 @pytest.fixture
 def seen(tmp_path: Path) -> SeenRun:
     write_run(tmp_path, "first", status={"best_step": 30, "best_accuracy": 0.785})
-    return see(runs.show("first", Workspace(tmp_path)))
+    return see(store.find_job("first", Workspace(tmp_path), "train"))
 
 
 def test_what_is_read_of_a_finished_run(seen):
@@ -34,8 +34,8 @@ def test_what_is_read_of_a_finished_run(seen):
 def test_a_damaged_folder_shows_what_it_has(tmp_path):
     folder = write_run(tmp_path, "torn", "stopped", steps=3)
     folder.config.write_text("{")
-    folder.origin.write_text("")
-    seen = see(runs.show("torn", Workspace(tmp_path)))
+    folder.record.write_text("")
+    seen = see(store.find_job("torn", Workspace(tmp_path), "train"))
     assert (seen.config, seen.model, seen.started_at) == (None, "–", "")
     assert "step 3 of 40" in train.head(seen)
     assert "torn" in train.table([seen], "torn")
@@ -121,7 +121,7 @@ def test_what_differs_between_configs():
 def test_runs_compared(tmp_path):
     write_run(tmp_path, "first")
     write_run(tmp_path, "second", "stopped", steps=20, beta=0.3, keep="last")
-    chosen = [see(runs.show(name, Workspace(tmp_path))) for name in ("first", "second")]
+    chosen = [see(store.find_job(name, Workspace(tmp_path), "train")) for name in ("first", "second")]
     html = train.comparison(chosen)
     for part in ("first, held-out", "second, train", "Reward accuracy", "0.885", "beta", "0.3", "keep"):
         assert part in html

@@ -15,10 +15,10 @@ from typing import Any
 import gradio as gr
 import pytest
 
-from biasdpo import runs
 from biasdpo.config import TrainConfig
 from biasdpo.engines import EnginePool
 from biasdpo.errors import RunError
+from biasdpo.ui import train as train_page
 from biasdpo.ui.components import Store
 from biasdpo.ui.train import TrainTab
 from biasdpo.workspace import Workspace
@@ -45,11 +45,11 @@ def test_an_error_in_place_of_the_list_goes_when_the_list_can_be_read_again(tab,
     mark = tab.watch("run", "first", {}, None, False)[tab.mark]
     assert tab.table not in tab.watch("run", "first", mark, None, False)  # nothing is new
 
-    def unreadable(_workspace: Workspace) -> None:
+    def unreadable(_workspace: Workspace, _kind: str) -> None:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "list_runs", unreadable)
+        patch.setattr(train_page.jobs_store, "list_jobs", unreadable)
         failed = tab.watch("run", "first", mark, None, False)
     assert "can&#x27;t be read" in failed[tab.table]
     again = tab.watch("run", "first", failed[tab.mark], None, False)
@@ -65,22 +65,6 @@ def test_the_clock_goes_slowly_while_no_run_is_active_and_reads_no_curves_then(t
     assert tab.watch("run", "first", seen[tab.mark], None, False).keys() == {tab.mark}
 
 
-def test_what_the_gpu_holds_gives_way_once_when_a_queued_runs_turn_comes(tab, monkeypatch):
-    freed: list[int] = []
-    monkeypatch.setattr(tab.pool, "free_gpu", lambda: freed.append(1) or [])
-    state: dict[str, Any] = {}
-    run = SimpleNamespace(id="first", config=TrainConfig(model="smollm2", datasets=("a",)))
-    for state["now"] in ("queued", "running", "running", "finished"):
-        run.status = SimpleNamespace(state=state["now"])
-        tab._make_room([run])
-    assert len(freed) == 1
-    run.config = replace(run.config, accelerate="cpu")
-    for state["now"] in ("queued", "running"):
-        run.status = SimpleNamespace(state=state["now"])
-        tab._make_room([run])
-    assert len(freed) == 1  # a run on the CPU needs no room on the GPU
-
-
 def _estimating(tab: TrainTab, monkeypatch: pytest.MonkeyPatch, ends: threading.Event) -> Any:
     """An estimate that goes on until it is cancelled, and sets `ends` then."""
 
@@ -90,7 +74,7 @@ def _estimating(tab: TrainTab, monkeypatch: pytest.MonkeyPatch, ends: threading.
         ends.set()
         raise RunError("The estimate was cancelled: ask for it again")
 
-    monkeypatch.setattr(runs, "estimate", estimate)
+    monkeypatch.setattr(train_page, "estimate_training", estimate)
     fields = page_of(TrainConfig(max_steps=2))
     sources = [str(Path("data.jsonl").resolve()), 1.0, "", 1.0, "", 1.0, "", 1.0, "", 1.0]
     return tab.estimate(SimpleNamespace(session_hash="visitor"), "smollm2", "", 1, *sources, *fields)
@@ -120,7 +104,7 @@ def test_a_cancelled_estimate_says_so_and_a_failed_one_says_why(tab, monkeypatch
         raise RunError("It can't fit: lower max_length")
 
     again = _estimating(tab, monkeypatch, threading.Event())
-    monkeypatch.setattr(runs, "estimate", failing)
+    monkeypatch.setattr(train_page, "estimate_training", failing)
     assert "It can&#x27;t fit" in list(again)[-1][tab.new_notice]
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from biasdpo.config import TrainConfig
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace
 from tests.run_line import CommandLine
 from training import callbacks
@@ -41,24 +41,24 @@ def line(tmp_path_factory: pytest.TempPathFactory, tiny_bytes: Path, pairs_file:
 
 
 @pytest.fixture(scope="module")
-def finished(line: CommandLine) -> RunFolder:
+def finished(line: CommandLine) -> JobFolder:
     return line.train_here("finished", **SETTINGS)
 
 
 @pytest.fixture
-def killed(finished: RunFolder, request: pytest.FixtureRequest) -> RunFolder:
+def killed(finished: JobFolder, request: pytest.FixtureRequest) -> JobFolder:
     """A copy of the finished run as a kill while it was scored leaves it."""
     name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)[-60:].strip("-")
-    folder = RunFolder(Path(shutil.copytree(finished.path, finished.path.with_name(name))))
+    folder = JobFolder(Path(shutil.copytree(finished.path, finished.path.with_name(name))))
     shutil.rmtree(folder.adapter)
     return folder
 
 
-def adapter_bytes(folder: RunFolder) -> bytes:
+def adapter_bytes(folder: JobFolder) -> bytes:
     return (folder.adapter / "adapter_model.safetensors").read_bytes()
 
 
-def assert_same_end(folder: RunFolder, finished: RunFolder) -> None:
+def assert_same_end(folder: JobFolder, finished: JobFolder) -> None:
     status = folder.read_status()
     assert (status.state, status.step, status.error) == ("finished", 8, "")
     assert folder.read_metrics() == finished.read_metrics()
@@ -70,7 +70,7 @@ def assert_same_end(folder: RunFolder, finished: RunFolder) -> None:
 # The best evaluation
 
 
-def write_evaluations(folder: RunFolder, *evaluations: tuple[int, float, float]) -> None:
+def write_evaluations(folder: JobFolder, *evaluations: tuple[int, float, float]) -> None:
     """(step, accuracy, margin) as metrics.jsonl has them, each after a line of training."""
     rows: list[dict[str, Any]] = []
     for step, accuracy, margin in evaluations:
@@ -91,15 +91,15 @@ def write_evaluations(folder: RunFolder, *evaluations: tuple[int, float, float])
     ],
 )
 def test_the_best_evaluation(tmp_path: Path, evaluations: list[Any], best: int | None, without_gain: int) -> None:
-    write_evaluations(RunFolder(tmp_path), *evaluations)
-    found = callbacks.read_evaluations(RunFolder(tmp_path))
+    write_evaluations(JobFolder(tmp_path), *evaluations)
+    found = callbacks.read_evaluations(JobFolder(tmp_path))
     chosen = callbacks.best_evaluation(found)
     assert (chosen.step if chosen else None) == best
     assert callbacks.evaluations_without_gain(found) == without_gain
 
 
 def test_the_choice_is_explained_in_one_sentence(tmp_path: Path) -> None:
-    folder, config = RunFolder(tmp_path), TrainConfig(eval_every=10)
+    folder, config = JobFolder(tmp_path), TrainConfig(eval_every=10)
     assert callbacks.choose_step(folder, config, 60) == (60, "step 60, the last: the run was not evaluated while it trained")
     write_evaluations(folder, (40, 0.94, 0.5), (60, 0.91, 0.9))
     assert callbacks.choose_step(folder, config, 60) == (40, "step 40 of 60, held-out reward accuracy 0.94, the last had 0.91")
@@ -112,7 +112,7 @@ def test_the_choice_is_explained_in_one_sentence(tmp_path: Path) -> None:
 
 def test_what_a_checkpoint_may_need_is_kept(tmp_path: Path) -> None:
     """A run killed after step 50 resumes from step 40, or from step 20 if that is damaged: the best as of each must be there."""
-    folder = RunFolder(tmp_path)
+    folder = JobFolder(tmp_path)
     write_evaluations(folder, (10, 0.5, 0.0), (15, 0.6, 0.0), (30, 0.7, 0.0), (45, 0.8, 0.0), (50, 0.9, 0.0))
     for step in (10, 15, 30, 45, 50):
         callbacks.save_best(folder, step, {"lora_A": torch.full((1,), float(step))})
@@ -166,7 +166,7 @@ def test_early_stopping_ends_the_training(line: CommandLine) -> None:
 # Resuming
 
 
-def test_a_run_at_its_last_step_is_finished_without_another(line: CommandLine, finished: RunFolder, killed: RunFolder) -> None:
+def test_a_run_at_its_last_step_is_finished_without_another(line: CommandLine, finished: JobFolder, killed: JobFolder) -> None:
     line.go_on_here(killed)
     assert_same_end(killed, finished)
     assert "resumed after step 8" in killed.read_status().notes
@@ -199,7 +199,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    line: CommandLine, finished: RunFolder, killed: RunFolder, damage: str
+    line: CommandLine, finished: JobFolder, killed: JobFolder, damage: str
 ) -> None:
     apply, fault = DAMAGE[damage]
     last = killed.checkpoints / "checkpoint-8"
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 
 def test_damaged_metrics_are_repaired_and_a_damaged_status_is_replaced(
-    line: CommandLine, finished: RunFolder, killed: RunFolder
+    line: CommandLine, finished: JobFolder, killed: JobFolder
 ) -> None:
     lines = killed.metrics.read_bytes().splitlines(keepends=True)
     killed.metrics.write_bytes(b'{"step": "x", "eval_rewards/accuracies": 2}\n' + lines[0][:20] + b"\n\xff\x00\n" + lines[-1][:9])
@@ -224,7 +224,7 @@ def test_damaged_metrics_are_repaired_and_a_damaged_status_is_replaced(
     assert_same_end(killed, finished)
 
 
-def test_a_damaged_best_adapter_is_an_error_before_any_step(line: CommandLine, killed: RunFolder) -> None:
+def test_a_damaged_best_adapter_is_an_error_before_any_step(line: CommandLine, killed: JobFolder) -> None:
     for file in killed.best.iterdir():
         file.write_bytes(file.read_bytes()[:50])
     line.go_on_here(killed)
@@ -275,7 +275,7 @@ def test_the_probe_is_of_the_policy_so_far_and_leaves_the_model_as_it_was(
     assert {row["base"] for row in probes if row["prompt"] == prompts[0]} == {probes[0]["base"]}
 
 
-def test_a_model_with_attention_dropout_is_trained_without_it(line: CommandLine, tmp_path: Path, finished: RunFolder) -> None:
+def test_a_model_with_attention_dropout_is_trained_without_it(line: CommandLine, tmp_path: Path, finished: JobFolder) -> None:
     model = Path(shutil.copytree(line.model, tmp_path / "dropout"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))

@@ -1,1 +1,1 @@
-"""DPO training of a LoRA adapter; `biasdpo.runs` starts it as a process of its own."""
+"""DPO training of a LoRA adapter; `biasdpo.jobs` starts it as a process of its own."""

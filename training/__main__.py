@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from training.status import StatusWriter, StoppedError, cause_and_remedy, watch_for_stop
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 RESERVED_BYTES = 32 * 1024 * 1024  # address space, never touched: freed when memory runs out, so that the error can be reported
 
 
-def main(folder: RunFolder, writer: StatusWriter | None = None) -> int:
+def main(folder: JobFolder, writer: StatusWriter | None = None) -> int:
     """Train one run to its end and write the outcome to status.json. Returns the exit status."""
     writer = writer or StatusWriter(folder)
     reserved = [bytearray(RESERVED_BYTES)]
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("usage: accelerate launch -m training WORKSPACE/runs/ID")
     faulthandler.enable()  # logs the stack when a library aborts or crashes
-    run_folder = RunFolder(Path(sys.argv[1]).resolve())
+    run_folder = JobFolder(Path(sys.argv[1]).resolve())
     configure_logging(run_folder.id)
     own_writer = StatusWriter(run_folder, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     watch_for_stop(own_writer)

@@ -25,7 +25,7 @@ from biasdpo.backends.hf_loading import encode_prompt, end_tokens
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
 from biasdpo.errors import RunError
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import replacing
 from training.status import StatusWriter, StoppedError
 
@@ -127,7 +127,7 @@ class Evaluation:
     margin: float
 
 
-def read_evaluations(folder: RunFolder, up_to_step: int | None = None) -> list[Evaluation]:
+def read_evaluations(folder: JobFolder, up_to_step: int | None = None) -> list[Evaluation]:
     """The evaluations of metrics.jsonl, by step; damaged lines are skipped (a resume repairs them)."""
     rows = [row for row in folder.read_metrics() if ACCURACY in row and MARGIN in row and isinstance(row.get("step"), int)]
     found = [Evaluation(row["step"], row[ACCURACY], row[MARGIN]) for row in rows]
@@ -204,12 +204,12 @@ class EndCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             raise EndedEarly
 
 
-def is_stopped_early(folder: RunFolder, config: TrainConfig) -> bool:
+def is_stopped_early(folder: JobFolder, config: TrainConfig) -> bool:
     """Whether early stopping ends the run."""
     return bool(config.early_stopping) and evaluations_without_gain(read_evaluations(folder)) >= config.early_stopping
 
 
-def choose_step(folder: RunFolder, config: TrainConfig, last_step: int) -> tuple[int, str]:
+def choose_step(folder: JobFolder, config: TrainConfig, last_step: int) -> tuple[int, str]:
     """Which step's adapter becomes the run's, and why, in one sentence."""
     found = read_evaluations(folder, last_step)
     best = best_evaluation(found)
@@ -236,13 +236,13 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_best(folder: RunFolder, step: int, tensors: dict[str, torch.Tensor]) -> None:
+def save_best(folder: JobFolder, step: int, tensors: dict[str, torch.Tensor]) -> None:
     """Write best/step-N.safetensors atomically."""
     with replacing(folder.best / f"step-{step}.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 
 
-def load_best(folder: RunFolder, step: int) -> dict[str, torch.Tensor]:
+def load_best(folder: JobFolder, step: int) -> dict[str, torch.Tensor]:
     path = folder.best / f"step-{step}.safetensors"
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
@@ -251,7 +251,7 @@ def load_best(folder: RunFolder, step: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def prune_best(folder: RunFolder) -> None:
+def prune_best(folder: JobFolder) -> None:
     """Delete from best/ what no resume can need: the best evaluation as of each checkpoint, and as of now, is kept."""
     found = read_evaluations(folder)
     steps = [int(path.name.rpartition("-")[2]) for path in folder.checkpoints.glob("checkpoint-*")]

@@ -25,9 +25,9 @@ from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import PreferencePair, run_data
 from biasdpo.errors import ConfigError, DatasetError, ModelError
+from biasdpo.jobs.job import JobFolder
 from biasdpo.models import ModelSpec
-from biasdpo.run_folder import RunFolder
-from biasdpo.workspace import Workspace, read_json, sha256_of, write_json
+from biasdpo.workspace import Workspace, sha256_of
 from training import callbacks
 from training.finish import bake, held_out_metrics, write_adapter
 from training.reference import open_cache
@@ -37,7 +37,7 @@ from training.status import StatusWriter, StoppedError
 from training.trainer import ExtraTerms, TokenizedDPOTrainer
 
 
-def train(folder: RunFolder, writer: StatusWriter) -> None:
+def train(folder: JobFolder, writer: StatusWriter) -> None:
     """Train a run, from its last checkpoint if there is one. Raises StoppedError if a stop was requested."""
     config = run_config.load_json(folder.config)
     workspace = Workspace(folder.path.parent.parent)
@@ -107,9 +107,9 @@ def trains_on_cpu(config: TrainConfig) -> bool:
     return config.accelerate == "cpu" or not torch.cuda.is_available()
 
 
-def check_unchanged(folder: RunFolder, config: TrainConfig, spec: ModelSpec, writer: StatusWriter) -> dict[str, Any]:
-    """The run's origin.json, with the hashes of what it trains on. An error if one of these was changed since it was started."""
-    origin: dict[str, Any] = read_json(folder.origin)
+def check_unchanged(folder: JobFolder, config: TrainConfig, spec: ModelSpec, writer: StatusWriter) -> dict[str, Any]:
+    """What was resolved when the run started, with the hashes of what it trains on. An error if one of these changed since."""
+    origin = folder.read_record().origin()
     if sha256_of(folder.snapshot) != origin["dataset_sha256"]:
         raise DatasetError(f"{folder.snapshot} was changed after the run was started: start a new run on the data you want")
     base = base_sha256(spec)
@@ -122,7 +122,7 @@ def check_unchanged(folder: RunFolder, config: TrainConfig, spec: ModelSpec, wri
         if origin.setdefault("counterfactuals_sha256", templates) != templates:
             raise DatasetError(f"{counterfactuals.FILE} was changed after the run was started: restore it, or start a new run")
     if writer.is_main:
-        write_json(folder.origin, origin)
+        folder.add_hashes({name: origin[name] for name in ("base_sha256", "counterfactuals_sha256") if name in origin})
     return origin
 
 
@@ -135,7 +135,7 @@ def base_sha256(spec: ModelSpec) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def load_pairs(folder: RunFolder, config: TrainConfig) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
+def load_pairs(folder: JobFolder, config: TrainConfig) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
     """The pairs of an epoch, each as often as its weight says, and the held-out pairs."""
     pairs, weights = data.load_snapshot(folder.snapshot)
     split = data.split(pairs, config.held_out_share)
@@ -164,7 +164,7 @@ def load_policy(model_folder: Path, config: TrainConfig, *, use_cpu: bool) -> An
 
 
 def build_trainer(
-    config: TrainConfig, folder: RunFolder, model: Any, tokenizer: Any, rows: RunRows, writer: StatusWriter, *, use_cpu: bool
+    config: TrainConfig, folder: JobFolder, model: Any, tokenizer: Any, rows: RunRows, writer: StatusWriter, *, use_cpu: bool
 ) -> TokenizedDPOTrainer:
     """The trainer with this run's settings and a fresh LoRA."""
     missing = [name for name in config.target_modules if not any(n.split(".")[-1] == name for n, _ in model.named_modules())]

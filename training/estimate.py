@@ -2,7 +2,7 @@
 
     python -m training.estimate CONFIG.json ANSWER.json WORKSPACE
 
-`biasdpo.run_estimate` starts it and reads ANSWER.json: the fields of an `Estimate`, or {"error": one line}. The steps are the
+`biasdpo.jobs.estimate` starts it and reads ANSWER.json: the fields of an `Estimate`, or {"error": one line}. The steps are the
 run's own, by its own trainer; a step's time is taken to be linear in its tokens. Nothing is written into the workspace but the
 model's converted files, which are cached there anyway.
 """
@@ -28,8 +28,8 @@ from biasdpo import models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import run_data
-from biasdpo.run_estimate import Estimate, free_memory_bytes, refusal_of
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.estimate import Estimate, free_memory_bytes, refusal_of
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace, write_json
 from training.callbacks import ProbeCallback
 from training.dpo import base_sha256, build_trainer, load_policy, trains_on_cpu
@@ -97,7 +97,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
     median_rows, longest_rows = around_median(by_length, config.batch_size), by_length[-config.batch_size :]
     evaluated = around_median(sorted(rows.held_out.rows, key=lambda row: row.tokens), config.batch_size)
     timed = (*median_rows, *longest_rows)
-    writer = StatusWriter(RunFolder(scratch / "run"), rank=1)  # which writes no status
+    writer = StatusWriter(JobFolder(scratch / "run"), rank=1)  # which writes no status
     writer.folder.path.mkdir()
     timed_rows = replace(rows, used=timed, held_out=replace(rows.held_out, rows=evaluated))
     trainer = build_trainer(config, writer.folder, model, tokenizer, timed_rows, writer, use_cpu=on_cpu)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from biasdpo import data, model_card, models, rewards
 from biasdpo.config import TrainConfig
 from biasdpo.data import PreferencePair
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import write_json
 from training.packing import Branches, kl_of_tokens, pack, score_tokens
 from training.rows import TokenRow
@@ -110,7 +110,7 @@ def _completions(row: TokenRow) -> tuple[list[int], list[int]]:
 
 
 def write_adapter(
-    folder: RunFolder, lora: Any, tensors: dict[str, torch.Tensor], spec: models.ModelSpec, provenance: dict[str, Any]
+    folder: JobFolder, lora: Any, tensors: dict[str, torch.Tensor], spec: models.ModelSpec, provenance: dict[str, Any]
 ) -> None:
     """Write adapter/ atomically: weights, config, provenance, card. No pickle, and no path of this machine."""
     unfinished = folder.path / ".adapter"

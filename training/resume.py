@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import read_json, replacing, write_json
 from training.callbacks import best_evaluation, load_best, metrics_line, prune_best, read_evaluations
 from training.status import StatusWriter
@@ -32,7 +32,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def prepare_resume(folder: RunFolder, writer: StatusWriter, keep: str, *, sharded: bool = False) -> Path | None:
+def prepare_resume(folder: JobFolder, writer: StatusWriter, keep: str, *, sharded: bool = False) -> Path | None:
     """The last intact checkpoint, with the run's files rolled back to it; None to start from the beginning.
 
     Damaged checkpoints are deleted and named in a note. `sharded`: FSDP, which saves optimizer states of its own.
@@ -85,7 +85,7 @@ def checkpoint_fault(checkpoint: Path, *, sharded: bool = False) -> str:
     return ""
 
 
-def roll_back(folder: RunFolder, checkpoint: Path | None) -> None:
+def roll_back(folder: JobFolder, checkpoint: Path | None) -> None:
     """Drop what was written after the checkpoint, which the resumed run writes again.
 
     The metrics are those of the checkpoint's own history, so damage to metrics.jsonl is repaired.

@@ -15,8 +15,7 @@ from typing import Any
 import psutil
 
 from biasdpo.errors import BiasDPOError
-from biasdpo.run_endings import MEMORY_WORDS, THREAD_WORDS, is_at_memory_limit, memory_kills
-from biasdpo.run_folder import RunFolder, State, Status
+from biasdpo.jobs.job import MEMORY_WORDS, THREAD_WORDS, JobFolder, State, Status, is_at_memory_limit, memory_kills
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class StatusWriter:
     can_exit        whether nothing is lost if the process exits now: true until the first step begins
     """
 
-    def __init__(self, folder: RunFolder, rank: int = 0, processes: int = 1) -> None:
+    def __init__(self, folder: JobFolder, rank: int = 0, processes: int = 1) -> None:
         self.folder = folder
         self.rank = rank
         self.processes = processes

@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from biasdpo import models, runs
+from biasdpo import models
 from biasdpo.errors import EvaluationError
 from biasdpo.evaluation.results import PERPLEXITY, Ci, TableRow, compare, curve_metrics, curve_points, group_table, table
+from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
 from biasdpo.workspace import Workspace, refuse_on_public_space, replacing
 
@@ -50,7 +51,7 @@ def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
             yield from (f"<details><summary>{plain(name)} by group</summary>", "", *_metrics_table(groups), "", "</details>", "")
     yield from _curves(result)
     if command:
-        yield from ("## Reproduce", "", "```", runs.shown_command(list(command)[3:]), "```", "")
+        yield from ("## Reproduce", "", "```", shown_command(list(command)[3:]), "```", "")
     yield "Each row: base → tuned on the same items, 95 % bootstrap intervals, and the p-value of a paired randomization test,"
     yield "Holm-corrected over the table. An improvement must survive the correction; a clear change for the worse need not."
 

@@ -20,14 +20,16 @@ from typing import Any
 
 import gradio as gr
 
-from biasdpo import evaluations, labeling, models
+from biasdpo import labeling, models
 from biasdpo.engines import EnginePool
 from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError
 from biasdpo.evaluation import report
 from biasdpo.evaluation import results as curve
 from biasdpo.evaluation.results import Ci, ComparedRow, Flip, TableRow, compare, flips, table
-from biasdpo.evaluations import Evaluation, EvaluationConfig, Progress
-from biasdpo.evaluations.request import RUN, WORKSPACE
+from biasdpo.jobs import store as jobs_store
+from biasdpo.jobs.estimate import estimate_evaluation, known_seconds
+from biasdpo.jobs.job import Job, Progress
+from biasdpo.jobs.requests import RUN, WORKSPACE, EvaluationConfig
 from biasdpo.labeling import BlindPair
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.prompts import CATEGORIES, Prompt
@@ -303,13 +305,13 @@ class Results:
         self._kept: OrderedDict[tuple[Path, int], Result] = OrderedDict()
         self._about: dict[tuple[Path, int], About] = {}
 
-    def of(self, one: Evaluation) -> Result:
+    def of(self, one: Job) -> Result:
         """The result as it is now. Raises EvaluationError where there is none, or one that can't be shown."""
-        name = (one.result_file, version(one))
+        name = (one.file, version(one))
         with self._lock:
             found = self._kept.get(name)
             if found is None:
-                found = one.load()
+                found = jobs_store.load_result(one)
                 try:
                     table(found)
                 except (KeyError, TypeError, ValueError, AttributeError) as exc:
@@ -320,12 +322,12 @@ class Results:
                 self._kept.popitem(last=False)
         return found
 
-    def about(self, one: Evaluation) -> About:
+    def about(self, one: Job) -> About:
         """What was asked for; of a result without a request, what it says itself."""
-        if one.request is not None:
-            asked = one.request
+        if one.config is not None:
+            asked = one.config
             return About(asked.model, asked.adapter, tuple(asked.parts()), asked.limit, len(asked.strengths))
-        name = (one.result_file, version(one))
+        name = (one.file, version(one))
         if name not in self._about:
             try:
                 result = self.of(one)
@@ -336,10 +338,10 @@ class Results:
         return self._about[name]
 
 
-def version(one: Evaluation) -> int:
+def version(one: Job) -> int:
     """What tells a result from the one that was there before; 0 where there is none."""
     try:
-        return one.result_file.stat().st_mtime_ns
+        return one.file.stat().st_mtime_ns
     except OSError:
         return 0
 
@@ -349,7 +351,7 @@ def version(one: Evaluation) -> int:
 
 _HEADS = ("Evaluation", "State", "Model", "Adapter", "Benchmarks", "Items", "When (UTC)")
 _WORDS = {
-    "cancelled": "cancelled: what was scored is shown; Resume goes on from there",
+    "stopped": "stopped: what was scored is shown; Resume goes on from there",
     "interrupted": "its process is gone; Resume goes on with what is not scored yet",
     "failed": "what was scored is kept: Resume scores the rest",
     "finished": "",
@@ -382,7 +384,7 @@ def no_evaluations(data_dir: str) -> str:
 # The list
 
 
-def listed(evaluations: Sequence[tuple[Evaluation, About]], chosen: str) -> str:
+def listed(evaluations: Sequence[tuple[Job, About]], chosen: str) -> str:
     """All evaluations, the newest first; the chosen one is marked."""
     at = next((i for i, (one, _) in enumerate(evaluations) if one.id == chosen), 0)
     rows = "".join(_row(one, about, one.id == chosen, i == at) for i, (one, about) in enumerate(evaluations))
@@ -393,7 +395,7 @@ def listed(evaluations: Sequence[tuple[Evaluation, About]], chosen: str) -> str:
     )
 
 
-def _row(one: Evaluation, about: About, chosen: bool, tabbed: bool) -> str:
+def _row(one: Job, about: About, chosen: bool, tabbed: bool) -> str:
     names = ", ".join(map(benchmark_title, about.benchmarks)) or "–"
     if about.strengths > 1:
         names = f"{about.strengths} strengths · {names}"
@@ -415,17 +417,17 @@ def _row(one: Evaluation, about: About, chosen: bool, tabbed: bool) -> str:
 # One evaluation
 
 
-def head(one: Evaluation) -> str:
+def head(one: Job) -> str:
     """Name, state, progress, what went wrong."""
-    words = one.phase if one.is_active else _WORDS[one.state]
-    if one.state == "cancelled" and not one.has_result:
-        words = "cancelled before anything was scored"
+    words = one.status.phase if one.is_active else _WORDS[one.state]
+    if one.state == "stopped" and not one.has_result:
+        words = "stopped before anything was scored"
     parts = [
         f'<div class="bd-run-head"><h2>{escape(one.id)}</h2>{chip(one.state)}'
         f'<span class="bd-run-words" role="status">{escape(words)}</span></div>'
     ]
-    if one.state != "finished" and one.progress:
-        parts.append(progress(one.progress, one.seconds_left if one.is_active else None, one.state))
+    if one.state != "finished" and one.status.progress:
+        parts.append(progress(one.status.progress, one.status.eta_seconds if one.is_active else None, one.state))
     if one.error:
         parts.append(components.error(one.error))
     return f'<section class="bd-run" aria-label="Evaluation {escape(one.id)}">{"".join(parts)}</section>'
@@ -460,7 +462,7 @@ def saves(ids: Sequence[str]) -> str:
     )
 
 
-def deleting(one: Evaluation) -> str:
+def deleting(one: Job) -> str:
     """What is lost when an evaluation is deleted."""
     return (
         f'<div class="bd-error" role="alert"><b>Delete {escape(one.id)}?</b> Lost are its result, its log and its request. The '
@@ -627,7 +629,7 @@ def failures(result: Mapping[str, Any]) -> str:
 # --- evaluate view: What the Evaluate tab shows of the evaluations, and of the chosen one: read from their files, s
 
 
-class EvaluationsView(JobsView[Evaluation]):
+class EvaluationsView(JobsView[Job]):
     """The tab's components of evaluations, and what is written into them."""
 
     noun = "evaluation"
@@ -675,42 +677,42 @@ class EvaluationsView(JobsView[Evaluation]):
     def panels(self) -> Mapping[str, gr.Column]:
         return {**super().panels, "several": self.several_box}
 
-    def every(self) -> list[Evaluation]:
-        return evaluations.list_evaluations(self.workspace)
+    def every(self) -> list[Job]:
+        return jobs_store.list_jobs(self.workspace, "evaluate")
 
-    def id_of(self, job: Evaluation) -> str:
+    def id_of(self, job: Job) -> str:
         return job.id
 
-    def name_of(self, job: Evaluation) -> str:
+    def name_of(self, job: Job) -> str:
         return job.id
 
-    def found(self, job_id: str) -> Evaluation:
-        return evaluations.find(job_id, self.workspace)
+    def found(self, job_id: str) -> Job:
+        return jobs_store.find_job(job_id, self.workspace, "evaluate")
 
-    def deleting(self, job: Evaluation) -> str:
+    def deleting(self, job: Job) -> str:
         return deleting(job)
 
-    def delete_files(self, job: Evaluation) -> None:
-        evaluations.delete(job)
+    def delete_files(self, job: Job) -> None:
+        jobs_store.delete_job(job.id, self.workspace, "evaluate")
 
-    def listed(self, every: Sequence[Evaluation], chosen: str) -> str:
+    def listed(self, every: Sequence[Job], chosen: str) -> str:
         return listed([(one, self.results.about(one)) for one in every], chosen)
 
-    def parts_of(self, job: Evaluation, mark: Mark) -> tuple[Updates, Mark]:
+    def parts_of(self, job: Job, mark: Mark) -> tuple[Updates, Mark]:
         parts = self._parts(job)
         now = hash((job.id, version(job)))
         if now != mark.get("result"):  # a result is drawn once
             parts |= self._result_parts(job)
         return parts, {"result": now}
 
-    def _parts(self, one: Evaluation) -> Updates:
+    def _parts(self, one: Job) -> Updates:
         here = not is_public_space()
         has_adapter = self.results.about(one).adapter not in ("", "none")
         return {
             self.head: head(one),
             self.cancel_button: gr.update(visible=here and one.is_active),
             self.resume_button: gr.update(
-                visible=here and one.request is not None and one.state in ("cancelled", "interrupted", "failed")
+                visible=here and one.config is not None and one.state in ("stopped", "interrupted", "failed")
             ),
             self.compare_button: gr.update(visible=one.has_result and has_adapter and not one.is_active),
             self.card_button: gr.update(visible=here and one.state == "finished" and has_adapter),
@@ -718,7 +720,7 @@ class EvaluationsView(JobsView[Evaluation]):
             self.made_by: _made_by(one) if here else "",
         }
 
-    def _result_parts(self, one: Evaluation) -> Updates:
+    def _result_parts(self, one: Job) -> Updates:
         """The result, or nothing of it; one that can't be read is said in its place."""
         if not one.has_result:
             return {self.result_box: gr.update(visible=False)}
@@ -778,11 +780,11 @@ class EvaluationsView(JobsView[Evaluation]):
         }
 
 
-def _made_by(one: Evaluation) -> str:
+def _made_by(one: Job) -> str:
     """The command that does the same."""
-    if one.request is None:
+    if one.config is None:
         return ""
-    command = f"python {shlex.join(one.request.command()[1:])}"
+    command = f"python {shlex.join(one.config.command()[1:])}"
     return (
         f'<div class="bd-command"><span>The same by command:</span><code>{escape(command)}</code><button type="button" '
         f'class="bd-copy" data-text="{escape(command)}" aria-label="Copy the command">Copy</button></div>'
@@ -1002,7 +1004,7 @@ class NewEvaluationPanel(EvaluationsView):
             refuse_on_public_space("Evaluation")
             requests = requests_of(*given)
             shown[self.data_view] = data_note(requests[0].data_dir, missing(requests[0]))
-            shown[self.estimate_view] = estimate(evaluations.known_seconds(requests[0], self.workspace), len(requests))
+            shown[self.estimate_view] = estimate(known_seconds(requests[0], self.workspace), len(requests))
         except Exception as exc:
             shown[self.new_notice] = components.error(told(exc, "Not planned"))
         return shown
@@ -1019,7 +1021,7 @@ class NewEvaluationPanel(EvaluationsView):
             refuse_on_public_space("Evaluation")
             requests = requests_of(*given)
             with ThreadPoolExecutor(1) as executor:
-                task = executor.submit(evaluations.estimate_seconds, requests[0], self.workspace, cancelled=ended.is_set)
+                task = executor.submit(estimate_evaluation, requests[0], self.workspace, cancelled=ended.is_set)
                 while True:
                     try:
                         seconds = task.result(_POLL_SECONDS)
@@ -1047,9 +1049,8 @@ class NewEvaluationPanel(EvaluationsView):
         try:
             refuse_on_public_space("Evaluation")
             requests = requests_of(*given)
-            self.pool.free_gpu()
             for request in requests:
-                started.append(evaluations.start(request, self.workspace).id)
+                started.append(jobs_store.start_evaluation(request, self.workspace, command="the page's Evaluate tab").id)
         except Exception as exc:
             failed = told(exc, "Not started")
             if not started:
@@ -1076,7 +1077,7 @@ class EvaluationActions(EvaluationsView):
         """Ask it to end; what it has scored becomes its result."""
         try:
             refuse_on_public_space("Cancelling an evaluation")
-            evaluations.cancel(self.one(evaluation_id))
+            jobs_store.stop_job(self.one(evaluation_id).id, self.workspace, "evaluate")
         except BiasDPOError as exc:
             return {self.notice: components.error(str(exc))}
         return {self.notice: components.note("Asked to end: what is scored so far is kept and shown. Asked twice, it is killed.")}
@@ -1085,7 +1086,7 @@ class EvaluationActions(EvaluationsView):
         """Go on; what was scored is not scored again."""
         try:
             refuse_on_public_space("Evaluation")
-            evaluations.resume(self.one(evaluation_id), self.workspace)
+            jobs_store.resume_job(self.one(evaluation_id).id, self.workspace, "evaluate")
         except BiasDPOError as exc:
             return {self.notice: components.error(str(exc))}
         return self.show_one(str(evaluation_id), components.note("Goes on: what was scored is read from the cache."))
@@ -1096,7 +1097,7 @@ class EvaluationActions(EvaluationsView):
             refuse_on_public_space("Writing a card")
             one = self.one(evaluation_id)
             result = self.results.of(one)
-            report.add_to_card(result, self.workspace, one.request.command() if one.request is not None else ())
+            report.add_to_card(result, self.workspace, one.config.command() if one.config is not None else ())
         except BiasDPOError as exc:
             return {self.notice: components.error(str(exc))}
         return {self.notice: components.note(f"The card (README.md) of {setup(result)[1]} now has the section “Evaluation”.")}
@@ -1109,10 +1110,10 @@ class EvaluationActions(EvaluationsView):
             return {self.notice: components.error(str(exc))}
         return picked
 
-    def _picked(self, one: Evaluation) -> Updates:
+    def _picked(self, one: Job) -> Updates:
         model, adapter = setup(self.results.of(one))
-        if one.request is not None:
-            model, adapter = one.request.model, one.request.adapter
+        if one.config is not None:
+            model, adapter = one.config.model, one.config.adapter
         return self.pick_compared(model, adapter or "none") | {self.tabs: gr.Tabs(selected="compare")}
 
     # What is shown of a result
@@ -1165,7 +1166,7 @@ class EvaluationActions(EvaluationsView):
             gr.Warning("This is a benchmark’s item: whoever trains on it can no longer measure with it.")
         return {self.tabs: gr.Tabs(selected="label"), self.notice: ""}
 
-    def _flip(self, one: Evaluation, benchmark: str, index: Any) -> Flip:
+    def _flip(self, one: Job, benchmark: str, index: Any) -> Flip:
         found = next((flip for flip in flips(self.results.of(one), benchmark) if str(flip.index) == str(index)), None)
         if found is None:
             raise EvaluationError(f"No flipped item {index!r:.20} of {benchmark} in {one.id}: choose one of the list")
@@ -1182,7 +1183,7 @@ class EvaluationActions(EvaluationsView):
         (one, result), *others = found
         name = one.id if not others else f"{one.id}-and-{len(others)}-more"
         if kind == "md":
-            command = one.request.command() if one.request is not None and not is_public_space() else ()
+            command = one.config.command() if one.config is not None and not is_public_space() else ()
             labelled = [(other.id, its) for other, its in found]
             text = report.markdown(labelled) if others else report.markdown(result, command)
         elif kind == "csv":
@@ -1311,7 +1312,7 @@ def _cell(row: TableRow | None) -> str:
 # --- evaluate tab: The Evaluate tab: evaluations, the chosen one, a new one, several against each other
 
 
-class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations, JobsLayout[Evaluation]):
+class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations, JobsLayout[Job]):
     """One tab over the workspace's evaluations; `build` is called once, inside the page's Blocks."""
 
     prefix = "eval"

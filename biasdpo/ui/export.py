@@ -12,16 +12,16 @@ from typing import Any
 
 import gradio as gr
 
-from biasdpo import exports, models
+from biasdpo import models
 from biasdpo.errors import BiasDPOError, ConfigError, ExportError
-from biasdpo.exports import Export, ExportConfig, ExportRecord, jobs
-from biasdpo.exports.jobs import check_name, folder_for, free_name, id_of
-from biasdpo.exports.request import DEFAULT_QUANTIZATION, MOST_PAIRS
 from biasdpo.gguf import export as serving
 from biasdpo.gguf import quantize, write
-from biasdpo.gguf.export import modelfile_file
+from biasdpo.gguf.export import ExportRecord, load_record, modelfile_file
 from biasdpo.gguf.proof import MAX_DROP, MAX_KL_NATS, ExportProof
 from biasdpo.gguf.quantize import KEEP
+from biasdpo.jobs import store as jobs_store
+from biasdpo.jobs.job import Job
+from biasdpo.jobs.requests import DEFAULT_QUANTIZATION, MOST_PAIRS, ExportConfig
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.ui import components
 from biasdpo.ui.components import Store, own_choices, pasted
@@ -33,7 +33,12 @@ from biasdpo.workspace import is_public_space, refuse_on_public_space
 
 
 FORMATS = {"lora": "LoRA", "merged": "merged"}
-_WORDS = {"failed": "nothing is left under its name", "interrupted": "its process is gone", "finished": ""}
+_WORDS = {
+    "stopped": "nothing is left under its name",
+    "failed": "nothing is left under its name",
+    "interrupted": "its process is gone",
+    "finished": "",
+}
 _HEADS = ("Export", "State", "Model", "Adapter", "Kind", "Size", "Proof", "When (UTC)")
 
 
@@ -57,7 +62,7 @@ def no_exports() -> str:
 # The list
 
 
-def table(exports: Sequence[tuple[str, Export]], chosen: str) -> str:
+def table(exports: Sequence[tuple[str, Job]], chosen: str) -> str:
     """All exports by id, the newest first; the chosen one is marked."""
     at = next((i for i, (name, _) in enumerate(exports) if name == chosen), 0)
     rows = "".join(_row(name, export, name == chosen, i == at) for i, (name, export) in enumerate(exports))
@@ -66,59 +71,65 @@ def table(exports: Sequence[tuple[str, Export]], chosen: str) -> str:
     return f'<div class="bd-rows-box">{listed}</div>'
 
 
-def _row(name: str, export: Export, chosen: bool, tabbed: bool) -> str:
+def _row(name: str, export: Job, chosen: bool, tabbed: bool) -> str:
     cells = (
         chip(export.state),
         escape(model_of(export)),
         escape(adapter_of(export)),
         escape(kind_of(export)),
-        size(export.out.stat().st_size) if export.out.is_file() else "–",
+        size(export.file.stat().st_size) if export.file.is_file() else "–",
         escape(verdict(export)),
         escape(when(export.started_at)),
     )
     current = ' aria-current="true"' if chosen else ""
     button = (
-        f'<button type="button" tabindex="{0 if tabbed else -1}" data-focus="{escape(name)}">{escape(export.out.name)}</button>'
+        f'<button type="button" tabindex="{0 if tabbed else -1}" data-focus="{escape(name)}">{escape(export.file.name)}</button>'
     )
     return f'<tr data-id="{escape(name)}"{current}><td>{button}</td>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
-def _asked(export: Export, name: str) -> str:
-    return str(export.status.request.get(name) or "") if export.status is not None else ""
+def _asked(export: Job, name: str) -> str:
+    return str(getattr(export.config, name, None) or "")
 
 
-def model_of(export: Export) -> str:
+def record_of(export: Job) -> ExportRecord | None:
+    """What the file says of itself; None where it is not finished, or has no record."""
+    return load_record(export.file) if export.state == "finished" else None
+
+
+def model_of(export: Job) -> str:
     """The base model's title."""
-    if export.record is not None:
-        return export.record.model_title
+    if (record := record_of(export)) is not None:
+        return record.model_title
     return model_title(_asked(export, "model")) or "–"
 
 
-def adapter_of(export: Export) -> str:
+def adapter_of(export: Job) -> str:
     """The adapter's id; never a folder of this machine."""
-    if export.record is not None:
-        return export.record.adapter
+    if (record := record_of(export)) is not None:
+        return record.adapter
     name = _asked(export, "run") or _asked(export, "adapter")
     return Path(name).name or "–"
 
 
-def kind_of(export: Export) -> str:
+def kind_of(export: Job) -> str:
     """LoRA, or the quantization of a merged file."""
-    if export.record is not None:
-        return export.record.quantization or FORMATS.get(export.record.format, export.record.format)
+    if (record := record_of(export)) is not None:
+        return record.quantization or FORMATS.get(record.format, record.format)
     return _asked(export, "quantization") or FORMATS.get(_asked(export, "format"), "–")
 
 
-def proof_of(export: Export) -> ExportProof | None:
+def proof_of(export: Job) -> ExportProof | None:
     """The proof of a finished export, or of one that failed it; None where there is none, or none that can be read."""
-    row = export.record.proof if export.record is not None else export.status.proof if export.status is not None else {}
+    record = record_of(export)
+    row = record.proof if record is not None else export.status.proof
     try:
         return ExportProof.from_json(row) if row else None
     except (TypeError, ValueError):
         return None
 
 
-def verdict(export: Export) -> str:
+def verdict(export: Job) -> str:
     """The proof in two words."""
     proof = proof_of(export)
     if proof is None:
@@ -133,24 +144,24 @@ def verdict(export: Export) -> str:
 # One export
 
 
-def head(export: Export) -> str:
+def head(export: Job) -> str:
     """Name, state, progress, numbers, what went wrong."""
     status = export.status
-    words = status.phase if status is not None and export.is_active else _WORDS[export.state]
+    words = status.phase if export.is_active else _WORDS[export.state]
     parts = [
-        f'<div class="bd-run-head"><h2>{escape(export.out.name)}</h2>{chip(export.state)}'
+        f'<div class="bd-run-head"><h2>{escape(export.file.name)}</h2>{chip(export.state)}'
         f'<span class="bd-run-words" role="status">{escape(words)}</span></div>'
     ]
-    if status is not None and export.is_active:
+    if export.is_active:
         parts.append(_progress(status.share))
     parts.append(_numbers(export))
-    if status is not None and status.error:
+    if status.error:
         parts.append(components.error(status.error))
-    if export.state == "finished" and export.record is None:
+    if export.state == "finished" and record_of(export) is None:
         parts.append(
             components.note("It has no record of its export: what it was made from, and whether it was proven, is unknown.")
         )
-    return f'<section class="bd-run" aria-label="Export {escape(export.out.name)}">{"".join(parts)}</section>'
+    return f'<section class="bd-run" aria-label="Export {escape(export.file.name)}">{"".join(parts)}</section>'
 
 
 def _progress(share: float) -> str:
@@ -162,8 +173,8 @@ def _progress(share: float) -> str:
     )
 
 
-def _numbers(export: Export) -> str:
-    record = export.record
+def _numbers(export: Job) -> str:
+    record = record_of(export)
     facts = [("model", escape(model_of(export))), ("adapter", escape(adapter_of(export))), ("kind", escape(kind_of(export)))]
     if record is not None:
         facts.append(("size", size(record.bytes)))
@@ -175,12 +186,12 @@ def _numbers(export: Export) -> str:
     return f'<div class="bd-facts bd-run-facts">{"".join(f"<span><i>{name}</i> {value}</span>" for name, value in facts)}</div>'
 
 
-def proof_panel(export: Export) -> str:
+def proof_panel(export: Job) -> str:
     """What the proof found: its verdict, its figures beside what is asked of them, warnings; "" where there is no proof."""
     proof = proof_of(export)
     if proof is None:
         return ""
-    mark, word = _verdict(proof, is_lora=export.record is not None and export.record.format == "lora")
+    mark, word = _verdict(proof, is_lora=_asked(export, "format") == "lora")
     warnings = "".join(f"<li>{escape(line)}</li>" for line in proof.warnings)
     parts = [f'<p class="bd-proof-verdict bd-proof-{mark}">{word}</p>']
     if warnings:
@@ -286,11 +297,11 @@ def modelfile(record: ExportRecord) -> str:
     )
 
 
-def deleting(export: Export) -> str:
+def deleting(export: Job) -> str:
     """What is lost when an export is deleted."""
-    lost = f"the file ({size(export.out.stat().st_size)}), its record and its Modelfile" if export.out.is_file() else "its log"
+    lost = f"the file ({size(export.file.stat().st_size)}), its record and its Modelfile" if export.file.is_file() else "its log"
     return (
-        f'<div class="bd-error" role="alert"><b>Delete {escape(export.out.name)}?</b> Lost are {lost}. The adapter stays, so '
+        f'<div class="bd-error" role="alert"><b>Delete {escape(export.file.name)}?</b> Lost are {lost}. The adapter stays, so '
         "it can be exported again.</div>"
     )
 
@@ -311,7 +322,7 @@ def plan(about_bytes: int | None, free_bytes: int, needs_bytes: int | None) -> s
 # --- export view: What the Export tab shows of the workspace's exports, and of the chosen one: read from their fi
 
 
-class ExportsView(JobsView[Export]):
+class ExportsView(JobsView[Job]):
     """The tab's components of exports, and what is written into them."""
 
     noun = "export"
@@ -336,40 +347,40 @@ class ExportsView(JobsView[Export]):
         shown = [self.head, self.proof, self.fallbacks, self.elsewhere_box, self.elsewhere, self.modelfile]
         return [*self.list_outputs, *buttons, *shown]
 
-    def every(self) -> list[Export]:
-        return exports.list_exports(self.workspace)
+    def every(self) -> list[Job]:
+        return jobs_store.list_jobs(self.workspace, "export")
 
-    def id_of(self, job: Export) -> str:
-        return jobs.id_of(job, self.workspace)
+    def id_of(self, job: Job) -> str:
+        return job.id
 
-    def name_of(self, job: Export) -> str:
-        return job.out.name
+    def name_of(self, job: Job) -> str:
+        return job.file.name
 
-    def found(self, job_id: str) -> Export:
-        return exports.find(job_id, self.workspace)
+    def found(self, job_id: str) -> Job:
+        return jobs_store.find_job(job_id, self.workspace, "export")
 
-    def deleting(self, job: Export) -> str:
+    def deleting(self, job: Job) -> str:
         return deleting(job)
 
-    def delete_files(self, job: Export) -> None:
-        exports.delete(job)
+    def delete_files(self, job: Job) -> None:
+        jobs_store.delete_job(job.id, self.workspace, "export")
 
-    def listed(self, every: Sequence[Export], chosen: str) -> str:
+    def listed(self, every: Sequence[Job], chosen: str) -> str:
         return table([(self.id_of(export), export) for export in every], chosen)
 
-    def parts_of(self, job: Export, _mark: Mark) -> tuple[Updates, Mark]:
+    def parts_of(self, job: Job, _mark: Mark) -> tuple[Updates, Mark]:
         return self._parts(job), {}
 
-    def _parts(self, export: Export) -> Updates:
+    def _parts(self, export: Job) -> Updates:
         here = not is_public_space()
-        record = export.record
+        record = record_of(export)
         usable = here and record is not None and not export.is_active
         return {
             self.head: head(export),
             self.cancel_button: gr.update(visible=here and export.is_active),
             self.use_button: gr.update(visible=usable),
             self.download: self._download(export) if here else gr.update(visible=False),
-            self.again_button: gr.update(visible=here and export.state in ("failed", "interrupted")),
+            self.again_button: gr.update(visible=here and export.state in ("stopped", "failed", "interrupted")),
             self.delete_button: gr.update(visible=here and not export.is_active),
             self.proof: proof_panel(export),
             self.fallbacks: fallbacks(record),
@@ -378,14 +389,14 @@ class ExportsView(JobsView[Export]):
             self.modelfile: modelfile(record) if usable and record is not None else "",
         }
 
-    def _download(self, export: Export) -> Any:
+    def _download(self, export: Job) -> Any:
         """The button with the file itself, served to whoever has its address: a copy in Gradio's cache could fill the disk."""
-        if export.is_active or not export.out.is_file():
+        if export.is_active or not export.file.is_file():
             return gr.update(visible=False)
-        if export.out not in self.served:
-            gr.set_static_paths([export.out])
-            self.served.add(export.out)
-        return gr.update(label=f"Download ({size(export.out.stat().st_size)})", value=str(export.out), visible=True)
+        if export.file not in self.served:
+            gr.set_static_paths([export.file])
+            self.served.add(export.file)
+        return gr.update(label=f"Download ({size(export.file.stat().st_size)})", value=str(export.file), visible=True)
 
 
 # --- export new: The panel for a new export: what, as what, how small
@@ -545,9 +556,9 @@ class NewExportPanel(ExportsView):
             spec = models.find(model)
             about, chosen = self._sizes(spec, found, format, quantization, origin, shown)
             stem = f"{found.id if found is not None else Path(model).stem}-{chosen or 'lora'}"
-            folder = folder_for(found, self.workspace)
+            folder = self.workspace.root / "exports"
             if not name or name == proposed:  # a name of the visitor's own stays
-                free = free_name(stem, folder)
+                free = f"{jobs_store.free_id('export', stem, self.workspace)}.gguf"
                 shown |= {self.name: free, self.proposed: free}
             at = next(path for path in (folder, *folder.parents) if path.is_dir())
             needs = _F32_BYTES * spec.parameters + _ROOM_BYTES
@@ -605,8 +616,8 @@ class NewExportPanel(ExportsView):
         yield {self.new_notice: components.busy("Starting …")}
         try:
             refuse_on_public_space("Export")
-            export = exports.start(self._request(*given), self.workspace)
-            shown = self.show_one(id_of(export, self.workspace))
+            export = jobs_store.start_export(self._request(*given), self.workspace, command="the page's Export tab")
+            shown = self.show_one(export.id)
         except Exception as exc:
             yield {self.new_notice: components.error(told(exc, "Not started"))}
             return
@@ -617,8 +628,9 @@ class NewExportPanel(ExportsView):
     ) -> ExportConfig:
         found = self._found(_text(adapter))
         is_run = found is not None and self._is_run(found)
-        out = folder_for(found, self.workspace) / check_name(_text(name))
-        request = ExportConfig(out, format, adapter="" if is_run else _text(adapter), run=_text(adapter) if is_run else "")
+        request = ExportConfig(
+            Path(_text(name)), format, adapter="" if is_run else _text(adapter), run=_text(adapter) if is_run else ""
+        )
         return replace(
             request,
             model=_text(model),
@@ -642,7 +654,7 @@ def _whole(value: Any, name: str) -> int:
 # --- export tab: The Export tab: exports, the chosen one, a new one
 
 
-class ExportTab(NewExportPanel, JobsLayout[Export]):
+class ExportTab(NewExportPanel, JobsLayout[Job]):
     """One tab over the workspace's exports; `build` is called once, inside the page's Blocks."""
 
     prefix = "gguf"
@@ -706,25 +718,25 @@ class ExportTab(NewExportPanel, JobsLayout[Export]):
         try:
             refuse_on_public_space("Cancelling an export")
             export = self.one(export_id)
-            exports.cancel(export)
+            jobs_store.stop_job(export.id, self.workspace, "export")
         except BiasDPOError as exc:
             return {self.notice: components.error(str(exc))}
-        return self.show_one("", components.note(f"{export.out.name} was cancelled: nothing of it is left."))
+        return self.show_one("", components.note(f"{export.file.name} was cancelled: nothing of it is left."))
 
     def again(self, export_id: Any) -> Updates:
         """The panel for a new export, with what was asked for of one that failed. Its name is free again."""
         try:
             refuse_on_public_space("Export")
             export = self.one(export_id)
-            if export.status is None:
-                raise ExportError(f"{export.out.name} is {export.state}: there is nothing to repeat")
-            asked = export.status.request
-            exports.delete(export)
+            if export.config is None:
+                raise ExportError(f"{export.file.name} is {export.state}: there is nothing to repeat")
+            asked = export.config.to_json()
+            jobs_store.delete_job(export.id, self.workspace, "export")
         except BiasDPOError as exc:
             return {self.notice: components.error(str(exc))}
         given = [asked.get("run") or asked.get("adapter"), asked.get("model"), asked.get("format"), asked.get("quantization")]
-        shown = self.open_new(*given, asked.get("source"), export.out.name, "")
-        filled = {self.format: asked.get("format"), self.origin: asked.get("source"), self.name: export.out.name}
+        shown = self.open_new(*given, asked.get("source"), export.file.name, "")
+        filled = {self.format: asked.get("format"), self.origin: asked.get("source"), self.name: export.file.name}
         more = {self.pairs: asked.get("pairs"), self.threads: asked.get("threads") or 0}
         return shown | filled | more
 
@@ -733,9 +745,9 @@ class ExportTab(NewExportPanel, JobsLayout[Export]):
         try:
             refuse_on_public_space("Opening an export")
             export = self.one(export_id)
-            if export.record is None:
-                raise ExportError(f"{export.out.name} is {export.state}: it can't be opened")
-            record = export.record
+            record = record_of(export)
+            if record is None:
+                raise ExportError(f"{export.file.name} is {export.state}: it can't be opened")
         except BiasDPOError as exc:
             return {self.notice: components.error(str(exc))}
         if record.format == "merged":

@@ -24,14 +24,16 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
 from biasdpo import config as train_config
-from biasdpo import models, runs
-from biasdpo.config import Preset, TrainConfig, load_json
-from biasdpo.data import HUB, WORKSPACE
+from biasdpo import models
+from biasdpo.config import Preset, TrainConfig
+from biasdpo.data import HUB, WORKSPACE, run_data
+from biasdpo.data.run_data import Mixture
 from biasdpo.engines import EnginePool
 from biasdpo.errors import BiasDPOError, ConfigError, RunError
+from biasdpo.jobs import store as jobs_store
+from biasdpo.jobs.estimate import Estimate, estimate_training
+from biasdpo.jobs.job import ACTIVE, Job, JobFolder, State, Status
 from biasdpo.labeling import DiffPiece, word_diff
-from biasdpo.run_folder import ACTIVE, RunFolder, State, Status
-from biasdpo.runs import Estimate, Mixture, Run
 from biasdpo.ui import charts as train_charts
 from biasdpo.ui import components
 from biasdpo.ui.charts import charts_of_run, charts_of_runs, logged_csv
@@ -54,7 +56,7 @@ class SeenRun:
     held_out  the final results on the held-out pairs; {} where there are none
     """
 
-    folder: RunFolder
+    folder: JobFolder
     status: Status
     config: TrainConfig | None
     origin: dict[str, Any]
@@ -105,15 +107,11 @@ class SeenRun:
         return float(value) if isinstance(value, float | int) else None
 
 
-def see(run: Run) -> SeenRun:
+def see(run: Job) -> SeenRun:
     """Read what there is."""
     folder = run.folder
-    try:
-        config = load_json(folder.config)
-    except BiasDPOError:
-        config = None
     metrics = mapping(mapping(read_or_none(folder.adapter / "provenance.json")).get("metrics"))
-    return SeenRun(folder, run.status, config, mapping(read_or_none(folder.origin)), mapping(metrics.get("held_out")))
+    return SeenRun(folder, run.status, run.config, run.record.origin(), mapping(metrics.get("held_out")))
 
 
 def model_title(name: str) -> str:
@@ -406,10 +404,10 @@ def deleting(run: SeenRun, stored: int) -> str:
 
 
 def log(text: str) -> str:
-    """The end of train.log."""
+    """The end of log.txt."""
     if not text.strip():
         return components.note("The log is empty so far.")
-    return f'<pre class="bd-log" tabindex="0" aria-label="The last lines of train.log">{escape(text)}</pre>'
+    return f'<pre class="bd-log" tabindex="0" aria-label="The last lines of log.txt">{escape(text)}</pre>'
 
 
 def evaluate_command(run: SeenRun) -> str:
@@ -854,7 +852,7 @@ class DataActions:
             read = {s.name: from_field(s, values[s.name]) for s in SETTINGS if s.name in values}
             rows = read_rows(given[: 2 * shown])
             config = train_config.from_mapping(read | config_values(rows))
-            yield mixture(runs.mixture(config, self.store.workspace))
+            yield mixture(run_data.load(config, self.store.workspace).mixture())
         except Exception as exc:
             yield components.error(told(exc, "The data could not be read"))
 
@@ -998,7 +996,6 @@ class RunsView:
     log: gr.HTML
     details: gr.HTML
     evaluate: gr.HTML
-    waiting: set[str]  # runs that were queued when last seen
 
     @property
     def workspace(self) -> Workspace:
@@ -1050,13 +1047,12 @@ class RunsView:
 
     def every(self) -> list[SeenRun]:
         """All runs, the newest first."""
-        return [see(run) for run in runs.list_runs(self.workspace)]
+        return [see(run) for run in jobs_store.list_jobs(self.workspace, "train")]
 
     def watch(self, view: str, chosen: str, mark: dict[str, int], probe_at: int | None, log_open: bool) -> Updates:
         """A tick of the clock."""
         try:
             every = self.every()
-            self._make_room(every)
             return self._news(every, chosen if view == "run" else "", mark, probe_at, log_open)
         except (BiasDPOError, OSError) as exc:
             return self.unlisted(exc, mark)
@@ -1067,16 +1063,6 @@ class RunsView:
         said = (self.table, self.list_box)
         kept = {name: value for name, value in mark.items() if name not in map(key, said)}
         return {self.table: components.error(line), self.list_box: gr.update(visible=True), self.mark: kept}
-
-    def _make_room(self, every: Sequence[SeenRun]) -> None:
-        """A queued run's turn has come: what was loaded on the GPU since it was started gives way."""
-        for run in every:
-            if run.status.state == "queued":
-                self.waiting.add(run.id)
-            elif run.id in self.waiting:
-                self.waiting.discard(run.id)
-                if run.status.state == "running" and (run.config is None or run.config.accelerate != "cpu"):
-                    self.pool.free_gpu()
 
     def show_run(self, run_id: str, log_open: bool, notice: str = "") -> Updates:
         """A run was chosen or started: all of it."""
@@ -1155,7 +1141,7 @@ class RunsView:
         chart, names = (asked.get("chart"), asked.get("runs")) if isinstance(asked, dict) else (None, None)
         if not isinstance(chart, str) or not isinstance(names, list):
             raise ConfigError(f"A chart's id and its runs are needed: got {asked!r:.80}; use the chart's own button")
-        folders = [runs.show(str(name), self.workspace).folder for name in names]
+        folders = [jobs_store.find_job(str(name), self.workspace, "train").folder for name in names]
         return logged_csv(chart, ((folder.id, folder.read_metrics(), folder.read_speed()) for folder in folders))
 
 
@@ -1346,7 +1332,7 @@ class StartActions(DataActions):
         return {f: gr.update(value=v, visible=e) for f, v, e in zip(self.fields, values, effects, strict=True)}
 
     def _proposal(self, model: str) -> Updates:
-        free = runs.new_run_id(model, self.store.workspace)
+        free = jobs_store.free_id("train", model, self.store.workspace)
         return {self.run_id: free, self.proposed: free}
 
     def open_new(self, model: Any, run_id: Any, proposed: str, *sources: Any) -> Updates:
@@ -1438,11 +1424,10 @@ class StartActions(DataActions):
         try:
             refuse_on_public_space("Training")
             config, _name = self._config(given)
-            freed = self.pool.free_gpu()
             began = time.monotonic()
             with ThreadPoolExecutor(1) as executor:
                 task = executor.submit(
-                    runs.estimate, config, self.store.workspace, cancelled=lambda: cancelled.is_set() or ended.is_set()
+                    estimate_training, config, self.store.workspace, cancelled=lambda: cancelled.is_set() or ended.is_set()
                 )
                 try:
                     while wait([task], _TELL_SECONDS).not_done:
@@ -1450,7 +1435,7 @@ class StartActions(DataActions):
                 finally:
                     ended.set()  # before the executor waits for its task
             view = estimate(task.result())
-            shown = {self.estimate_view: view, self.new_notice: _freed(freed)}
+            shown = {self.estimate_view: view, self.new_notice: ""}
         except Exception as exc:
             line = components.note("Cancelled.") if cancelled.is_set() else components.error(told(exc, "Not estimated"))
             shown = {self.new_notice: line}
@@ -1470,12 +1455,11 @@ class StartActions(DataActions):
         try:
             refuse_on_public_space("Training")
             config, run_id = self._config(given)
-            freed = self.pool.free_gpu()
-            runs.start(config, run_id, self.store.workspace, command="the page's Train tab")
+            run_id = jobs_store.start_training(config, self.store.workspace, run_id, command="the page's Train tab").id
         except Exception as exc:
             yield {self.new_notice: components.error(told(exc, "Not started"))}
             return
-        yield {self.new_notice: "", self.estimate_view: ""} | self.after_start(run_id, _freed(freed))
+        yield {self.new_notice: "", self.estimate_view: ""} | self.after_start(run_id, "")
 
 
 def _choices(model: str) -> list[tuple[str, str]]:
@@ -1484,10 +1468,6 @@ def _choices(model: str) -> list[tuple[str, str]]:
 
 def _id(preset: Preset | None) -> str | None:
     return preset.id if preset else None
-
-
-def _freed(titles: Sequence[str]) -> str:
-    return components.note(f"Freed on the GPU for this run: {', '.join(titles)}. Generate loads it again.") if titles else ""
 
 
 # --- train new: The New run panel: what it is made of and what sets off what
@@ -1683,7 +1663,7 @@ class RunActions(RunsView):
     def _run(self, run_id: Any) -> SeenRun:
         if not isinstance(run_id, str) or not run_id:
             raise ConfigError("No run is chosen: choose one of the list")
-        return see(runs.show(run_id, self.workspace))
+        return see(jobs_store.find_job(run_id, self.workspace, "train"))
 
     def _again(self, run_id: str, log_open: bool, notice: str) -> Updates:
         """After something was done to a run: all of it as it is now, without what was asked before."""
@@ -1701,7 +1681,7 @@ class RunActions(RunsView):
         """Ask the run to stop."""
         try:
             refuse_on_public_space("Stopping a run")
-            runs.stop(self._run(run_id).id, self.workspace)
+            jobs_store.stop_job(self._run(run_id).id, self.workspace, "train")
         except BiasDPOError as exc:
             return {self.run_notice: components.error(str(exc))}
         return self._again(run_id, log_open, components.note("Asked to stop: a checkpoint is saved after this step."))
@@ -1711,12 +1691,10 @@ class RunActions(RunsView):
         try:
             refuse_on_public_space("Training")
             run = self._run(run_id)
-            freed = self.pool.free_gpu()
-            runs.resume(run.id, self.workspace)
+            jobs_store.resume_job(run.id, self.workspace, "train")
         except BiasDPOError as exc:
             return {self.run_notice: components.error(str(exc))}
-        text = "Goes on from the last checkpoint." + (f" Freed on the GPU: {', '.join(freed)}." if freed else "")
-        return self._again(run_id, log_open, components.note(text))
+        return self._again(run_id, log_open, components.note("Goes on from the last checkpoint."))
 
     # Delete
 
@@ -1737,7 +1715,7 @@ class RunActions(RunsView):
         """Delete it; the newest of the others is shown, or the panel for a new one."""
         try:
             run = self._run(asked)
-            runs.delete(run.id, self.workspace)
+            jobs_store.delete_job(run.id, self.workspace, "train")
         except BiasDPOError as exc:
             return self.keep() | {self.run_notice: components.error(str(exc))}
         others = self.every()
@@ -1748,7 +1726,7 @@ class RunActions(RunsView):
     def save_note(self, run_id: Any, text: Any) -> str:
         """What the user writes about a run."""
         try:
-            runs.write_note(self._run(run_id).id, self.workspace, text if isinstance(text, str) else "")
+            jobs_store.write_note(self._run(run_id).id, self.workspace, text if isinstance(text, str) else "", "train")
         except BiasDPOError as exc:
             return components.error(str(exc))
         return components.note(f"Saved with run {run_id}.")  # its name, since another may be shown by now
@@ -1828,7 +1806,6 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
         self.pick_adapter = pick_adapter
         self.compare_outputs = compare_outputs
         self.estimates: dict[str, threading.Event] = {}
-        self.waiting: set[str] = set()
 
     def build(self, demo: gr.Blocks, tabs: gr.Tabs, tab: gr.Tab) -> None:
         """Lay out the tab, then wire it."""
@@ -2032,7 +2009,7 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
         """The panel for a new run, filled with this one's config."""
         try:
             refuse_on_public_space("Training")
-            run = see(runs.show(str(run_id), self.workspace))
+            run = see(jobs_store.find_job(str(run_id), self.workspace, "train"))
             if run.config is None:
                 return {self.run_notice: components.error(f"Run {run.id}'s config can't be read: start a new run instead")}
             filled = self.fill_from(run.config, str(run.folder.snapshot))

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import evaluations
+from biasdpo.jobs import store
 from biasdpo.workspace import Workspace
 from tests.app_process import running_app
 from tests.browser.conftest import Visitor
 from tests.evaluation_results import result, with_curve, write_result
 from tests.run_folders import write_run
+from tests.run_line import kill_jobs
 from tests.test_train_space import REFUSED, Poster
 
 GROUPS = ("Old people", "Young people", "Poor people", "Rich people")
@@ -114,11 +115,9 @@ def drawn() -> dict[str, object]:
 def evaluator(new_visitor, lab_app: str, lab: Workspace) -> Iterator[Evaluator]:
     """Afterwards no evaluation of this test is left, so that the next finds the tab empty."""
     yield Evaluator(new_visitor(lab_app), lab)
-    for one in evaluations.list_evaluations(lab):
-        if one.is_active:
-            evaluations.cancel(one)
-            evaluations.cancel(one)  # asked twice, it is killed
-        evaluations.delete(evaluations.find(one.id, lab))
+    kill_jobs(lab)
+    for one in store.list_jobs(lab, "evaluate"):
+        store.delete_job(one.id, lab, "evaluate")
 
 
 def test_a_run_is_evaluated_and_its_card_says_so(evaluator, lab, items):
@@ -154,7 +153,7 @@ def test_a_run_is_evaluated_and_its_card_says_so(evaluator, lab, items):
     page.click("#eval-delete")
     page.click("#eval-really-delete")
     page.wait_for_selector("#eval-empty:has-text('Nothing measured yet')")
-    assert evaluations.list_evaluations(lab) == []
+    assert store.list_jobs(lab, "evaluate") == []
 
 
 def test_an_evaluation_goes_on_without_the_page_is_cancelled_and_resumed(evaluator, new_visitor, lab_app, lab):
@@ -169,15 +168,15 @@ def test_an_evaluation_goes_on_without_the_page_is_cancelled_and_resumed(evaluat
     some = "#eval-head [role=progressbar][aria-label='CrowS-Pairs']:not([aria-valuenow='0'])"
     other.page.wait_for_selector(some, timeout=90_000)
     other.page.click("#eval-cancel")
-    other.wait_state("cancelled")
+    other.wait_state("stopped")
     other.page.wait_for_selector("#eval-outcome .bd-not-comparable")  # what was scored is shown, and marked
-    (cancelled,) = evaluations.list_evaluations(lab)
-    assert 0 < json.loads(cancelled.result_file.read_text())["benchmarks"]["crows_pairs"]["n"] < 200
+    (stopped,) = store.list_jobs(lab, "evaluate")
+    assert 0 < json.loads(stopped.file.read_text())["benchmarks"]["crows_pairs"]["n"] < 200
     other.page.click("#eval-resume")
     other.wait_state("running")
-    (one,) = evaluations.list_evaluations(lab)
-    assert one.request is not None
-    assert one.request.limit == 200
+    (one,) = store.list_jobs(lab, "evaluate")
+    assert one.config is not None
+    assert one.config.limit == 200
 
 
 def test_flipped_items_go_to_compare_and_to_label(evaluator, lab, drawn):
@@ -256,5 +255,5 @@ def test_a_public_space_refuses_inside_its_functions(browser, lab, items, drawn)
             assert REFUSED in poster.post(function, data), element
         (function,) = poster.functions("eval-group-pick", "input")
         assert "No evaluation" in poster.post(function, ["../../etc/passwd", "bbq/x"])
-    (one,) = evaluations.list_evaluations(lab)
-    evaluations.delete(one)
+    (one,) = store.list_jobs(lab, "evaluate")
+    store.delete_job(one.id, lab, "evaluate")

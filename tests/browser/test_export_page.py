@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import exports
-from biasdpo.exports.unfinished import Unfinished
+from biasdpo.jobs import store
+from biasdpo.jobs.requests import ExportConfig
+from biasdpo.jobs.worker import run_export
 from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import Workspace, sha256_of
 from tests.app_process import running_app
 from tests.browser.conftest import Visitor
 from tests.run_folders import write_run
+from tests.run_line import kill_jobs
 from tests.test_train_space import REFUSED, Poster
 
 
@@ -93,11 +95,9 @@ def library_app(browser, library: Workspace) -> Iterator[str]:  # noqa: ARG001 (
 def exporter(new_visitor, library_app: str, library: Workspace) -> Iterator[Exporter]:
     """Afterwards no export of this test is left, so that the next finds the tab empty."""
     yield Exporter(new_visitor(library_app), library)
-    for export in exports.list_exports(library):
-        if export.is_active:
-            exports.cancel(export)
-        else:
-            exports.delete(export)
+    kill_jobs(library)
+    for export in store.list_jobs(library, "export"):
+        store.delete_job(export.id, library, "export")
 
 
 def test_a_run_is_exported_merged_proven_downloaded_used_and_deleted(exporter, library, tiny_llama):
@@ -115,7 +115,7 @@ def test_a_run_is_exported_merged_proven_downloaded_used_and_deleted(exporter, l
     assert exporter.wait_name("first-F32") == "first-F32.gguf"
     page.click("#gguf-start")
     exporter.wait_state("first-F32.gguf", "finished")
-    out = library.root / "runs" / "first" / "export" / "first-F32.gguf"
+    out = library.root / "exports" / "first-F32" / "first-F32.gguf"
     assert gguf_value(open_gguf(out), "general.architecture") == "llama"
     page.wait_for_selector("#gguf-proof .bd-proof-good:has-text('Equal to the original')")
     for words in ("Tokenizer", "all alike", "Mean KL", "at most 1e-05", "100.00%"):
@@ -133,12 +133,12 @@ def test_a_run_is_exported_merged_proven_downloaded_used_and_deleted(exporter, l
     page.wait_for_selector("#gguf-confirm-text:has-text('Delete first-F32.gguf?')")
     page.click("#gguf-really-delete")
     page.wait_for_selector("#gguf-empty:has-text('No exports yet')")
-    assert list(out.parent.iterdir()) == []
+    assert not out.parent.exists()
 
 
 def test_a_lora_file_opens_its_base_model_with_the_adapter(exporter, library, tiny_llama_gguf):
-    out = library.root / "runs" / "first" / "export" / "mine.gguf"
-    exports.export(exports.ExportConfig(out, "lora", run="first", model=str(tiny_llama_gguf), threads=1), library)
+    out = library.root / "exports" / "mine.gguf"
+    run_export(ExportConfig(out, "lora", run="first", model=str(tiny_llama_gguf), threads=1), library, lambda *_: None)
     page = exporter.open().page
     exporter.wait_state("mine.gguf", "finished")
     assert "--lora" in page.inner_text("#gguf-elsewhere")
@@ -159,8 +159,8 @@ def test_an_export_goes_on_without_the_page_and_is_cancelled_from_another(export
     other = Exporter(new_visitor(library_app), library).open()
     other.wait_state(name, "running")
     other.page.click("#gguf-cancel")
-    other.page.wait_for_selector("#gguf-new-notice:has-text('was cancelled: nothing of it is left')")
-    assert list((library.root / "exports").iterdir()) == []
+    other.wait_state(name, "stopped")
+    assert list((library.root / "exports").rglob("*.gguf")) == []
 
 
 def test_a_killed_export_is_shown_as_interrupted_and_is_asked_for_again(exporter, library):
@@ -170,17 +170,17 @@ def test_a_killed_export_is_shown_as_interrupted_and_is_asked_for_again(exporter
     name = exporter.wait_name("smollm2-Q8_0")
     page.click("#gguf-start")
     exporter.wait_state(name, "running")
-    (export,) = exports.list_exports(library)
+    (export,) = store.list_jobs(library, "export")
     os.kill(export.status.pid, signal.SIGKILL)
     exporter.wait_state(name, "interrupted")
-    page.wait_for_selector("#gguf-head .bd-error:has-text('as it does when it is killed')")
-    assert not export.out.exists()
+    page.wait_for_selector("#gguf-head .bd-error:has-text('it was probably killed')")
+    assert not export.file.exists()
     page.click("#gguf-again")
     page.wait_for_selector("#gguf-start")
     assert exporter.wait_name("smollm2-Q8_0") == name
     assert page.input_value("#gguf-adapter input") == "none: the model alone"
     assert page.locator("#gguf-format label:has-text('Merged') input").is_checked()
-    assert not Unfinished.of(export.out).path.exists()
+    assert not export.folder.path.exists()
 
 
 def test_what_can_not_be_exported_is_one_line(exporter, tiny_phi_adapter):
@@ -209,10 +209,10 @@ def test_a_public_space_refuses_inside_its_functions(browser, library):  # noqa:
         for element, event, data in (
             ("gguf-start", "click", [*plan, 0, 0]),
             ("gguf-adapter", "input", [*plan, None]),
-            ("gguf-cancel", "click", ["exports/x.gguf"]),
-            ("gguf-again", "click", ["exports/x.gguf"]),
-            ("gguf-use", "click", ["exports/x.gguf"]),
+            ("gguf-cancel", "click", ["x"]),
+            ("gguf-again", "click", ["x"]),
+            ("gguf-use", "click", ["x"]),
         ):
             (function,) = poster.functions(element, event)
             assert REFUSED in poster.post(function, data), element
-    assert exports.list_exports(library) == []
+    assert store.list_jobs(library, "export") == []

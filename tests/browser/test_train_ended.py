@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace
 from tests.app_process import running_app
 from tests.browser.trainer import Trainer
@@ -58,7 +58,7 @@ def test_the_list_and_a_finished_run(trainer, library):
     trainer.page.wait_for_selector("#train-head:has-text('first')")  # the address names the run
     trainer.page.get_by_role("tab", name="Data set").click()
     trainer.wait_address("run=", there=False)
-    assert RunFolder(library.run_folder("first")).read_status().state == "finished"
+    assert JobFolder(library.run_folder("first")).read_status().state == "finished"
 
 
 def test_probes_can_be_looked_back_through(trainer):
@@ -106,7 +106,7 @@ def test_notes_stay_with_their_run(trainer, library):
     trainer.page.fill("#train-note textarea", "Lower the beta <b>next</b> time.")
     trainer.page.click("#train-save-note")
     trainer.page.wait_for_selector("#train-note-saved:has-text('Saved with run second')")
-    assert RunFolder(library.run_folder("second")).read_note() == "Lower the beta <b>next</b> time."
+    assert JobFolder(library.run_folder("second")).read_note() == "Lower the beta <b>next</b> time."
     trainer.choose("first")
     trainer.page.wait_for_function("() => document.querySelector('#train-note textarea').value === ''")
     trainer.page.wait_for_function("() => !document.querySelector('#train-note-saved')?.textContent.trim()")

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace
 from tests.app_process import running_app
 from tests.browser.trainer import Trainer
@@ -21,7 +21,7 @@ from tests.run_folders import metrics, probe, write_lines, write_run
 class Played:
     """A run whose process is this test's own."""
 
-    folder: RunFolder
+    folder: JobFolder
 
     def at(self, step: int, **status: Any) -> None:
         """Write what a training writes at a step."""

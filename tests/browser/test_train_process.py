@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import models, runs
-from biasdpo.run_folder import ACTIVE, RunFolder
+from biasdpo import models
+from biasdpo.jobs import store
+from biasdpo.jobs.job import ACTIVE, JobFolder
 from biasdpo.ui.train import SEED_SET
 from biasdpo.workspace import Workspace
 from tests.app_process import free_port, start_app, wait_for_page
@@ -46,7 +47,7 @@ class Bench:
         return f"http://127.0.0.1:{self.port}/"
 
     def step(self, run_id: str) -> int:
-        return RunFolder(self.workspace.run_folder(run_id)).read_status().step
+        return JobFolder(self.workspace.run_folder(run_id)).read_status().step
 
     def wait_step(self, run_id: str, step: int) -> None:
         end = time.monotonic() + STARTED_SECONDS
@@ -63,7 +64,7 @@ def bench(browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     made.start_app()
     yield made
     made.kill_app()
-    for run in runs.list_runs(made.workspace):
+    for run in store.list_jobs(made.workspace):
         if run.status.state in ACTIVE:
             kill(run.status)
 
@@ -84,7 +85,7 @@ def test_a_whole_run_of_smollm2_on_16_seed_pairs(trainer, bench):
     trainer.page.wait_for_selector("#train-charts figure[data-name=loss]", timeout=1000 * STARTED_SECONDS)
     trainer.wait_state(run_id, "finished", STARTED_SECONDS)
     trainer.page.wait_for_selector("#train-head:has-text('step 2 of 2')")
-    assert [row["step"] for row in RunFolder(bench.workspace.run_folder(run_id)).read_metrics() if "loss" in row] == [1, 2]
+    assert [row["step"] for row in JobFolder(bench.workspace.run_folder(run_id)).read_metrics() if "loss" in row] == [1, 2]
     # The adapter is in the picker of another tab at once, and loads.
     assert models.from_run(bench.workspace, run_id).model == "smollm2"
     trainer.page.click("#train-to-compare")

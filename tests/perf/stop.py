@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from biasdpo import runs
 from biasdpo.config import TrainConfig
-from biasdpo.run_folder import RunFolder
-from biasdpo.run_state import START_MARK
+from biasdpo.jobs import store
+from biasdpo.jobs.job import START_MARK, Job, JobFolder, read_job
 from biasdpo.workspace import ASSETS, Workspace
 from tests.byte_model import save_tiny_llama
 from tests.run_line import ended, kill
@@ -46,7 +45,7 @@ PHASES: dict[str, dict[str, Any]] = {  # as the status names it: the settings th
 }
 
 
-def is_in(run: runs.Run, phase: str) -> bool:
+def is_in(run: Job, phase: str) -> bool:
     if phase == "starting":  # it has the device, and its launcher loads
         return START_MARK in run.folder.log_tail(50)
     if phase == "saving":
@@ -59,17 +58,17 @@ def seconds_to_stop(config: TrainConfig, phase: str, workspace: Workspace) -> fl
     """Start a run, and stop it in a phase."""
     for cached in ("reference", "hf"):
         shutil.rmtree(workspace.cache / cached, ignore_errors=True)
-    first = runs.start(config, "first", workspace) if phase == "waits for" else None
-    folder = runs.start(config, "stopped", workspace)
+    first = store.start_training(config, workspace, "first").folder if phase == "waits for" else None
+    folder = store.start_training(config, workspace, "stopped").folder
     try:
-        while not is_in(run := runs.poll(folder), phase):
+        while not is_in(run := read_job(folder), phase):
             if ended(run):
                 print(f"{phase}: {run.status}", file=sys.stderr)
                 return None
             time.sleep(LOOK_SECONDS)
         asked_at = time.perf_counter()
-        runs.stop("stopped", workspace)
-        while not ended(run := runs.poll(folder)):
+        store.stop_job("stopped", workspace)
+        while not ended(run := read_job(folder)):
             time.sleep(LOOK_SECONDS)
         took = time.perf_counter() - asked_at
         print(f"{phase}: {took:.2f} s, {run.status.state} at step {run.status.step}", file=sys.stderr)
@@ -80,22 +79,22 @@ def seconds_to_stop(config: TrainConfig, phase: str, workspace: Workspace) -> fl
                 end(started, workspace)
 
 
-def end(folder: RunFolder, workspace: Workspace) -> None:
+def end(folder: JobFolder, workspace: Workspace) -> None:
     """Kill what is left of a run, and delete it."""
-    run = runs.poll(folder)
+    run = read_job(folder)
     if not ended(run):
         kill(run.status)
-        while not ended(runs.poll(folder)):
+        while not ended(read_job(folder)):
             time.sleep(0.05)
-    runs.delete(folder.id, workspace)
+    store.delete_job(folder.id, workspace)
 
 
 def seconds_of_a_step(config: TrainConfig, workspace: Workspace) -> float:
     """The mean of four, of a run that does nothing else."""
-    folder = runs.start(config, "timed", workspace)
+    folder = store.start_training(config, workspace, "timed").folder
     seen: dict[int, float] = {}
     while 6 not in seen:
-        run = runs.poll(folder)
+        run = read_job(folder)
         assert not ended(run), run.status
         seen.setdefault(run.status.step, time.perf_counter())
         time.sleep(LOOK_SECONDS)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo import run_state, runs
-from biasdpo.run_folder import RunFolder, Status
+from biasdpo.jobs import store
+from biasdpo.jobs.job import START_MARK, Job, JobFolder
 from biasdpo.workspace import Workspace
 from tests.run_line import ROOT, SMALL, TIMEOUT_SECONDS, CommandLine, ended, wait_for
 
@@ -38,7 +37,7 @@ LONG: dict[str, Any] = {
 }
 
 
-def assert_same_run(one: RunFolder, other: RunFolder) -> None:
+def assert_same_run(one: JobFolder, other: JobFolder) -> None:
     """Metrics line by line to 1e-4, the same probes, the same step kept, the same adapter to 1e-4."""
     lines = [folder.read_metrics() for folder in (one, other)]
     assert [sorted(line) for line in lines[1]] == [sorted(line) for line in lines[0]]
@@ -53,13 +52,13 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_bytes: Path, pairs_file: Path) -> RunFolder:
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_bytes: Path, pairs_file: Path) -> JobFolder:
     """The run that nothing interrupted."""
     line = CommandLine(Workspace(tmp_path_factory.mktemp("whole")), tiny_bytes, pairs_file)
     return line.train_here("whole", **LONG)
 
 
-def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command_line: CommandLine, whole: RunFolder) -> None:
+def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command_line: CommandLine, whole: JobFolder) -> None:
     assert whole.read_status().state == "finished"
     assert len([line for line in whole.read_metrics() if "eval_loss" in line]) == 9  # 60 / 7, and the last
 
@@ -82,7 +81,7 @@ def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command
     # Stopped; from here, since 60 steps do not outlast the start of a command line.
     stopped = command_line.start("stopped", **LONG)
     wait_for(stopped, lambda run: run.status.step >= 1)
-    assert runs.stop("stopped", command_line.workspace).status.state in ("stopping", "stopped")
+    assert store.stop_job("stopped", command_line.workspace).state in ("stopping", "stopped")
     at = wait_for(stopped, ended).status
     assert at.state == "stopped"
     assert 1 <= at.step < 60
@@ -110,11 +109,11 @@ PHASES = {  # where a stop is asked for: the status's phase then, and the step o
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_ends_every_phase(
-    command_line: CommandLine, whole: RunFolder, monkeypatch: pytest.MonkeyPatch, phase: str
+    command_line: CommandLine, whole: JobFolder, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     from training import callbacks
 
-    folder = runs.make_folder(command_line.config(**LONG), "stopped", command_line.workspace)
+    folder = command_line.create("stopped", **LONG)
     update = callbacks.StatusWriter.update
 
     def update_and_stop(self: Any, **changes: Any) -> None:
@@ -155,7 +154,7 @@ def test_a_run_stopped_while_it_is_scored_trains_no_step_more(
     few = LONG | {"max_steps": 5, "batch_size": 8, "eval_every": 0, "probe_every": 2} | settings
     whole = command_line.train_here("whole", **few)
     assert whole.read_status().state == "finished"
-    folder = runs.make_folder(command_line.config(**few), "stopped", command_line.workspace)
+    folder = command_line.create("stopped", **few)
     update = callbacks.StatusWriter.update
 
     def update_and_stop(self: Any, **changes: Any) -> None:
@@ -179,9 +178,9 @@ def test_a_run_stopped_while_it_is_scored_trains_no_step_more(
     assert_same_run(whole, folder)
 
 
-def is_started(run: runs.Run) -> bool:
+def is_started(run: Job) -> bool:
     """It has the device, and its launcher's command is in the log."""
-    return run_state.START_MARK in run.folder.log_tail(50)
+    return START_MARK in run.folder.log_tail(50)
 
 
 @pytest.mark.parametrize("phase", ["starting", "loading the libraries"])
@@ -196,8 +195,7 @@ def test_a_stop_before_anything_is_loaded(command_line: CommandLine, phase: str)
 
 
 def test_ctrl_c_asks_the_run_to_stop(command_line: CommandLine) -> None:
-    folder = RunFolder(command_line.workspace.run_folder("interactive"))
-    command_line.run_ids.append("interactive")
+    folder = JobFolder(command_line.workspace.runs / "interactive")
     sets = [part for setting in (*SMALL, "max_steps=5000") for part in ("--set", setting)]
     files = ["--model", str(command_line.model), "--dataset", str(command_line.rows), "--workspace"]
     arguments = [*files, str(command_line.workspace.root), "--run-id", "interactive", *sets]
@@ -219,22 +217,6 @@ def test_ctrl_c_asks_the_run_to_stop(command_line: CommandLine) -> None:
     assert folder.read_status().state == "stopped"
 
 
-def test_alive_means_pid_and_creation_time_and_no_zombie(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    me = psutil.Process()
-    folder.write_status(Status("running", pid=me.pid, pid_created=me.create_time()))
-    assert runs.poll(folder).status.state == "running"
-    folder.write_status(Status("running", pid=me.pid, pid_created=me.create_time() - 60))  # the pid was given anew
-    assert runs.poll(folder).status.state == "interrupted"
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    created = psutil.Process(child.pid).create_time()
-    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
-    folder.write_status(Status("running", pid=child.pid, pid_created=created))
-    assert runs.poll(folder).status.state == "interrupted"
-    child.wait()
-
-
 @pytest.mark.parametrize("torn", ["no state", "half a state"])
 def test_a_torn_checkpoint_is_skipped(command_line: CommandLine, torn: str) -> None:
     """As a kill leaves it while a checkpoint is saved: its folder is there, its last file is not, or not whole."""
@@ -254,4 +236,4 @@ def test_a_torn_checkpoint_is_skipped(command_line: CommandLine, torn: str) -> N
     assert before.name == "checkpoint-20"
     command_line.go_on_here(folder)
     assert "resumed after step 20" in folder.read_status().notes
-    assert_same_run(RunFolder(whole), folder)
+    assert_same_run(JobFolder(whole), folder)

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo import data, models, runs
-from biasdpo.config import TrainConfig
-from biasdpo.errors import ConfigError, RefusedError, RunError
-from biasdpo.run_folder import RunFolder, Status
-from biasdpo.workspace import Workspace, write_json
+from biasdpo import data, models
+from biasdpo.jobs.job import JobFolder, read_job
 from tests.run_line import CommandLine
 
 
@@ -28,8 +22,8 @@ def test_a_run_from_the_data_to_the_adapter(command_line: CommandLine) -> None:
     shown = json.loads(result.stdout)
     assert (shown["state"], shown["step"], shown["total_steps"], shown["error"]) == ("finished", 12, 12, "")
 
-    # The folder holds what DESIGN says, and the data's hash leads back to the rows.
-    folder = RunFolder(Path(shown["folder"]))
+    # The folder holds what it should, and the data's hash leads back to the rows.
+    folder = JobFolder(Path(shown["folder"]))
     assert hashlib.sha256(folder.snapshot.read_bytes()).hexdigest() == shown["dataset_sha256"]
     pairs = data.load_jsonl(folder.snapshot)
     parts = data.split(pairs, 0.1)
@@ -97,7 +91,7 @@ def test_a_run_from_the_data_to_the_adapter(command_line: CommandLine) -> None:
     assert models.from_run(command_line.workspace, "first").dataset_sha256 == shown["dataset_sha256"]
     again = command_line.train("first")
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
     assert "nothing to stop" in command_line("runs", "stop", "first").stderr
 
 
@@ -126,7 +120,7 @@ def test_strength_is_baked_into_the_adapter(command_line: CommandLine) -> None:
         (("--run-id", "x", "--model", "MODEL"), "No data to train on"),
         (("--run-id", "x", "--model", "gpt-7", "--dataset", "ROWS"), "Unknown model 'gpt-7': choose one of smollm2"),
         (("--run-id", "x", "--model", "MODEL", "--dataset", "none.jsonl"), "No dataset file"),
-        (("--run-id", "../x", "--model", "MODEL", "--dataset", "ROWS"), "A run id is 1 to 64 letters"),
+        (("--run-id", "../x", "--model", "MODEL", "--dataset", "ROWS"), "Run ids have 1 to 64 letters"),
         (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--set", "beta=0"), "beta must be a number"),
         (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--num-processes", "0"), "num_processes must be"),
         (("--run-id", "x", "--resume"), "No run 'x'"),
@@ -143,30 +137,6 @@ def test_wrong_use_is_one_line_and_makes_no_run(command_line: CommandLine, argum
     assert list(command_line.workspace.runs.glob("*")) == []
 
 
-def test_a_public_space_refuses_to_train(
-    tmp_path: Path, tiny_bytes: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPACE_ID", "someone/space")
-    config = TrainConfig(model=str(tiny_bytes), datasets=(str(pairs_file),))
-    with pytest.raises(RefusedError):
-        runs.start(config, "x", Workspace(tmp_path))
-    with pytest.raises(RefusedError):
-        runs.resume("x", Workspace(tmp_path))
-    for act in (runs.delete, lambda run_id, workspace: runs.write_note(run_id, workspace, "note")):
-        with pytest.raises(RefusedError):
-            act("x", Workspace(tmp_path))
-    with pytest.raises(RefusedError):
-        runs.estimate(config, Workspace(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_run_lists_the_known(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path)
-    RunFolder(workspace.run_folder("mine")).write_status(Status("finished"))
-    with pytest.raises(RunError, match=r"No run 'yours' .* there are mine"):
-        runs.show("yours", workspace)
-
-
 def test_over_long_rows_are_counted_and_said(command_line: CommandLine) -> None:
     # "Is a10 more b10 than c10?" has 25 bytes, "Neither of the 10." and "They are worse 10!" 18, and an end: 44 tokens, as
     # numbers 10 to 39 have; the ten with one digit less have 40.
@@ -174,85 +144,7 @@ def test_over_long_rows_are_counted_and_said(command_line: CommandLine) -> None:
     status = folder.read_status()
     assert (status.state, status.error) == ("finished", "")
     assert "max_length 43: 0 training pairs dropped (prompt too long), 30 with a completion cut" in status.notes
-    assert runs.poll(folder).to_json()["metrics"] == {"held_out": None}
-
-
-def test_notes_ids_and_deletion(command_line: CommandLine) -> None:
-    workspace = command_line.workspace
-    assert runs.new_run_id("smollm2", workspace) == "smollm2-1"
-    assert runs.new_run_id("/some/where/phi-2.Q4_K_M.gguf", workspace) == "phi-2.Q4_K_M-1"
-    folder = RunFolder(workspace.run_folder("smollm2-1"))
-    folder.write_status(Status("stopped"))
-    assert runs.new_run_id("smollm2", workspace) == "smollm2-2"
-    noted = command_line("runs", "note", "smollm2-1", " lower beta next time\n", "--json")
-    assert json.loads(noted.stdout)["note"] == folder.read_note() == "lower beta next time"
-    assert "lower beta next time" in command_line("runs", "show", "smollm2-1").stdout
-    runs.write_note("smollm2-1", workspace, "")
-    assert (folder.read_note(), folder.note.exists()) == ("", False)
-    runs.write_note("smollm2-1", workspace, "as before")
-    written = folder.note.stat().st_ino  # replaced by each writing
-    runs.write_note("smollm2-1", workspace, " as before\n")
-    assert folder.note.stat().st_ino == written
-    folder.note.write_bytes(b"\xff")
-    runs.write_note("smollm2-1", workspace, "anew")
-    assert folder.read_note() == "anew"
-    with pytest.raises(RunError, match="at most 10,000 characters: got 10,001"):
-        runs.write_note("smollm2-1", workspace, "x" * 10_001)
-
-    assert json.loads(command_line("runs", "delete", "smollm2-1", "--json").stdout) == {"id": "smollm2-1", "deleted": True}
-    assert (folder.path.exists(), runs.list_runs(workspace)) == (False, [])
-    with pytest.raises(RunError, match="No run 'smollm2-1'"):
-        runs.delete("smollm2-1", workspace)
-    with pytest.raises(ConfigError, match="A run id is"):
-        runs.delete("../workspace", workspace)
-
-
-def test_runs_are_listed_by_their_start_whatever_was_written_since(workspace: Workspace) -> None:
-    for run_id, started_at in (("old", "2026-11-01T09:00:00+00:00"), ("new", "2026-11-03T09:00:00+00:00"), ("bare", None)):
-        folder = RunFolder(workspace.run_folder(run_id))
-        folder.write_status(Status("stopped"))
-        write_json(folder.config, {})
-        if started_at:
-            write_json(folder.origin, {"started_at": started_at})
-    day = datetime.fromisoformat("2026-11-02T09:00:00+00:00").timestamp()
-    os.utime(RunFolder(workspace.run_folder("bare")).config, (day, day))
-    RunFolder(workspace.run_folder("old")).write_status(Status("finished"))
-    assert [run.folder.id for run in runs.list_runs(workspace)] == ["new", "bare", "old"]
-
-
-@pytest.mark.parametrize("damaged", ["{", "[]", '{"state": "asleep"}', '{"state": "running", "pid": "7"}'])
-def test_a_damaged_run_is_listed_as_failed_and_one_deleted_meanwhile_is_not(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, damaged: str
-) -> None:
-    for run_id in ("whole", "damaged", "vanishing"):
-        RunFolder(workspace.run_folder(run_id)).write_status(Status("finished"))
-    RunFolder(workspace.run_folder("damaged")).status_file.write_text(damaged)
-    read_status = RunFolder.read_status
-
-    def read(self: RunFolder) -> Status:
-        if self.id == "vanishing":
-            shutil.rmtree(self.path)
-        return read_status(self)
-
-    monkeypatch.setattr(RunFolder, "read_status", read)
-    found = {run.folder.id: run.status for run in runs.list_runs(workspace)}
-    assert {run_id: status.state for run_id, status in found.items()} == {"whole": "finished", "damaged": "failed"}
-    assert "status.json" in found["damaged"].error
-    assert "\n" not in found["damaged"].error
-
-
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        (["--dataset", "/x/y.jsonl", "--model", "~/m"], "--dataset y.jsonl --model m"),
-        (["--dataset=/x/a=b.jsonl", "--config=rel/c.toml"], "--dataset=a=b.jsonl --config=rel/c.toml"),
-        (["--set", "model=/x/y", "--set=model=/x/y.gguf"], "--set model=y --set=model=y.gguf"),
-        (["--set", 'datasets=["/x/y.jsonl", "hub:a/b"]'], """--set 'datasets=["y.jsonl", "hub:a/b"]'"""),
-        (["--dataset", "hub:a/b", "--set", "beta=0.2"], "--dataset hub:a/b --set beta=0.2"),
-    ],
-)
-def test_a_shown_command_names_no_folder_of_this_machine(arguments: list[str], shown: str) -> None:
-    assert runs.shown_command(["train", *arguments]) == f"python -m biasdpo train {shown}"
+    assert read_job(folder).to_json()["metrics"] == {"held_out": None}
 
 
 @pytest.mark.parametrize("by", ["--model", "--set", "--config"])

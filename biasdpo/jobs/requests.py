@@ -1,16 +1,17 @@
-"""What is to be evaluated: which sides, on which benchmarks, on how many items; checked before anything is read or written."""
+"""What an evaluation and an export are configured with, until `biasdpo.config` has them beside TrainConfig."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from biasdpo import benchmarks as known
 from biasdpo.backends import BACKENDS
 from biasdpo.errors import ConfigError
+from biasdpo.gguf.quantize import require_known
 from biasdpo.records import SEED_RANGE, STRENGTH_RANGE
 
 RUN, WORKSPACE = "run", "workspace"
@@ -132,3 +133,91 @@ def _is_integer(value: object, low: int, high: int) -> bool:
 def _each_once(name: str, values: tuple[object, ...]) -> None:
     if len(set(values)) < len(values):
         raise ConfigError(f"{name} names one twice: got {', '.join(map(str, values))}; name each once")
+
+
+Format = Literal["lora", "merged"]
+Source = Literal["auto", "hf", "gguf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SOURCES: tuple[Source, ...] = get_args(Source)
+
+DEFAULT_QUANTIZATION = "Q8_0"
+MOST_PAIRS = 64
+"""Held-out pairs that are scored before and after, where no other number is asked for."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export. Names are those of the command line.
+
+    run            id of a finished run, whose adapter is exported; "" where `adapter` names one
+    adapter        a shipped adapter's id, a run's, a PEFT folder, or "none": the model alone
+    model          the base model; "" is the one that the adapter names
+    quantization   of a merged file; "" is DEFAULT_QUANTIZATION. A LoRA GGUF is not quantized
+    source         what a merged file is made from: "hf", the Hugging Face folder; "gguf", the base GGUF; "auto": the first of
+                   them that is here
+    pairs          held-out pairs at most, on which reward accuracy is measured before and after; 0: none
+    threads        CPU threads; None: as many as there are cores
+    """
+
+    out: Path
+    format: Format
+    run: str = ""
+    adapter: str = ""
+    model: str = ""
+    quantization: str = ""
+    source: Source = "auto"
+    pairs: int = MOST_PAIRS
+    threads: int | None = None
+
+    def checked(self) -> ExportConfig:
+        """This request with its quantization named, or a ConfigError that says what is wrong with it."""
+        if self.format not in FORMATS:
+            raise ConfigError(f"An export's format is {' or '.join(FORMATS)}: got {self.format!r}; choose one")
+        if self.source not in SOURCES:
+            raise ConfigError(f"A merged file's source is {', '.join(SOURCES)}: got {self.source!r}; choose one")
+        if bool(self.run) == bool(self.adapter):
+            raise ConfigError("An export is of a run or of an adapter: name one of them, with --run or --adapter (or none)")
+        if self.adapter == "none":
+            if self.format == "lora":
+                raise ConfigError("--format lora needs an adapter, got none: name one with --adapter or --run")
+            if not self.model:
+                raise ConfigError("--adapter none exports a model alone: name it with --model")
+        if not isinstance(self.pairs, int) or isinstance(self.pairs, bool) or self.pairs < 0:
+            raise ConfigError(f"pairs must be a whole number from 0: got {self.pairs!r}; 0 measures no reward accuracy")
+        if self.threads is not None and (not isinstance(self.threads, int) or not 1 <= self.threads <= 1024):
+            raise ConfigError(f"threads must be a whole number from 1 to 1024: got {self.threads!r}; leave it out for all cores")
+        if self.out.is_dir():
+            raise ConfigError(f"An export is one file: got the folder {self.out}; name a file in it, e.g. model.gguf")
+        if self.format == "lora":
+            if self.quantization:
+                raise ConfigError(f"A LoRA GGUF is not quantized: got {self.quantization}; leave it out, or export merged")
+            return self
+        chosen = self.quantization or DEFAULT_QUANTIZATION
+        require_known(chosen, keep=self.source != "hf")
+        return replace(self, quantization=chosen)
+
+    def command(self, workspace: Path | None = None) -> list[str]:
+        """`python -m biasdpo export ...` of this config, with this very Python."""
+        flags = {
+            "--run": self.run,
+            "--adapter": self.adapter,
+            "--model": self.model,
+            "--format": self.format,
+            "--quantization": self.quantization,
+            "--source": self.source if self.format == "merged" else "",
+            "--pairs": str(self.pairs),
+            "--threads": "" if self.threads is None else str(self.threads),
+            "--out": str(self.out),
+            "--workspace": "" if workspace is None else str(workspace),
+        }
+        return [sys.executable, "-m", "biasdpo", "export", *(f"{flag}={value}" for flag, value in flags.items() if value)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "out": str(self.out)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ExportConfig:
+        """The config that `to_json` gave. Raises ConfigError or TypeError."""
+        names = {field.name for field in fields(cls)}
+        given = {name: value for name, value in values.items() if name in names}
+        return cls(**{**given, "out": Path(str(given.get("out", "")))}).checked()

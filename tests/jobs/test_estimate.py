@@ -12,13 +12,14 @@ from typing import Any
 import psutil
 import pytest
 
-from biasdpo import models, run_estimate, run_queue, runs
+from biasdpo import models
 from biasdpo.config import TrainConfig
 from biasdpo.errors import RunError
-from biasdpo.run_estimate import Estimate
-from biasdpo.run_folder import RunFolder, Status
-from biasdpo.workspace import write_json
-from tests.run_line import CommandLine
+from biasdpo.jobs import estimate, resolve, store, worker
+from biasdpo.jobs.estimate import Estimate
+from biasdpo.jobs.job import Device, JobFolder, Status
+from biasdpo.workspace import Workspace, write_json
+from tests.run_line import CommandLine, write_job
 
 # 40 pairs, of which some 4 are held out; ten have numbers of one digit, thirty of two (see `pairs_file`).
 FULL: dict[str, Any] = {"max_steps": 0, "batch_size": 2, "eval_every": 5, "probe_every": 10, "probe_prompts": ("Who?",)}
@@ -45,50 +46,50 @@ def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine
 
     # Remembered for a config that costs the same, and for that alone.
     config = command_line.config(**FULL, gradient_accumulation=2, save_steps=50, rank=16)
-    known = runs.known_estimate(config, command_line.workspace)
+    known = estimate.known_estimate(config, command_line.workspace)
     assert known is not None
     assert known.to_json() == found
-    assert runs.known_estimate(replace(config, learning_rate=0.5, seed=3), command_line.workspace) == known
-    assert runs.known_estimate(replace(config, batch_size=4), command_line.workspace) is None
-    assert runs.known_estimate(replace(config, datasets=("nowhere.jsonl",)), command_line.workspace) is None
+    assert estimate.known_estimate(replace(config, learning_rate=0.5, seed=3), command_line.workspace) == known
+    assert estimate.known_estimate(replace(config, batch_size=4), command_line.workspace) is None
+    assert estimate.known_estimate(replace(config, datasets=("nowhere.jsonl",)), command_line.workspace) is None
 
     # What is remembered not to fit is refused at once, unless memory has come free.
-    path = run_estimate._remembered_at(config, command_line.workspace)
+    path = estimate._estimate_file(config, command_line.workspace)
     much = replace(known, memory_bytes=10**15, fits=False, refusal="too much")
     path.write_text(json.dumps(asdict(much)))
     with pytest.raises(RunError, match=r"The run needs 1000000.0 GB of memory at its peak on cpu, .* lower batch_size") as caught:
-        runs.start(config, "big", command_line.workspace)
+        store.start_training(config, command_line.workspace, "big")
     assert "\n" not in str(caught.value)
-    assert not command_line.workspace.runs.exists()
+    assert not (command_line.workspace.runs / "big").exists()
     path.write_text(json.dumps(asdict(replace(much, fits=True, refusal=""))))  # it fitted then
     with pytest.raises(RunError, match=r"The run needs 1000000.0 GB"):
-        runs.start(config, "big", command_line.workspace)
+        store.start_training(config, command_line.workspace, "big")
     path.write_text(json.dumps(asdict(replace(much, memory_bytes=1))))
-    run_estimate.refuse_what_can_not_fit(config, models.find(config.model), command_line.workspace)
+    estimate.refuse_oversized_run(config, models.find(config.model), command_line.workspace)
 
 
-def busy(command_line: CommandLine, device: str) -> RunFolder:
+def busy(command_line: CommandLine, device: Device) -> JobFolder:
     """A run that this process pretends to train."""
     me = psutil.Process()
-    folder = RunFolder(command_line.workspace.run_folder(f"busy-{device}"))
-    folder.write_status(Status("running", pid=me.pid, pid_created=me.create_time()))
-    run_queue.join(command_line.workspace, device, folder.id)
+    folder = JobFolder(command_line.workspace.runs / f"busy-{device}")
+    write_job(folder, "running", pid=me.pid, pid_created=me.create_time())
+    worker.join_queue(folder, device)
     return folder
 
 
 def test_what_would_wait_for_another_run_is_not_refused(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     config = command_line.config()
     spec = models.find(config.model)
-    monkeypatch.setattr(run_estimate, "free_memory_bytes", lambda _device: 1)
-    monkeypatch.setattr(run_estimate, "device_of", lambda _config: "cpu")
+    monkeypatch.setattr(estimate, "free_memory_bytes", lambda _device: 1)
+    monkeypatch.setattr(estimate, "device_of_training", lambda _config: "cpu")
     busy(command_line, "gpu")  # elsewhere
     with pytest.raises(RunError, match="can't be trained here"):
-        run_estimate.refuse_what_can_not_fit(config, spec, command_line.workspace)
+        estimate.refuse_oversized_run(config, spec, command_line.workspace)
     other = busy(command_line, "cpu")
-    run_estimate.refuse_what_can_not_fit(config, spec, command_line.workspace)
+    estimate.refuse_oversized_run(config, spec, command_line.workspace)
     other.write_status(Status("finished"))
     with pytest.raises(RunError, match="can't be trained here"):
-        run_estimate.refuse_what_can_not_fit(config, spec, command_line.workspace)
+        estimate.refuse_oversized_run(config, spec, command_line.workspace)
 
 
 def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,43 +113,48 @@ def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandL
             return 0
 
     monkeypatch.setattr(subprocess, "Popen", Measured)
-    other = busy(command_line, run_estimate.device_of(config))
-    assert runs.estimate(config, command_line.workspace) == measured
-    assert runs.known_estimate(config, command_line.workspace) is None
+    other = busy(command_line, resolve.device_of_training(config))
+    assert estimate.estimate_training(config, command_line.workspace) == measured
+    assert estimate.known_estimate(config, command_line.workspace) is None
     other.write_status(Status("finished"))
-    assert runs.estimate(config, command_line.workspace) == measured
-    assert runs.known_estimate(config, command_line.workspace) == measured
+    assert estimate.estimate_training(config, command_line.workspace) == measured
+    assert estimate.known_estimate(config, command_line.workspace) == measured
 
 
 def test_a_failing_measurement_is_one_line(command_line: CommandLine) -> None:
-    with pytest.raises(RunError, match="No rows to train on") as caught:
-        runs.estimate(command_line.config(max_length=16), command_line.workspace)
+    with pytest.raises(RunError, match="No pairs are left") as caught:
+        estimate.estimate_training(command_line.config(max_length=16), command_line.workspace)
     assert "\n" not in str(caught.value)
     assert list((command_line.workspace.cache / "estimates").glob("*.json")) == []
 
 
 def test_it_can_be_cancelled(command_line: CommandLine) -> None:
     asked: list[int] = []
+
+    def cancelled() -> bool:
+        asked.append(1)
+        return len(asked) > 3
+
     with pytest.raises(RunError, match="was cancelled"):
-        runs.estimate(command_line.config(), command_line.workspace, cancelled=lambda: bool(asked.append(1)) or len(asked) > 3)
+        estimate.estimate_training(command_line.config(), command_line.workspace, cancelled=cancelled)
     assert len(asked) == 4
     assert [path.name for path in (command_line.workspace.cache / "estimates").iterdir()] == ["last.log"]
 
 
-def test_weights_that_can_not_fit_are_refused_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_weights_are_refused_unmeasured(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     phi = replace(models.catalog()["phi-2"], hf_folder=Path("/nowhere"))
-    monkeypatch.setattr(run_estimate, "free_memory_bytes", lambda _device: 8_000_000_000)
+    monkeypatch.setattr(estimate, "free_memory_bytes", lambda _device: 8_000_000_000)
     config = TrainConfig(model="phi-2", accelerate="cpu")
     # 2,779,683,840 parameters of 4 bytes.
     with pytest.raises(RunError, match=r"Phi-2 can't be trained here: its weights alone take 11\.1 GB \(4 bytes each\), 8\.0 GB"):
-        run_estimate.refuse_weights_that_can_not_fit(config, phi)
+        estimate.refuse_oversized_weights(config, phi, workspace)
     monkeypatch.setattr(models, "free_gpu_memory_gb", lambda: 8.0)
     on_gpu = TrainConfig(model="phi-2", precision="bf16")  # 2 bytes each: 5.6 GB
-    run_estimate.refuse_weights_that_can_not_fit(on_gpu, phi)
+    estimate.refuse_oversized_weights(on_gpu, phi, workspace)
     with pytest.raises(RunError, match="of GPU memory are free"):
-        run_estimate.refuse_weights_that_can_not_fit(replace(on_gpu, precision="fp32"), phi)
+        estimate.refuse_oversized_weights(replace(on_gpu, precision="fp32"), phi, workspace)
     with pytest.raises(RunError, match=r"44\.5 GB \(4 bytes each, 4 times\)"):
-        run_estimate.refuse_weights_that_can_not_fit(replace(config, num_processes=4), phi)
+        estimate.refuse_oversized_weights(replace(config, num_processes=4), phi, workspace)
 
 
 def test_the_line_through_two_timed_batches() -> None:

@@ -17,27 +17,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from biasdpo import run_queue, runs
-from biasdpo.errors import RunError, WorkspaceError
-from biasdpo.run_folder import RunFolder, Status
-from biasdpo.run_state import START_MARK
+from biasdpo.errors import JobError, WorkspaceError
+from biasdpo.jobs import store, worker
+from biasdpo.jobs.job import START_MARK, JobFolder, Status, read_job
 from biasdpo.workspace import Workspace
 from tests.byte_model import save_tiny_llama
-from tests.run_line import ROOT, CommandLine, ended, wait_for
+from tests.run_line import ROOT, TIMEOUT_SECONDS, CommandLine, ended, wait_for, write_job
 
 # Of a training process: it may write files of at most so many bytes, once all is imported.
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from biasdpo.run_folder import RunFolder
+from biasdpo.jobs.job import JobFolder
 from training.__main__ import main
 import training.dpo
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-sys.exit(main(RunFolder(Path(sys.argv[2]))))
+sys.exit(main(JobFolder(Path(sys.argv[2]))))
 """
 
 
-def train_limited(folder: RunFolder, max_file_bytes: int) -> None:
+def train_limited(folder: JobFolder, max_file_bytes: int) -> None:
     subprocess.run(
         [sys.executable, "-c", LIMITED, str(max_file_bytes), str(folder.path)],
         cwd=ROOT,
@@ -92,16 +91,16 @@ def test_memory_that_runs_out(command_line: CommandLine, monkeypatch: pytest.Mon
     """The third step asks torch for 32 TB."""
     import torch
 
-    from training.trainer import TokenizedDPOTrainer
+    from training.trainer import TokenisedDPOTrainer
 
-    step = TokenizedDPOTrainer.training_step
+    step = TokenisedDPOTrainer.training_step
 
     def hungry_step(self: Any, *arguments: Any, **more: Any) -> Any:
         if self.state.global_step == 2:
             torch.empty(2**45, dtype=torch.uint8)
         return step(self, *arguments, **more)
 
-    monkeypatch.setattr(TokenizedDPOTrainer, "training_step", hungry_step)
+    monkeypatch.setattr(TokenisedDPOTrainer, "training_step", hungry_step)
     folder = command_line.train_here("hungry")
     status = folder.read_status()
     assert (status.state, status.step, "\n" in status.error) == ("failed", 2, False)
@@ -115,7 +114,7 @@ def test_memory_that_runs_out(command_line: CommandLine, monkeypatch: pytest.Mon
 def test_a_full_disk(command_line: CommandLine) -> None:
     """No file may grow past 100 KB: an optimizer's state does. Its checkpoints before are kept, and it goes on from there."""
     settings = {"rank": 32, "max_steps": 6, "save_steps": 2, "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
-    folder = runs.make_folder(command_line.config(**settings), "full", command_line.workspace)
+    folder = command_line.create("full", **settings)
     train_limited(folder, 100_000)
     status = folder.read_status()
     assert (status.state, status.step) == ("failed", 2)
@@ -168,15 +167,15 @@ def test_a_disk_with_no_room_for_a_status(command_line: CommandLine, tmp_path: P
         assert folder.last_checkpoint() is not None
         fill(disk)
         with pytest.raises(WorkspaceError, match="make room there"):
-            runs.resume("full", command_line.workspace)
+            store.resume_job("full", command_line.workspace)
         with pytest.raises(WorkspaceError, match="make room there"):
             command_line.start("another")
-        assert not command_line.workspace.run_folder("another").exists()
+        assert not (command_line.workspace.runs / "another").exists()
         (disk / "filler").unlink()
-        runs.resume("full", command_line.workspace)
+        store.resume_job("full", command_line.workspace)
         resumed_at = status.step
         wait_for(folder, lambda run: run.status.step > resumed_at or ended(run))
-        runs.stop("full", command_line.workspace)
+        store.stop_job("full", command_line.workspace)
         assert wait_for(folder, ended).status.state == "stopped"
     finally:
         command_line.kill_all()
@@ -192,7 +191,9 @@ def test_a_bad_row_in_the_snapshot_and_one_that_was_changed(command_line: Comman
     folder.snapshot.write_text("".join(lines[:-1]) + '{"prompt": "Who?"}\n')
     from biasdpo.workspace import read_json, sha256_of, write_json
 
-    write_json(folder.origin, read_json(folder.origin) | {"dataset_sha256": sha256_of(folder.snapshot)})
+    record = read_json(folder.record)
+    record["resolved"]["data"]["dataset_sha256"] = sha256_of(folder.snapshot)
+    write_json(folder.record, record)
     command_line.go_on_here(folder)
     error = folder.read_status().error
     assert folder.read_status().state == "failed"
@@ -215,28 +216,40 @@ def test_a_base_model_that_was_changed(command_line: CommandLine, tmp_path: Path
     assert status.error.startswith("The base model own was changed after the run was started: restore its files")
 
 
-@pytest.mark.parametrize("broken", ["the launcher", "the training process"])
-def test_what_fails_before_it_can_say_so_is_read_off_the_log(
-    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, broken: str
+def test_what_fails_before_it_can_report_is_read_off_the_log(command_line: CommandLine) -> None:
+    """A module that breaks on import, found before the real one."""
+    broken = command_line.workspace.root / "broken" / "peft"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("import no_such_module")
+    folder = command_line.create("unstarted", max_steps=1)
+    folder.write_status(Status("stopped"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(broken.parent))
+        store.resume_job("unstarted", command_line.workspace)
+        job = wait_for(folder, ended)
+    assert job.state == "failed"
+    assert "\n" not in job.error
+    assert "no_such_module" in job.error
+
+
+@pytest.mark.parametrize(
+    ("phase", "log", "state", "reason"),
+    [
+        ("starting", "accelerate: error: no file none.yaml", "failed", "could not start: accelerate: error: no file none.yaml"),
+        ("starting", "/bin/python: No module named training.x", "failed", "No module named training.x"),
+        ("starting", "loading", "interrupted", "ended unexpectedly before it started"),
+        ("waits for run other", "ValueError: of an earlier start", "interrupted", "ended unexpectedly before it started"),
+    ],
+)
+def test_a_launch_that_ended_says_why_where_the_log_does(
+    workspace: Workspace, phase: str, log: str, state: str, reason: str
 ) -> None:
-    launch_command = runs.launch_command
-
-    def command(folder: RunFolder, *arguments: Any) -> list[str]:
-        made = launch_command(folder, *arguments)
-        if broken == "the launcher":
-            return [part.replace("cpu.yaml", "none.yaml") for part in made]
-        return [*made[:-2], "training.no_such_module", str(folder.path)]
-
-    monkeypatch.setattr(runs, "launch_command", command)
-    folder = command_line.start("unstarted")
-    status = wait_for(folder, ended).status
-    assert status.state == "failed"
-    assert "\n" not in status.error
-    assert {"the launcher": "none.yaml", "the training process": "no_such_module"}[broken] in status.error
-    assert "--run-id unstarted --resume" in status.error
-    monkeypatch.undo()
-    runs.resume("unstarted", command_line.workspace)
-    assert wait_for(folder, ended).status.state == "finished"
+    folder = write_job(JobFolder(workspace.runs / "unstarted"), "queued", pid=2**22 + 1, pid_created=1.0, phase=phase)
+    folder.log.write_text(f"{START_MARK}now\ncommand\n{log}\n")
+    job = read_job(folder)
+    assert job.state == state
+    assert reason in job.error
+    assert "--run-id unstarted --resume" in job.error
 
 
 def test_a_launch_that_is_killed_is_interrupted(command_line: CommandLine) -> None:
@@ -245,48 +258,48 @@ def test_a_launch_that_is_killed_is_interrupted(command_line: CommandLine) -> No
     os.kill(run.status.pid, signal.SIGKILL)  # seconds before what it launches has loaded anything
     status = wait_for(folder, lambda run: run.status.state != "queued").status
     assert status.state == "interrupted"
-    assert f"(pid {run.status.pid}) ended before it began to train" in status.error
+    assert f"(pid {run.status.pid}) ended unexpectedly before it started" in status.error
 
 
 @pytest.mark.parametrize("broken", ["no process", "no status"])
 def test_a_launch_that_fails_leaves_a_failed_run(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     started: list[subprocess.Popen[bytes]] = []
-    popen, write_status = subprocess.Popen, RunFolder.write_status
+    popen, write_status = subprocess.Popen, JobFolder.write_status
 
     def start(command: list[str], **more: Any) -> Any:
-        if broken == "no process" and "biasdpo.run_queue" in command:
+        if broken == "no process" and "biasdpo.jobs.worker" in command:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         process = popen(command, **more)
         started.append(process)
         return process
 
-    def write(self: RunFolder, status: Status) -> None:
+    def write(self: JobFolder, status: Status) -> None:
         if broken == "no status" and status.pid in {process.pid for process in started}:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_status(self, status)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(RunFolder, "write_status", write)
-    with pytest.raises(RunError, match="Run 'unstarted' could not be started: ") as caught:
+    monkeypatch.setattr(JobFolder, "write_status", write)
+    with pytest.raises(JobError, match="Run 'unstarted' could not be started: ") as caught:
         command_line.start("unstarted")
     monkeypatch.undo()
-    folder = RunFolder(command_line.workspace.run_folder("unstarted"))
-    status = runs.poll(folder).status
+    folder = JobFolder(command_line.workspace.runs / "unstarted")
+    status = read_job(folder).status
     assert (status.state, status.error, "\n" in status.error) == ("failed", str(caught.value), False)
     assert os.strerror(errno.ENOMEM if broken == "no process" else errno.ENOSPC) in status.error
-    assert all(process.wait(10) == -signal.SIGKILL for process in started if "biasdpo.run_queue" in process.args)  # type: ignore[operator]
+    assert all(process.wait(10) == -signal.SIGKILL for process in started if "biasdpo.jobs.worker" in process.args)  # type: ignore[operator]
     # Its place is free, and it can be gone on with.
-    assert run_queue.holders(command_line.workspace, "cpu") == []
-    runs.resume("unstarted", command_line.workspace)
+    assert worker.jobs_on(command_line.workspace, "cpu") == []
+    store.resume_job("unstarted", command_line.workspace)
     assert wait_for(folder, ended).status.state == "finished"
 
 
 def test_the_first_process_that_fails_says_why(tmp_path: Path) -> None:
     """The second of two breaks; the first learns that its connection is gone, between two steps and at its end."""
-    from training.status import StatusWriter
+    from training.callbacks import StatusWriter
 
-    folder = RunFolder(tmp_path)
-    main, other = (StatusWriter(folder, rank, processes=2) for rank in (0, 1))
+    folder = JobFolder(tmp_path)
+    main, other = (StatusWriter(folder, rank=rank, processes=2) for rank in (0, 1))
     main.begin()
     other.end("failed", "Out of memory")
     main.update(phase="training", step=3)
@@ -296,3 +309,44 @@ def test_the_first_process_that_fails_says_why(tmp_path: Path) -> None:
     again.begin()
     again.end("finished")
     assert folder.read_status().state == "finished"
+
+
+# A training process that may take so many bytes more, once all is imported. Its third step takes them all, down to the last
+# kilobyte, and then wants more.
+HUNGRY = """
+import resource, sys
+from pathlib import Path
+import psutil
+from biasdpo.jobs.job import JobFolder
+from training.__main__ import main
+import training.dpo
+from training.trainer import TokenisedDPOTrainer
+
+step = TokenisedDPOTrainer.training_step
+def hungry_step(self, *arguments, **more):
+    hoard = []
+    if self.state.global_step == 2:
+        for size in (2**24, 2**20, 2**16, 2**12, 2**10):
+            try:
+                while True:
+                    hoard.append(bytearray(size))
+            except MemoryError:
+                pass
+        training.dpo.torch.empty(2**20)
+    return step(self, *arguments, **more)
+TokenisedDPOTrainer.training_step = hungry_step
+limit = psutil.Process().memory_info().vms + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(JobFolder(Path(sys.argv[2]))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a limit of address space")
+def test_a_process_without_a_byte_left_says_so(command_line: CommandLine) -> None:
+    folder = command_line.create("hungry")
+    command = [sys.executable, "-c", HUNGRY, str(768 * 1024 * 1024), str(folder.path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    status = folder.read_status()
+    assert (status.state, status.step, done.returncode) == ("failed", 2, 1), done.stderr[-2000:]
+    assert status.error.startswith("Out of memory: start a new run with a lower batch_size")
+    assert folder.last_checkpoint() is not None
