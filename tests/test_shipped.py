@@ -71,12 +71,32 @@ def test_it_is_worse_on_no_bias_metric_and_better_on_most():
         assert found["bbq"]["difference"][name]["verdict"] != "worse"
 
 
-@pytest.mark.parametrize("file", [FOLDER / "README.md", ASSETS.parent / "README.md"], ids=["card", "README"])
-def test_the_tables_are_of_the_evaluation_beside_the_adapter(file):
+def test_the_cards_tables_are_of_the_evaluation_beside_it():
     rows = [line for line in report.markdown(EVALUATION).split("<details>")[0].splitlines() if line.startswith("|")]
     assert len(rows) > 20
-    text = file.read_text(encoding="utf-8")
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert [row for row in rows if row not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "benchmark", "metric", "digits"),
+    [
+        ("BBQ, accuracy", "bbq", "accuracy_ambiguous", 2),
+        ("CrowS-Pairs, mean difference", "crows_pairs", "mean_abs_difference_nats", 2),
+        ("Held-out BiasDPO pairs", "preference", "length_normalised_accuracy", 2),
+        ("StereoSet, ICAT", "stereoset", "icat", 1),
+        ("Perplexity", "utility", "perplexity", 1),
+    ],
+)
+def test_the_readmes_results_are_of_the_evaluation(row, benchmark, metric, digits):
+    readme = (ASSETS.parent / "README.md").read_text(encoding="utf-8")
+    [line] = [line for line in readme.splitlines() if line.startswith(f"| {row}")]
+    found = EVALUATION["benchmarks"][benchmark]
+    base, tuned = (
+        f"{side[metric]['value']:.{digits}f} [{', '.join(f'{end:.{digits}f}' for end in side[metric]['ci95'])}]"
+        for side in (found["base"], found["tuned"])
+    )
+    assert line.endswith(f"| {base} | {tuned} | {found['difference'][metric]['verdict']} |")
 
 
 def test_the_picture_is_of_the_points_beside_it():

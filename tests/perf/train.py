@@ -47,11 +47,11 @@ def run_arm(arm: str, rows_file: Path, model_folder: Path, batch: int, threads: 
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    from training import trainer as reference
+    from training import reference
     from training.trainer import TokenizedDPOTrainer
 
     class OnTokenRows(DPOTrainer):  # type: ignore[misc]  # trl has no types
-        """TRL's trainer, spared the tokenising."""
+        """TRL's trainer, on rows that are tokenized already."""
 
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
             return dataset
