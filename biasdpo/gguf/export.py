@@ -202,7 +202,7 @@ def export(
         on_progress=lambda share, phase: progress(writing + (0.99 - writing) * share, phase),
     )
     if proof.passed is False:
-        raise UnprovenError(f"{request.out.name} was discarded: its proof failed: {'; '.join(proof.failures)}", proof)
+        raise UnprovenError(f"{request.out.name} was deleted, since its proof failed: {'; '.join(proof.failures)}", proof)
     proven = time.monotonic()
     progress(0.99, "renaming and recording it")
     record = ExportRecord(
