@@ -231,12 +231,14 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             if length > _LONGEST_HEADER:
                 raise ValueError(f"a header of {length:,} bytes")
             header = from_json(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("no header")
         header.pop("__metadata__", None)
         tensors = _STORED_TENSORS.validate_python(header)
     except ValidationError as exc:
         where = ".".join(map(str, exc.errors(include_url=False)[0]["loc"]))
         raise ModelError(f"{path} is not a safetensors file (its header has a wrong {where!r}): fetch it again") from exc
-    except (OSError, ValueError, AttributeError) as exc:
+    except (OSError, ValueError) as exc:
         raise ModelError(f"{path} is not a safetensors file ({exc}): fetch it again") from exc
     end = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if end > size:

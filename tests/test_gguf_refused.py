@@ -171,7 +171,7 @@ def test_a_gguf_of_another_kind_is_refused(tmp_path, architecture, values, messa
 def test_a_truncated_gguf_is_refused(tiny_phi_gguf, tmp_path, share):
     base = Path(shutil.copy(tiny_phi_gguf, tmp_path / "base.gguf"))
     cut(base, share)
-    assert_refused(ModelError, "cut off|truncated|complete GGUF", base, tmp_path / "out" / "a.gguf", "keep")
+    assert_refused(ModelError, "truncated|complete GGUF", base, tmp_path / "out" / "a.gguf", "keep")
 
 
 def test_damaged_metadata_are_one_line_when_converted_for_transformers(tiny_phi_gguf, tmp_path):

@@ -13,15 +13,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from biasdpo import models
 from biasdpo.backends import choose_backend, hf_loading, open_backend
-from biasdpo.backends.hf_loading import (
-    check_bits,
-    choose_placement,
-    divide,
-    end_tokens,
-    load_skeleton,
-    weight_bytes,
-    work_bytes,
-)
+from biasdpo.backends.hf_loading import check_bits, choose_placement, divide, end_tokens, load_skeleton, weight_bytes, work_bytes
 from biasdpo.errors import BackendError, ModelError
 from biasdpo.workspace import Workspace
 from tests import tiny_models
@@ -151,7 +143,8 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("generation", "config", "ends"), [(2, 2, {0, 2}), ([2, 5], None, {0, 2, 5}), (None, [7, 8], {0, 2, 7, 8}), (3, [3], {0, 2, 3})]
+    ("generation", "config", "ends"),
+    [(2, 2, {0, 2}), ([2, 5], None, {0, 2, 5}), (None, [7, 8], {0, 2, 7, 8}), (3, [3], {0, 2, 3})],
 )
 def test_end_tokens_may_be_an_int_a_list_or_null(tiny_llama: Path, generation: Any, config: Any, ends: set[int]) -> None:
     """<|endoftext|> (0) and <|im_end|> (2) end a text whatever the configs say."""
