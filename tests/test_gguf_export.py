@@ -69,7 +69,7 @@ def test_a_failed_proof_leaves_what_was_there(lora, folder, workspace, tiny_llam
     lora.out.write_bytes(b"the one before")
     real = write.lora  # a writer that writes another adapter than it was given
     monkeypatch.setattr(write, "lora", lambda _adapter, base, out: real(other, base, out))
-    with pytest.raises(UnprovenError, match=r"tiny.gguf was discarded: its proof failed: .*mean KL") as failed:
+    with pytest.raises(UnprovenError, match=r"tiny.gguf was deleted, since its proof failed: .*mean KL") as failed:
         export.export(lora, folder, workspace)
     assert failed.value.proof.passed is False
     assert lora.out.read_bytes() == b"the one before"

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +99,7 @@ def read_record(out: Path) -> ExportRecord:
         values = read_json(file)
         if not isinstance(values, dict) or values.get("out") != out.name:
             raise ExportError(f"{file} is not the record of {out.name}: export it again, or delete it")
-        record = _record_adapter().validate_python({**values, "out": out})
+        record = TypeAdapter(ExportRecord).validate_python({**values, "out": out})
         _ = record.proof and ExportProof.from_json(record.proof), record.template and record.prompt_template
     except WorkspaceError as exc:
         raise ExportError(str(exc)) from exc
@@ -120,11 +119,6 @@ def load_record(out: Path) -> ExportRecord | None:
     except ExportError as exc:
         logger.warning("%s", exc)
         return None
-
-
-@cache
-def _record_adapter() -> TypeAdapter[ExportRecord]:
-    return TypeAdapter(ExportRecord)
 
 
 # The export
@@ -208,7 +202,7 @@ def export(
         on_progress=lambda share, phase: progress(writing + (0.99 - writing) * share, phase),
     )
     if proof.passed is False:
-        raise UnprovenError(f"{request.out.name} was discarded: its proof failed: {'; '.join(proof.failures)}", proof)
+        raise UnprovenError(f"{request.out.name} was deleted, since its proof failed: {'; '.join(proof.failures)}", proof)
     proven = time.monotonic()
     progress(0.99, "renaming and recording it")
     record = ExportRecord(

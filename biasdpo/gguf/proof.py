@@ -29,7 +29,7 @@ from biasdpo.benchmarks.preference import Preference
 from biasdpo.chat import PromptTemplate, Segment
 from biasdpo.data import PreferencePair
 from biasdpo.errors import ModelError, PromptError, WorkspaceError
-from biasdpo.model_files import gguf_value, open_gguf
+from biasdpo.model_files import read_header
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import LikelihoodRequest, Side, TextRequest
 from biasdpo.workspace import ASSETS, Workspace, read_json, sha256_of
@@ -160,12 +160,7 @@ class ExportProof:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> ExportProof:
         """The inverse of `to_json`. ValueError if the row is not a proof's."""
-        return _proof_adapter().validate_python(row)
-
-
-@cache
-def _proof_adapter() -> TypeAdapter[ExportProof]:
-    return TypeAdapter(ExportProof)
+        return TypeAdapter(cls).validate_python(row)
 
 
 # The proof
@@ -233,16 +228,16 @@ def _counter(on_progress: Progress, begin: float, end: float, what: str) -> Coun
 
 def _describe(gguf: Path) -> tuple[str, bool, int]:
     """(quantization as the file names it, whether all weights are F32, count of weights)."""
-    from gguf import GGMLQuantizationType, LlamaFileType
+    from gguf import LlamaFileType
 
-    reader = open_gguf(gguf)
-    lossless = all(tensor.tensor_type == GGMLQuantizationType.F32 for tensor in reader.tensors)
+    header = read_header(gguf)
+    lossless = all(tensor.kind == "F32" for tensor in header.tensors.values())
     try:
-        name = LlamaFileType(int(gguf_value(reader, "general.file_type", LlamaFileType.GUESSED))).name
+        name = LlamaFileType(header.values.get("general.file_type", LlamaFileType.GUESSED)).name
     except ValueError:  # newer than the gguf package
         name = "unknown quantization"
     quantization = "F32" if lossless else name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    return quantization, lossless, sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return quantization, lossless, sum(tensor.elements for tensor in header.tensors.values())
 
 
 def _lacking_memory(parameters: int) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from biasdpo.errors import ModelError, WorkspaceError
 from biasdpo.gguf.quantize import decode
-from biasdpo.gguf.to_hf import build_pre_tokenizer
+from biasdpo.gguf.to_hf import CONFIG_KEYS, build_pre_tokenizer
 from biasdpo.model_files import (
     ARCHITECTURES,
     END_TOKENS,
@@ -48,11 +48,12 @@ class Layout:
         """Read a GGUF's layout. ModelError if the file is damaged or has no count of blocks or heads."""
         header = read_header(path)
         architecture = str(header.values.get("general.architecture"))
-        blocks = header.values.get(f"{architecture}.block_count")
-        heads = header.values.get(f"{architecture}.attention.head_count")
-        kv_heads = header.values.get(f"{architecture}.attention.head_count_kv", heads)
-        if not (isinstance(blocks, int) and isinstance(heads, int) and isinstance(kv_heads, int)):
-            raise ModelError(f"{path} has no {architecture}.block_count or number of heads: fetch or export it again")
+        blocks: Any = header.values.get(f"{architecture}.block_count")
+        heads: Any = header.values.get(f"{architecture}.attention.head_count")
+        kv_heads: Any = header.values.get(f"{architecture}.attention.head_count_kv", heads)
+        counts = (blocks, heads, kv_heads)
+        if not all(isinstance(count, int) and count > 0 for count in counts) or blocks > len(header.tensors):
+            raise ModelError(f"{path} lacks {architecture}.block_count or the number of heads, or they are wrong: fetch it again")
         return cls(architecture, blocks, heads, kv_heads, {name: tensor.shape for name, tensor in header.tensors.items()})
 
     def permute(self, tensor: str, rows: NDArray[Any]) -> NDArray[Any]:
@@ -229,13 +230,16 @@ class _HfConfig:
         return not module.endswith("_norm") and self.biased.get(module.partition("_")[0], False)
 
 
+_MOST_BLOCKS = 1000  # a wrong number must not fill the memory with names
+
+
 def _read_config(folder: Path) -> _HfConfig:
     config = _json(folder / "config.json", required=True)
-    name = (config.get("architectures") or ["?"])[0]
-    if name not in ARCHITECTURES:
-        raise ModelError(f"{folder} is a {name}, which can't be written as a GGUF: supported are {', '.join(ARCHITECTURES)}")
-    phi = ARCHITECTURES[name] == "phi2"
     try:
+        name = (config.get("architectures") or ["?"])[0]
+        if name not in ARCHITECTURES:
+            raise ModelError(f"{folder} is a {name}, which can't be written as a GGUF: supported are {', '.join(ARCHITECTURES)}")
+        phi = ARCHITECTURES[name] == "phi2"
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         rope_kind = rope.get("rope_type", rope.get("type", "default"))
         activation = "gelu_new" if phi else "silu"
@@ -254,15 +258,13 @@ def _read_config(folder: Path) -> _HfConfig:
                 "convert_hf_to_gguf.py"
             )
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        if not 0 < int(config["num_hidden_layers"]) <= _MOST_BLOCKS:
+            raise ValueError(f"num_hidden_layers {config['num_hidden_layers']}")
         head_width = width // heads if phi else int(config.get("head_dim") or width // heads)
         share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if phi else 1.0
         keys: dict[str, int | float] = {
             "vocab_size": int(config["vocab_size"]),
-            "context_length": int(config["max_position_embeddings"]),
-            "embedding_length": width,
-            "feed_forward_length": int(config["intermediate_size"]),
-            "block_count": int(config["num_hidden_layers"]),
-            "attention.head_count": heads,
+            **{ours: int(config[theirs]) for ours, theirs in CONFIG_KEYS.items()},
             "attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
             "attention.key_length": head_width,
             "attention.value_length": head_width,

@@ -62,6 +62,15 @@ def write_hf_folder(gguf_path: Path, folder: Path) -> None:
 
 # Config
 
+# GGUF's keys of an architecture -> config.json's.
+CONFIG_KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+}
+
 
 def _config(reader: Any, architecture: str, vocabulary: _Vocabulary) -> dict[str, Any]:
     def value(key: str, default: Any = None) -> Any:
@@ -79,12 +88,8 @@ def _config(reader: Any, architecture: str, vocabulary: _Vocabulary) -> dict[str
     rotary = int(value("rope.dimension_count", head_width))
     common = {
         "vocab_size": int(shapes["token_embd.weight"][1]) if "token_embd.weight" in shapes else len(vocabulary.tokens),
-        "hidden_size": width,
-        "intermediate_size": int(value("feed_forward_length")),
-        "num_hidden_layers": int(value("block_count")),
-        "num_attention_heads": heads,
+        **{theirs: int(value(ours)) for ours, theirs in CONFIG_KEYS.items()},
         "num_key_value_heads": int(value("attention.head_count_kv", heads)),
-        "max_position_embeddings": int(value("context_length")),
         "rope_theta": float(value("rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": vocabulary.bos,

@@ -308,7 +308,7 @@ class Written:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path), "fallbacks": [asdict(fallback) for fallback in self.fallbacks]}
+        return {**asdict(self), "path": str(self.path)}
 
 
 def source_path(spec: ModelSpec, quantization: str, source: SourceName) -> Path:
