@@ -32,6 +32,11 @@ def under_way(evaluation: Job) -> bool:
     return not evaluation.is_active or any(0 < one.done < one.total for one in evaluation.status.progress)
 
 
-def request(model: Path, adapter: Path, data_dir: Path, **changes: Any) -> EvaluationConfig:
-    values = {"model": str(model), "adapter": str(adapter), "benchmarks": ("crows_pairs",), "data_dir": str(data_dir)}
+def request(model: Path, adapter: Path | str, data_dir: Path, **changes: Any) -> EvaluationConfig:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "adapter": str(adapter),
+        "benchmarks": ("crows_pairs",),
+        "data_dir": str(data_dir),
+    }
     return EvaluationConfig(**(values | changes))

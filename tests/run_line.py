@@ -76,6 +76,9 @@ def kill_jobs(workspace: Workspace) -> None:
     for job in store.list_jobs(workspace):
         if job.is_active and job.status.pid not in own:
             kill(job.status)
+    for child in store._children:  # or it is reported as still running when this process ends
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
 
 
 def kill(status: Status, sent: signal.Signals = signal.SIGKILL) -> None:

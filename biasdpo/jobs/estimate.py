@@ -96,6 +96,8 @@ def estimate_training(config: TrainConfig, workspace: Workspace, *, cancelled: C
     if remembered is not None:
         return remembered
     device = device_of_training(config)
+    if device == "gpu":  # measured as the run will be: with all of its memory
+        request_memory(workspace, device)
     refuse_oversized_weights(config, models.find(config.model), workspace)
     folder = workspace.cache / "estimates"
     folder.mkdir(parents=True, exist_ok=True)

@@ -165,11 +165,40 @@ T = TypeVar("T")
 # The folder
 
 
+class _In:
+    """A path in a job's folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: JobFolder, _owner: object = None) -> Path:
+        return folder.path / self.name
+
+
 @dataclass(frozen=True)
 class JobFolder:
     """Paths, status, notes and log of one job."""
 
     path: Path
+
+    record = _In("job.json")
+    config = _In("config.json")
+    status_file = _In("status.json")
+    log = _In("log.txt")
+    stop_request = _In("stop")  # its presence asks the process to stop
+    note = _In("note.txt")
+    reserve = _In(".reserve")  # disk blocks set aside, so that the last status can be written on a full disk
+    # Of a run
+    snapshot = _In("dataset.jsonl")
+    split = _In("split.json")
+    metrics = _In("metrics.jsonl")
+    speed = _In("speed.jsonl")  # tokens per second, apart from the metrics, which do not depend on the clock
+    probes = _In("probes.jsonl")
+    best = _In("best")  # adapter tensors of the best evaluations: step-N.safetensors
+    checkpoints = _In("checkpoints")
+    adapter = _In("adapter")
+    # Of an evaluation
+    result = _In("result.json")
 
     @property
     def id(self) -> str:
@@ -184,81 +213,9 @@ class JobFolder:
         return Workspace(self.path.parent.parent)
 
     @property
-    def record(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def stop_request(self) -> Path:
-        """Its presence asks the process to stop."""
-        return self.path / "stop"
-
-    @property
-    def note(self) -> Path:
-        return self.path / "note.txt"
-
-    @property
     def queue_entry(self) -> str:
         """The job's line in a queue, e.g. "runs/ID"."""
         return f"{self.path.parent.name}/{self.path.name}"
-
-    @property
-    def reserve(self) -> Path:
-        """Disk blocks set aside, so that the last status can be written on a full disk."""
-        return self.path / ".reserve"
-
-    # Of a run
-
-    @property
-    def snapshot(self) -> Path:
-        return self.path / "dataset.jsonl"
-
-    @property
-    def split(self) -> Path:
-        return self.path / "split.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def speed(self) -> Path:
-        """Tokens per second by step, kept apart from the metrics, which do not depend on the clock."""
-        return self.path / "speed.jsonl"
-
-    @property
-    def probes(self) -> Path:
-        return self.path / "probes.jsonl"
-
-    @property
-    def best(self) -> Path:
-        """Adapter tensors of the best evaluations: step-N.safetensors."""
-        return self.path / "best"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    # Of an evaluation
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
 
     # Records
 

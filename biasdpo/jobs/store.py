@@ -336,6 +336,7 @@ def stop_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> Job
     asked before; an export is killed, and nothing of its file is left. Raises JobError where the job is not active.
     """
     job = find_job(job_id, workspace, kind)
+    refuse_on_public_space(f"Stopping {_one(job)}")
     if not job.is_active:
         raise JobError(f"{_name(job)} is {job.state}: there is nothing to stop")
     kills = job.kind == "export" or (job.kind == "evaluate" and job.state == "stopping")
@@ -412,7 +413,7 @@ def _check_still_here(config: Any, workspace: Workspace) -> None:
 def delete_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> None:
     """Delete a job with all it made. Raises JobError while it is active."""
     job = find_job(job_id, workspace, kind)
-    refuse_on_public_space(f"Deleting {'a' if job.kind == 'train' else 'an'} {NOUNS[job.kind]}")
+    refuse_on_public_space(f"Deleting {_one(job)}")
     try:
         with _one_at_a_time(workspace):
             job = find_job(job_id, workspace, job.kind)
@@ -453,3 +454,7 @@ def write_note(job_id: str, workspace: Workspace, text: str, kind: Kind | None =
 
 def _name(job: Job) -> str:
     return f"{NOUNS[job.kind].capitalize()} {job.id!r}"
+
+
+def _one(job: Job) -> str:
+    return "a run" if job.kind == "train" else f"an {NOUNS[job.kind]}"

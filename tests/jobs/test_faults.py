@@ -148,6 +148,7 @@ def fill(disk: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_disk_with_no_room_for_a_status(command_line: CommandLine, tmp_path: Path) -> None:
     """A file system of its own, kept full to the last byte while the run trains: the last word goes into the reserve."""
     disk = tmp_path / "disk"
@@ -290,8 +291,8 @@ def test_a_launch_that_fails_leaves_a_failed_run(command_line: CommandLine, monk
     assert all(process.wait(10) == -signal.SIGKILL for process in started if "biasdpo.jobs.worker" in process.args)  # type: ignore[operator]
     # Its place is free, and it can be gone on with.
     assert worker.jobs_on(command_line.workspace, "cpu") == []
-    store.resume_job("unstarted", command_line.workspace)
-    assert wait_for(folder, ended).status.state == "finished"
+    assert store.resume_job("unstarted", command_line.workspace).state == "queued"
+    assert wait_for(folder, lambda run: run.status.phase == "starting" or ended(run)).state == "queued"
 
 
 def test_the_first_process_that_fails_says_why(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def go_on(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_worker_gets_an_apps_memory_before_it_works(workspace: Workspace, tiny_llama_gguf: Path, tmp_path: Path) -> None:
-    config = evaluating.request(tiny_llama_gguf, tmp_path, evaluating.write_items(tmp_path / "data", 10), adapter="none")
+    config = evaluating.request(tiny_llama_gguf, "none", evaluating.write_items(tmp_path / "data", 10))
     with app(workspace, tiny_llama_gguf) as process:
         assert line(process) == "leased"
         request_memory(workspace, "gpu", timeout_seconds=20)  # the model is on the CPU: nothing to close

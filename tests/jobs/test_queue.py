@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def locked_device(workspace: Workspace) -> Iterator[None]:
 def evaluation(workspace: Workspace, tiny_llama_gguf: Path, tmp_path: Path) -> Iterator[EvaluationConfig]:
     """A quick one, of the base model."""
     items = evaluating.write_items(tmp_path / "data", pairs=10)
-    yield replace(evaluating.request(tiny_llama_gguf, Path(), items), adapter="none")
+    yield evaluating.request(tiny_llama_gguf, "none", items)
     kill_jobs(workspace)
 
 

@@ -56,13 +56,15 @@ def test_the_commands(several: Workspace, capsys: pytest.CaptureFixture[str]) ->
     assert "adapter in" in run("runs", *at, "show", "mine")
     assert "name one of evaluate/same" in run("jobs", "show", "same", *at, status=2)
     assert "nothing to stop" in run("jobs", "stop", "export/same", *at, status=2)
-    assert "config.json is missing" in run("jobs", "resume", "export/same", *at, status=2)
+    assert "job.json is missing" in run("jobs", "resume", "export/same", *at, status=2)
     assert run("jobs", "logs", "export/same", "--lines", "2", *at) == "two\nthree\n"
     assert json.loads(run("runs", "logs", "mine", "--lines", "1", "--json", *at)) == {"id": "mine", "log": ["step 40 of 40"]}
     assert json.loads(run("jobs", "delete", "export/same", "--json", *at)) == {"id": "export/same", "deleted": True}
     assert run("runs", "delete", "mine", *at) == "mine: deleted\n"
     assert [job.id for job in store.list_jobs(several)] == ["same"]
-    assert "No such command" in run("jobs", "frobnicate", *at, status=2)
+    assert "'frobnicate' is not one of" in run("jobs", "frobnicate", *at, status=2)
+    assert "`show` takes an ID alone: got no ID" in run("jobs", "show", *at, status=2)
+    assert "`note` takes an ID and a TEXT" in run("runs", "note", "mine", *at, status=2)
     assert "--kind" in run("jobs", "list", "--kind", "party", *at, status=2)
     assert "'mine'" in run("runs", "show", "mine", *at, status=2)
 
@@ -103,6 +105,7 @@ def test_a_public_space_refuses(command_line: CommandLine, monkeypatch: pytest.M
     for act in (
         lambda: store.start_training(command_line.config(), workspace, "x"),
         lambda: store.resume_job("first", workspace),
+        lambda: store.stop_job("first", workspace),
         lambda: store.delete_job("first", workspace),
         lambda: store.write_note("first", workspace, "note"),
         lambda: estimate.estimate_training(command_line.config(), workspace),

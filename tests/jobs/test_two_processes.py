@@ -14,7 +14,7 @@ from biasdpo.jobs.job import JobFolder, Status
 from tests.jobs.test_resuming import LONG, assert_same_run
 from tests.run_line import TIMEOUT_SECONDS, CommandLine, ended, wait_for
 
-ONE: dict[str, Any] = LONG | {"eval_every": 3, "batch_size": 4}
+ONE: dict[str, Any] = LONG | {"max_steps": 26, "save_steps": 10, "eval_every": 3, "batch_size": 4}
 TWO: dict[str, Any] = ONE | {"num_processes": 2, "batch_size": 2}  # as many pairs a step
 
 
@@ -31,6 +31,7 @@ def processes_of(status: Status) -> tuple[psutil.Process, list[psutil.Process]]:
     return launcher, [ranks["0"], ranks["1"]]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one_killed_stopped_and_resumed(command_line: CommandLine) -> None:
     """Evaluations, the kept step and the probe, which the main process alone completes, among it."""
     one = command_line.train_here("by-one", **ONE)
