@@ -99,12 +99,12 @@ def serve(args: argparse.Namespace, workspace: Workspace) -> None:
     """Serve the page, then load the model, then wait."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    from biasdpo import data
+    from biasdpo.data import journal
     from biasdpo.engines import EnginePool
     from biasdpo.ui import build_ui, launch_options
     from biasdpo.ui.compare import Startup
 
-    data.mend(workspace)  # a line that a power loss tore would keep other readers from the journal
+    journal.repair(workspace)  # a line that a power loss tore would keep other readers from the journal
     pool = EnginePool(workspace)
     startup = Startup(args.model, args.backend)
     demo = build_ui(pool, startup, args.data_dir)

@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 
-from biasdpo import data, detached, models, run_queue
+from biasdpo import detached, models, run_queue
 from biasdpo.config import TrainConfig
+from biasdpo.data import importing, splits
 from biasdpo.errors import BiasDPOError, RunError
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
@@ -196,9 +197,9 @@ def _remembered_at(config: TrainConfig, workspace: Workspace) -> Path:
 
 
 def _identity_of_source(source: str, workspace: Workspace) -> list[Any]:
-    if source.startswith(data.HUB):
+    if source.startswith(importing.HUB):
         return [source]
-    return _identity(workspace.preferences if source == data.WORKSPACE else Path(source).expanduser())
+    return _identity(workspace.preferences if source == splits.WORKSPACE else Path(source).expanduser())
 
 
 def _identity(file: Path) -> list[Any]:

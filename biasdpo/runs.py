@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from biasdpo import __version__, models, run_estimate, run_queue
+from biasdpo import __version__, models, prompts, run_estimate, run_queue
 from biasdpo.config import TrainConfig, load_json
-from biasdpo.data import run_data
-from biasdpo.data.run_data import Mixture
+from biasdpo.data import splits
+from biasdpo.data.splits import Mixture
 from biasdpo.errors import BiasDPOError, ConfigError, RunError, WorkspaceError
 from biasdpo.models import ModelSpec
 from biasdpo.run_estimate import Estimate, estimate, known_estimate
@@ -76,11 +76,11 @@ def make_folder(config: TrainConfig, run_id: str, workspace: Workspace, command:
             f"Run {run_id!r} exists already ({folder.path}): choose another id, go on with it with --resume, or delete its folder"
         )
     spec = _model_of(config)
-    data = run_data.load(config, workspace)
+    data = splits.resolve(config, workspace)
     run_estimate.refuse_what_can_not_fit(config, spec, workspace)
     origin = {
-        **data.origin(),
-        "probe_prompts": run_data.probe_prompts(config),
+        **data.provenance(),
+        "probe_prompts": prompts.probe_prompts(config),
         "command": command,
         "code_version": code_version(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -92,7 +92,7 @@ def make_folder(config: TrainConfig, run_id: str, workspace: Workspace, command:
             unfinished.path.mkdir()
             unfinished.keep_reserve()
             write_json(unfinished.config, config.to_json())
-            write_json(unfinished.origin, {"dataset_sha256": data.write_snapshot(unfinished.snapshot), **origin})
+            write_json(unfinished.origin, {"dataset_sha256": data.write(unfinished.path), **origin})
             unfinished.write_status(_queued(psutil.Process()))
             unfinished.path.rename(folder.path)
     except OSError as exc:
@@ -209,7 +209,7 @@ def launch_command(folder: RunFolder, config: TrainConfig, device: str, threads:
 
 def mixture(config: TrainConfig, workspace: Workspace) -> Mixture:
     """What a config's data are: counts, and the confounds of the rows that an epoch sees. Raises as `start` does for data."""
-    return run_data.load(config, workspace).mixture()
+    return splits.resolve(config, workspace).mixture()
 
 
 def new_run_id(model: str, workspace: Workspace) -> str:

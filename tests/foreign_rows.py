@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from biasdpo.data import Journal
 from biasdpo.data.importing import convert, detect
+from biasdpo.data.journal import Journal
 from biasdpo.workspace import Workspace
 
 GOOD = {"prompt": "Who leads?", "chosen": "Anyone can.", "rejected": "Men."}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from biasdpo import data
+from biasdpo.data import journal, pairs, summary
 from biasdpo.data.summary import value_of
 from biasdpo.records import Judgment, Verdict
 from biasdpo.workspace import Workspace
@@ -31,9 +31,9 @@ def test_coverage(workspace: Workspace) -> None:
             say("5", category="race", repeat_of="x"),
         ],
     )
-    counts = data.cell_counts(standing(workspace))
+    counts = summary.cell_counts(standing(workspace))
     assert counts == {("gender", "women"): 2, ("race", ""): 1}
-    matrix = data.coverage(counts, [Prompt("", "gender", "men"), Prompt("", "", "men")])
+    matrix = summary.coverage(counts, [Prompt("", "gender", "men"), Prompt("", "", "men")])
     assert matrix.categories == ("gender", "race", "")
     assert matrix.groups == ("men", "women", "")
     assert matrix.counts == ((0, 2, 0), (0, 0, 1), (0, 0, 0))
@@ -45,11 +45,11 @@ def test_coverage(workspace: Workspace) -> None:
 
 def test_the_thinnest_cell_is_offered_first() -> None:
     prompts = [Prompt("a1", "a"), Prompt("a2", "a"), Prompt("b1", "b"), Prompt("c1", "c"), Prompt("c2", "c"), Prompt("c3", "c")]
-    order = [prompt.text for prompt in data.thinnest(prompts, {("a", ""): 2, ("b", ""): 1})]
+    order = [prompt.text for prompt in summary.thinnest(prompts, {("a", ""): 2, ("b", ""): 1})]
     # c holds 0, b 1, a 2: c1 (c is 1), b before c in the list, b1 and c2 (c is 2), then a1 before c3 (both 2), and a2
     assert order == ["c1", "b1", "c2", "a1", "c3", "a2"]
-    assert data.thinnest(prompts[:3], {}) == [prompts[0], prompts[2], prompts[1]]
-    assert data.thinnest([], {}) == []
+    assert summary.thinnest(prompts[:3], {}) == [prompts[0], prompts[2], prompts[1]]
+    assert summary.thinnest([], {}) == []
 
 
 # Agreement
@@ -58,7 +58,7 @@ def test_the_thinnest_cell_is_offered_first() -> None:
 def test_self_consistency_whichever_side(workspace: Workspace) -> None:
     first = say("Q", "A fair text", "An unfair text", left="base", took="base", annotator="ada")
     edited = say("R", "A mended text", "Bad", original_chosen="Good", left="base", took="base", annotator="ada")
-    shown = data.pair_id_of("R", "Good", "Bad")
+    shown = pairs.pair_id_of("R", "Good", "Bad")
     store(
         workspace,
         [
@@ -73,15 +73,15 @@ def test_self_consistency_whichever_side(workspace: Workspace) -> None:
             say("R", "Good", "Bad", annotator="ben", repeat_of=shown),  # ben never judged it
         ],
     )
-    assert data.shown_pair_id(standing(workspace)[1]) == shown
+    assert pairs.shown_pair_id(standing(workspace)[1]) == shown
     # In alphabetical order of what was shown: "A fair…" before "An unfair…", "Bad" before "Good".
     said = [value_of(row) for row in standing(workspace)]
     assert said == ["first", "second", "first", "second", "first", "tie", "second"]
-    found = data.agreement(standing(workspace))
+    found = summary.agreement(standing(workspace))
     assert found.self_consistency == {"ada": (2, 4)}
     assert (found.alpha, found.pairs) == (None, 0)  # one annotator
-    data.undo(workspace, first.id, first.pair_id, "ada")
-    assert data.self_consistency(standing(workspace)) == {"ada": (1, 3)}
+    journal.undo(workspace, first.id, first.pair_id, "ada")
+    assert summary.self_consistency(standing(workspace)) == {"ada": (1, 3)}
 
 
 def test_alpha_by_hand(workspace: Workspace) -> None:
@@ -104,7 +104,7 @@ def test_alpha_by_hand(workspace: Workspace) -> None:
             judge("", "1", "both_biased"),  # an import: nobody's judgment
         ],
     )
-    found = data.agreement(standing(workspace))
+    found = summary.agreement(standing(workspace))
     # Eight judgments of four pairs: first 3, second 3, tie 2. Observed disagreement: 2 of 8 ordered pairs. Expected:
     # 2 (3*3 + 3*2 + 3*2) / (8*7) = 42/56. alpha = 1 - (2/8) / (42/56) = 2/3
     assert found.alpha == pytest.approx(2 / 3)
@@ -113,6 +113,6 @@ def test_alpha_by_hand(workspace: Workspace) -> None:
 
 def test_alpha_of_those_who_all_say_the_same(workspace: Workspace) -> None:
     store(workspace, [say("1", "a", "b", annotator=name) for name in ("ada", "ben")])
-    assert data.agreement(standing(workspace)) == data.Agreement({}, None, 1)
+    assert summary.agreement(standing(workspace)) == summary.Agreement({}, None, 1)
     store(workspace, [say("2", "b", "a", annotator=name) for name in ("ada", "ben")])
-    assert data.agreement(standing(workspace)).alpha == 1.0
+    assert summary.agreement(standing(workspace)).alpha == 1.0

@@ -7,9 +7,10 @@ from dataclasses import asdict
 
 import pytest
 
-from biasdpo import data
-from biasdpo.data import Confounds, Journal, Meter, PreferencePair, health
-from biasdpo.data.health import wilson
+from biasdpo.data import health, journal
+from biasdpo.data.health import Confounds, Meter, wilson
+from biasdpo.data.journal import Journal
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.records import Judgment
 from biasdpo.workspace import Workspace
 from tests.judging import LONG, SHORT, prompts, say, store
@@ -32,8 +33,8 @@ def test_confounds_of_a_few_by_hand(workspace: Workspace) -> None:
             say("Withdrawn?", LONG, SHORT, left="base", took="base", annotator="eve"),
         ],
     )
-    data.undo(workspace, judged[-1].id, judged[-1].pair_id, "eve")
-    found = data.measure(Journal(workspace.preferences).refresh().rows.values())
+    journal.undo(workspace, judged[-1].id, judged[-1].pair_id, "eve")
+    found = health.measure(Journal(workspace.preferences).refresh().rows.values())
     assert found.pairs == 6
     assert found.chosen_longer_share == pytest.approx(3.5 / 6)  # rows 1, 4, 5 and half of 3
     assert found.chosen_left_share == pytest.approx(2 / 3)  # of rows 1, 2, 3: 1 and 3
@@ -46,12 +47,12 @@ def test_confounds_of_a_few_by_hand(workspace: Workspace) -> None:
 
 
 def test_nothing_has_no_shares() -> None:
-    assert data.measure([]) == Confounds(0, None, None, 0, 0, None, (), ())
+    assert health.measure([]) == Confounds(0, None, None, 0, 0, None, (), ())
 
 
 def test_confounds_of_pairs_for_training() -> None:
     rows = [PreferencePair(f"Prompt number {i} of this mixture?", LONG, SHORT) for i in range(30)]
-    found = data.measure([*rows, rows[0]])
+    found = health.measure([*rows, rows[0]])
     assert (found.pairs, found.chosen_longer_share, found.chosen_left_share, found.exact_duplicates) == (31, 1.0, None, 1)
     assert found.near_duplicates == 29  # "prompt number 1 of this mixture" and the others share 4 of 8 trigrams: 4 / 10
 
@@ -75,7 +76,7 @@ def test_wilson() -> None:
 )
 def test_the_warning_of_length(longer: int, of: int, warns: bool) -> None:
     rows = [PreferencePair(f"{i}", LONG, SHORT) if i < longer else PreferencePair(f"{i}", SHORT, LONG) for i in range(of)]
-    lines = [line for line in data.measure(rows).warnings if "longer" in line]
+    lines = [line for line in health.measure(rows).warnings if "longer" in line]
     assert bool(lines) == warns
     if warns:
         assert "83.5 %" in lines[0]
@@ -91,22 +92,22 @@ def test_the_warning_of_sides(left: int, of: int, warns: bool) -> None:
         asdict(say(f"{i}", left="base", took="base" if i < left else "tuned", chosen=LONG[i % 2 :], rejected=LONG))
         for i in range(of)
     ]
-    assert any("left completion" in line for line in data.measure(rows).warnings) == warns
+    assert any("left completion" in line for line in health.measure(rows).warnings) == warns
 
 
 def test_one_annotators_habit_is_named_where_there_are_several() -> None:
     rows = [asdict(say(f"{i}", annotator="ada")) for i in range(20)]
-    assert [line.split(" ")[0] for line in data.measure(rows).warnings] == ["The"]
+    assert [line.split(" ")[0] for line in health.measure(rows).warnings] == ["The"]
     rows += [asdict(say(f"{i}", SHORT, LONG, annotator="ben")) for i in range(40)]
-    (line,) = data.measure(rows).warnings
+    (line,) = health.measure(rows).warnings
     assert line.startswith("ada: the longer completion is chosen in 100.0 % of 20 pairs")
 
 
 def test_the_warning_of_near_duplicates() -> None:
     rows = [PreferencePair(" ".join(f"{word}{i}" for word in "abcdef"), SHORT, LONG) for i in range(18)]
     near = [PreferencePair(rows[i].prompt + " g", SHORT, LONG) for i in range(3)]
-    assert data.measure([*rows, *near[:2]]).warnings == ()  # 2 of 20 is no more than 10 %
-    (line,) = data.measure([*rows, *near]).warnings
+    assert health.measure([*rows, *near[:2]]).warnings == ()  # 2 of 20 is no more than 10 %
+    (line,) = health.measure([*rows, *near]).warnings
     assert line.startswith("3 of 21 prompts nearly repeat an earlier one")
 
 
@@ -122,24 +123,24 @@ def test_the_meter_follows_the_journal(workspace: Workspace, monkeypatch: pytest
     for step in range(120):
         if made and step % 4 == 3:
             row = rng.choice(made)
-            data.undo(workspace, row.id, row.pair_id, row.annotator)  # now and then twice
+            journal.undo(workspace, row.id, row.pair_id, row.annotator)  # now and then twice
         else:
             sides = rng.choice([("base", "base"), ("base", "tuned"), ("", "")])
             texts_of = rng.choice([(LONG, SHORT), (SHORT, LONG)])
             columns = {"annotator": rng.choice(["ada", "ben", ""]), "repeat_of": rng.choice(["", "", "x"])}
             verdict = rng.choice(["preferred", "preferred", "tie"])
             made.append(say(rng.choice(texts), *texts_of, left=sides[0], took=sides[1], verdict=verdict, **columns))
-            data.append(workspace, made[-1])
+            journal.append(workspace, made[-1])
         size = len(journal.rows)
         found = meter.refresh(journal.refresh())
         assert looked_at.pop() == len(journal.rows) - size
-        assert found == data.measure(journal.rows.values())
+        assert found == health.measure(journal.rows.values())
         looked_at.clear()
     assert found.exact_duplicates > 0
     assert found.near_duplicates > 0
     assert meter.refresh(journal) == found
     workspace.preferences.write_bytes(b"".join(workspace.preferences.read_bytes().splitlines(keepends=True)[:5]))
-    assert meter.refresh(journal.refresh()) == data.measure(journal.rows.values())  # it was cut: read anew
+    assert meter.refresh(journal.refresh()) == health.measure(journal.rows.values())  # it was cut: read anew
     other = Journal(workspace.root / "none.jsonl")
     assert meter.refresh(other.refresh()).pairs == 0
 
@@ -153,9 +154,9 @@ def test_a_withdrawn_prompt_frees_those_that_repeat_it(workspace: Workspace) -> 
     judged = store(workspace, [say(first), say(first), say(second), say(third)])
     journal, meter = Journal(workspace.preferences), Meter()
     assert meter.refresh(journal.refresh()).near_duplicates == 2
-    data.undo(workspace, judged[0].id, "", "")
+    journal.undo(workspace, judged[0].id, "", "")
     assert meter.refresh(journal.refresh()).near_duplicates == 2  # the prompt still stands once
-    data.undo(workspace, judged[1].id, "", "")
+    journal.undo(workspace, judged[1].id, "", "")
     assert meter.refresh(journal.refresh()).near_duplicates == 1  # the third repeats the second
-    data.undo(workspace, judged[2].id, "", "")
+    journal.undo(workspace, judged[2].id, "", "")
     assert meter.refresh(journal.refresh()).near_duplicates == 0

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import data
-from biasdpo.data import Journal, PreferencePair, Query
+from biasdpo.data import pairs, splits, summary
+from biasdpo.data.journal import Journal, append, undo
+from biasdpo.data.pairs import PreferencePair
+from biasdpo.data.summary import Query
 from biasdpo.errors import ConfigError
 from biasdpo.workspace import Workspace
 from tests.judging import LONG, SHORT, say, store
@@ -30,30 +32,33 @@ def judged(workspace: Workspace) -> Journal:
             for i in range(10)
         ],
     )
-    data.append(workspace, say("A tie?", verdict="tie", annotator="ada", source="compare"))
-    data.undo(workspace, rows[3].id, rows[3].pair_id, "ben")
+    append(workspace, say("A tie?", verdict="tie", annotator="ada", source="compare"))
+    undo(workspace, rows[3].id, rows[3].pair_id, "ben")
     return Journal(workspace.preferences).refresh()
 
 
 def shown(journal: Journal, wanted: Query, number: int = 0, page_rows: int = 50) -> list[str]:
-    return [row["prompt"] for row in data.query(journal, wanted, number, page_rows).rows]
+    return [row["prompt"] for row in summary.query(journal, wanted, number, page_rows).rows]
 
 
 def test_the_table_pages_the_newest_first(judged: Journal) -> None:
-    page = data.query(judged, Query(), 0, 4)
+    page = summary.query(judged, Query(), 0, 4)
     assert (page.total, page.number, page.pages) == (11, 0, 3)  # judgments alone, not the row that takes one back
     assert [row["prompt"] for row in page.rows] == ["A tie?", "Prompt 9?", "Prompt 8?", "Prompt 7?"]
     assert shown(judged, Query(), 2, 4) == ["Prompt 2?", "Prompt 1?", "Prompt 0?"]
-    assert data.query(judged, Query(), 9, 4).number == 2
-    assert {row["prompt"] for row in data.query(judged, Query()).rows if row["id"] in data.query(judged, Query()).retracted} == {
-        "Prompt 3?"
-    }
-    assert (data.query(Journal(Path("none")).refresh(), Query()).total, data.query(judged, Query("nowhere")).pages) == (0, 1)
+    assert summary.query(judged, Query(), 9, 4).number == 2
+    assert {
+        row["prompt"] for row in summary.query(judged, Query()).rows if row["id"] in summary.query(judged, Query()).retracted
+    } == {"Prompt 3?"}
+    assert (summary.query(Journal(Path("none")).refresh(), Query()).total, summary.query(judged, Query("nowhere")).pages) == (
+        0,
+        1,
+    )
 
 
 def test_the_tables_filters(judged: Journal) -> None:
-    assert data.choices(judged)["category"] == {"gender": 4, "race": 3, "": 4}
-    assert data.choices(judged)["verdict"] == {"preferred": 10, "tie": 1}
+    assert summary.choices(judged)["category"] == {"gender": 4, "race": 3, "": 4}
+    assert summary.choices(judged)["verdict"] == {"preferred": 10, "tie": 1}
     assert shown(judged, Query(category="race")) == ["Prompt 7?", "Prompt 4?", "Prompt 1?"]
     assert shown(judged, Query(category="", annotator="ada")) == ["A tie?", "Prompt 8?", "Prompt 2?"]
     assert shown(judged, Query(verdict="tie")) == shown(judged, Query(source="compare")) == ["A tie?"]
@@ -62,7 +67,7 @@ def test_the_tables_filters(judged: Journal) -> None:
     assert shown(judged, Query("GRÖSSE prompt")) == ["Prompt 7?"]  # all its words, in any column, in any case
     assert shown(judged, Query("größe", category="gender")) == []
     other = Workspace(judged.path.parent)
-    data.append(other, say("Größe?"))
+    append(other, say("Größe?"))
     assert shown(judged, Query("grösse")) == ["Prompt 7?"]  # not read yet
     assert shown(judged.refresh(), Query("grösse")) == ["Größe?", "Prompt 7?"]
     judged.path.write_bytes(judged.path.read_bytes().splitlines(keepends=True)[-1])
@@ -88,11 +93,11 @@ def test_stats(workspace: Workspace) -> None:
         say("Withdrawn?", category="religion"),
     ]
     store(workspace, judgments)
-    data.undo(workspace, judgments[-1].id, "", "")
+    undo(workspace, judgments[-1].id, "", "")
     with workspace.preferences.open("ab") as file:
         file.write(b"no row\n{}\n{")
-    data.append(workspace, say("Who helps?", category="gender", annotator="ada"))
-    found = data.stats(workspace)
+    append(workspace, say("Who helps?", category="gender", annotator="ada"))
+    found = summary.stats(workspace)
     assert list(found)[:10] == [
         "rows", "pairs", "ties", "both_biased", "retracted", "by_category", "chosen_longer_share", "chosen_left_share",
         "near_duplicates", "repaired_lines",
@@ -122,11 +127,13 @@ def test_stats(workspace: Workspace) -> None:
     }
     json.dumps(found)
     journal = Journal(workspace.preferences).refresh()
-    assert data.stats(journal) == found | {"repaired_lines": 0}
-    assert data.stats(journal.rows.values()) == found | {"repaired_lines": 0, "bad_lines": 0}
-    assert len(data.derive([PreferencePair(r["prompt"], r["chosen"], r["rejected"]) for r in data.trainable(journal)]).pairs) == 3
+    assert summary.stats(journal) == found | {"repaired_lines": 0}
+    assert summary.stats(journal.rows.values()) == found | {"repaired_lines": 0, "bad_lines": 0}
+    assert (
+        len(pairs.derive([PreferencePair(r["prompt"], r["chosen"], r["rejected"]) for r in splits.trainable(journal)]).pairs) == 3
+    )
 
 
 def test_stats_of_nothing(workspace: Workspace) -> None:
-    found = data.stats(workspace)
+    found = summary.stats(workspace)
     assert (found["rows"], found["pairs"], found["chosen_longer_share"], found["by_category"]) == (0, 0, None, {})

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from biasdpo import data
-from biasdpo.data import ColumnMapping
+from biasdpo.data import importing
+from biasdpo.data.importing import ColumnMapping
 from biasdpo.errors import ConfigError, DatasetError
 from tests.foreign_rows import FAIR, GOOD, GPT, GPT_UNFAIR, HUMAN, SYSTEM, UNFAIR, USER, converted, reason, write_lines
 
@@ -54,7 +54,7 @@ def test_alpacas_two_halves_are_joined_as_llama_factory_joins_them():
 )
 def test_a_system_text_stands_before_the_prompt_and_is_told(row, tmp_path):
     assert converted(row) == ("Be kind.\n\nWho leads?", "Anyone can.", "Men.")
-    found = data.convert_source(write_lines(tmp_path / "rows.jsonl", row))
+    found = importing.convert_source(write_lines(tmp_path / "rows.jsonl", row))
     assert found.notes == ("1 rows have a system text, which now stands before the prompt",)
 
 
@@ -103,21 +103,21 @@ def test_mapping_is_guessed_shown_and_overridden(tmp_path):
     path = write_lines(
         tmp_path / "rows.jsonl", {"id": 1, "less_biased": "a", "more_biased": "b", "ask": "Who?", "bias_type": "race"}
     )
-    seen = data.preview(path)
+    seen = importing.preview(path)
     assert seen.columns == ("id", "less_biased", "more_biased", "ask", "bias_type")
     assert seen.mapping == ColumnMapping(chosen="less_biased", rejected="more_biased", category="bias_type")
     assert seen.bad[0].line == 1
-    mapping = data.parse_mapping("prompt=ask,category=", seen.mapping, seen.columns)
-    assert data.preview(path, mapping).pairs == (data.ForeignPair("Who?", "a", "b"),)
+    mapping = importing.parse_mapping("prompt=ask,category=", seen.mapping, seen.columns)
+    assert importing.preview(path, mapping).pairs == (importing.ForeignPair("Who?", "a", "b"),)
     with pytest.raises(DatasetError, match=r"No column 'nope' for prompt: choose of id, less_biased"):
-        data.parse_mapping("prompt=nope", seen.mapping, seen.columns)
+        importing.parse_mapping("prompt=nope", seen.mapping, seen.columns)
     with pytest.raises(ConfigError, match=r"--map takes FIELD=COLUMN.*target_group.*got 'winner=a'"):
-        data.parse_mapping("winner=a", seen.mapping, seen.columns)
+        importing.parse_mapping("winner=a", seen.mapping, seen.columns)
 
 
 def test_a_file_without_columns_to_guess_names_those_it_has(workspace, tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", {"a": "x", "b\n": "y"})
     with pytest.raises(DatasetError, match=r"recognised as chosen, got a, b\?: name it with --map chosen=COLUMN"):
-        data.import_file(workspace, path)
-    assert data.preview(path) == data.Preview(("a", "b\n"), ColumnMapping(), (), ())
+        importing.import_file(workspace, path)
+    assert importing.preview(path) == importing.Preview(("a", "b\n"), ColumnMapping(), (), ())
     assert not workspace.preferences.exists()

@@ -9,8 +9,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from biasdpo import data as dataset
-from biasdpo.data import BadLine, Journal, PreferencePair
+from biasdpo.data import importing, splits
+from biasdpo.data.journal import BadLine, Journal
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import DatasetError
 from biasdpo.workspace import Workspace
 from tests.foreign_rows import FAIR, GOOD, UNFAIR, USER, texts, write_lines
@@ -42,15 +43,15 @@ def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 11
     for file in files:
-        assert dataset.load([str(file)], Workspace(tmp_path)) == expected, file.name
+        assert splits.load([str(file)], Workspace(tmp_path)) == expected, file.name
 
 
 def test_training_reads_chat_messages_and_names_the_first_bad_row(tmp_path):
     chat = {"prompt": [USER], "chosen": [FAIR], "rejected": [UNFAIR]}
     path = write_lines(tmp_path / "chat.jsonl", chat, chat | {"prompt": [USER, FAIR, USER]})
     with pytest.raises(DatasetError, match=r"chat.jsonl:2: prompt has 3 turns"):
-        dataset.load([str(path)], Workspace(tmp_path))
-    assert dataset.load([str(write_lines(path, chat))], Workspace(tmp_path)) == [PreferencePair(**GOOD)]
+        splits.load([str(path)], Workspace(tmp_path))
+    assert splits.load([str(write_lines(path, chat))], Workspace(tmp_path)) == [PreferencePair(**GOOD)]
 
 
 def test_hostile_lines_cost_no_other(workspace, tmp_path):
@@ -76,7 +77,7 @@ def test_hostile_lines_cost_no_other(workspace, tmp_path):
     }
     path = tmp_path / "hostile.jsonl"
     path.write_bytes(b"\n".join(lines.values()))
-    done = dataset.import_file(workspace, path)
+    done = importing.import_file(workspace, path)
     assert (done.written, done.known) == (5, 0)
     assert texts(workspace) == ["Question 0?", "Question 1?", json.loads(markup)["prompt"], "Who leads?", "Question 2?"]
     expected = {
@@ -95,7 +96,7 @@ def test_hostile_lines_cost_no_other(workspace, tmp_path):
         assert line.reason.startswith(expected[line.line])
         assert len(line.reason) < 310
         assert line.reason.isprintable()
-    again = dataset.import_file(workspace, path)
+    again = importing.import_file(workspace, path)
     assert (again.written, again.known, again.bad) == (0, 5, done.bad)
 
 
@@ -103,7 +104,7 @@ def test_a_line_longer_than_any_row_is_one_bad_line(workspace, tmp_path, monkeyp
     monkeypatch.setattr("biasdpo.data.importing.MAX_LINE_BYTES", 1000)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + b"x" * 5000 + b"\n" + json.dumps(GOOD | {"prompt": "p"}).encode())
-    done = dataset.import_file(workspace, path)
+    done = importing.import_file(workspace, path)
     assert (done.written, [line.line for line in done.bad]) == (2, [2])
 
 
@@ -123,7 +124,7 @@ def test_a_ragged_csv(workspace, tmp_path):
         b"nul,a\0b,c\n"
         b"last,a,b"
     )
-    done = dataset.import_file(workspace, path)
+    done = importing.import_file(workspace, path)
     assert texts(workspace) == ["Two\nlines", "empty", "after", "last"]
     assert Journal(workspace.preferences).refresh().standing()[0]["chosen"] == 'a "b" c'
     assert done.bad == (
@@ -140,7 +141,7 @@ def test_a_quote_that_never_closes_swallows_no_row(workspace, tmp_path):
     path = tmp_path / "rows.csv"
     rows = "".join(f"prompt {i},chosen,rejected\n" for i in range(2000))
     path.write_text('prompt,chosen,rejected\nx,"opened,y\n' + rows)
-    done = dataset.import_file(workspace, path)
+    done = importing.import_file(workspace, path)
     assert (done.written, done.bad) == (2000, (BadLine(2, "no CSV (a quote is opened and never closed)"),))
 
 
@@ -149,7 +150,7 @@ def test_a_json_array_that_was_cut_off_keeps_what_is_whole(workspace, tmp_path):
     text = json.dumps([rows[0], {"prompt": "a"}, rows[1], 7, rows[2]], indent=2)
     path = tmp_path / "rows.json"
     path.write_text(text[:-40])
-    done = dataset.import_file(workspace, path)
+    done = importing.import_file(workspace, path)
     assert done.written == 2
     assert [(line.line, line.reason.split("(")[0]) for line in done.bad] == [
         (2, "no column 'chosen', got prompt"),
@@ -158,7 +159,7 @@ def test_a_json_array_that_was_cut_off_keeps_what_is_whole(workspace, tmp_path):
     ]
     twice = '[{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}, ' + json.dumps(GOOD) + "]"
     path.write_text(twice)
-    assert dataset.import_file(workspace, path).bad == (BadLine(1, "column 'prompt' is there twice"),)
+    assert importing.import_file(workspace, path).bad == (BadLine(1, "column 'prompt' is there twice"),)
 
 
 def test_a_parquet_file_with_broken_text(workspace, tmp_path):
@@ -167,7 +168,7 @@ def test_a_parquet_file_with_broken_text(workspace, tmp_path):
     parquet.write_table(
         pyarrow.table({"prompt": column, "chosen": other, "rejected": pyarrow.array(["x", "y"])}), tmp_path / "a.parquet"
     )
-    done = dataset.import_file(workspace, tmp_path / "a.parquet")
+    done = importing.import_file(workspace, tmp_path / "a.parquet")
     assert (done.written, done.bad) == (1, (BadLine(2, "broken UTF-8; save the file as UTF-8"),))
 
 
@@ -199,7 +200,7 @@ def test_a_file_that_is_none_is_one_line(workspace, tmp_path, name, data, words)
     elif data is not None:
         path.write_bytes(data)
     with pytest.raises(DatasetError, match=words) as caught:
-        dataset.import_file(workspace, path)
+        importing.import_file(workspace, path)
     assert "\n" not in str(caught.value)
     assert not workspace.preferences.exists()
 
@@ -207,4 +208,4 @@ def test_a_file_that_is_none_is_one_line(workspace, tmp_path, name, data, words)
 def test_a_hub_set_that_is_not_to_be_had(workspace, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(DatasetError, match=r"Can't load hub:nobody/nothing: .*; check the name and the network"):
-        dataset.import_file(workspace, "hub:nobody/nothing")
+        importing.import_file(workspace, "hub:nobody/nothing")

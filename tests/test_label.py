@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import data, labeling, prompts
+from biasdpo import labeling, prompts
+from biasdpo.data import pairs
 from biasdpo.data.health import AnnotatorShares, Confounds
 from biasdpo.data.pairs import shown_pair_id
 from biasdpo.errors import ConfigError, DatasetError, PromptError
@@ -83,7 +84,7 @@ def test_what_an_answer_becomes(answer, chosen, verdict, side):
     assert (made["chosen"], made["verdict"], made["meta"]["chosen_side"]) == (chosen, verdict, side)
     assert {made["chosen"], made["rejected"]} == {"Men do.", "Anyone can."}
     assert (made["category"], made["target_group"], made["note"], made["annotator"]) == ("gender", "women", "a note", "oak")
-    assert made["pair_id"] == SHOWN.pair_id == data.pair_id_of("Who leads?", "Anyone can.", "Men do.")
+    assert made["pair_id"] == SHOWN.pair_id == pairs.pair_id_of("Who leads?", "Anyone can.", "Men do.")
     assert (made["meta"]["left_side"], made["meta"]["seed"], made["meta"]["seconds"]) == ("base", 7, 1.235)
     assert (made["original_chosen"], made["original_rejected"]) == ("", "")
 

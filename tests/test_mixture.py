@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from biasdpo import data as dataset
 from biasdpo import runs
 from biasdpo.config import TrainConfig
-from biasdpo.data import PreferencePair, run_data
+from biasdpo.data import splits
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import DatasetError
 from biasdpo.workspace import Workspace
 from tests.run_line import CommandLine
@@ -31,44 +31,42 @@ def write(path: Path, pairs: list[PreferencePair], **swapped: bool) -> str:
 
 def test_how_often_an_epoch_sees_a_pair() -> None:
     pairs = pairs_of(*range(10))
-    assert dataset.weighted(pairs, [1.0] * 10, seed=0) == pairs
-    assert dataset.weighted(pairs[:2], [2.0, 1.0], seed=0) == [pairs[0], pairs[0], pairs[1]]
-    half = dataset.weighted(pairs, [0.5] * 10, seed=0)
+    assert splits.weighted(pairs, [1.0] * 10, seed=0) == pairs
+    assert splits.weighted(pairs[:2], [2.0, 1.0], seed=0) == [pairs[0], pairs[0], pairs[1]]
+    half = splits.weighted(pairs, [0.5] * 10, seed=0)
     assert len(half) == 5  # of ten
     assert half == [pair for pair in pairs if pair in half]  # in their order
-    assert half == [pair for pair in pairs if pair in dataset.weighted(pairs[::-1], [0.5] * 10, seed=0)]  # whatever the order
-    assert half != dataset.weighted(pairs, [0.5] * 10, seed=1)
-    more = dataset.weighted(pairs, [2.5] * 10, seed=0)
+    assert half == [pair for pair in pairs if pair in splits.weighted(pairs[::-1], [0.5] * 10, seed=0)]  # whatever the order
+    assert half != splits.weighted(pairs, [0.5] * 10, seed=1)
+    more = splits.weighted(pairs, [2.5] * 10, seed=0)
     assert len(more) == 25
     assert sorted(more.count(pair) for pair in pairs) == [2] * 5 + [3] * 5
     # Four of weight 0.25 and six of 0.5: one of the four, three of the six.
-    mixed = dataset.weighted(pairs, [0.25] * 4 + [0.5] * 6, seed=0)
+    mixed = splits.weighted(pairs, [0.25] * 4 + [0.5] * 6, seed=0)
     assert [sum(pair in mixed for pair in part) for part in (pairs[:4], pairs[4:])] == [1, 3]
 
 
 def test_a_pair_of_two_sources_counts_once_with_the_larger_weight(tmp_path: Path, workspace: Workspace) -> None:
     one, two = write(tmp_path / "one.jsonl", pairs_of(0, 1, 2)), write(tmp_path / "two.jsonl", pairs_of(2, 3))
-    mixed = dataset.mix([one, two], [0.5, 3.0], workspace)
+    mixed = splits.mix([one, two], [0.5, 3.0], workspace)
     assert mixed.derived.pairs == tuple(pairs_of(0, 1, 2, 3))
     assert mixed.weights == (0.5, 0.5, 3.0, 3.0)
     assert (mixed.derived.repeats, mixed.rows_read, mixed.per_source) == (1, 5, ((one, 3), (two, 2)))
     # Chosen the other way round in the other source: nobody knows, so it is left out.
     against = write(tmp_path / "against.jsonl", pairs_of(2), swapped=True)
-    assert dataset.mix([one, against], [], workspace).derived.contradictions == 1
+    assert splits.mix([one, against], [], workspace).derived.contradictions == 1
 
 
 def test_the_snapshot_keeps_the_weights_and_opens_as_ever(tmp_path: Path) -> None:
     from datasets import load_dataset
 
     pairs = pairs_of(0, 1, 2)
-    plain = dataset.snapshot(pairs, tmp_path / "plain.jsonl")
-    assert dataset.snapshot(pairs, tmp_path / "ones.jsonl", [1.0, 1.0, 1.0]) == plain  # weights of 1 change no hash
-    assert dataset.snapshot(pairs, tmp_path / "weighted.jsonl", [2, 0.5, 1]) != plain
-    for name, weights in (("plain", [1.0, 1.0, 1.0]), ("weighted", [2.0, 0.5, 1.0])):
+    plain = splits.write_dataset(pairs, tmp_path / "plain.jsonl")
+    assert splits.write_dataset(pairs, tmp_path / "ones.jsonl", [1.0, 1.0, 1.0]) == plain  # weights of 1 change no hash
+    assert splits.write_dataset(pairs, tmp_path / "weighted.jsonl", [2, 0.5, 1]) != plain
+    for name in ("plain", "weighted"):
         path = tmp_path / f"{name}.jsonl"
-        read, by_id = dataset.load_snapshot(path)
-        assert read == dataset.load_jsonl(path) == pairs
-        assert [by_id[pair.pair_id] for pair in read] == weights
+        assert splits.load_file(path) == pairs
         rows = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / name))
         assert rows["chosen"] == [pair.chosen for pair in pairs]
         assert rows.column_names == sorted(
@@ -117,7 +115,7 @@ def test_a_weighted_run_trains_on_what_the_mixture_says(command_line: CommandLin
     other = write(tmp_path / "other.jsonl", pairs_of(*range(100, 110)))
     datasets, weights = (str(command_line.rows), other), (0.5, 2.0)
     settings = {"datasets": datasets, "dataset_weights": weights, "max_steps": 2}
-    data = run_data.load(command_line.config(**settings), command_line.workspace)
+    data = splits.resolve(command_line.config(**settings), command_line.workspace)
     folder = command_line.train_here("weighted", **settings)
     assert f"{len(data.epoch)} pairs to train on, {len(data.split.held_out)} held out" in folder.read_status().notes
     train = [pair for pair in data.split.train if pair.prompt.startswith("Is a10") and len(pair.prompt) > 25]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import data
-from biasdpo.data import Journal, Meter
+from biasdpo.data import health
+from biasdpo.data.health import Meter
+from biasdpo.data.journal import Journal
 from biasdpo.errors import DatasetError
 from biasdpo.workspace import Workspace
 from tests.judging import LONG, say, store
@@ -60,13 +61,13 @@ def benchmarks(tmp_path: Path) -> Path:
     ],
 )
 def test_overlap(benchmarks: Path, text: str, files: tuple[str, ...]) -> None:
-    overlap = data.load_overlap(benchmarks)
+    overlap = health.load_overlap(benchmarks)
     assert overlap.files_of(text) == files
     assert overlap.overlaps(text) == bool(files)
 
 
 def test_overlap_of_many_texts_at_once(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overlap = data.load_overlap(benchmarks)
+    overlap = health.load_overlap(benchmarks)
     assert overlap.files == ("a/items.jsonl", "b/items.csv", "b/whole.json", "c/lines.txt.dev")
     assert overlap.skipped == ("c/image.png",)
     texts = ["", ITEM, "word " * 20, f"x {ITEM}", "one two three four five six seven eight"] * 50
@@ -77,13 +78,13 @@ def test_overlap_of_many_texts_at_once(benchmarks: Path, monkeypatch: pytest.Mon
 
 
 def test_no_benchmarks(tmp_path: Path) -> None:
-    assert not data.load_overlap(tmp_path).overlaps(ITEM)
+    assert not health.load_overlap(tmp_path).overlaps(ITEM)
     with pytest.raises(DatasetError, match=r"No folder .*none.* --data-dir"):
-        data.load_overlap(tmp_path / "none")
+        health.load_overlap(tmp_path / "none")
 
 
 def test_the_meter_counts_pairs_that_a_benchmark_has(benchmarks: Path, workspace: Workspace) -> None:
-    overlap = data.load_overlap(benchmarks)
+    overlap = health.load_overlap(benchmarks)
     judged = store(
         workspace,
         [
@@ -99,19 +100,19 @@ def test_the_meter_counts_pairs_that_a_benchmark_has(benchmarks: Path, workspace
     (line,) = found.warnings
     assert line.startswith("3 pairs share eight words in a row with a benchmark (a/items.jsonl, b/items.csv)")
     for row in judged[1:3]:
-        data.undo(workspace, row.id, row.pair_id, "")
+        journal.undo(workspace, row.id, row.pair_id, "")
     assert (
         meter.refresh(journal.refresh())
         .warnings[0]
         .startswith("1 pair shares eight words in a row with a benchmark (a/items.jsonl)")
     )
-    data.undo(workspace, judged[0].id, "", "")
+    journal.undo(workspace, judged[0].id, "", "")
     assert (meter.refresh(journal.refresh()).benchmark_overlap, meter.refresh(journal).warnings) == (0, ())
 
 
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmark files are not part of the project")
 def test_the_benchmarks_at_hand_are_read_whatever_their_format() -> None:
-    overlap = data.load_overlap(BENCHMARKS)
+    overlap = health.load_overlap(BENCHMARKS)
     assert {name.split("/")[0] for name in overlap.files} == {
         "bbq", "bold", "crows_pairs", "real_toxicity_prompts", "stereoset", "truthfulqa", "winobias",
     }  # fmt: skip

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo import data, models, runs
+from biasdpo import models, runs
 from biasdpo.config import TrainConfig
+from biasdpo.data import splits
 from biasdpo.errors import ConfigError, RefusedError, RunError
 from biasdpo.run_folder import RunFolder, Status
 from biasdpo.workspace import Workspace, write_json
@@ -31,8 +32,8 @@ def test_a_run_from_the_data_to_the_adapter(command_line: CommandLine) -> None:
     # The folder holds what DESIGN says, and the data's hash leads back to the rows.
     folder = RunFolder(Path(shown["folder"]))
     assert hashlib.sha256(folder.snapshot.read_bytes()).hexdigest() == shown["dataset_sha256"]
-    pairs = data.load_jsonl(folder.snapshot)
-    parts = data.split(pairs, 0.1)
+    pairs = splits.load_file(folder.snapshot)
+    parts = splits.split(pairs, 0.1)
     assert len(pairs) == 40
     lines = folder.read_metrics()
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))

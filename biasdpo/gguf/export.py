@@ -15,12 +15,13 @@ from typing import Any
 
 from biasdpo import runs
 from biasdpo.chat import PromptTemplate
+from biasdpo.data.splits import held_out_pairs
 from biasdpo.errors import ExportError, WorkspaceError
 from biasdpo.exports.record import ExportRecord, modelfile_file
 from biasdpo.exports.request import ExportConfig
 from biasdpo.exports.unfinished import Progress, fsync_folder, unfinished_export
 from biasdpo.gguf import write
-from biasdpo.gguf.proof import ExportProof, held_out_pairs, prove
+from biasdpo.gguf.proof import ExportProof, prove
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling
 from biasdpo.workspace import Workspace, refuse_on_public_space, replacing, sha256_of

@@ -26,7 +26,8 @@ from gradio.processing_utils import save_file_to_cache
 from biasdpo import config as train_config
 from biasdpo import models, runs
 from biasdpo.config import Preset, TrainConfig, load_json
-from biasdpo.data import HUB, WORKSPACE
+from biasdpo.data.importing import HUB
+from biasdpo.data.splits import WORKSPACE
 from biasdpo.engines import EnginePool
 from biasdpo.errors import BiasDPOError, ConfigError, RunError
 from biasdpo.labeling import DiffPiece, word_diff
@@ -447,7 +448,7 @@ def mixture(found: Mixture) -> str:
         ("rows read", found.rows_read, "in all sources together"),
         ("repeats", found.repeats, "rows that say again what another says: left out"),
         ("contradictions", found.contradictions, "pairs that are judged both ways equally often: left out"),
-        ("bridging", found.bridging, "pairs whose prompt is nearly one on either side of the split: left out"),
+        ("bridging", found.dropped, "pairs whose prompt is nearly one on either side of the split: left out"),
     ]
     if found.rows_per_epoch != found.pairs_train:
         counts.insert(1, ("rows an epoch", found.rows_per_epoch, "the training pairs, each as often as its source's weight says"))
