@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from biasdpo.data import exporting, importing, journal, splits
+from biasdpo.data import exporting, importing, splits
 from biasdpo.data.exporting import COLUMNS
-from biasdpo.data.journal import Journal
+from biasdpo.data.journal import Journal, append, new_judgment, retract
 from biasdpo.errors import ConfigError, DatasetError, RefusedError, WorkspaceError
 from biasdpo.workspace import Workspace, sha256_of
 
@@ -31,8 +31,8 @@ TEXTS = [
 ]
 
 
-def judge(workspace: Workspace, prompt: str = "Who?", chosen: str = "a", rejected: str = "b", **columns: Any) -> journal.Journal:
-    journal.append(workspace, journal.new_judgment(prompt, chosen, rejected, **({"annotator": "ana"} | columns)))
+def judge(workspace: Workspace, prompt: str = "Who?", chosen: str = "a", rejected: str = "b", **columns: Any) -> Journal:
+    append(workspace, new_judgment(prompt, chosen, rejected, **({"annotator": "ana"} | columns)))
     return Journal(workspace.preferences).refresh()
 
 
@@ -104,7 +104,7 @@ def test_one_row_a_pair_as_most_judgments_say(workspace, tmp_path):
     judge(workspace, "Tie?", verdict="tie")
     judge(workspace, "Repeat?", repeat_of="a" * 16)
     journal = judge(workspace, "Withdrawn?")
-    journal.retract(workspace, list(journal.rows)[-1])
+    retract(workspace, list(journal.rows)[-1])
     done = exporting.export_file(workspace, tmp_path / "pairs.jsonl")
     (row,) = [json.loads(line) for line in done.path.read_text().splitlines()]
     assert ids == ["ana", "ben"]
@@ -144,15 +144,16 @@ def test_the_card_states_what_one_must_know(workspace, tmp_path):
     ):
         assert words in text, words
     assert "<b>" not in text
-    assert "keep the licence" not in text
+    assert "keep the license" not in text
 
 
 def test_imported_rows_keep_their_licence_and_are_named(workspace, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
     importing.import_file(workspace, tmp_path / "rows.jsonl", name="BiasDPO")
     text = exporting.export_file(workspace, tmp_path / "a" / "pairs.jsonl").card.read_text()
-    assert "license: other\nlicense_name: that-of-each-source\n" in text
-    assert "Rows of `import:BiasDPO` keep the licence" in text
+    assert "license: other\n" in text
+    assert "license_name: that-of-each-source\n" in text
+    assert "Rows of `import:BiasDPO` keep the license" in text
     assert "Judgments made in BiasDPO" not in text
     judge(workspace)
     text = exporting.export_file(workspace, tmp_path / "b" / "pairs.jsonl").card.read_text()

@@ -1,4 +1,4 @@
-"""Export of what training reads from the journal, as a file that `datasets.load_dataset` and TRL read as it is, with a dataset card.
+"""Export of what training reads from the journal: a file that `datasets.load_dataset` and TRL read as it is, and a dataset card.
 
 JSONL, CSV or Parquet, by the file's suffix. JSONL and Parquet are safest: a spreadsheet may take a CSV text that begins with '='
 for a formula, and pandas reads a cell `NA` or `None` as missing (unless given `keep_default_na=False`, as the card does).
