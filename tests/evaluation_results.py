@@ -13,7 +13,7 @@ from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.stereoset import StereoSet, Triple
 from biasdpo.benchmarks.utility import Utility
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.evaluation.run import correct, summarize
 from biasdpo.workspace import write_json
 

@@ -155,7 +155,7 @@ def test_draws_depend_on_step_and_batch_alone(tiny_llama, tmp_path, monkeypatch)
 
 def test_anchor_texts_are_within_max_length_and_none_without_a_weight(tiny_llama):
     from biasdpo.backends.hf_loading import encode_text, load_tokenizer
-    from biasdpo.data import PreferencePair
+    from biasdpo.data.pairs import PreferencePair
     from training.rows import anchor_texts
 
     tokenizer = load_tokenizer(tiny_llama)

@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import DPOConfig
 
 from biasdpo import config as run_config
-from biasdpo import counterfactuals, data, models
+from biasdpo import counterfactuals, models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
-from biasdpo.data import PreferencePair, run_data
+from biasdpo.data import splits
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import ConfigError, DatasetError, ModelError
 from biasdpo.jobs.job import JobFolder
 from biasdpo.models import ModelSpec
@@ -94,7 +95,7 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
         "rows": {"train": len(rows.train.rows), "seen": len(rows.used), "held_out": len(rows.held_out.rows)},
         "kept": {"step": step, "of": last_step, "reason": reason},
         # Without folders of this machine.
-        "config": config.to_json() | {"datasets": list(map(run_data.public_name, config.datasets))},
+        "config": config.to_json() | {"datasets": list(map(splits.public_name, config.datasets))},
         "metrics": {"held_out": held_out},
     }
     write_adapter(folder, trainer.model.peft_config["default"], adapter, spec, provenance)
@@ -137,9 +138,8 @@ def base_sha256(spec: ModelSpec) -> str:
 
 def load_pairs(folder: JobFolder, config: TrainConfig) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
     """The pairs of an epoch, each as often as its weight says, and the held-out pairs."""
-    pairs, weights = data.load_snapshot(folder.snapshot)
-    split = data.split(pairs, config.held_out_share)
-    return run_data.rows_per_epoch(split.train, weights, config.seed), split.held_out
+    snapshot = splits.read_snapshot(folder.path)
+    return snapshot.epoch(config.seed), snapshot.split.held_out
 
 
 def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> None:

@@ -27,9 +27,10 @@ from biasdpo import config as run_config
 from biasdpo import models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
-from biasdpo.data import run_data
+from biasdpo.data import splits
 from biasdpo.jobs.estimate import Estimate, free_memory_bytes, refusal_of
 from biasdpo.jobs.job import JobFolder
+from biasdpo.prompts import probe_prompts
 from biasdpo.workspace import Workspace, write_json
 from training.callbacks import ProbeCallback
 from training.dpo import base_sha256, build_trainer, load_policy, trains_on_cpu
@@ -87,7 +88,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
         torch.set_num_threads(config.threads)
 
     # The run's rows and model, and a trainer on the rows that are timed.
-    data = run_data.load(config, workspace)
+    data = splits.resolve(config, workspace)
     spec = models.find(config.model)
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
@@ -139,7 +140,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
 
     # Evaluations, probes, and the scoring at the end.
     share = tokens_in(rows.held_out.rows) / tokens_in(evaluated) if evaluated else 0.0  # all held-out rows per timed one
-    prompts = run_data.probe_prompts(config)
+    prompts = probe_prompts(config)
     probe = ProbeCallback(trainer, writer, tokenizer, spec.template, prompts, config.probe_every)
     evaluations = probes = scoring = 0.0
 

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from biasdpo import data, model_card, models, rewards
+from biasdpo import model_card, models, rewards
 from biasdpo.config import TrainConfig
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair, longer_baseline
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import write_json
 from training.packing import Branches, kl_of_tokens, pack, score_tokens
@@ -49,7 +49,7 @@ def held_out_metrics(
     return {
         "pairs": len(rows),
         "reward_accuracy": rewards.reward_accuracy(margins),
-        "reward_accuracy_of_picking_the_longer": data.longer_baseline(pairs),
+        "reward_accuracy_of_picking_the_longer": longer_baseline(pairs),
         "reward_margin_nats": float(margins.mean()),
         "logratio_margin_nats": float(margins.mean() / config.beta),
         "length_normalised_accuracy_base": by_length(base_chosen, base_rejected, *scores.lengths),

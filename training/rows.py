@@ -10,7 +10,7 @@ from typing import Any
 from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import DatasetError
 
 

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from biasdpo import data
 from biasdpo.benchmarks.base import LikelihoodBenchmark
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair, longer_baseline
 from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import Likelihood, LikelihoodRequest, Request
 
@@ -61,7 +60,7 @@ class Preference(LikelihoodBenchmark[PreferencePair]):
 
 
 def _longer_is_chosen(pairs: Sequence[PreferencePair]) -> float:
-    baseline = data.longer_baseline(pairs)
+    baseline = longer_baseline(pairs)
     return float("nan") if baseline is None else baseline
 
 

@@ -23,18 +23,18 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from biasdpo import __version__, data, models
+from biasdpo import __version__, models
 from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, LikelihoodBenchmark
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.chat import BARE
-from biasdpo.config import TrainConfig
-from biasdpo.data import PreferencePair
+from biasdpo.data import splits
+from biasdpo.data.pairs import PreferencePair, derive
+from biasdpo.data.splits import WORKSPACE, held_out_pairs
 from biasdpo.engines import Engine
 from biasdpo.errors import ConfigError, DatasetError, PromptError
 from biasdpo.evaluation import stats
 from biasdpo.evaluation.stats import Array, Interval, Metric
-from biasdpo.gguf.proof import held_out_pairs
 from biasdpo.models import AdapterSpec
 from biasdpo.records import SEED_RANGE, Completion, CompletionRequest, Likelihood, Request, Side, check_strength
 from biasdpo.workspace import Workspace, locked, sha256_of, write_json
@@ -697,16 +697,15 @@ def preference_benchmark(source: str, adapter: AdapterSpec | None, workspace: Wo
                 "name a file with --dataset"
             )
         return Preference(pairs, _sha256_of_pairs(pairs))
-    rows = data.load([data.WORKSPACE], workspace) if source == data.WORKSPACE else data.load_jsonl(Path(source))
-    pairs = data.derive(rows).pairs
-    share = TrainConfig.held_out_share if adapter is None or adapter.held_out_share is None else adapter.held_out_share
-    held_out = data.split(pairs, share).held_out
+    rows = splits.load([WORKSPACE], workspace) if source == WORKSPACE else splits.load_file(Path(source))
+    pairs = derive(rows).pairs
+    held_out = splits.unseen(pairs, adapter, workspace)
     if not held_out:
         raise DatasetError(
-            f"No pairs to score: of the {len(pairs)} in {Path(source).name} the run held none out (held_out_share {share:g}), "
-            "and those it was trained on prove nothing; train again with held_out_share 0.1 or more, or score another benchmark"
+            f"No pairs to score: none of the {len(pairs)} in {Path(source).name} was held out of the adapter's training, and "
+            "those it was trained on prove nothing; train again with held_out_share 0.1 or more, or score another benchmark"
         )
-    return Preference(held_out, _sha256_of_pairs(held_out) if source == data.WORKSPACE else sha256_of(Path(source)))
+    return Preference(held_out, _sha256_of_pairs(held_out) if source == WORKSPACE else sha256_of(Path(source)))
 
 
 def _sha256_of_pairs(pairs: Sequence[PreferencePair]) -> str:
