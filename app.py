@@ -1,5 +1,5 @@
 """BiasDPO's page: python app.py [--model ID|auto] [--backend B] [--workspace DIR]
-                       [--data-dir DIR] [--host H] [--port P]
+                       [--data-dir DIR] [--host H] [--port P] [--allowed-host NAME]
 
 Flags, then the page, then the model: it is loaded in the background once the first page can be served.
 Exit status 2 and one line on stderr where something is wrong with what was asked.
@@ -51,6 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
     everywhere = "0.0.0.0" if is_public_space() else "127.0.0.1"
     parser.add_argument("--host", default=everywhere, metavar="H", help=f"address to serve on; default: {everywhere}")
     parser.add_argument("--port", type=int, default=7860, metavar="P", help="default: 7860")
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another host name to answer to (a reverse proxy's, this machine's name on the network), with or without a "
+        "port; repeatable",
+    )
     return parser
 
 
@@ -104,12 +112,13 @@ def serve(args: argparse.Namespace, workspace: Workspace) -> None:
     from biasdpo.ui import build_ui, launch_options
     from biasdpo.ui.compare import Startup
 
+    options = launch_options(args.host, args.allowed_host)
     data.mend(workspace)  # a line that a power loss tore would keep other readers from the journal
     pool = EnginePool(workspace)
     startup = Startup(args.model, args.backend)
     demo = build_ui(pool, startup, args.data_dir)
     try:
-        demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, **launch_options())
+        demo.launch(server_port=args.port, prevent_thread_lock=True, **options)
     except OSError as exc:  # taken between the check and here
         raise ConfigError(f"Can't serve on {args.host}:{args.port}: {exc}; choose another --port") from exc
     print(f"BiasDPO is at {demo.local_url}  (Ctrl+C stops it; workspace: {workspace.root})", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from biasdpo.ui.dataset import DatasetTab
 from biasdpo.ui.evaluate import EvaluateTab
 from biasdpo.ui.export import ExportTab
 from biasdpo.ui.label import LabelSessions, LabelTab
+from biasdpo.ui.security import GuardedApp, allowed_hosts
 from biasdpo.ui.train import TrainTab
 from biasdpo.workspace import ASSETS, is_public_space
 
@@ -94,8 +96,12 @@ def _js(value: bool) -> str:
     return "true" if value else "false"
 
 
-def launch_options() -> dict[str, Any]:
-    """What `Blocks.launch` needs for this page, beside host and port."""
+def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
+    """Arguments of `Blocks.launch` for this page, except the port.
+
+    host    the address to serve on
+    names   further hosts that the app answers to (--allowed-host)
+    """
     theme = gr.themes.Default(
         primary_hue=gr.themes.colors.teal,
         secondary_hue=gr.themes.colors.teal,
@@ -112,6 +118,8 @@ def launch_options() -> dict[str, Any]:
     )
     script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "charts.js", "evaluate.js"))
     return {
+        "_app": GuardedApp(allowed_hosts(host, names)),
+        "server_name": host,
         "theme": theme,
         "css_paths": [ASSETS / "style.css", ASSETS / "train.css", ASSETS / "export.css", ASSETS / "evaluate.css"],
         "head": f"<style>{_STYLE}</style><script>{script}</script>",

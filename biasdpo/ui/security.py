@@ -1,0 +1,206 @@
+"""Request checks that run before every route: which hosts the app answers to, and which pages may call it.
+
+Every website that a user visits can send requests to a server on 127.0.0.1. DNS rebinding (an attacker's host name that
+resolves to 127.0.0.1) even makes the attacker's page same-origin with it, so the Host header must be a known name. Forms
+and no-CORS requests need no preflight, so `Origin` and `Sec-Fetch-Site` must not belong to another site.
+Non-browser clients (curl, gradio_client) send neither header and are let through.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gradio.routes import App, ORJSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from biasdpo.errors import ConfigError
+from biasdpo.workspace import is_public_space
+
+_ADDRESS = re.compile(
+    r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[a-z0-9_][a-z0-9._-]{0,252}))(?::(?P<port>[0-9]{1,5}))?", re.I | re.A
+)
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_WILDCARDS = {"", "0.0.0.0", "::"}
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_HUB = "https://huggingface.co"  # a Space's page on the Hub embeds the app in a frame
+
+
+class Address(NamedTuple):
+    """Lowercase host name or IP address (without brackets), and the port if one was given."""
+
+    name: str
+    port: int | None
+
+    def __str__(self) -> str:
+        name = f"[{self.name}]" if ":" in self.name else self.name
+        return name if self.port is None else f"{name}:{self.port}"
+
+
+def parse_address(text: str) -> Address | None:
+    """Parse `host[:port]` as written in a Host header; None if it is malformed."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        return None
+    name = match["name"] or _ip_address(match["ipv6"])
+    return Address(name.lower(), int(match["port"]) if match["port"] else None) if name else None
+
+
+def _ip_address(text: str) -> str | None:
+    """Canonical form of an IP address: no zone, IPv4-mapped IPv6 as IPv4; None if it is not an IP address."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+@dataclass(frozen=True)
+class AllowedHosts:
+    """Hosts that the app answers to.
+
+    own     names of this server, valid with the port it listens on. The IP address that a connection arrived on also counts,
+            which covers all of the machine's addresses under a wildcard bind, even when they change.
+    added   other hosts; an entry without a port matches any port
+    """
+
+    own: frozenset[str]
+    added: frozenset[Address]
+
+    def accept_host(self, host: Address, server: Address) -> bool:
+        """Whether a server listening on `server` may answer a request for `host`."""
+        if any(host.name == name and (port is None or host.port in (None, port)) for name, port in self.added):
+            return True
+        return self._is_own(host.name, server) and host.port in (None, server.port)
+
+    def accept_origin(self, origin: str, host: Address, server: Address) -> bool:
+        """Whether a page from `origin` may call the app: it must be the requested host or an allowed one."""
+        scheme, separator, text = origin.partition("://")
+        page = parse_address(text)
+        if not separator or page is None or scheme not in _DEFAULT_PORTS:  # includes "null"
+            return False
+        port = page.port or _DEFAULT_PORTS[scheme]
+        if page.name == host.name and port == (host.port or _DEFAULT_PORTS[scheme]):
+            return True
+        if page in self.added or Address(page.name, port) in self.added:
+            return True
+        return self._is_own(page.name, server) and port == server.port
+
+    def _is_own(self, name: str, server: Address) -> bool:
+        return name in self.own or name == server.name
+
+
+def allowed_hosts(bound: str, names: Iterable[str] = ()) -> AllowedHosts:
+    """Build the allow-list of a server bound to `bound`: its own names, `names` (--allowed-host), and a Space's own host."""
+    own = set(_LOOPBACK)
+    if bound not in _WILDCARDS:
+        own.add(_ip_address(bound.strip("[]")) or bound.lower())
+    added = [_added_address(name) for name in names]
+    if is_public_space() and (space := parse_address(os.environ.get("SPACE_HOST", ""))):
+        added.append(space)
+    return AllowedHosts(frozenset(own), frozenset(added))
+
+
+def _added_address(text: str) -> Address:
+    address = parse_address(text) or parse_address(f"[{text}]")
+    if address is None:
+        raise ConfigError(
+            f"--allowed-host must be a host name, with or without a port: got {text!r}; for example biasdpo.example.org"
+        )
+    return address
+
+
+class Guard:
+    """ASGI middleware that refuses cross-site requests with 403 and adds security headers to every response."""
+
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts) -> None:
+        self.app = app
+        self.hosts = hosts
+        frames = f"'self' {_HUB}" if is_public_space() else "'self'"
+        self.headers = {
+            "Content-Security-Policy": f"frame-ancestors {frames}",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "same-origin",
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward or refuse one request. Streamed chunks are forwarded as they arrive."""
+        if scope["type"] not in ("http", "websocket"):  # lifespan
+            await self.app(scope, receive, send)
+            return
+        refusal = self.refusal(scope)
+        if scope["type"] == "websocket":
+            if refusal is None:
+                await self.app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})  # closed before it is accepted: the server answers 403
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self.headers)
+            await send(message)
+
+        app = self.app if refusal is None else PlainTextResponse(f"{refusal}\n", status_code=403)
+        await app(scope, receive, send_with_headers)
+
+    def refusal(self, scope: Scope) -> str | None:
+        """One-line reason to refuse a request; None if it may pass."""
+        headers = Headers(scope=scope)
+        name, port = scope.get("server") or ("", None)
+        server = Address(_ip_address(name) or name, port)
+        given = headers.getlist("host")
+        host = parse_address(given[0]) if len(given) == 1 else None
+        if host is None:
+            return f"A request needs exactly one valid Host header: got {_shown(given)}; --allowed-host NAME allows another name"
+        if not self.hosts.accept_host(host, server):
+            return f"This app does not answer to the host {host}; to allow it, start app.py with --allowed-host {host}"
+        origins = headers.getlist("origin")
+        if origins:
+            if len(origins) == 1 and self.hosts.accept_origin(origins[0], host, server):
+                return None
+            return (
+                f"Pages from {_shown(origins)} may not call this app; if this is the app's own page behind a proxy, "
+                "start app.py with --allowed-host and the proxy's host"
+            )
+        sites = headers.getlist("sec-fetch-site")
+        if set(sites) <= {"same-origin", "none"} or _is_link(scope, headers):
+            return None
+        return f"Other sites may not call this app: got Sec-Fetch-Site {_shown(sites)}; they may only link to its page"
+
+
+def _is_link(scope: Scope, headers: Headers) -> bool:
+    """Whether the request opens a page, by a link or in a frame. Gradio's API (streams, files, uploads) is not a page."""
+    return (
+        scope.get("method") in ("GET", "HEAD")
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") in ("document", "iframe")
+        and "/gradio_api" not in scope["path"]
+    )
+
+
+def _shown(values: list[str]) -> str:
+    """Header values as printable ASCII, truncated."""
+    return ", ".join(ascii(value[:100]) for value in values[:3]) or "none"
+
+
+class GuardedApp(App):
+    """Gradio's app wrapped in a `Guard`.
+
+    Middleware passed to Gradio (`app_kwargs`) runs inside Gradio's CORS middleware, which answers preflight requests itself.
+    Wrapping the whole stack is the only way to run first.
+    """
+
+    def __init__(self, hosts: AllowedHosts) -> None:
+        self.hosts = hosts
+        super().__init__(default_response_class=ORJSONResponse)  # as in App.create_app
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Wrap the middleware stack of Gradio and Starlette."""
+        return Guard(super().build_middleware_stack(), self.hosts)
