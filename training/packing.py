@@ -190,7 +190,8 @@ def kl_to_average(base_hidden: torch.Tensor, hidden: torch.Tensor, head: torch.n
             average = texts[0] if len(texts) == 1 else torch.stack(texts).logsumexp(0) - math.log(len(texts))
             probabilities = average.exp()
             policies = [_logits(states, weight, bias).log_softmax(-1) for states in hidden[:, rows]]
-            divergences.append(torch.stack([torch.linalg.vecdot(probabilities, average - policy) for policy in policies]))
+            logratios = (torch.sub(average, policy, out=texts[0]) for policy in policies)  # one buffer, which is free now
+            divergences.append(torch.stack([torch.linalg.vecdot(probabilities, logratio) for logratio in logratios]))
             if wants_gradient:
                 gradients.append(torch.stack([_expected(weight, policy.exp_().sub_(probabilities)) for policy in policies]))
     divergence = torch.cat(divergences, dim=1)
