@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from biasdpo import models
+from biasdpo.data import splits
 from biasdpo.jobs.job import JobFolder, read_job
 from tests.run_line import CommandLine
 
