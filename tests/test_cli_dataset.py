@@ -117,7 +117,7 @@ def test_bad_rows_are_listed_and_the_good_ones_kept(run, tmp_path):
 def test_columns_are_mapped_and_a_dry_run_stores_nothing(run, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("Ask,chosen,worse,topic,extra\nWho leads?,Anyone can.,Men.,gender,x\n")
-    assert "No column was recognised as rejected, got Ask, chosen, worse, topic, extra: name it with --map" in error_of(
+    assert "No column was recognized as rejected, got Ask, chosen, worse, topic, extra: name it with --map" in error_of(
         run("import", path)
     )
     assert "No column 'nope' for prompt: choose of Ask, chosen" in error_of(run("import", path, "--map", "prompt=nope"))
