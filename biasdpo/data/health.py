@@ -55,12 +55,6 @@ def trigrams(normalized: str) -> frozenset[int]:
     return frozenset(map(hash, zip(words, words[1:], words[2:], strict=False)))
 
 
-def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
-    """|A and B| / |A or B|."""
-    shared = len(one & other)
-    return shared / (len(one) + len(other) - shared)
-
-
 class NearDuplicates:
     """An index of prompts in their order that finds the earlier near-duplicates of each prompt added.
 
