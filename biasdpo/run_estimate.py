@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,6 @@ from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
 
 FORMAT = 1  # of a remembered estimate; raise it where training's cost changes
-
-# What a step's time and memory do not depend on.
-_NO_MATTER = (
-    "beta", "label_smoothing", "learning_rate", "schedule", "warmup_share", "max_grad_norm", "alpha", "strength", "adapter_dtype",
-    "keep", "logging_steps", "save_steps", "seed", "early_stopping",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -183,10 +177,9 @@ def free_memory_bytes(device: str) -> int:
 def _remembered_at(config: TrainConfig, workspace: Workspace) -> Path:
     spec = models.find(config.model)
     files = [spec.gguf_path] if spec.hf_folder is None else sorted(spec.hf_folder.glob("*.safetensors"))
-    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig) if field.name not in _NO_MATTER}
     key = {
         "format": FORMAT,
-        "config": values,
+        "config": config.cost_settings(),
         "data": [_identity_of_source(source, workspace) for source in config.datasets],
         "model": [_identity(file) for file in files if file is not None],
         "machine": [platform.node(), platform.machine(), os.cpu_count(), device_of(config), threads_of(config)],

@@ -48,9 +48,9 @@ def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine
     known = runs.known_estimate(config, command_line.workspace)
     assert known is not None
     assert known.to_json() == found
-    assert runs.known_estimate(replace(config, learning_rate=0.5, seed=3), command_line.workspace) == known
-    assert runs.known_estimate(replace(config, batch_size=4), command_line.workspace) is None
-    assert runs.known_estimate(replace(config, datasets=("nowhere.jsonl",)), command_line.workspace) is None
+    assert runs.known_estimate(config.replace(learning_rate=0.5, seed=3), command_line.workspace) == known
+    assert runs.known_estimate(config.replace(batch_size=4), command_line.workspace) is None
+    assert runs.known_estimate(config.replace(datasets=("nowhere.jsonl",)), command_line.workspace) is None
 
     # What is remembered not to fit is refused at once, unless memory has come free.
     path = run_estimate._remembered_at(config, command_line.workspace)
@@ -148,7 +148,7 @@ def test_weights_that_can_not_fit_are_refused_unmeasured(monkeypatch: pytest.Mon
     with pytest.raises(RunError, match="of GPU memory are free"):
         run_estimate.refuse_weights_that_can_not_fit(replace(on_gpu, precision="fp32"), phi)
     with pytest.raises(RunError, match=r"44\.5 GB \(4 bytes each, 4 times\)"):
-        run_estimate.refuse_weights_that_can_not_fit(replace(config, num_processes=4), phi)
+        run_estimate.refuse_weights_that_can_not_fit(config.replace(num_processes=4), phi)
 
 
 def test_the_line_through_two_timed_batches() -> None:

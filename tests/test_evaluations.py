@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,9 +130,9 @@ def test_a_request_becomes_the_command_that_means_it_and_json_that_gives_it_back
 
 
 def test_the_names_of_a_result():
-    asked = EvaluationConfig("smollm2", benchmarks=("perplexity", "bbq"))
+    asked = EvaluationConfig(model="smollm2", benchmarks=("perplexity", "bbq"))
     assert asked.parts() == ["utility", "bbq"]
-    assert replace(asked, benchmarks=("utility",)).parts() == ["utility", "utility_generation"]
+    assert asked.replace(benchmarks=("utility",)).parts() == ["utility", "utility_generation"]
 
 
 def test_pairs_of_the_adapters_own_run_or_of_the_workspace(workspace):
@@ -222,7 +221,7 @@ def test_csv_has_the_table_and_the_groups(tmp_path):
 
 
 def test_a_report_says_what_was_measured_and_what_it_may_be_compared_with():
-    command = EvaluationConfig("/home/me/base.gguf", data_dir="/home/me/data", benchmarks=("bbq",)).command()
+    command = EvaluationConfig(model="/home/me/base.gguf", data_dir="/home/me/data", benchmarks=("bbq",)).command()
     text = report.markdown(a_result(), command)
     lines = text.split("\n")
     assert lines[0] == "# Evaluation of mine on smollm2"

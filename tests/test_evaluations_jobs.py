@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -50,7 +49,7 @@ def signal_process(evaluation: evaluations.Evaluation, sent: signal.Signals) -> 
 
 
 def test_an_evaluation_from_start_to_end(asked, workspace, monkeypatch):
-    started = evaluations.start(replace(asked, benchmarks=("crows_pairs", "perplexity"), limit=20), workspace)
+    started = evaluations.start(asked.replace(benchmarks=("crows_pairs", "perplexity"), limit=20), workspace)
     assert (started.id, started.state, started.phase) == ("tiny-llama-lora-1", "running", "starting")
     assert started.progress == (Progress("crows_pairs", 0, 0), Progress("utility", 0, 0))
     with pytest.raises(EvaluationError, match="is running and has no result"):
@@ -136,7 +135,7 @@ def test_a_cancelled_one_keeps_what_it_scored_and_goes_on(long, workspace):
 
 def test_the_second_waits_for_the_first_and_a_second_cancel_kills(long, workspace):
     first = evaluations.start(long, workspace)
-    second = evaluations.start(replace(long, adapter="none"), workspace)
+    second = evaluations.start(long.replace(adapter="none"), workspace)
     assert second.id == "tiny-llama-F32-1"
     waiting = wait(second, workspace, lambda one: one.phase.startswith("waits"))
     assert waiting.phase == f"waits for {first.id}"
@@ -165,12 +164,12 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(asked, 
         ({"benchmarks": ()}, ConfigError, "No benchmark is named"),
     ):
         with pytest.raises(error, match=words):
-            evaluations.start(replace(asked, **changes), workspace)
+            evaluations.start(asked.replace(**changes), workspace)
     assert evaluations.list_evaluations(workspace) == []
 
 
 def test_missing_data_fail_with_the_one_line(asked, workspace):
-    failed = wait(evaluations.start(replace(asked, benchmarks=("bbq",)), workspace), workspace, ended)
+    failed = wait(evaluations.start(asked.replace(benchmarks=("bbq",)), workspace), workspace, ended)
     assert failed.state == "failed"
     assert failed.error == (
         f"No items of bbq: no folder {asked.data_dir}/bbq; get oskarvanderwal/bbq from the Hub, and name with --data-dir the "
@@ -200,7 +199,7 @@ def test_other_files_are_listed_as_what_they_are(workspace):
     (folder / "partial.json").write_text('{"benchmarks": {}, "provenance": {"interrupted": true}}')
     (folder / "torn.json").write_text("{")
     (folder / "else.json").write_text('{"a": 1}')
-    (folder / "lost.request.json").write_text(json.dumps(EvaluationConfig("smollm2", benchmarks=("bbq",)).to_json()))
+    (folder / "lost.request.json").write_text(json.dumps(EvaluationConfig(model="smollm2", benchmarks=("bbq",)).to_json()))
     (folder / "odd.status.json").write_text('{"state": "odd"}')
     (folder / "...json").write_text("{}")
     found = {one.id: (one.state, one.has_result) for one in evaluations.list_evaluations(workspace)}
@@ -228,16 +227,16 @@ def test_an_estimate_is_measured_once_and_then_known(asked, workspace):
     seconds = evaluations.estimate_seconds(asked, workspace)
     assert 0 < seconds["crows_pairs"] < 60
     assert evaluations.known_seconds(asked, workspace) == seconds
-    half = evaluations.known_seconds(replace(asked, limit=20), workspace)["crows_pairs"]
+    half = evaluations.known_seconds(asked.replace(limit=20), workspace)["crows_pairs"]
     assert half == pytest.approx(seconds["crows_pairs"] / 2)  # 20 of 40 items
-    base = evaluations.known_seconds(replace(asked, adapter="none"), workspace)["crows_pairs"]
+    base = evaluations.known_seconds(asked.replace(adapter="none"), workspace)["crows_pairs"]
     assert 0 < base <= seconds["crows_pairs"]
-    curve = evaluations.known_seconds(replace(asked, strengths=(0.0, 0.5, 1.0)), workspace)["crows_pairs"]
+    curve = evaluations.known_seconds(asked.replace(strengths=(0.0, 0.5, 1.0)), workspace)["crows_pairs"]
     assert curve == pytest.approx(base + 2 * (seconds["crows_pairs"] - base))  # base once, tuned twice; 0 is base
     assert not (workspace.cache / "scores").exists()  # what was measured is no evaluation's
     assert list((workspace.cache / "evaluation_speeds").glob(".measuring-*")) == []
     with pytest.raises(EvaluationError, match="Nothing could be measured: No items of bbq"):
-        evaluations.estimate_seconds(replace(asked, benchmarks=("bbq",)), workspace)
+        evaluations.estimate_seconds(asked.replace(benchmarks=("bbq",)), workspace)
 
 
 def test_starting_needs_no_engine_in_this_process(asked, workspace):

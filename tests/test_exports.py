@@ -32,7 +32,7 @@ _WAIT_SECONDS = 120
 def lora(tiny_llama_gguf: Path, tiny_llama_adapter: Path, workspace: Workspace) -> ExportConfig:
     """An adapter as a LoRA GGUF, the quickest export there is."""
     out = workspace.root / "exports" / "tiny.gguf"
-    return ExportConfig(out, "lora", adapter=str(tiny_llama_adapter), model=str(tiny_llama_gguf), pairs=0, threads=1)
+    return ExportConfig(out=out, format="lora", adapter=str(tiny_llama_adapter), model=str(tiny_llama_gguf), pairs=0, threads=1)
 
 
 def leftovers(request: ExportConfig) -> list[str]:
@@ -81,29 +81,29 @@ def alive(status: ExportStatus) -> bool:
 )
 def test_what_does_not_go_together_is_one_line(lora, workspace, changes, words):
     with pytest.raises(ConfigError, match=words):
-        exports.export(replace(lora, **changes), workspace)
+        exports.export(lora.replace(**changes), workspace)
     assert leftovers(lora) == []
 
 
 def test_files_that_can_not_be_the_outcome_are_refused(lora, workspace, tiny_llama, tiny_llama_gguf, tmp_path):
     with pytest.raises(ConfigError, match="got the folder"):
-        exports.export(replace(lora, out=tmp_path), workspace)
+        exports.export(lora.replace(out=tmp_path), workspace)
     whole = tiny_llama_gguf.read_bytes()
     with pytest.raises(ConfigError, match="is the base model's own file"):
-        exports.export(replace(lora, out=tiny_llama_gguf), workspace)
+        exports.export(lora.replace(out=tiny_llama_gguf), workspace)
     assert tiny_llama_gguf.read_bytes() == whole
     with pytest.raises(ModelError, match="has no GGUF file here"):
-        exports.export(replace(lora, model=str(tiny_llama)), workspace)
+        exports.export(lora.replace(model=str(tiny_llama)), workspace)
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_is_written(lora, workspace, tiny_phi_adapter):
     with pytest.raises(AdapterError, match="was made for another base model"):
-        exports.start(replace(lora, adapter=str(tiny_phi_adapter)), workspace)
+        exports.start(lora.replace(adapter=str(tiny_phi_adapter)), workspace)
     assert leftovers(lora) == []
 
 
 def test_a_request_becomes_the_command_that_means_it(lora, workspace):
-    wanted = replace(lora, format="merged", quantization="Q4_K_M", source="gguf", pairs=7, threads=3)
+    wanted = lora.replace(format="merged", quantization="Q4_K_M", source="gguf", pairs=7, threads=3)
     command = wanted.command(workspace)
     args = build_parser().parse_args(command[3:])
     assert args.workspace == str(workspace.root)
@@ -114,11 +114,11 @@ def test_a_request_becomes_the_command_that_means_it(lora, workspace):
 def test_only_paths_are_made_absolute(monkeypatch, tmp_path):
     (tmp_path / "my" / "lora").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    request = ExportConfig(Path("x.gguf"), "lora", adapter="my/lora", model="base.gguf").absolute()
+    request = ExportConfig(out=Path("x.gguf"), format="lora", adapter="my/lora", model="base.gguf").absolute()
     assert (request.out, request.adapter, request.model) == (
         tmp_path / "x.gguf", str(tmp_path / "my" / "lora"), str(tmp_path / "base.gguf")
     )  # fmt: skip
-    named = ExportConfig(Path("x.gguf"), "lora", adapter="smollm2-biasdpo", model="smollm2").absolute()
+    named = ExportConfig(out=Path("x.gguf"), format="lora", adapter="smollm2-biasdpo", model="smollm2").absolute()
     assert (named.adapter, named.model) == ("smollm2-biasdpo", "smollm2")
 
 
@@ -171,8 +171,8 @@ def test_on_a_public_space_nothing_is_exported_started_or_deleted(lora, workspac
     export = exports.poll(lora.out)
     monkeypatch.setenv("SPACE_ID", "someone/space")
     for action in (
-        lambda: exports.export(replace(lora, out=lora.out.with_name("a.gguf")), workspace),
-        lambda: exports.start(replace(lora, out=lora.out.with_name("a.gguf")), workspace),
+        lambda: exports.export(lora.replace(out=lora.out.with_name("a.gguf")), workspace),
+        lambda: exports.start(lora.replace(out=lora.out.with_name("a.gguf")), workspace),
         lambda: exports.delete(export),
     ):
         with pytest.raises(RefusedError, match="switched off on a public Space"):
@@ -189,7 +189,7 @@ def test_a_job_is_shown_while_it_works_and_killed_leaves_no_file_and_makes_room_
     assert export.status.pid != os.getpid()
     assert [one.out for one in exports.list_exports(workspace)] == [lora.out]
     with pytest.raises(ExportError, match=r"tiny.gguf is being exported: wait for it, or cancel it"):
-        exports.start(replace(lora, out=lora.out.with_name("second.gguf")), workspace)
+        exports.start(lora.replace(out=lora.out.with_name("second.gguf")), workspace)
     with pytest.raises(ExportError, match="cancel it first"):
         exports.delete(export)
     os.kill(export.status.pid, signal.SIGKILL)
@@ -221,7 +221,7 @@ def test_a_cancelled_job_leaves_nothing(lora, workspace):
 def test_a_job_that_fails_says_why_and_can_be_deleted(lora, workspace, tiny_llama_gguf, tmp_path):
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(tiny_llama_gguf.read_bytes())
-    export = exports.start(replace(lora, model=str(damaged)), workspace)
+    export = exports.start(lora.replace(model=str(damaged)), workspace)
     with damaged.open("r+b") as file:  # it is read a second after this, at the earliest
         file.truncate(damaged.stat().st_size // 2)
     failed = wait(lora.out, lambda one: not one.is_active)

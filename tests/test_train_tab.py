@@ -74,7 +74,7 @@ def test_what_the_gpu_holds_gives_way_once_when_a_queued_runs_turn_comes(tab, mo
         run.status = SimpleNamespace(state=state["now"])
         tab._make_room([run])
     assert len(freed) == 1
-    run.config = replace(run.config, accelerate="cpu")
+    run.config = run.config.replace(accelerate="cpu")
     for state["now"] in ("queued", "running"):
         run.status = SimpleNamespace(state=state["now"])
         tab._make_room([run])
@@ -133,8 +133,8 @@ def test_retry_says_what_it_can_not_take_over(tab, tmp_path):
     assert "7 sources and there is room for 5 here: f.jsonl, g.jsonl left out" in shown[tab.new_notice]
     assert shown[tab.shown_sources] == 5
     files[1].unlink()
-    shown = tab.fill_from(replace(config, datasets=config.datasets[:2], dataset_weights=(1.0, 2.0)), "snapshot.jsonl")
+    shown = tab.fill_from(config.replace(datasets=config.datasets[:2], dataset_weights=(1.0, 2.0)), "snapshot.jsonl")
     assert "b.jsonl: not there any more" in shown[tab.new_notice]
     assert "weights are lost (a.jsonl 1, b.jsonl 2)" in shown[tab.new_notice]
-    shown = tab.fill_from(replace(config, datasets=config.datasets[:1], dataset_weights=()), "snapshot.jsonl")
+    shown = tab.fill_from(config.replace(datasets=config.datasets[:1], dataset_weights=()), "snapshot.jsonl")
     assert shown[tab.new_notice] == ""

@@ -75,7 +75,7 @@ def estimate_seconds(
     unknown = [name for name, seconds in known_seconds(request, workspace).items() if seconds is None]
     if unknown:
         missing = tuple("perplexity" if name == "utility" else name for name in unknown)  # which stands for that one alone
-        for name, speed in _measured(replace(request, benchmarks=missing), workspace, cancelled).items():
+        for name, speed in _measured(request.replace(benchmarks=missing), workspace, cancelled).items():
             write_json(_file_of(request, name, workspace), asdict(speed))
     return {name: seconds or 0.0 for name, seconds in known_seconds(request, workspace).items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from biasdpo import models
@@ -19,7 +18,6 @@ def resolved(request: EvaluationConfig, workspace: Workspace) -> tuple[Evaluatio
     Raises ConfigError, ModelError or AdapterError for what can't be evaluated. What is wrong with the data shows when they are
     read.
     """
-    request.check()
     name = models.choose_auto()[0].id if request.model == "auto" else request.model
     spec = models.find(name)
     adapter = models.find_adapter(request.adapter, spec, workspace)
@@ -32,12 +30,11 @@ def resolved(request: EvaluationConfig, workspace: Workspace) -> tuple[Evaluatio
     if data_dir is not None and not data_dir.is_dir():
         raise ConfigError(f"No folder {data_dir}: name with --data-dir the one that holds a folder a benchmark, or leave it out")
     is_file = request.dataset not in ("", RUN, WORKSPACE)
-    definite = replace(
-        request,
+    definite = request.replace(
         model=models.absolute_name(name),
         adapter=adapter_name,
         data_dir="" if data_dir is None else str(data_dir),
         dataset=str(Path(request.dataset).expanduser().resolve()) if is_file else request.dataset,
     )
     on_gpu = choose_backend(spec, request.backend) != "llamacpp" and models.free_gpu_memory_gb() > 0
-    return definite.check(), "gpu" if on_gpu else "cpu"
+    return definite, "gpu" if on_gpu else "cpu"

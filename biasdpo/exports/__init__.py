@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from biasdpo.exports.jobs import Export, cancel, delete, find, folder_for, free_name, list_exports, poll, start
 from biasdpo.exports.record import ExportRecord
-from biasdpo.exports.request import FORMATS, ExportConfig, Format, Source
+from biasdpo.exports.request import ExportConfig, Format, Source
 from biasdpo.exports.unfinished import ExportStatus
 from biasdpo.gguf.export import export
 
 __all__ = [
-    "FORMATS",
     "Export",
     "ExportConfig",
     "ExportRecord",

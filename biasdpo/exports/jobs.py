@@ -124,7 +124,7 @@ def start(request: ExportConfig, workspace: Workspace) -> Export:
     export is under way (each needs the memory of a whole model), WorkspaceError where nothing can be written.
     """
     refuse_on_public_space("Export")
-    request = request.absolute().checked()
+    request = request.absolute()
     request.resolved(workspace)
     if request.out.exists():
         raise ExportError(f"{request.out.name} exists already: choose another name, or delete it first")

@@ -108,7 +108,7 @@ def export(request: ExportConfig, workspace: Workspace, on_progress: Tell = _qui
     it could not be written or its proof failed. Then nothing is under the final name (or the file that was there before).
     """
     refuse_on_public_space("Export")
-    request = request.absolute().checked()
+    request = request.absolute()
     with unfinished_export(request.out, request.to_json()) as progress:
         spec, adapter = request.resolved(workspace)
 

@@ -97,7 +97,7 @@ def requests_of(
             strengths=STRENGTHS if is_curve else (1.0,),
             data_dir=text(folder),
             dataset=text(pairs) if "preference" in names else "",
-        ).check()
+        )
         for name in named
     ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -618,9 +617,11 @@ class NewExportPanel(ExportsView):
         found = self._found(_text(adapter))
         is_run = found is not None and self._is_run(found)
         out = folder_for(found, self.workspace) / check_name(_text(name))
-        request = ExportConfig(out, format, adapter="" if is_run else _text(adapter), run=_text(adapter) if is_run else "")
-        return replace(
-            request,
+        return ExportConfig(
+            out=out,
+            format=format,
+            adapter="" if is_run else _text(adapter),
+            run=_text(adapter) if is_run else "",
             model=_text(model),
             quantization=_text(quantization) if format == "merged" else "",
             source=origin if format == "merged" else "auto",

@@ -138,7 +138,7 @@ def test_a_run_is_exported_merged_proven_downloaded_used_and_deleted(exporter, l
 
 def test_a_lora_file_opens_its_base_model_with_the_adapter(exporter, library, tiny_llama_gguf):
     out = library.root / "runs" / "first" / "export" / "mine.gguf"
-    exports.export(exports.ExportConfig(out, "lora", run="first", model=str(tiny_llama_gguf), threads=1), library)
+    exports.export(exports.ExportConfig(out=out, format="lora", run="first", model=str(tiny_llama_gguf), threads=1), library)
     page = exporter.open().page
     exporter.wait_state("mine.gguf", "finished")
     assert "--lora" in page.inner_text("#gguf-elsewhere")
