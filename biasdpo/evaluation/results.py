@@ -13,13 +13,12 @@ from typing import Any, Literal
 from biasdpo import data
 from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
 from biasdpo.benchmarks.preference import Preference
-from biasdpo.config import TrainConfig
+from biasdpo.config import RUN, WORKSPACE, TrainConfig
 from biasdpo.data import PreferencePair
 from biasdpo.engines import Engine
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, WorkspaceError
 from biasdpo.evaluation import run as evaluate
 from biasdpo.gguf.proof import held_out_pairs
-from biasdpo.jobs.requests import RUN, WORKSPACE
 from biasdpo.models import AdapterSpec
 from biasdpo.workspace import Workspace, read_json, sha256_of
 
@@ -390,7 +389,11 @@ def preference(source: str, adapter: AdapterSpec | None, workspace: Workspace) -
         return _of_run(adapter, workspace)
     rows = data.load([WORKSPACE], workspace) if source == WORKSPACE else data.load_jsonl(Path(source))
     pairs = data.derive(rows).pairs
-    share = TrainConfig.held_out_share if adapter is None or adapter.held_out_share is None else adapter.held_out_share
+    share = (
+        TrainConfig.settings()["held_out_share"].default
+        if adapter is None or adapter.held_out_share is None
+        else adapter.held_out_share
+    )
     held_out = data.split(pairs, share).held_out
     if not held_out:
         raise DatasetError(

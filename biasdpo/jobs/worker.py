@@ -52,9 +52,8 @@ from biasdpo.workspace import Workspace, locked, replacing, write_json
 if TYPE_CHECKING:
     from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, Measured
     from biasdpo.benchmarks.toxicity import ToxicityScorer
-    from biasdpo.config import TrainConfig
+    from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
     from biasdpo.gguf.export import ExportRecord
-    from biasdpo.jobs.requests import EvaluationConfig, ExportConfig
     from biasdpo.models import AdapterSpec
 
 _WAIT_SECONDS = 0.2
@@ -240,7 +239,7 @@ def _work(folder: JobFolder) -> int:
             stopped = bool(result["provenance"]["interrupted"])
             write_json(folder.result, result)
         else:
-            config = replace(config, out=folder.path / config.out.name)
+            config = config.replace(out=folder.path / config.out.name)
             run_export(config, folder.workspace, progress.share, folder.read_record().command)
     except Exception:
         if not progress.should_stop():
