@@ -1,9 +1,10 @@
-"""Opened models: loaded in the background, shared by all visitors, closed when others need the room."""
+"""Opened models: loaded in the background, shared by all visitors, closed when the memory is needed."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,10 +16,12 @@ from biasdpo.errors import BackendError, BiasDPOError
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.workspace import Workspace
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What a visitor picks: names as `models.find` and `models.find_adapter` take them ("" = the model's default adapter)."""
+    """A visitor's choice: names for `models.find` and `models.find_adapter` ("" is the model's default adapter)."""
 
     model: str
     adapter: str = ""
@@ -27,16 +30,16 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and an adapter on a backend, proven and ready. `adapter` is None for base-only."""
+    """A model and an adapter (None: base-only) on a backend, proven and ready."""
 
     spec: ModelSpec
     adapter: AdapterSpec | None
     backend: Backend
 
 
-@dataclass
+@dataclass(eq=False)
 class Loading:
-    """How far an engine has come. Exactly one of `engine` and `error` is set once `done`."""
+    """Progress of loading an engine. Exactly one of `engine` and `error` is set once `done`."""
 
     share: float = 0.0
     what: str = "waiting to start"
@@ -48,9 +51,14 @@ class Loading:
     def done(self) -> bool:
         return self.engine is not None or self.error is not None
 
+    @property
+    def idle(self) -> bool:
+        """Loaded, and nobody uses it."""
+        return self.engine is not None and self.leases == 0
+
 
 def open_engine(key: EngineKey, workspace: Workspace, loading: Loading | None = None) -> Engine:
-    """Find, load and prove what `key` names; close the engine's backend when done with it."""
+    """Find, load and prove what `key` names. Close the engine's backend when done."""
 
     def report(share: float, what: str) -> None:
         if loading is not None:
@@ -65,7 +73,7 @@ def open_engine(key: EngineKey, workspace: Workspace, loading: Loading | None = 
 
 
 class EnginePool:
-    """The engines of one app. At most `capacity` are kept; the one unused for longest is closed first."""
+    """The engines of one app. Keeps at most `capacity`; closes the least recently used first."""
 
     def __init__(self, workspace: Workspace, capacity: int = 2) -> None:
         self.workspace = workspace
@@ -74,7 +82,7 @@ class EnginePool:
         self._engines: dict[EngineKey, Loading] = {}  # in order of last use
 
     def load(self, key: EngineKey) -> Loading:
-        """Start loading `key` unless it is loaded or loading; return at once. A failed load is tried again."""
+        """Start loading `key` unless it is loaded or loading; return at once. A failed load is retried."""
         with self._changed:
             loading = self._engines.pop(key, None)
             if loading is None or loading.error is not None:
@@ -84,7 +92,7 @@ class EnginePool:
             return loading
 
     def state(self, key: EngineKey) -> Loading | None:
-        """How far `key` has come, or None if nobody asked for it. Starts nothing."""
+        """Progress of `key`, or None if it was never requested. Starts nothing."""
         with self._changed:
             return self._engines.get(key)
 
@@ -95,15 +103,15 @@ class EnginePool:
 
     @contextmanager
     def lease(self, key: EngineKey, cancellation: Cancellation | None = None) -> Iterator[Engine]:
-        """The engine of `key`, loaded if need be, and kept open until the block ends. A failed load raises its error."""
-        loading = self.state(key) or self.load(key)
+        """The engine of `key`, loaded if necessary and kept open until the block ends. A failed load raises its error."""
         with self._changed:
+            loading = self._engines.get(key) or self.load(key)
             loading.leases += 1
         try:
             with self._changed:
                 while not loading.done:
                     if cancellation is not None and cancellation.is_set():
-                        raise BackendError("Cancelled while the model was loading: press Generate to go on")
+                        raise BackendError("Cancelled while the model was loading: press Generate to continue")
                     self._changed.wait(0.2)
             if loading.error is not None:
                 raise loading.error
@@ -114,24 +122,38 @@ class EnginePool:
                 loading.leases -= 1
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Close every engine that nobody uses."""
-        with self._changed:
-            for key in [key for key, loading in self._engines.items() if loading.leases == 0]:
-                self._close(key)
+    def release_idle(self) -> list[str]:
+        """Close every engine that nobody uses at this moment; return the models' titles. For any thread, at any time."""
+        return self._release(lambda _engine: True)
 
     def release(self, device: Literal["cpu", "gpu"]) -> bool:
         """Close the engines on a device that nobody uses at this moment, so that a job has the memory; whether none is left."""
+
+        def is_there(engine: Engine) -> bool:
+            return engine.backend.device.startswith("CPU") == (device == "cpu")
+
         with self._changed:
-            left = False
-            for key, loading in list(self._engines.items()):
-                if loading.engine is None:
-                    left |= loading.error is None  # it is loading, and then has a device
-                elif loading.engine.backend.device.startswith("CPU") == (device == "cpu"):
-                    left |= loading.leases > 0
-                    if loading.leases == 0:
-                        self._close(key)
-            return not left
+            self._release(is_there)
+            loading = [one for one in self._engines.values() if not one.done]  # these have a device soon
+            return not loading and not any(one.engine is not None and is_there(one.engine) for one in self._engines.values())
+
+    def close(self) -> None:
+        """Close every engine that nobody uses, and forget failed and unfinished loads."""
+        self.release_idle()
+        with self._changed:
+            self._engines = {key: loading for key, loading in self._engines.items() if loading.leases > 0}
+
+    def _release(self, wanted: Callable[[Engine], bool]) -> list[str]:
+        with self._changed:
+            idle = [(key, loading.engine) for key, loading in self._engines.items() if loading.idle and loading.engine]
+            return [self._close(key) for key, engine in idle if wanted(engine)]
+
+    def _close(self, key: EngineKey) -> str:
+        engine = self._engines.pop(key).engine
+        assert engine is not None
+        engine.backend.close()
+        log.info("closed %s on %s", engine.spec.id, engine.backend.device)
+        return engine.spec.title
 
     def _open(self, key: EngineKey, loading: Loading) -> None:
         try:
@@ -148,22 +170,17 @@ class EnginePool:
             self._finish(loading, engine=engine)
 
     def _make_room(self, key: EngineKey) -> None:
-        """Close engines nobody uses until there is room for one more; wait for those in use."""
+        """Close idle engines until there is room for one more; wait if all are in use."""
         with self._changed:
             while True:
-                held = [k for k, loading in self._engines.items() if k != key and loading.engine is not None]
-                if len(held) < self._capacity:
+                loaded = [k for k, loading in self._engines.items() if k != key and loading.engine is not None]
+                if len(loaded) < self._capacity:
                     return
-                idle = [k for k in held if self._engines[k].leases == 0]
+                idle = [k for k in loaded if self._engines[k].idle]
                 if idle:
                     self._close(idle[0])
                 else:
                     self._changed.wait(0.2)
-
-    def _close(self, key: EngineKey) -> None:
-        loading = self._engines.pop(key)
-        if loading.engine is not None:
-            loading.engine.backend.close()
 
     def _finish(self, loading: Loading, engine: Engine | None = None, error: BaseException | None = None) -> None:
         with self._changed:

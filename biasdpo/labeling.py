@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from biasdpo import data, prompts
 from biasdpo.backends.base import Cancellation
-from biasdpo.compare import SpareTime, Waiting, stream_pair, stream_samples
+from biasdpo.compare import Prefetch, Waiting, stream_pair, stream_samples
 from biasdpo.data.pairs import shown_pair_id
 from biasdpo.data.summary import Cell, thinnest
 from biasdpo.engines import EngineKey, EnginePool, Loading
@@ -310,7 +310,7 @@ class PairQueue:
         self._wanted = False  # somebody waits with nothing to judge
         self._paused = False
         self._cancellation: Cancellation | None = None
-        self._spare: SpareTime | None = None
+        self._spare: Prefetch | None = None
         self._worker: threading.Thread | None = None
         self.latest: Waiting | GenerationPair | None = None  # how far the next pair has come
         self.error: BiasDPOError | None = None
@@ -348,7 +348,7 @@ class PairQueue:
                 self._planned[_cell(pair.prompt)] -= 1
             self._wanted = pair is None and self.begun and self.error is None
             if self._wanted and self._spare is not None:
-                self._spare.want()
+                self._spare.promote()
             self._go_on()
             return pair
 
@@ -462,9 +462,9 @@ class PairQueue:
         with self._lock:
             if self._paused or self._recipe is not recipe:
                 return None
-            self._cancellation, self._spare = Cancellation(), SpareTime()
+            self._cancellation, self._spare = Cancellation(), Prefetch()
             if self._wanted:
-                self._spare.want()
+                self._spare.promote()
             cancellation, spare = self._cancellation, self._spare
         with self._pool.lease(recipe.key, cancellation) as engine:
             if recipe.source != "base_base" and not engine.backend.has_adapter:
@@ -476,7 +476,7 @@ class PairQueue:
                 "system": recipe.system,
                 "strength": recipe.strength,
                 "cancellation": cancellation,
-                "spare": spare,
+                "prefetch": spare,
             }
             if recipe.source == "base_tuned":
                 stream = stream_pair(engine, prompt, sampling, **settings)

@@ -1,4 +1,4 @@
-"""The records that travel between the stages. All are frozen; each is checked once, where it is made."""
+"""Frozen records passed between modules; each is validated once, when it is created."""
 
 from __future__ import annotations
 
@@ -17,22 +17,14 @@ SEED_RANGE = (0, 2**31 - 1)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Both backends apply, in this order: repetition penalty (over prompt and completion,
-    Keskar et al., 2019, arXiv:1909.05858), temperature, top-k, top-p (Holtzman et al., 2020, arXiv:1904.09751).
-
-    max_new_tokens       tokens, at least 1
-    temperature          0 is greedy: the most likely token, seed without effect
-    top_p                probability mass kept, in (0, 1]; 1 keeps all
-    top_k                tokens kept; 0 keeps all
-    repetition_penalty   divides a seen token's logit; 1 is off
-    seed                 of the random draw; 0 is a seed like any other
-    """
+    """Sampling settings. Both backends apply, in this order: repetition penalty (over prompt and completion, Keskar et al.,
+    2019, arXiv:1909.05858), temperature, top-k, top-p (Holtzman et al., 2020, arXiv:1904.09751)."""
 
     max_new_tokens: int = 160
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 40
-    repetition_penalty: float = 1.1
+    temperature: float = 0.7  # 0: greedy decoding, the seed has no effect
+    top_p: float = 0.9  # probability mass to keep, in (0, 1]
+    top_k: int = 40  # tokens to keep; 0 keeps all
+    repetition_penalty: float = 1.1  # 1: off
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,24 +37,23 @@ class Sampling:
 
 
 def check_strength(strength: float) -> float:
-    """The adapter strength: multiplies the adapter's update; 0 is the base model, 1 is as trained."""
+    """Validate an adapter strength, the factor on the adapter's update: 0 is the base model, 1 is as trained."""
     _check_number("strength", strength, *STRENGTH_RANGE)
     return float(strength)
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a number from {low} to {high}: got {value!r}; choose a value in that range")
+def _check_number(name: str, value: object, low: float, high: float, types: Any = int | float, what: str = "number") -> None:
+    if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a {what} from {low} to {high}: got {value!r}; choose a value in that range")
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a whole number from {low} to {high}: got {value!r}; choose a value in that range")
+    _check_number(name, value, low, high, int, "whole number")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What one side wrote, whole or so far. `finish_reason` is None while it is being written."""
+    """One side's text, complete or in progress (`finish_reason` is None)."""
 
     side: Side
     text: str = ""
@@ -79,7 +70,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class GenerationPair:
-    """One prompt, two completions, and what produced each. `right` is None where there is no adapter (base-only)."""
+    """One prompt, its two completions, and the settings that produced them. `right` is None without an adapter."""
 
     prompt: str
     model: str
@@ -97,17 +88,10 @@ class GenerationPair:
         return all(c is None or c.finish_reason is not None for c in (self.left, self.right))
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `python -m biasdpo compare --json` prints (DESIGN, command line)."""
-        row: dict[str, Any] = {
-            "prompt": self.prompt,
-            "model": self.model,
-            "adapter": self.adapter,
-            "backend": self.backend,
-            "seed": self.sampling.seed,
-            "strength": self.strength,
-            "sampling": asdict(self.sampling),
-            "system": self.system,
-        }
+        """The JSON object printed by `python -m biasdpo compare --json`."""
+        keys = ("prompt", "model", "adapter", "backend", "strength", "system")
+        row: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        row |= {"seed": self.sampling.seed, "sampling": asdict(self.sampling)}
         for completion in (self.left, self.right):
             if completion is not None:
                 row[completion.side] = completion.to_json()
@@ -118,11 +102,11 @@ class GenerationPair:
 
 @dataclass(frozen=True)
 class JudgmentMeta:
-    """What produced the two completions that were judged, and how it was done. Never null: "" or 0 where it does not apply.
+    """How the two judged completions were produced and shown. Never null: "" or 0 where a field does not apply.
 
-    sampling      JSON of the `Sampling` that both were drawn with
-    left_side     what stood left: base or tuned; "base 1" or "base 2" of two samples; "pasted 1" or "pasted 2"
-    chosen_side   the same words for what was chosen; "" for a tie
+    sampling      JSON of the `Sampling`
+    left_side     the completion shown on the left: base or tuned; "base 1" or "base 2" (two samples); "pasted 1" or "pasted 2"
+    chosen_side   the chosen completion in the same words; "" for a tie
     seconds       from showing the pair to the verdict
     """
 
@@ -138,17 +122,17 @@ class JudgmentMeta:
 
 @dataclass(frozen=True)
 class Judgment:
-    """What an annotator said of one generation pair: a row of the journal (DESIGN, Records). Texts are never null.
+    """An annotator's verdict on one generation pair: one row of the journal. Texts are never null.
 
-    id                    made before the first try to store it, so that a second try stores it once
+    id                    created before the first attempt to store it, so that a retry stores it once
     created_at            UTC, ISO 8601
-    pair_id               the same two completions to the same prompt are the same pair
-    chosen, rejected      as judged, edits included; left and right where neither is preferred
-    original_*            the text before an edit; "" where there was none
+    pair_id               equal for the same two completions of the same prompt
+    chosen, rejected      as judged, edits included; left and right if neither is preferred
+    original_*            the text before an edit; "" without one
     annotator             a pseudonym
     source                compare, label, import:NAME or seed
-    retracts              the id of the judgment that this one takes back
-    repeat_of             pair_id, where the pair was shown again to see whether the annotator says the same
+    retracts              the id of the judgment that this one retracts
+    repeat_of             pair_id, if the pair was shown again to measure self-agreement
     """
 
     id: str
@@ -172,26 +156,19 @@ class Judgment:
 
 @dataclass(frozen=True)
 class Proof:
-    """That the comparison is honest, established once per load at strength 1 (see `backends.base.prove`).
+    """Evidence that base is the unmodified model and tuned is not, measured once per load (see `backends.base.prove`)."""
 
-    base_max_difference   largest |logit| difference between the base side and the bare model
-    noise                 largest |logit| difference between two runs of the base side
-    tuned_max_difference  largest |logit| difference between the tuned and the base side
-    kl_nats               KL(base || tuned), nats, mean over the canary's tokens; None where there is no adapter
-    """
-
-    base_max_difference: float
-    noise: float
-    tuned_max_difference: float | None
-    kl_nats: float | None
+    base_max_difference: float  # largest |logit| difference between the base side and the bare model
+    noise: float  # the same between two runs of the base side
+    tuned_max_difference: float | None  # the same between the tuned and the base side; None without an adapter
+    kl_nats: float | None  # KL(base || tuned), mean over the canary's tokens; None without an adapter
 
 
 @dataclass(frozen=True)
 class LikelihoodRequest:
-    """How likely is `continuation` after `prompt` rendered with the model's template and `system`?
+    """Asks for the log-probability of `continuation` after `prompt`, rendered with the model's template and `system`.
 
-    The template's completion prefix is put before the continuation. `end_of_text` counts the end-of-text token in, as
-    training does.
+    The template's completion prefix precedes the continuation. `end_of_text` includes the end-of-text token, as training does.
     """
 
     prompt: str
@@ -202,17 +179,17 @@ class LikelihoodRequest:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """How likely is a bare `text`, without any template? The first token is given, the others are scored."""
+    """Asks for the log-probability of a bare `text`: its first token is given, the others are scored."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ContinuationRequest:
-    """How likely is `continuation` after the bare text `context`, without any template? Both are tokenized as one text.
+    """Asks for the log-probability of `continuation` after the bare text `context`, both tokenized as one text.
 
-    An empty context stands for the token that a text begins with (where the model has none: its end-of-text token), so that
-    all of the continuation is scored. Both as lm-evaluation-harness does it.
+    An empty context stands for the BOS token (or EOS if the model has none), so that the whole continuation is scored. Both
+    follow lm-evaluation-harness.
     """
 
     context: str
@@ -224,10 +201,10 @@ Request = LikelihoodRequest | TextRequest | ContinuationRequest
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """What is written after `prompt`?
+    """Asks for a completion of `prompt`.
 
-    bare     the prompt is a text that goes on, without any template; else it is rendered with the model's
-    sample   tells several completions of one prompt apart: an evaluation derives the seed of each from it and its own
+    bare     continue the prompt as plain text instead of rendering it with the model's template
+    sample   index among several completions of one prompt; an evaluation derives each one's seed from it
     """
 
     prompt: str

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from itertools import pairwise
 
 import pytest
 
 from biasdpo import models
-from biasdpo.backends.base import Cancellation, Turnstile
+from biasdpo.backends.base import Cancellation, VisitorQueue
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.compare import Waiting, stream_pair
 from biasdpo.engines import Engine, EngineKey, EnginePool
@@ -95,35 +94,29 @@ def test_stop_ends_both_sides_and_keeps_what_was_written(engine):
 
 
 def test_visitors_wait_in_turn_and_see_how_many_are_ahead(engine):
+    alone = last(stream_pair(engine, "Who?", SAMPLING))
     first = stream_pair(engine, "Why?", ENDLESS)
     next(first)  # has its turn
     places: list[int] = []
     texts: list[str] = []
+    waited = threading.Event()
 
     def second() -> None:
         for event in stream_pair(engine, "Who?", SAMPLING):
             if isinstance(event, Waiting):
                 places.append(event.ahead)
+                waited.set()
             else:
                 texts.append(event.left.text)
 
-    alone = last(stream_pair_when_free(engine, first))
-    next(first := stream_pair(engine, "Why?", ENDLESS))
     thread = threading.Thread(target=second)
     thread.start()
-    time.sleep(0.6)
-    assert places
-    assert set(places) == {1}
+    assert waited.wait(10)
     assert not texts
     first.close()  # the first visitor's tab is closed
     thread.join(10)
+    assert set(places) == {1}
     assert texts[-1] == alone.left.text
-
-
-def stream_pair_when_free(engine, busy):
-    """The pair that `second` should get, made while nobody else is there."""
-    busy.close()
-    return stream_pair(engine, "Who?", SAMPLING)
 
 
 def test_stop_while_waiting_leaves_the_queue(engine):
@@ -157,19 +150,19 @@ def test_a_failure_on_one_side_is_raised_once_and_stops_the_other(engine, monkey
     assert not [t for t in threading.enumerate() if t.name.startswith("stream ")]
 
 
-def test_the_turnstile_is_first_come_first_served():
-    turnstile = Turnstile()
-    with turnstile.ticket() as first, turnstile.ticket() as second:
-        with turnstile.ticket() as third:
-            assert [turnstile.position(t) for t in (first, second, third)] == [0, 1, 2]
-        assert turnstile.wait(second, 0.01) == 1
-    assert turnstile._tickets == []
+def test_the_queue_is_first_come_first_served():
+    visitors = VisitorQueue()
+    with visitors.ticket() as first, visitors.ticket() as second:
+        with visitors.ticket() as third:
+            assert [visitors.position(t) for t in (first, second, third)] == [0, 1, 2]
+        assert visitors.position(second, 0.01) == 1
+    assert visitors._tickets == []
 
 
 # The pool of engines
 
 
-def test_the_pool_shares_an_engine_and_closes_the_one_unused_for_longest(tiny_llama_gguf, tiny_phi_gguf, workspace):
+def test_the_pool_shares_an_engine_and_closes_the_least_recently_used(tiny_llama_gguf, tiny_phi_gguf, workspace):
     pool = EnginePool(workspace, capacity=1)
     llama, phi = EngineKey(str(tiny_llama_gguf), "none"), EngineKey(str(tiny_phi_gguf), "none")
     with pool.lease(llama) as one, pool.lease(llama) as other:
@@ -181,9 +174,34 @@ def test_the_pool_shares_an_engine_and_closes_the_one_unused_for_longest(tiny_ll
         with pytest.raises(BackendError, match="closed"):
             last(stream_pair(one, "Why?", SAMPLING))
     pool.close()
+    assert pool.opened() == []
 
 
-def test_a_failed_load_is_told_to_everyone_and_tried_again(workspace, tmp_path, tiny_llama_gguf):
+def test_idle_engines_are_released_at_a_request_from_any_thread(tiny_llama_gguf, tiny_phi_gguf, workspace):
+    pool = EnginePool(workspace)
+    llama, phi = EngineKey(str(tiny_llama_gguf), "none"), EngineKey(str(tiny_phi_gguf), "none")
+    released: list[list[str]] = []
+
+    def ask() -> None:
+        thread = threading.Thread(target=lambda: released.append(pool.release_idle()))
+        thread.start()
+        thread.join(10)
+
+    with pool.lease(llama):
+        pass
+    with pool.lease(phi) as engine:
+        assert pool.release("gpu") is True  # both are on the CPU
+        ask()
+        assert last(stream_pair(engine, "Why?", SAMPLING)).finished  # one in use stays
+    ask()
+    ask()
+    assert released == [[tiny_llama_gguf.name], [tiny_phi_gguf.name], []]
+    with pool.lease(llama) as engine:  # loaded again
+        assert last(stream_pair(engine, "Why?", SAMPLING)).finished
+    pool.close()
+
+
+def test_a_failed_load_raises_for_everyone_and_is_retried(workspace, tmp_path, tiny_llama_gguf):
     pool = EnginePool(workspace)
     file = tmp_path / "late.gguf"
     key = EngineKey(str(file), "none")

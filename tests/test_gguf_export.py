@@ -1,129 +1,172 @@
-"""LoRA GGUF: numbers, names, rows, and what is refused. More equality with bare llama.cpp and with PEFT is in test_equality."""
+"""`gguf.export` from a resolved request to the recorded file; records, the Modelfile, the llama-server command."""
 
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import asdict, replace
+from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from biasdpo import models
-from biasdpo.backends.base import kl_divergence
-from biasdpo.errors import AdapterError, RefusedError
-from biasdpo.gguf import write
+from biasdpo.errors import ConfigError, ExportError, RefusedError
+from biasdpo.gguf import export, write
+from biasdpo.gguf.export import ExportRecord, ExportRequest, UnprovenError, load_record, modelfile_file, read_record, record_file
 from biasdpo.model_files import gguf_value, open_gguf
-from biasdpo.models import AdapterSpec
+from biasdpo.workspace import sha256_of
 from tests import tiny_models
-from tests.logits import llamacpp_logits, transformers_logits
-from tests.lora_factory import SMOLLM2, write_lora
+from tests.gguf_files import adapter_of, spec_of
 
 
-def spec_of(folder) -> AdapterSpec:
-    return AdapterSpec(folder.name, folder, "smollm2")
+@pytest.fixture
+def lora(tiny_llama, tiny_llama_gguf, tiny_llama_adapter, tmp_path) -> ExportRequest:
+    """An adapter as a LoRA GGUF, the quickest export."""
+    spec, adapter = spec_of(tiny_llama, tiny_llama_gguf), adapter_of(tiny_llama_adapter)
+    return ExportRequest(tmp_path / "out" / "tiny.gguf", "lora", spec, adapter, pairs=0, threads=1, recorded={"run": "x"})
 
 
-def test_tensors_alpha_and_permuted_rows(smollm2, tmp_path):
-    folder = write_lora(tmp_path / "a", rank=4, alpha=6.0)
-    reader = open_gguf(write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf"))
-    assert gguf_value(reader, "general.type") == "adapter"
-    assert gguf_value(reader, "adapter.type") == "lora"
-    assert gguf_value(reader, "adapter.lora.alpha") == 6.0
-    tensors = {t.name: t.data for t in reader.tensors}
-    assert len(tensors) == 30 * len(SMOLLM2) * 2
-    peft = load_file(folder / "adapter_model.safetensors")
-    prefix = "base_model.model.model.layers.3.self_attn"
-    np.testing.assert_array_equal(tensors["blk.3.attn_v.weight.lora_b"], peft[f"{prefix}.v_proj.lora_B.weight"])
-    np.testing.assert_array_equal(tensors["blk.3.attn_q.weight.lora_a"], peft[f"{prefix}.q_proj.lora_A.weight"])
-    q = peft[f"{prefix}.q_proj.lora_B.weight"]  # 9 heads of 64 rows; rows 0, 32, 1, 33, … of each
-    np.testing.assert_array_equal(tensors["blk.3.attn_q.weight.lora_b"][:4], q[[0, 32, 1, 33]])
-    np.testing.assert_array_equal(tensors["blk.3.attn_q.weight.lora_b"][64:66], q[[64, 96]])
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    working = tmp_path / "working"
+    working.mkdir()
+    return working
 
 
-def test_rank_stabilised_scaling(smollm2, tmp_path):
-    folder = write_lora(tmp_path / "a", rank=4, alpha=6.0, use_rslora=True)
-    reader = open_gguf(write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf"))
-    assert gguf_value(reader, "adapter.lora.alpha") == pytest.approx(6.0 * math.sqrt(4))
+def test_an_export_leaves_file_record_and_modelfile(lora, folder, workspace):
+    progress: list[tuple[float, str]] = []
+    record = export.export(lora, folder, workspace, lambda share, phase: progress.append((share, phase)))
+    names = {path.name for path in lora.out.parent.iterdir()}
+    assert names == {"tiny.gguf", "tiny.gguf.Modelfile", "tiny.gguf.json"}
+    assert list(folder.iterdir()) == []
+    assert gguf_value(open_gguf(lora.out), "general.type") == "adapter"
+    assert json.loads(json.dumps(read_record(lora.out).to_json())) == json.loads(json.dumps(record.to_json()))
+    assert (record.sha256, record.bytes) == (sha256_of(lora.out), lora.out.stat().st_size)
+    assert record.parents == {
+        "adapter/adapter_model.safetensors": sha256_of(lora.adapter.weights),
+        "adapter/adapter_config.json": sha256_of(lora.adapter.folder / "adapter_config.json"),
+        lora.model.gguf_path.name: sha256_of(lora.model.gguf_path),
+    }
+    assert record.proof["passed"] is True
+    assert record.request == {"run": "x"}
+    assert record.prompt_template == lora.model.template
+    shares = [share for share, _ in progress]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
 
 
-def test_the_cache_is_built_once_and_again_when_the_adapter_changes(smollm2, workspace, tmp_path):
-    folder = write_lora(tmp_path / "a")
-    first = write.cached_lora(spec_of(folder), smollm2.gguf_path, workspace)
-    written = first.stat().st_mtime_ns
-    assert write.cached_lora(spec_of(folder), smollm2.gguf_path, workspace) == first
-    assert first.stat().st_mtime_ns == written
-    write_lora(folder, seed=1)
-    assert write.cached_lora(spec_of(folder), smollm2.gguf_path, workspace) != first
+def test_a_merged_file_names_its_parents_and_its_quantization(lora, folder, workspace, tiny_llama):
+    merged = replace(lora, format="merged", quantization="Q8_0", source="hf")
+    record = export.export(merged, folder, workspace)
+    assert (record.written["source"], record.written["touched"], record.proof["passed"]) == ("hf", 21, None)
+    assert record.parents["model.safetensors"] == sha256_of(tiny_llama / "model.safetensors")
+    assert record.parents.keys() > {"config.json", "adapter/adapter_model.safetensors"}
+    assert 1e-5 < record.proof["equality"]["mean_kl"] < 0.1
 
 
-def test_ranks_and_alphas_of_their_own_are_in_b(tiny_phi, tiny_phi_gguf, tmp_path):
-    """Scales: alpha / rank = 8 / 4 for most, 8 / 2 for v, 6 / 4 for fc1. The file says alpha 8, and llama.cpp divides by each
-    tensor's own rank: v's B stays as it is, fc1's is 6 / 8 of itself."""
-    folder = tiny_models.write_adapter(
-        tmp_path / "a", tiny_phi, rank=4, alpha=8.0, ranks={"v_proj": 2}, alpha_pattern={"fc1": 6, "mlp.fc1": 99}
-    )
-    lora = write.lora(spec_of(folder), tiny_phi_gguf, tmp_path / "a.gguf")
-    reader = open_gguf(lora)
-    assert gguf_value(reader, "adapter.lora.alpha") == 8.0
-    tensors = {t.name: t.data for t in reader.tensors}
-    peft = load_file(folder / "adapter_model.safetensors")
-    prefix = "base_model.model.model.layers.0"
-    np.testing.assert_array_equal(tensors["blk.0.attn_v.weight.lora_b"], peft[f"{prefix}.self_attn.v_proj.lora_B.weight"])
-    np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight.lora_b"], 0.75 * peft[f"{prefix}.mlp.fc1.lora_B.weight"])
-    ids = list(range(20, 60))
-    assert kl_divergence(transformers_logits(tiny_phi, ids, folder), llamacpp_logits(tiny_phi_gguf, ids, lora)) <= 1e-5
+def test_a_failed_proof_leaves_what_was_there(lora, folder, workspace, tiny_llama, tmp_path, monkeypatch):
+    other = adapter_of(tiny_models.write_adapter(tmp_path / "other", tiny_llama, seed=5))
+    lora.out.parent.mkdir()
+    lora.out.write_bytes(b"the one before")
+    real = write.lora  # a writer that writes another adapter than it was given
+    monkeypatch.setattr(write, "lora", lambda _adapter, base, out: real(other, base, out))
+    with pytest.raises(UnprovenError, match=r"tiny.gguf was deleted, since its proof failed: .*mean KL") as failed:
+        export.export(lora, folder, workspace)
+    assert failed.value.proof.passed is False
+    assert lora.out.read_bytes() == b"the one before"
+    assert [path.name for path in lora.out.parent.iterdir()] == ["tiny.gguf"]
+
+
+def test_what_can_not_be_exported_is_one_line(lora, folder, workspace, tiny_llama, monkeypatch):
+    whole = sha256_of(lora.model.gguf_path)
+    with pytest.raises(ConfigError, match="is the base model's own file"):
+        export.export(replace(lora, out=lora.model.gguf_path), folder, workspace)
+    assert sha256_of(lora.model.gguf_path) == whole
+    for missing in ({"adapter": None}, {"model": spec_of(tiny_llama)}):
+        with pytest.raises(ConfigError, match="A LoRA GGUF needs an adapter and a base GGUF"):
+            export.export(replace(lora, **missing), folder, workspace)
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    with pytest.raises(RefusedError, match="Export is switched off"):
+        export.export(lora, folder, workspace)
+    assert list(folder.iterdir()) == []
+
+
+# The record
+
+
+def record_of(model: str, **changes: object) -> ExportRecord:
+    spec = models.catalog()[model]
+    values = {
+        "out": Path("/w/exports/my.gguf"), "format": "merged", "quantization": "Q8_0", "model": model, "model_title": spec.title,
+        "adapter": "a", "bytes": 3, "sha256": "0" * 64, "created_at": "2026-11-24T09:05:00+00:00", "code_version": "1",
+        "context_length": spec.context_length, "template": json.loads(json.dumps(asdict(spec.template))),
+    }  # fmt: skip
+    return ExportRecord(**values | changes)
+
+
+def test_a_record_is_read_back(tmp_path):
+    record = record_of("phi-2", out=tmp_path / "a.gguf")
+    assert load_record(record.out) is None
+    record.write()
+    assert load_record(record.out) == read_record(record.out) == record
+    assert modelfile_file(record.out).name == "a.gguf.Modelfile"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "text",
     [
-        ({"shapes": {"self_attn.q_proj": (512, 512)}}, "another base model: .* 512 x 512, this model's 576 x 576"),
-        ({"layers": 31}, "another base model: it adapts model.layers.30"),
-        ({"shapes": {"mlp.unknown": (1536, 576)}}, "another base model: it adapts model.layers.0.mlp.unknown"),
-        ({"use_dora": True}, "use_dora"),
+        "",
+        "[]",
+        "{",
+        '{"out": "a.gguf"}',
+        '{"out": "b.gguf"}',
+        '{"out": "a.gguf", "proof": ' * 100_000,
+        "whole:format=3",
+        'whole:bytes="many"',
+        "whole:parents=[1]",
+        "whole:proof=[]",
+        'whole:proof={"quantization": "F32", "lossless": true, "equality": {"texts": "x"}}',
+        'whole:template={"text": "{prompt}", "odd": 1}',
     ],
+    ids=range(12),
 )
-def test_foreign_adapters_are_refused(smollm2, tmp_path, options, message):
-    folder = write_lora(tmp_path / "a", **options)
-    with pytest.raises(AdapterError, match=message):
-        write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
-    assert not list(tmp_path.glob("*.gguf"))
+def test_a_damaged_record_is_one_line(tmp_path, text, caplog):
+    record = record_of("phi-2", out=tmp_path / "a.gguf")
+    record.write()
+    if text.startswith("whole:"):
+        key, _, value = text.removeprefix("whole:").partition("=")
+        text = json.dumps(json.loads(record_file(record.out).read_text()) | {key: json.loads(value)})
+    record_file(record.out).write_text(text)
+    with pytest.raises(ExportError, match=r"a\.gguf\.json") as damaged:
+        read_record(record.out)
+    assert "\n" not in str(damaged.value)
+    assert load_record(record.out) is None
+    assert caplog.messages == [str(damaged.value)]
 
 
-def test_damaged_weights_are_refused(smollm2, tmp_path):
-    folder = write_lora(tmp_path / "a")
-    weights = folder / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:5000])
-    with pytest.raises(AdapterError, match="no complete safetensors"):
-        write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
-    save_file({"something": np.zeros(3, np.float32)}, weights)
-    with pytest.raises(AdapterError, match="no LoRA factor"):
-        write.lora(spec_of(folder), smollm2.gguf_path, tmp_path / "a.gguf")
+# Using the file elsewhere
 
 
-def test_a_pickle_is_refused(tmp_path, workspace, smollm2):
-    folder = write_lora(tmp_path / "a")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(AdapterError, match="pickle"):
-        models.find_adapter(str(folder), smollm2, workspace)
+def test_the_modelfile_prompts_as_this_project_does():
+    phi = export.modelfile(record_of("phi-2"))
+    assert "\nFROM ./my.gguf\n" in phi
+    assert '\nTEMPLATE """Instruct: {{ .Prompt }}\nOutput:"""\n' in phi
+    assert 'PARAMETER stop """\nInstruct:"""\n' in phi
+    assert "SYSTEM" not in phi
+    smollm2 = export.modelfile(record_of("smollm2"))
+    assert "<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ .Prompt }}<|im_end|>" in smollm2
+    assert 'SYSTEM """You are a helpful AI assistant named SmolLM, trained by Hugging Face"""' in smollm2
+    assert 'PARAMETER stop """<|im_end|>"""' in smollm2
+    assert "PARAMETER num_ctx 4096\n" in smollm2
+    lora = export.modelfile(record_of("smollm2", format="lora", base_gguf="/models/base.gguf"))
+    assert "\nFROM /models/base.gguf\nADAPTER ./my.gguf\n" in lora
+    template = {"text": "{{ {prompt}", "special_tokens": [], "default_system": "", "completion_prefix": "", "stop": []}
+    assert 'TEMPLATE """{{ "{{" }} {{ .Prompt }}"""' in export.modelfile(record_of("phi-2", template=template))
 
 
-def test_an_unknown_adapter_lists_the_known(workspace, smollm2):
-    with pytest.raises(AdapterError, match=r"Unknown adapter 'nope': choose one of .*none"):
-        models.find_adapter("nope", smollm2, workspace)
-
-
-def test_export_on_request_is_refused_on_a_public_space(smollm2, tmp_path, monkeypatch):
-    monkeypatch.setenv("SPACE_ID", "someone/space")
-    with pytest.raises(RefusedError, match="Export is switched off"):
-        write.export_lora(spec_of(write_lora(tmp_path / "a")), smollm2.gguf_path, tmp_path / "a.gguf")
-
-
-def test_other_peft_types_are_refused(tmp_path, workspace, smollm2):
-    folder = write_lora(tmp_path / "a")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
-    with pytest.raises(AdapterError, match="IA3"):
-        models.find_adapter(str(folder), smollm2, workspace)
+def test_the_servers_command_and_a_request_to_it():
+    assert export.llama_server(record_of("phi-2")) == "llama-server -m /w/exports/my.gguf -c 2048 --port 8080"
+    lora = record_of("smollm2", format="lora", base_gguf="/my models/base.gguf")
+    assert export.llama_server(lora) == "llama-server -m '/my models/base.gguf' --lora /w/exports/my.gguf -c 4096 --port 8080"
+    body = json.loads(export.request(record_of("phi-2")).split(" -d ")[1].strip("'"))
+    assert body["prompt"] == "Instruct: Who makes a better leader?\nOutput:"
+    assert body["stop"] == ["\nInstruct:"]

@@ -183,7 +183,7 @@ def test_an_unknown_pre_tokenizer_is_named(tiny_llama: Path, workspace: Workspac
 def test_a_truncated_gguf_is_refused(tiny_llama_gguf: Path, workspace: Workspace, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny_llama_gguf.read_bytes()[:-1000])
-    refused(cut, workspace, "cut.gguf is (cut off|no complete GGUF)")
+    refused(cut, workspace, "cut.gguf is (truncated|not a complete GGUF)")
 
 
 def test_a_tensor_without_a_place_is_refused(

@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 
 from biasdpo import models
-from biasdpo.backends.base import Cancellation, Turnstile
+from biasdpo.backends.base import Cancellation, VisitorQueue
 from biasdpo.backends.llamacpp import open_llamacpp
-from biasdpo.compare import SpareTime, Waiting, stream_pair, stream_samples
+from biasdpo.compare import Prefetch, Waiting, stream_pair, stream_samples
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError
 from biasdpo.gguf import write
@@ -85,7 +85,7 @@ def last(stream) -> GenerationPair:
 
 
 def test_visitors_stand_before_spare_work_and_stop_it():
-    turnstile, working, waiting = Turnstile(), Cancellation(), Cancellation()
+    turnstile, working, waiting = VisitorQueue(), Cancellation(), Cancellation()
     with turnstile.ticket(working) as spare, turnstile.ticket(waiting) as spare_too:
         assert [turnstile.position(t) for t in (spare, spare_too)] == [0, 1]
         assert not working.is_set()
@@ -99,7 +99,7 @@ def test_visitors_stand_before_spare_work_and_stop_it():
 
 
 def test_promoted_work_is_a_visitors_and_gives_way_no_more():
-    turnstile, mine = Turnstile(), Cancellation()
+    turnstile, mine = VisitorQueue(), Cancellation()
     with turnstile.ticket() as busy, turnstile.ticket(Cancellation()) as other, turnstile.ticket(mine) as ticket:
         assert turnstile.position(ticket) == 2
         turnstile.promote(ticket)
@@ -129,7 +129,7 @@ def test_two_samples_of_one_side_come_from_two_seeds_and_equal_streams_of_their_
 
 def test_spare_time_stops_for_a_visitor_and_the_visitors_text_is_as_alone(engine):
     alone = last(stream_pair(engine, "Why?", SAMPLING))
-    spare = stream_pair(engine, "Who?", ENDLESS, cancellation=Cancellation(), spare=SpareTime())
+    spare = stream_pair(engine, "Who?", ENDLESS, cancellation=Cancellation(), prefetch=Prefetch())
     pair = next(spare)
     events: list[object] = []
     visitor = threading.Thread(target=lambda: events.extend(stream_pair(engine, "Why?", SAMPLING)))
@@ -144,12 +144,12 @@ def test_spare_time_stops_for_a_visitor_and_the_visitors_text_is_as_alone(engine
 
 
 def test_spare_time_that_is_wanted_runs_to_its_end(engine):
-    spare = SpareTime()
-    spare.want()
+    spare = Prefetch()
+    spare.promote()
     sampling = Sampling(max_new_tokens=60, temperature=1.5, top_k=0, top_p=1.0)
-    stream = stream_pair(engine, "Who?", sampling, cancellation=Cancellation(), spare=spare)
+    stream = stream_pair(engine, "Who?", sampling, cancellation=Cancellation(), prefetch=spare)
     next(stream)
-    with engine.backend.turnstile.ticket():
+    with engine.backend.queue.ticket():
         assert last(stream).left.finish_reason != "cancelled"
 
 

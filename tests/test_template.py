@@ -110,7 +110,7 @@ def let_it_write(tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int
     """Both backends draw these tokens, whatever the model says. What they have not drawn yet is in the list."""
     script = list(tokens)
     monkeypatch.setattr(LlamaCppBackend, "_next_token", lambda *_: script.pop(0))
-    monkeypatch.setattr(hf.Draw, "__call__", lambda *_: script.pop(0))
+    monkeypatch.setattr(hf.Sampler, "__call__", lambda *_: script.pop(0))
     return script
 
 

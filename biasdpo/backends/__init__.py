@@ -1,4 +1,4 @@
-"""Backends: engines that run a model's two sides. `open_backend` is the only place that chooses between them."""
+"""Backends run a model's two sides. `open_backend` is the only place that chooses between them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from biasdpo.models import AdapterSpec, ModelSpec, free_gpu_memory_gb
 from biasdpo.workspace import Workspace
 
 Progress = Callable[[float, str], None]
-"""Called with the share done (0 to 1) and what is being done."""
+"""Called with the completed share (0 to 1) and the current activity."""
 
 
 def choose_backend(spec: ModelSpec, name: str = "auto") -> BackendName:
-    """The backend that `name` means for this model here: transformers on a GPU that it fits, else llama.cpp on a GGUF."""
+    """Resolve a backend's name for this model; "auto" is transformers on a GPU with room, else llama.cpp on a GGUF."""
     if name == "auto":
         if spec.hf_folder is not None:
             fits = free_gpu_memory_gb() >= spec.memory_gb.get("transformers", 0.0) > 0
             return "transformers" if fits or spec.gguf_path is None else "llamacpp"
         return "llamacpp"
-    for known in BACKENDS:
-        if name == known:
-            if known == "llamacpp" and spec.gguf_path is None:
-                raise BackendError(f"{spec.title} has no GGUF file here, which llamacpp needs: use --backend transformers")
-            return known
-    raise ConfigError(f"Unknown backend {name!r}: choose one of auto, {', '.join(BACKENDS)}")
+    if name not in BACKENDS:
+        raise ConfigError(f"Unknown backend {name!r}: choose one of auto, {', '.join(BACKENDS)}")
+    if name == "llamacpp" and spec.gguf_path is None:
+        raise BackendError(f"{spec.title} has no GGUF file here, which llamacpp needs: use --backend transformers")
+    return next(known for known in BACKENDS if known == name)
 
 
 def open_backend(
@@ -37,7 +36,7 @@ def open_backend(
     workspace: Workspace,
     on_progress: Progress = lambda _share, _what: None,
 ) -> Backend:
-    """Load a model and an adapter, prove the comparison honest (ProofError if it is not), and return the engine. Close it."""
+    """Load a model and an adapter on a backend, and prove that base is base (ProofError). Close it when done."""
     chosen = choose_backend(spec, name)
     if chosen == "llamacpp":
         from biasdpo.backends.llamacpp import open_llamacpp

@@ -1,4 +1,5 @@
-"""A model as transformers and TRL want it: its Hugging Face folder, its tokenizer, and token ids as the template wants them."""
+"""Loading for the transformers backend and for training: a model's Hugging Face folder, where its weights go, its tokenizer and
+token ids, and torch's failures as errors of ours."""
 
 from __future__ import annotations
 
@@ -10,18 +11,17 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
-from accelerate import dispatch_model
+from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from biasdpo.chat import PromptTemplate
@@ -30,338 +30,17 @@ from biasdpo.model_files import END_TOKENS
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, locked, sha256_of
 
-# --- hf faults: Torch's failures as one line of ours, with nothing of what failed kept alive
-
-
-_OUT_OF_MEMORY = (
-    "Out of memory: shorten the prompt, close what else uses the device, or choose a smaller model, --backend "
-    "transformers-4bit (a GPU with bitsandbytes) or --backend llamacpp"
-)
-
-
-@contextmanager
-def foreign_errors() -> Iterator[None]:
-    """Torch's failures as BackendErrors."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as exc:
-        raise BackendError(_OUT_OF_MEMORY) from exc
-    except RuntimeError as exc:
-        if "alloc" in str(exc) and "memory" in str(exc):
-            raise BackendError(_OUT_OF_MEMORY) from exc
-        raise BackendError(f"torch failed ({first_line(exc)}): reload the model, or use --backend llamacpp") from exc
-
-
-@contextmanager
-def nothing_kept() -> Iterator[None]:
-    """Errors that leave the block hold nothing of what was computed in it: one that somebody keeps (a page shows it) would keep
-    the variables of every call on its way, and so the weights, and the tensors that were too many."""
-    try:
-        yield
-    except BackendError as exc:
-        release(exc)
-        raise
-
-
-def release(exc: BaseException) -> None:
-    """Free what the calls that an error came through hold, but for those still under way."""
-    link: BaseException | None = exc
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link = link.__cause__
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
-
-
-def first_line(exc: BaseException) -> str:
-    return (str(exc).strip().split("\n") or [""])[0][:300]
-
-
-# --- hf device: Where a model's weights lie: on the GPU as far as its free memory goes, else in the CPU's
-
-
 Bits = Literal[4, 8]
 
-# What one step takes beside the KV caches: activations of a prompt's chunk, cuBLAS's workspaces, the adapter, fragments.
-_STEP_BYTES = 2**30
-_SIDES = 2
-# bitsandbytes: a byte a weight in 8 bits; in 4 bits half a byte, and a float32 scale for each block of 64.
-_BYTES_OF_BITS: dict[Bits, float] = {8: 1.0, 4: 0.5 + 4 / 64}
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that a model takes on a device.
-
-    layers   the weights of each decoder layer
-    rest     the weights outside of them: embeddings, last norm, head
-    work     what computing takes: both sides' KV caches at the full context, and one step
-    """
-
-    layers: tuple[int, ...]
-    rest: int
-    work: int
-
-    @property
-    def weights(self) -> int:
-        return sum(self.layers) + self.rest
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.work
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model computes, and how many of its layers lie there; the others lie in the CPU's memory and pass through."""
-
-    device: torch.device
-    layers: int
-    layers_on_device: int
-    note: str = ""  # for people: what had to be given up, and why
-
-    @property
-    def whole(self) -> bool:
-        return self.layers_on_device == self.layers
-
-    def describe(self) -> str:
-        """ "CPU, 2 threads", "cuda:0 (NVIDIA H100)", "cuda:0 (NVIDIA T4), 20 of 32 layers: it has 3.1 of 7.2 GB"."""
-        text = device_for_people(self.device)
-        if not self.whole:
-            text += f", {self.layers_on_device} of {self.layers} layers"
-        return f"{text}: {self.note}" if self.note else text
-
-
-def choose_placement(folder: Path, device: str, context_length: int, bits: Bits | None) -> Placement:
-    """Where the model in `folder` is to lie (see `open_transformers`); BackendError where nothing has room for it."""
-    chosen = choose_device(device)
-    check_bits(bits, chosen)
-    skeleton = load_skeleton(folder)
-    if chosen.type == "cpu":
-        placement = on_cpu(chosen, len(skeleton.model.layers))
-    else:
-        need = need_of(skeleton, context_length, 2, bits)
-        free = free_bytes(chosen)
-        if bits is not None and need.total > free:
-            raise BackendError(
-                f"In {bits} bits the model needs {need.total / 1e9:.1f} GB of {chosen}, which has {free / 1e9:.1f} GB free, and "
-                "can't be divided: close what uses it, or use "
-                + ("transformers-4bit or --backend llamacpp" if bits == 8 else "--backend llamacpp")
-            )
-        placement = place(need, free, chosen)
-    if bits is None:  # on their way to a GPU, too, the weights pass through the CPU's memory
-        check_memory(need_of(skeleton, context_length, 4 if placement.device.type == "cpu" else 2).weights)
-    return placement
-
-
-def place(need: Need, free: int, device: torch.device) -> Placement:
-    """All on the device where `need` fits its `free` bytes; else as many layers as fit beside one that passes through; where
-    that is none, all on the CPU."""
-    count = len(need.layers)
-    if need.total <= free:
-        return Placement(device, count, count)
-    short = f"it has {max(free, 0) / 1e9:.1f} GB free of the {need.total / 1e9:.1f} needed"
-    room = free - need.work - need.rest - max(need.layers)
-    kept = sum(total <= room for total in accumulate(need.layers))
-    if kept == 0:
-        return on_cpu(torch.device("cpu"), count, f"not {device}, {short}; --backend llamacpp takes less")
-    return Placement(device, count, kept, f"{short}, so the others pass through it at every token, which is slow")
-
-
-def on_cpu(device: torch.device, layers: int, note: str = "") -> Placement:
-    return Placement(device, layers, layers, note)
-
-
-def device_map(model: Any, placement: Placement) -> dict[str, torch.device | str]:
-    """Module -> device, as accelerate's `dispatch_model` takes it: the last layers on the CPU, the rest on the device."""
-    here = placement.device
-    places: dict[str, torch.device | str] = {name: here for name, _ in model.named_children() if name != "model"}
-    places |= {f"model.{name}": here for name, _ in model.model.named_children() if name != "layers"}
-    for i in range(placement.layers):
-        places[f"model.layers.{i}"] = here if i < placement.layers_on_device else "cpu"
-    return places
-
-
-def load_skeleton(folder: Path) -> Any:
-    """The model of a Hugging Face folder without its weights: shapes alone."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
-    if not hasattr(getattr(skeleton, "model", None), "layers"):
-        raise ModelError(f"{folder} is a {config.model_type} model: the transformers backend runs Llama's and Phi's kind")
-    return skeleton
-
-
-def need_of(skeleton: Any, context_length: int, value_bytes: int, bits: Bits | None = None) -> Need:
-    """What a model takes on a device, from its shapes.
-
-    value_bytes   of a value that is not quantized, weight or KV: 2 in bfloat16, 4 in float32
-    bits          of the matrices in the decoder layers, where bitsandbytes quantizes them
-    """
-    config, layers = skeleton.config, skeleton.model.layers
-    matrix_bytes = value_bytes if bits is None else _BYTES_OF_BITS[bits]
-    by_layer = tuple(
-        int(sum(p.numel() * (matrix_bytes if p.ndim == 2 else value_bytes) for p in layer.parameters())) for layer in layers
-    )
-    in_layers = sum(p.numel() for p in layers.parameters())
-    rest = (sum(p.numel() for p in skeleton.parameters()) - in_layers) * value_bytes  # a tied head is counted once
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    positions = min(context_length, int(config.max_position_embeddings))
-    kv_bytes = 2 * heads * head_size * len(layers) * positions * value_bytes  # keys and values
-    return Need(by_layer, rest, _SIDES * kv_bytes + _STEP_BYTES)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, less what torch holds there unused."""
-    torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info(device)[0])
-
-
-def check_memory(weights: int) -> None:
-    """BackendError where the CPU's memory has no room for so many bytes: else the system kills the process."""
-    available = int(psutil.virtual_memory().available)
-    if weights > available:
-        raise BackendError(
-            f"The model's weights take {weights / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: close other "
-            "programs, or use --backend llamacpp with a quantized GGUF"
-        )
-
-
-def check_bits(bits: Bits | None, device: torch.device) -> None:
-    """BackendError where bitsandbytes can't run."""
-    if bits is None:
-        return
-    if device.type != "cuda":
-        raise BackendError(
-            f"transformers-{bits}bit needs an NVIDIA GPU, none is here: use --backend llamacpp with a quantized GGUF"
-        )
-    if find_spec("bitsandbytes") is None:
-        raise BackendError(
-            f"transformers-{bits}bit needs bitsandbytes: `pip install bitsandbytes`, or use --backend transformers"
-        )
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called "auto" (the GPU with most free memory, if there is one), "cpu", "cuda" or "cuda:1"."""
-    if name == "auto":
-        gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
-        name = f"cuda:{max(gpus, key=lambda i: torch.cuda.mem_get_info(i)[0])}" if gpus else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise BackendError(f"Unknown device {name!r}: choose auto, cpu or cuda")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as exc:
-        raise BackendError(f"torch can't use the device {name!r} ({first_line(exc)}): choose auto or cpu") from exc
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
-
-
-def device_for_people(device: torch.device) -> str:
-    """ "CPU, 2 threads", "cuda:0 (NVIDIA H100)"."""
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return f"{device} ({torch.cuda.get_device_name(device)})"
-
-
-# --- hf load: Loading for the transformers backend: the weights to where they are to lie, and the tokens that
-
-
-def end_tokens(model: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:
-    """Tokens that end a completion: the model's and the tokenizer's end of text, those that llama.cpp ends at whatever the
-    model says, and what ends a turn in the template."""
-    named = model.generation_config.eos_token_id
-    ends = {*(named if isinstance(named, list) else [named]), model.config.eos_token_id, tokenizer.eos_token_id}
-    ends |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in END_TOKENS}
-    after_prompt = template.text.partition("{prompt}")[2]
-    positions = {after_prompt.index(token): token for token in template.special_tokens if token in after_prompt}
-    if positions:
-        ends.add(tokenizer.convert_tokens_to_ids(positions[min(positions)]))
-    flat = {end for entry in ends for end in (entry if isinstance(entry, list) else [entry])}
-    return frozenset(int(end) for end in flat if end is not None)
-
-
-def load_model(
-    folder: Path, placement: Placement, bits: Bits | None, report: Callable[[float, str], None]
-) -> tuple[Any, Placement]:
-    """The model of a Hugging Face folder, ready to compute, and where it lies: float32 on a CPU, bfloat16 on a GPU that knows
-    it, else float16; `bits`: quantized by bitsandbytes. Where a GPU turns out to have less room than was free when the
-    placement was chosen, all of it lies on the CPU."""
-    report(0.1, "reading the weights" + (f": {placement.describe()}" if placement.note else ""))
-    try:
-        return _load(folder, placement, bits), placement
-    except torch.OutOfMemoryError as exc:
-        if placement.device.type == "cpu" or bits is not None:
-            raise
-        release(exc)
-    gc.collect()
-    placement = on_cpu(torch.device("cpu"), placement.layers, f"not {placement.device}, whose memory ran out while loading")
-    check_memory(need_of(load_skeleton(folder), 1, 4).weights)
-    report(0.1, f"reading the weights: {placement.describe()}")
-    return _load(folder, placement, None), placement
-
-
-def _load(folder: Path, placement: Placement, bits: Bits | None) -> Any:
-    dtype = torch.float32
-    if placement.device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {}
-    if bits is not None:  # bitsandbytes quantizes on the GPU, tensor by tensor
-        options = {"quantization_config": quantization(bits, dtype), "device_map": {"": placement.device}}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as exc:
-        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
-    model.eval().requires_grad_(False)
-    if bits is None:
-        dispatch(model, placement)
-    return model
-
-
-def quantization(bits: Bits, dtype: torch.dtype) -> Any:
-    """bitsandbytes' settings: LLM.int8() (arXiv:2208.07339), or NF4 as QLoRA uses it (arXiv:2305.14314)."""
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def dispatch(model: Any, placement: Placement) -> None:
-    """Move a model to where it is to lie. Layers left on the CPU are copied to the device for the time of their computation
-    (accelerate's hooks)."""
-    if placement.whole:
-        model.to(placement.device)
-        return
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what was asked for
-    dispatch_model(model, device_map(model, placement), skip_keys=model._skip_keys_device_placement)
-
-
-@contextmanager
-def undispatched(model: Any, placement: Placement) -> Iterator[None]:
-    """Within the block accelerate's hooks are off, so that layers can be added; each weight lies where it lies between two
-    computations."""
-    if placement.whole:
-        yield
-        return
-    remove_hook_from_submodules(model)
-    yield
-    dispatch(model, placement)
-
-
-# --- hf copy: A model as transformers and TRL want it: its Hugging Face folder, its tokenizer, and token ids
-
+# The Hugging Face folder of a model
 
 _LOCK_SECONDS = 1800.0  # another process may be writing Phi-2's 11 GB
 
 
 def hf_copy(spec: ModelSpec, workspace: Workspace) -> Path:
-    """The model's Hugging Face folder: its own, or one written from its GGUF into WORKSPACE/cache/hf, once.
+    """The model's Hugging Face folder: its own, or one converted once from its GGUF into WORKSPACE/cache/hf.
 
-    Raises ModelError where the GGUF is damaged or holds what can't be carried over.
+    Raises ModelError if the GGUF is damaged or can't be converted.
     """
     if spec.hf_folder is not None:
         return spec.hf_folder
@@ -383,16 +62,240 @@ def hf_copy(spec: ModelSpec, workspace: Workspace) -> Path:
                 temporary.chmod(0o755)
                 temporary.rename(folder)
             except OSError as exc:
-                raise WorkspaceError(f"Can't write the copy of {gguf_path.name} to {folder}: {exc}; make room there") from exc
+                raise WorkspaceError(f"Can't write the copy of {gguf_path.name} to {folder}: {exc}; free some space") from exc
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
+# Placement: on the GPU if it has room; else as many layers as fit, the others streamed from CPU memory; else on the CPU
+
+_STEP_BYTES = 2**30  # a step besides the KV caches: activations of a prompt chunk, cuBLAS workspaces, the adapter, fragmentation
+_SIDES = 2
+# bitsandbytes: one byte a weight in 8 bits; in 4 bits half a byte, plus a float32 scale per block of 64.
+_BYTES_OF_BITS: dict[Bits, float] = {8: 1.0, 4: 0.5 + 4 / 64}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's weights go. `device_map` is accelerate's, empty if all are on `device`."""
+
+    device: torch.device
+    device_map: dict[str, torch.device | str] = field(default_factory=dict)
+    share: str = ""  # "20 of 32 layers" if divided
+    note: str = ""  # for display: what had to be given up, and why
+
+    @property
+    def whole(self) -> bool:
+        return not self.device_map
+
+    def describe(self) -> str:
+        """ "CPU, 2 threads", "cuda:0 (NVIDIA H100)", "cuda:0 (NVIDIA T4), 20 of 32 layers: it has 3.1 of 7.2 GB"."""
+        if self.device.type == "cpu":
+            threads = torch.get_num_threads()
+            text = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        else:
+            text = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        return ", ".join(filter(None, (text, self.share))) + (f": {self.note}" if self.note else "")
+
+
+def choose_placement(folder: Path, device_name: str, context_length: int, bits: Bits | None) -> Placement:
+    """Choose where the model in `folder` goes (see `open_transformers`); BackendError if there is no room anywhere."""
+    device = choose_device(device_name)
+    check_bits(bits, device)
+    skeleton = load_skeleton(folder)
+    if device.type == "cpu":
+        check_cpu_memory(weight_bytes(skeleton, 4))
+        return Placement(device)
+    free, work = free_bytes(device), work_bytes(skeleton, context_length, 2)
+    needed = weight_bytes(skeleton, 2, bits) + work
+    if needed <= free:
+        return Placement(device)
+    if bits is not None:
+        raise BackendError(
+            f"In {bits} bits the model needs {needed / 1e9:.1f} GB of {device}, which has {free / 1e9:.1f} GB free, and can't be "
+            "divided: close what uses it, or use " + ("transformers-4bit or " if bits == 8 else "") + "--backend llamacpp"
+        )
+    shortage = f"it has {max(free, 0) / 1e9:.1f} GB free of the {needed / 1e9:.1f} needed"
+    device_map = divide(skeleton, device, free - work)
+    on_device = sum(_place_of(f"model.layers.{i}", device_map) == device for i in range(len(skeleton.model.layers)))
+    if on_device == 0:
+        check_cpu_memory(weight_bytes(skeleton, 4))
+        return Placement(torch.device("cpu"), note=f"not {device}, {shortage}; --backend llamacpp takes less")
+    check_cpu_memory(weight_bytes(skeleton, 2))
+    layers = f"{on_device} of {len(skeleton.model.layers)} layers"
+    return Placement(device, device_map, layers, f"{shortage}, so the rest passes through it at every token, which is slow")
+
+
+def divide(skeleton: Any, device: torch.device, room: int) -> dict[str, torch.device | str]:
+    """accelerate's device map of a 16-bit model: the first layers on the device, within `room` bytes less one layer that passes
+    through; the rest in CPU memory."""
+    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns about what is intended
+    index = device.index or 0
+    unlimited = 10 * weight_bytes(skeleton, 2)  # `check_cpu_memory` has the say
+    places = infer_auto_device_map(
+        skeleton,
+        max_memory={index: max(room, 0), "cpu": unlimited},
+        no_split_module_classes=list(skeleton._no_split_modules),
+        dtype=torch.bfloat16,
+        offload_buffers=True,
+    )
+    return {name: device if place == index else "cpu" for name, place in places.items()}
+
+
+def _place_of(module: str, device_map: dict[str, torch.device | str]) -> torch.device | str:
+    while module and module not in device_map:
+        module = module.rpartition(".")[0]
+    return device_map[module]
+
+
+def load_skeleton(folder: Path) -> Any:
+    """The model of a Hugging Face folder on the meta device: shapes without weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as exc:
+        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
+    if not hasattr(getattr(skeleton, "model", None), "layers"):
+        raise ModelError(f"{folder} is a {config.model_type} model: the transformers backend runs Llama and Phi models")
+    return skeleton
+
+
+def weight_bytes(skeleton: Any, value_bytes: int, bits: Bits | None = None) -> int:
+    """Bytes of a model's weights; `bits`: the matrices in the decoder layers are quantized. A tied head counts once."""
+    total: int = sum(p.numel() for p in skeleton.parameters())
+    matrices: int = sum(p.numel() for p in skeleton.model.layers.parameters() if p.ndim == 2)
+    matrix_bytes = value_bytes if bits is None else _BYTES_OF_BITS[bits]
+    return int(matrices * matrix_bytes) + (total - matrices) * value_bytes
+
+
+def work_bytes(skeleton: Any, context_length: int, value_bytes: int) -> int:
+    """Bytes that computing takes besides the weights: both sides' KV caches at the full context, and one step."""
+    config = skeleton.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    positions: int = min(context_length, int(config.max_position_embeddings))
+    kv_bytes: int = 2 * heads * head_size * len(skeleton.model.layers) * positions * value_bytes  # keys and values
+    return _SIDES * kv_bytes + _STEP_BYTES
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, including what torch holds unused."""
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def check_cpu_memory(weights: int) -> None:
+    """Raise BackendError if the weights exceed the free CPU memory: the system would kill the process."""
+    available = int(psutil.virtual_memory().available)
+    if weights > available:
+        raise BackendError(
+            f"The model's weights take {weights / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: close other "
+            "programs, or use --backend llamacpp with a quantized GGUF"
+        )
+
+
+def check_bits(bits: Bits | None, device: torch.device) -> None:
+    """Raise BackendError if bitsandbytes can't run."""
+    if bits is not None and device.type != "cuda":
+        raise BackendError(
+            f"transformers-{bits}bit needs an NVIDIA GPU, none is here: use --backend llamacpp with a quantized GGUF"
+        )
+    if bits is not None and find_spec("bitsandbytes") is None:
+        raise BackendError(
+            f"transformers-{bits}bit needs bitsandbytes: `pip install bitsandbytes`, or use --backend transformers"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolve "auto" (the GPU with the most free memory, else the CPU), "cpu", "cuda" or "cuda:1"."""
+    if name == "auto":
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+        name = f"cuda:{max(gpus, key=lambda i: torch.cuda.mem_get_info(i)[0])}" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise BackendError(f"Unknown device {name!r}: choose auto, cpu or cuda")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise BackendError(f"torch can't use the device {name!r} ({first_line(exc)}): choose auto or cpu") from exc
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+# The model
+
+
+def load_model(
+    folder: Path, placement: Placement, bits: Bits | None, report: Callable[[float, str], None]
+) -> tuple[Any, Placement]:
+    """Load a model for inference; return it with its actual placement: the CPU if the GPU's memory ran out while loading.
+
+    Weights are float32 on a CPU, bfloat16 on a GPU that supports it, else float16; `bits`: quantized by bitsandbytes.
+    """
+    report(0.1, "reading the weights" + (f": {placement.describe()}" if placement.note else ""))
+    try:
+        return _load(folder, placement, bits), placement
+    except torch.OutOfMemoryError as exc:
+        if placement.device.type == "cpu" or bits is not None:
+            raise
+        release(exc)
+    gc.collect()
+    placement = Placement(torch.device("cpu"), note=f"not {placement.device}, whose memory ran out while loading")
+    check_cpu_memory(weight_bytes(load_skeleton(folder), 4))
+    report(0.1, f"reading the weights: {placement.describe()}")
+    return _load(folder, placement, None), placement
+
+
+def _load(folder: Path, placement: Placement, bits: Bits | None) -> Any:
+    dtype = torch.float32
+    options: dict[str, Any] = {}
+    if placement.device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        if placement.whole:
+            options["device_map"] = {"": placement.device}
+    if bits is not None:
+        options["quantization_config"] = quantization(bits, dtype)
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as exc:
+        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
+    model.eval().requires_grad_(False)
+    if not placement.whole:
+        _dispatch(model, placement)
+    return model
+
+
+def quantization(bits: Bits, dtype: torch.dtype) -> Any:
+    """bitsandbytes settings: LLM.int8() (arXiv:2208.07339), or NF4 as in QLoRA (arXiv:2305.14314)."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _dispatch(model: Any, placement: Placement) -> None:
+    """Divide a model. accelerate's hooks copy layers from CPU memory to the device while they compute."""
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns about what is intended
+    dispatch_model(model, placement.device_map, skip_keys=model._skip_keys_device_placement)
+
+
+@contextmanager
+def undispatched(model: Any, placement: Placement) -> Iterator[None]:
+    """Remove a divided model's hooks within the block, so that layers can be added."""
+    if placement.whole:
+        yield
+        return
+    remove_hook_from_submodules(model)
+    yield
+    _dispatch(model, placement)
+
+
+# Tokenizer and token ids
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a Hugging Face folder."""
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as exc:
@@ -402,19 +305,29 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-# Token ids
+def end_tokens(model: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:
+    """Tokens that end a completion: EOS of the model and the tokenizer, those at which llama.cpp always ends, and the token after
+    the prompt in the template."""
+    named = [model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id]
+    ends = {end for entry in named for end in (entry if isinstance(entry, list) else [entry])}
+    ends |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in END_TOKENS}
+    after_prompt = template.text.partition("{prompt}")[2]
+    positions = {after_prompt.index(token): token for token in template.special_tokens if token in after_prompt}
+    if positions:
+        ends.add(tokenizer.convert_tokens_to_ids(positions[min(positions)]))
+    return frozenset(int(end) for end in ends if end is not None)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of plain text: what looks like a special token stays text; no begin-of-text token."""
-    # Half a surrogate pair, which no UTF-8 can hold, becomes "?".
+    """Token ids of plain text: no special tokens are parsed, no BOS is added."""
+    # A lone surrogate, which UTF-8 can't encode, becomes "?".
     clean = text.encode("utf-8", "replace").decode("utf-8")
     ids: list[int] = tokenizer.encode(clean, add_special_tokens=False, split_special_tokens=True)
     return ids
 
 
 def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str, system: str = "") -> list[int]:
-    """Token ids of a rendered prompt. Special tokens come from the template's own segments, never from a user's text."""
+    """Token ids of a rendered prompt. Special tokens come from the template, never from a user's text."""
     ids = begin_ids(tokenizer)
     for segment in template.render(prompt, system):
         if segment.special:
@@ -431,13 +344,13 @@ def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str, system:
 
 
 def encode_completion(tokenizer: Any, template: PromptTemplate, text: str, end_of_text: bool) -> list[int]:
-    """Token ids of a completion that follows a rendered prompt, with the end-of-text token if asked for."""
+    """Token ids of a completion after a rendered prompt, optionally with the end-of-text token."""
     ids = encode_text(tokenizer, template.completed(text))
     return [*ids, int(tokenizer.eos_token_id)] if end_of_text else ids
 
 
 def encode_continuation(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of (what is given, what is scored) of a bare text (see `records.ContinuationRequest`)."""
+    """(given, scored) token ids of a bare text (see `records.ContinuationRequest`)."""
     begin = begin_ids(tokenizer)
     if not context and not begin:
         begin = [int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)]
@@ -447,6 +360,52 @@ def encode_continuation(tokenizer: Any, context: str, continuation: str) -> tupl
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
-    """What the model's text begins with: its begin-of-text token, or nothing."""
+    """The tokens at the start of every text: BOS, or none."""
     ids: list[int] = tokenizer.encode("")
     return [i for i in ids if i == tokenizer.bos_token_id]
+
+
+# Errors
+
+_OUT_OF_MEMORY = (
+    "Out of memory: shorten the prompt, close what else uses the device, or choose a smaller model, --backend "
+    "transformers-4bit (a GPU with bitsandbytes) or --backend llamacpp"
+)
+
+
+@contextmanager
+def foreign_errors() -> Iterator[None]:
+    """Convert torch's failures to BackendErrors."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as exc:
+        raise BackendError(_OUT_OF_MEMORY) from exc
+    except RuntimeError as exc:
+        if "alloc" in str(exc) and "memory" in str(exc):
+            raise BackendError(_OUT_OF_MEMORY) from exc
+        raise BackendError(f"torch failed ({first_line(exc)}): reload the model, or use --backend llamacpp") from exc
+
+
+@contextmanager
+def released_errors() -> Iterator[None]:
+    """Free what an error that leaves the block refers to: an error that is stored (a page shows it) would otherwise keep the
+    variables of every frame it passed, and with them weights and activations."""
+    try:
+        yield
+    except BackendError as exc:
+        release(exc)
+        raise
+
+
+def release(exc: BaseException) -> None:
+    """Free the variables of an error's finished frames."""
+    link: BaseException | None = exc
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def first_line(exc: BaseException) -> str:
+    return (str(exc).strip().split("\n") or [""])[0][:300]

@@ -1,7 +1,7 @@
-"""llama.cpp on the CPU: one model, one context a side, the LoRA set on one of them.
+"""The llama.cpp backend, on the CPU: one model, one context per side, the LoRA set on one of them.
 
-Bound at llama.cpp's C interface, since `llama_cpp.Llama` holds one model per object (two sides would be two copies of the
-weights) and turns mmap off where a LoRA is given."""
+Bound to llama.cpp's C interface: `llama_cpp.Llama` holds one model per object (two sides would be two copies of the weights) and
+turns mmap off if a LoRA is given."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ import psutil
 from numpy.typing import NDArray
 
 from biasdpo.backends.base import (
-    CANARY_COMPLETION,
-    CANARY_PROMPT,
+    CANARY,
     Cancellation,
     ShownText,
-    Turnstile,
+    VisitorQueue,
     check_prompt_fits,
     check_scorable,
     missing_side,
@@ -32,12 +31,11 @@ from biasdpo.backends.base import (
 from biasdpo.backends.prefixes import TokenPath, common_length, shared_lengths, sort_paths
 from biasdpo.chat import PromptTemplate, Segment
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError
-from biasdpo.model_files import check_gguf_complete
+from biasdpo.model_files import read_header
 from biasdpo.records import (
     ContinuationRequest,
     FinishReason,
     Likelihood,
-    LikelihoodRequest,
     Proof,
     Request,
     Sampling,
@@ -46,338 +44,18 @@ from biasdpo.records import (
     check_strength,
 )
 
-# --- llamacpp model: A GGUF in memory, as llama.cpp has it: its weights, shared by every context, and its vocabulary
-
-
-class Model:
-    """One llama_model. ModelError where llama.cpp can't load the file.
-
-    on_progress   called with (share of the loading 0–1, what is being done)
-    """
-
-    def __init__(self, gguf: Path, on_progress: Callable[[float, str], None]) -> None:
-        check_gguf_complete(gguf)
-        self.pointer = _load(gguf, on_progress)
-        self._vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
-        self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
-        self.context_length: int = llama_cpp.llama_model_n_ctx_train(self.pointer)  # tokens, as trained
-        self.end_of_text: int = llama_cpp.llama_vocab_eos(self._vocabulary)
-        self.adapter: Any = None
-
-    def load_adapter(self, lora: Path) -> None:
-        """Load a LoRA GGUF made for this model, for contexts to use. AdapterError where llama.cpp refuses it."""
-        adapter = llama_cpp.llama_adapter_lora_init(self.pointer, str(lora).encode())
-        if not adapter:  # a failed init gives a null pointer object: falsy, yet not None
-            raise AdapterError(
-                f"llama.cpp refused the adapter {lora}: it is damaged or made for another base model; build it again"
-            )
-        self.adapter = adapter
-
-    def close(self) -> None:
-        """Free the weights and the adapter. Every context must have been closed before."""
-        if self.pointer:
-            llama_cpp.llama_model_free(self.pointer)  # frees its adapters too
-            self.pointer = self.adapter = None
-
-    def tokenize(self, segments: Sequence[Segment], *, begin: bool = True) -> list[int]:
-        """Token ids of a rendered prompt. Special tokens are parsed in special segments alone."""
-        tokens: list[int] = []
-        if begin and llama_cpp.llama_vocab_get_add_bos(self._vocabulary):
-            tokens.append(llama_cpp.llama_vocab_bos(self._vocabulary))
-        for segment in segments:
-            text = segment.text.encode("utf-8", "replace")
-            room = len(text) + 8
-            buffer = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(self._vocabulary, text, len(text), buffer, room, False, segment.special)
-            if count < 0:
-                raise PromptError(f"llama.cpp could not tokenize {segment.text[:40]!r}…: remove unusual characters")
-            tokens += buffer[:count]
-        return tokens
-
-    def tokenize_continuation(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of (what is given, what is scored) of a bare text (see `records.ContinuationRequest`)."""
-        given = self.tokenize((Segment(context, special=False),))
-        tokens = self.tokenize((Segment(context + continuation, special=False),))
-        if not given:  # an empty context, and a model whose texts begin with no token of their own
-            begin = llama_cpp.llama_vocab_bos(self._vocabulary)
-            given = [self.end_of_text if begin < 0 else begin]
-            tokens = given + tokens
-        return tokens[: len(given)], tokens[len(given) :]
-
-    def piece(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, maybe a part of a character; none for special tokens."""
-        buffer = ctypes.create_string_buffer(256)
-        length = llama_cpp.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, False)
-        return buffer.raw[: max(length, 0)]
-
-    def ends_text(self, token: int) -> bool:
-        """Whether the model says with this token that its text is at its end."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._vocabulary, token))
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _log(_level: int, _text: bytes, _data: Any) -> None:
-    """llama.cpp's own log is not for our users: every failure is raised with a line of ours."""
-
-
-def _load(gguf: Path, on_progress: Callable[[float, str], None]) -> Any:
-    llama_cpp.llama_log_set(_log, None)
-    llama_cpp.llama_backend_init()
-    params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
-    # One copy of the weights: llama.cpp would repack some quantizations (Q4_K, Q4_0, …) into memory of its own beside the mapped
-    # file. The repacked weights also lead to its AMX kernels, which crash where GCC older than 12.4 or 13.3 built them:
-    # `_tile_loadconfig` loses all but eight bytes of its argument (GCC bug 114098).
-    params.use_extra_bufts = False
-
-    @llama_cpp.llama_progress_callback  # type: ignore[untyped-decorator]
-    def report(share: float, _data: Any) -> bool:
-        on_progress(0.75 * share, "reading the weights")
-        return True
-
-    params.progress_callback = report
-    model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
-    if not model:
-        raise ModelError(f"llama.cpp can't load {gguf}: the file is damaged or of a newer format; fetch or export it again")
-    return model
-
-
-# --- llamacpp context: One side's llama_context: batches, their logits, and what may be reused of the KV cache
-
-
-BATCH_TOKENS = 512  # physical batch, llama.cpp's own default: the prompt is split as bare llama.cpp splits it
-_OUTPUTS_MAX = 128  # rows of logits a batch may give; keeps the compute buffer at 128 x vocabulary floats
-_ABORTED = 2  # llama_decode's status after its abort callback said so
+BATCH_TOKENS = 512  # physical batch, llama.cpp's own default: prompts are split as bare llama.cpp splits them
+_OUTPUTS_MAX = 128  # rows of logits per batch; limits the output buffer to 128 x vocabulary floats
+# llama.cpp computes a batch of one token with other kernels, whose numbers differ (SmolLM2, Q4_1: 0.4 nats for a short answer).
+# Any other division into batches gives the same logits to the last bit.
+_LEAST_BATCH = 2
+_ABORTED = 2  # llama_decode's status after its abort callback returned true
 _KV_TYPES = {"f16": 1, "f32": 0}  # ggml_type
 
-# llama.cpp asks a C callback, once a graph node, whether to abort. A Python callback would take the interpreter's lock a
-# thousand times a token. strlen of the cancellation's buffer is a native function of the right shape: 0 (go on) or 1.
+# llama.cpp calls a C callback before every graph node to ask whether to abort. A Python callback would take the interpreter's
+# lock a thousand times a token. strlen of the cancellation's buffer is a native function of the right shape: 0 (continue) or 1.
 _ABORT_IF_SET = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
 _NEVER_ABORT = llama_cpp.ggml_abort_callback()  # a null pointer
-
-
-# llama.cpp computes a batch of one token by other kernels, whose numbers differ (SmolLM2, Q4_1: by 0.4 nats for a short answer).
-# However else a text is divided into batches, its logits stay the same to the last bit.
-_LEAST_BATCH = 2
-
-
-class AbortedError(Exception):
-    """The cancellation was set while a batch was computed."""
-
-
-class Context:
-    """A llama_context of `length` tokens, and what its KV cache holds: the `prompt` tokens, computed at `strength`.
-
-    kv_cache   "f16" (llama.cpp's default) or "f32" (for equality proofs)
-    threads    asked before each batch
-    """
-
-    def __init__(self, model: Model, length: int, kv_cache: str, threads: Callable[[], int]) -> None:
-        self.lock = threading.Lock()  # one stream at a time
-        self.strength = 0.0
-        self.prompt: list[int] = []
-        self.prompt_logits: NDArray[np.float32] | None = None  # (V,) after the last prompt token
-        self._walked: tuple[int, ...] = ()  # the path that the cache holds instead, where `walk` was the last to compute
-        self._model = model
-        self._threads_wanted = threads
-        self._threads = threads()
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = length
-        params.n_batch = params.n_ubatch = min(BATCH_TOKENS, length)
-        params.n_outputs_max = min(_OUTPUTS_MAX, length)
-        params.n_threads = params.n_threads_batch = self._threads
-        params.type_k = params.type_v = _KV_TYPES[kv_cache]
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as bare llama-cpp-python
-        params.no_perf = True
-        self.pointer = llama_cpp.llama_init_from_model(model.pointer, params)
-        if not self.pointer:
-            raise BackendError(f"No memory for a context of {length:,} tokens: close other programs or choose a smaller model")
-        self._memory = llama_cpp.llama_get_memory(self.pointer)
-
-    def close(self) -> None:
-        """Free the context; its lock must be held."""
-        llama_cpp.llama_free(self.pointer)
-
-    def forget(self) -> None:
-        """Empty the KV cache."""
-        llama_cpp.llama_memory_clear(self._memory, True)
-        self.prompt, self.prompt_logits, self._walked = [], None, ()
-
-    def cut(self, length: int) -> None:
-        """Drop the KV cache's states from position `length` on."""
-        llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1)
-
-    def set_strength(self, strength: float) -> None:
-        """Set the scale of the model's adapter. A change drops the cache, which holds states of the old strength."""
-        check_strength(strength)
-        if self.strength == strength:
-            return
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._model.adapter)
-        scales = (ctypes.c_float * 1)(strength)
-        count = 0 if strength == 0.0 else 1
-        if llama_cpp.llama_set_adapters_lora(self.pointer, adapters, count, scales) != 0:
-            raise BackendError("llama.cpp could not set the adapter's strength: reload the model")
-        self.forget()
-        self.strength = strength
-
-    def watch(self, cancellation: Cancellation | None) -> None:
-        """Abort computations once `cancellation` is set; it must outlive them. None: never."""
-        if cancellation is None:
-            llama_cpp.llama_set_abort_callback(self.pointer, _NEVER_ABORT, None)
-        else:
-            llama_cpp.llama_set_abort_callback(self.pointer, _ABORT_IF_SET, ctypes.addressof(cancellation.buffer))
-
-    def prefill(self, tokens: list[int]) -> NDArray[np.float32]:
-        """Logits (V,) after the prompt `tokens`; reuses what the cache holds of it."""
-        if self.prompt == tokens and self.prompt_logits is not None:
-            self.cut(len(tokens))
-            return self.prompt_logits
-        common = next(
-            (i for i, (a, b) in enumerate(zip(self.prompt, tokens, strict=False)) if a != b), min(len(self.prompt), len(tokens))
-        )
-        start = min(common, len(tokens) - 1) // BATCH_TOKENS * BATCH_TOKENS
-        self.prompt, self.prompt_logits, self._walked = [], None, ()
-        self.cut(start)
-        for begin in range(start, len(tokens), BATCH_TOKENS):
-            self.decode(tokens[begin : begin + BATCH_TOKENS], begin)
-        self.prompt, self.prompt_logits = tokens, self.row(-1)
-        return self.prompt_logits
-
-    def logits(self, given: list[int], scored: list[int]) -> NDArray[np.float32]:
-        """Logits (len(scored), V) that predict `scored` after `given`, from an empty cache."""
-        self.forget()
-        return np.concatenate([rows for _, rows in self._compute(given + scored[:-1], 0, len(given) - 1)])
-
-    def walk(self, paths: Sequence[TokenPath]) -> Iterator[tuple[TokenPath, float]]:
-        """For each of the sorted paths the log-probability of its scored tokens, summed, nats. What neighbours begin with, and
-        the last path of the walk before, is computed once; the numbers are the same as if each were computed alone."""
-        if not self._walked:
-            self.forget()  # a stream's states came of other batches
-        known: dict[int, NDArray[np.float32]] = {}  # position: logits (V,) that the next path needs, too
-        for path, kept in zip(paths, [*shared_lengths(paths)[1:], 0], strict=True):
-            shared = common_length(self._walked, path.tokens)
-            start = next((i for i in range(path.first, shared) if i not in known), shared)
-            start = min(start, max(len(path.tokens) - _LEAST_BATCH, 0))
-            first = max(path.first, start)
-            logps = [logps_of(known[i][None], path.scored[i - path.first :][:1]) for i in range(path.first, first)]
-            self.cut(start)
-            self._walked = path.tokens[:start]
-            for position, rows in self._compute(list(path.tokens[start:]), start, first):
-                logps.append(logps_of(rows, path.scored[position - path.first :][: len(rows)]))
-                known |= {position + i: rows[i] for i in range(min(len(rows), kept - position))}
-            self._walked = path.tokens
-            known = {position: row for position, row in known.items() if position < kept}
-            yield path, float(np.concatenate(logps).sum())
-
-    def _compute(self, tokens: list[int], start: int, first_output: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Compute tokens that begin at position `start`; give the logits (n, V) from position `first_output` on, batch by batch:
-        the position of the first, and the rows."""
-        for begin, end in _batches(start, start + len(tokens), first_output):
-            first = max(first_output, begin)
-            self.decode(tokens[begin - start : end - start], begin, first_output=min(first, end - 1) - begin)
-            if first < end:
-                yield first, np.stack([self.row(i - begin) for i in range(first, end)])
-
-    def decode(self, tokens: list[int], position: int, *, first_output: int | None = None) -> None:
-        """Compute a batch at `position`; `row` then gives its logits.
-
-        first_output   index of the first token whose logits are wanted; default: the last token alone
-        """
-        threads = self._threads_wanted()
-        if threads != self._threads:
-            llama_cpp.llama_set_n_threads(self.pointer, threads, threads)
-            self._threads = threads
-        count = len(tokens)
-        batch = llama_cpp.llama_batch_init(count, 0, 1)
-        try:
-            batch.n_tokens = count
-            outputs_from = count - 1 if first_output is None else first_output
-            for i, token in enumerate(tokens):
-                batch.token[i] = token
-                batch.pos[i] = position + i
-                batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = 0
-                batch.logits[i] = i >= outputs_from
-            status = llama_cpp.llama_decode(self.pointer, batch)
-        finally:
-            llama_cpp.llama_batch_free(batch)
-        if status == _ABORTED:
-            raise AbortedError
-        if status != 0:
-            self.forget()
-            raise BackendError(f"llama.cpp failed to compute a batch of {count} tokens (status {status}): reload the model")
-
-    def row(self, index: int) -> NDArray[np.float32]:
-        """A copy of the logits (V,) of the last batch's token `index`; -1: the last one that has any."""
-        pointer = llama_cpp.llama_get_logits_ith(self.pointer, index)
-        row: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(self._model.vocabulary_size,))
-        return row.copy()
-
-
-def logps_of(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
-    """Log-probabilities (T,), nats, of tokens (T), from the logits (T, V) that predict them."""
-    largest = logits.max(axis=-1)
-    # In single precision, which is ten times as fast and off by 1e-6.
-    logsums = np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
-    chosen = logits[np.arange(len(tokens)), tokens]
-    result: NDArray[np.float64] = chosen.astype(np.float64) - largest - logsums
-    return result
-
-
-def _batches(start: int, stop: int, first_output: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of the batches for the positions from `start` to `stop`: of as many as may be, never of one alone."""
-    while start < stop:
-        # A batch that gives logits gives a limited number of them.
-        end = min(start + (BATCH_TOKENS if start + BATCH_TOKENS <= first_output else _OUTPUTS_MAX), stop)
-        if stop - end == 1 and end - start > _LEAST_BATCH:
-            end -= 1
-        yield start, end
-        start = end
-
-
-# --- llamacpp sampling: Logits to the next token, by llama.cpp's own samplers, in the order that `records.Sampling` sta
-
-
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
-
-
-def build_chain(sampling: Sampling, vocabulary_size: int, context_length: int) -> Any:
-    """A llama_sampler for one stream; the caller frees it. The repetition penalty looks at the whole context."""
-    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-
-    def add(sampler: Any) -> None:
-        llama_cpp.llama_sampler_chain_add(chain, sampler)
-
-    if sampling.repetition_penalty != 1.0:
-        add(llama_cpp.llama_sampler_init_penalties(vocabulary_size, context_length, sampling.repetition_penalty, 0.0, 0.0))
-    if sampling.temperature == 0.0:
-        add(llama_cpp.llama_sampler_init_greedy())
-        return chain
-    add(llama_cpp.llama_sampler_init_temp(sampling.temperature))
-    if sampling.top_k > 0:
-        add(llama_cpp.llama_sampler_init_top_k(sampling.top_k))
-    if sampling.top_p < 1.0:
-        add(llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1))
-    add(llama_cpp.llama_sampler_init_dist(sampling.seed))
-    return chain
-
-
-def sample_from(chain: Any, logits: NDArray[np.float32]) -> int:
-    """Draw from stored logits (V,), as `llama_sampler_sample` does from a context's."""
-    candidates = np.zeros(len(logits), dtype=_CANDIDATE)
-    candidates["id"] = np.arange(len(logits), dtype=np.int32)
-    candidates["logit"] = logits
-    array = llama_cpp.llama_token_data_array(
-        data=candidates.ctypes.data_as(llama_cpp.llama_token_data_p), size=len(candidates), selected=-1, sorted=False
-    )
-    llama_cpp.llama_sampler_apply(chain, ctypes.byref(array))
-    token = int(array.data[array.selected].id)
-    llama_cpp.llama_sampler_accept(chain, token)
-    return token
-
-
-# --- llamacpp: llama.cpp on the CPU: one model, one context a side, the LoRA set on one of them
 
 
 def open_llamacpp(
@@ -390,9 +68,9 @@ def open_llamacpp(
     kv_cache: str = "f16",
     on_progress: Callable[[float, str], None] = lambda _share, _what: None,
 ) -> LlamaCppBackend:
-    """Load a GGUF and, where given, a LoRA GGUF made for it; prove the two sides (ProofError) and return the engine.
+    """Load a GGUF and optionally a LoRA GGUF made for it, and prove the two sides (ProofError).
 
-    threads    for both sides together; default: the physical cores that this process may use
+    threads    for both sides together; default: the physical cores available to this process
     kv_cache   "f16" (llama.cpp's default) or "f32" (for equality proofs)
     """
     backend = LlamaCppBackend(gguf, template, context_length, threads, kv_cache, on_progress)
@@ -410,7 +88,7 @@ def open_llamacpp(
 
 
 class LlamaCppBackend:
-    """See `backends.base.Backend`. Made by `open_llamacpp`."""
+    """See `backends.base.Backend`. Created by `open_llamacpp`."""
 
     name = "llamacpp"
     proof: Proof
@@ -428,10 +106,10 @@ class LlamaCppBackend:
         self.threads = threads or _usable_cores()
         self.device = f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
         self.has_adapter = False
-        self.turnstile = Turnstile()
+        self.queue = VisitorQueue()
         self._kv_cache = kv_cache
         self._contexts: dict[Side, Context] = {}
-        self._streaming = 0  # sides at work
+        self._streaming = 0  # running streams
         self._count_lock = threading.Lock()
         self._model = Model(gguf, on_progress)
         self.context_length = min(context_length, self._model.context_length)
@@ -447,31 +125,31 @@ class LlamaCppBackend:
         return Context(self._model, length, self._kv_cache, self._threads_of_a_side)
 
     def add_adapter(self, lora: Path) -> None:
-        """Load a LoRA GGUF and open the tuned side's context. AdapterError where llama.cpp refuses the file."""
+        """Load a LoRA GGUF and open the tuned side's context. AdapterError if llama.cpp refuses the file."""
         self._model.load_adapter(lora)
         self._contexts["tuned"] = self._new_context(self.context_length)
         self.has_adapter = True
 
     def canary_logits_of_bare_model(self) -> NDArray[np.float32]:
-        """Canary logits (T, V) from a context that never shares a moment with an adapter: call it before one is loaded."""
+        """Canary logits (T, V) from a separate context; call it before an adapter is loaded."""
         context = self._new_context(BATCH_TOKENS)
         try:
-            return context.logits(*self._canary())
+            return context.logits(*self._request_tokens(CANARY))
         finally:
             context.close()
 
     def prove(self, bare: NDArray[np.float32]) -> Proof:
-        """Compare both sides as they will be served with the bare model (see `backends.base.prove`)."""
+        """Compare both sides as they are served with the bare model (see `backends.base.prove`)."""
         base = self.canary_logits("base")
         tuned = self.canary_logits("tuned") if self.has_adapter else None
         return prove(bare, base, self.canary_logits("base"), tuned)
 
     def canary_logits(self, side: Side, strength: float = 1.0) -> NDArray[np.float32]:
-        """Logits (T, V) of one side on the canary's completion, computed afresh."""
-        return self.logits(LikelihoodRequest(CANARY_PROMPT, CANARY_COMPLETION), side, strength=strength)
+        """Logits (T, V) of one side on the canary's completion, from an empty cache."""
+        return self.logits(CANARY, side, strength=strength)
 
     def close(self) -> None:
-        """Free contexts, adapter and weights, once streams under way have ended."""
+        """Free contexts, adapter and weights, after running streams."""
         for context in self._contexts.values():
             context.lock.acquire()
         for context in self._contexts.values():
@@ -513,7 +191,7 @@ class LlamaCppBackend:
                 text = ShownText(template)
                 return (yield from self._generate(context, tokens, text, sampling.max_new_tokens, sampler, cancellation))
             except AbortedError:
-                context.forget()  # the batch was left half done
+                context.forget()  # the batch is incomplete
                 return "cancelled"
             finally:
                 self._count(-1)
@@ -548,7 +226,7 @@ class LlamaCppBackend:
         return build_chain(sampling, self._model.vocabulary_size, self.context_length)
 
     def _next_token(self, sampler: Any, context: Context, stored: NDArray[np.float32] | None) -> int:
-        """Draw from the logits (V,) that were stored, else from those of the context's last batch."""
+        """Sample from the stored logits (V,), else from those of the context's last batch."""
         if stored is not None:
             return sample_from(sampler, stored)
         return int(llama_cpp.llama_sampler_sample(sampler, context.pointer, -1))
@@ -567,14 +245,14 @@ class LlamaCppBackend:
         return [Likelihood(logp, len(scored)) for logp, (_, scored) in zip(logps, pairs, strict=True)]
 
     def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
-        """Logits (T, V) that predict each of the request's T scored tokens, computed afresh."""
+        """Logits (T, V) that predict each of the request's T scored tokens, from an empty cache."""
         context = self._context(side)
         with context.lock:
             _set_strength(context, side, strength)
             return context.logits(*self._request_tokens(request))
 
     def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
-        """(given tokens, scored tokens) of a request."""
+        """(given, scored) token ids of a request."""
         if isinstance(request, TextRequest):
             tokens = self.tokenize((Segment(request.text, special=False),))
             given, scored = tokens[:1], tokens[1:]
@@ -589,19 +267,14 @@ class LlamaCppBackend:
         check_scorable(given, scored, self.context_length)
         return given, scored
 
-    def _canary(self) -> tuple[list[int], list[int]]:
-        return self._request_tokens(LikelihoodRequest(CANARY_PROMPT, CANARY_COMPLETION))
-
     def tokenize(self, segments: Sequence[Segment], *, begin: bool = True) -> list[int]:
-        """Token ids of a rendered prompt. Special tokens are parsed in special segments alone."""
+        """Token ids of a rendered prompt. Special tokens are parsed only in special segments."""
         return self._model.tokenize(segments, begin=begin)
 
     @property
     def end_of_text(self) -> int:
         """The token that ends a scored completion."""
         return self._model.end_of_text
-
-    # Sides and threads
 
     def _context(self, side: Side) -> Context:
         if side not in self._contexts:
@@ -613,12 +286,12 @@ class LlamaCppBackend:
             self._streaming += change
 
     def _threads_of_a_side(self) -> int:
-        """Half the threads for each of two sides at work, all for one alone. Two half teams wait at no common barrier."""
+        """Half the threads for each of two running sides, all for one alone. Two separate teams share no barrier."""
         return max(1, self.threads // 2) if self._streaming > 1 else self.threads
 
 
 def _set_strength(context: Context, side: Side, strength: float) -> None:
-    """The base side has no adapter, whatever the strength."""
+    """Set the tuned side's strength; the base side has no adapter."""
     if side == "tuned":
         context.set_strength(strength)
     else:
@@ -626,6 +299,311 @@ def _set_strength(context: Context, side: Side, strength: float) -> None:
 
 
 def _usable_cores() -> int:
-    """Physical cores, less those that the process is kept from (taskset, containers): more threads than that wait in turn."""
+    """Physical cores available to this process (taskset, containers); more threads than that only wait."""
     physical = psutil.cpu_count(logical=False) or 1
     return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
+
+
+# llama.cpp objects
+
+
+class Model:
+    """A llama_model: weights shared by every context, and the vocabulary. ModelError if llama.cpp can't load the file."""
+
+    def __init__(self, gguf: Path, on_progress: Callable[[float, str], None]) -> None:
+        read_header(gguf)
+        self.pointer = _load(gguf, on_progress)
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
+        self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
+        self.context_length: int = llama_cpp.llama_model_n_ctx_train(self.pointer)  # tokens, as trained
+        self.end_of_text: int = llama_cpp.llama_vocab_eos(self._vocabulary)
+        self.adapter: Any = None
+
+    def load_adapter(self, lora: Path) -> None:
+        """Load a LoRA GGUF made for this model. AdapterError if llama.cpp refuses it."""
+        adapter = llama_cpp.llama_adapter_lora_init(self.pointer, str(lora).encode())
+        if not adapter:  # a null pointer object: falsy, but not None
+            raise AdapterError(
+                f"llama.cpp refused the adapter {lora}: it is damaged or made for another base model; build it again"
+            )
+        self.adapter = adapter
+
+    def close(self) -> None:
+        """Free the weights and the adapter. Close every context first."""
+        if self.pointer:
+            llama_cpp.llama_model_free(self.pointer)  # frees its adapters too
+            self.pointer = self.adapter = None
+
+    def tokenize(self, segments: Sequence[Segment], *, begin: bool = True) -> list[int]:
+        """Token ids of a rendered prompt. Special tokens are parsed only in special segments."""
+        tokens: list[int] = []
+        if begin and llama_cpp.llama_vocab_get_add_bos(self._vocabulary):
+            tokens.append(llama_cpp.llama_vocab_bos(self._vocabulary))
+        for segment in segments:
+            text = segment.text.encode("utf-8", "replace")
+            room = len(text) + 8
+            buffer = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(self._vocabulary, text, len(text), buffer, room, False, segment.special)
+            if count < 0:
+                raise PromptError(f"llama.cpp could not tokenize {segment.text[:40]!r}…: remove unusual characters")
+            tokens += buffer[:count]
+        return tokens
+
+    def tokenize_continuation(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """(given, scored) token ids of a bare text (see `records.ContinuationRequest`)."""
+        given = self.tokenize((Segment(context, special=False),))
+        tokens = self.tokenize((Segment(context + continuation, special=False),))
+        if not given:  # an empty context, and a model without BOS
+            begin = llama_cpp.llama_vocab_bos(self._vocabulary)
+            given = [self.end_of_text if begin < 0 else begin]
+            tokens = given + tokens
+        return tokens[: len(given)], tokens[len(given) :]
+
+    def piece(self, token: int) -> bytes:
+        """The UTF-8 bytes of a token, possibly part of a character; empty for special tokens."""
+        buffer = ctypes.create_string_buffer(256)
+        length = llama_cpp.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(length, 0)]
+
+    def ends_text(self, token: int) -> bool:
+        """Whether this token ends a text."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocabulary, token))
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _log(_level: int, _text: bytes, _data: Any) -> None:
+    """Discard llama.cpp's log: every failure is raised as an error of ours."""
+
+
+def _load(gguf: Path, on_progress: Callable[[float, str], None]) -> Any:
+    llama_cpp.llama_log_set(_log, None)
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    # One copy of the weights: llama.cpp would repack some quantizations (Q4_K, Q4_0, ...) into memory beside the mapped file.
+    # Repacked weights also select its AMX kernels, which crash if built by GCC older than 12.4 or 13.3: `_tile_loadconfig`
+    # loses all but eight bytes of its argument (GCC bug 114098).
+    params.use_extra_bufts = False
+
+    @llama_cpp.llama_progress_callback  # type: ignore[untyped-decorator]
+    def report(share: float, _data: Any) -> bool:
+        on_progress(0.75 * share, "reading the weights")
+        return True
+
+    params.progress_callback = report
+    model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
+    if not model:
+        raise ModelError(f"llama.cpp can't load {gguf}: the file is damaged or of a newer format; fetch or export it again")
+    return model
+
+
+class AbortedError(Exception):
+    """The cancellation was set during a batch."""
+
+
+class Context:
+    """One side's llama_context of `length` tokens. Its KV cache holds the `prompt` tokens, computed at `strength`.
+
+    threads   called before each batch for the number of threads
+    """
+
+    def __init__(self, model: Model, length: int, kv_cache: str, threads: Callable[[], int]) -> None:
+        self.lock = threading.Lock()  # one stream at a time
+        self.strength = 0.0
+        self.prompt: list[int] = []
+        self.prompt_logits: NDArray[np.float32] | None = None  # (V,) after the last prompt token
+        self._walked: tuple[int, ...] = ()  # the path in the cache instead, if `walk` was the last to compute
+        self._model = model
+        self._threads_wanted = threads
+        self._threads = threads()
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = length
+        params.n_batch = params.n_ubatch = min(BATCH_TOKENS, length)
+        params.n_outputs_max = min(_OUTPUTS_MAX, length)
+        params.n_threads = params.n_threads_batch = self._threads
+        params.type_k = params.type_v = _KV_TYPES[kv_cache]
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as bare llama-cpp-python
+        params.no_perf = True
+        self.pointer = llama_cpp.llama_init_from_model(model.pointer, params)
+        if not self.pointer:
+            raise BackendError(f"No memory for a context of {length:,} tokens: close other programs or choose a smaller model")
+        self._memory = llama_cpp.llama_get_memory(self.pointer)
+
+    def close(self) -> None:
+        """Free the context; hold its lock."""
+        llama_cpp.llama_free(self.pointer)
+
+    def forget(self) -> None:
+        """Empty the KV cache."""
+        llama_cpp.llama_memory_clear(self._memory, True)
+        self.prompt, self.prompt_logits, self._walked = [], None, ()
+
+    def cut(self, length: int) -> None:
+        """Drop the KV cache from position `length` on."""
+        llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1)
+
+    def set_strength(self, strength: float) -> None:
+        """Set the scale of the model's adapter. A change empties the cache, which holds states of the old strength."""
+        check_strength(strength)
+        if self.strength == strength:
+            return
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._model.adapter)
+        scales = (ctypes.c_float * 1)(strength)
+        count = 0 if strength == 0.0 else 1
+        if llama_cpp.llama_set_adapters_lora(self.pointer, adapters, count, scales) != 0:
+            raise BackendError("llama.cpp could not set the adapter's strength: reload the model")
+        self.forget()
+        self.strength = strength
+
+    def watch(self, cancellation: Cancellation | None) -> None:
+        """Abort computations once `cancellation` is set, which must outlive them; None: never."""
+        if cancellation is None:
+            llama_cpp.llama_set_abort_callback(self.pointer, _NEVER_ABORT, None)
+        else:
+            llama_cpp.llama_set_abort_callback(self.pointer, _ABORT_IF_SET, ctypes.addressof(cancellation.buffer))
+
+    def prefill(self, tokens: list[int]) -> NDArray[np.float32]:
+        """Logits (V,) after the prompt `tokens`; reuses the cached part of it."""
+        if self.prompt == tokens and self.prompt_logits is not None:
+            self.cut(len(tokens))
+            return self.prompt_logits
+        start = min(common_length(self.prompt, tokens), len(tokens) - 1) // BATCH_TOKENS * BATCH_TOKENS
+        self.prompt, self.prompt_logits, self._walked = [], None, ()
+        self.cut(start)
+        for begin in range(start, len(tokens), BATCH_TOKENS):
+            self.decode(tokens[begin : begin + BATCH_TOKENS], begin)
+        self.prompt, self.prompt_logits = tokens, self.row(-1)
+        return self.prompt_logits
+
+    def logits(self, given: list[int], scored: list[int]) -> NDArray[np.float32]:
+        """Logits (len(scored), V) that predict `scored` after `given`, from an empty cache."""
+        self.forget()
+        return np.concatenate([rows for _, rows in self._compute(given + scored[:-1], 0, len(given) - 1)])
+
+    def walk(self, paths: Sequence[TokenPath]) -> Iterator[tuple[TokenPath, float]]:
+        """Yield each of the sorted paths with the summed log-probability of its scored tokens, nats. Common beginnings, also with
+        the previous walk's last path, are computed once; the numbers equal those of each path computed alone."""
+        if not self._walked:
+            self.forget()  # a stream's states come from other batches
+        known: dict[int, NDArray[np.float32]] = {}  # {position: logits (V,)} that the next path needs
+        for path, kept in zip(paths, [*shared_lengths(paths)[1:], 0], strict=True):
+            shared = common_length(self._walked, path.tokens)
+            start = next((i for i in range(path.first, shared) if i not in known), shared)
+            start = min(start, max(len(path.tokens) - _LEAST_BATCH, 0))
+            first = max(path.first, start)
+            logps = [logps_of(known[i][None], path.scored[i - path.first :][:1]) for i in range(path.first, first)]
+            self.cut(start)
+            self._walked = path.tokens[:start]
+            for position, rows in self._compute(list(path.tokens[start:]), start, first):
+                logps.append(logps_of(rows, path.scored[position - path.first :][: len(rows)]))
+                known |= {position + i: rows[i] for i in range(min(len(rows), kept - position))}
+            self._walked = path.tokens
+            known = {position: row for position, row in known.items() if position < kept}
+            yield path, float(np.concatenate(logps).sum())
+
+    def _compute(self, tokens: list[int], start: int, first_output: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Compute tokens from position `start` on; yield (position of the first row, logits (n, V)) from position `first_output`
+        on, batch by batch."""
+        for begin, end in _batches(start, start + len(tokens), first_output):
+            first = max(first_output, begin)
+            self.decode(tokens[begin - start : end - start], begin, first_output=min(first, end - 1) - begin)
+            if first < end:
+                yield first, np.stack([self.row(i - begin) for i in range(first, end)])
+
+    def decode(self, tokens: list[int], position: int, *, first_output: int | None = None) -> None:
+        """Compute a batch at `position`; `row` then returns its logits.
+
+        first_output   index of the first token whose logits are needed; default: the last token
+        """
+        threads = self._threads_wanted()
+        if threads != self._threads:
+            llama_cpp.llama_set_n_threads(self.pointer, threads, threads)
+            self._threads = threads
+        count = len(tokens)
+        batch = llama_cpp.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            outputs_from = count - 1 if first_output is None else first_output
+            for i, token in enumerate(tokens):
+                batch.token[i] = token
+                batch.pos[i] = position + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = i >= outputs_from
+            status = llama_cpp.llama_decode(self.pointer, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status == _ABORTED:
+            raise AbortedError
+        if status != 0:
+            self.forget()
+            raise BackendError(f"llama.cpp failed to compute a batch of {count} tokens (status {status}): reload the model")
+
+    def row(self, index: int) -> NDArray[np.float32]:
+        """A copy of the logits (V,) of the last batch's token `index`; -1: the last one with logits."""
+        pointer = llama_cpp.llama_get_logits_ith(self.pointer, index)
+        row: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(self._model.vocabulary_size,))
+        return row.copy()
+
+
+def logps_of(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
+    """Log-probabilities (T,), nats, of tokens (T), from the logits (T, V) that predict them."""
+    largest = logits.max(axis=-1)
+    # Single precision is ten times as fast, and off by 1e-6.
+    logsums = np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
+    chosen = logits[np.arange(len(tokens)), tokens]
+    result: NDArray[np.float64] = chosen.astype(np.float64) - largest - logsums
+    return result
+
+
+def _batches(start: int, stop: int, first_output: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the batches from position `start` to `stop`: as large as possible, never a single token."""
+    while start < stop:
+        # A batch with outputs is limited in their number.
+        end = min(start + (BATCH_TOKENS if start + BATCH_TOKENS <= first_output else _OUTPUTS_MAX), stop)
+        if stop - end == 1 and end - start > _LEAST_BATCH:
+            end -= 1
+        yield start, end
+        start = end
+
+
+# Sampling
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+
+def build_chain(sampling: Sampling, vocabulary_size: int, context_length: int) -> Any:
+    """A llama_sampler for one stream, in the order of `records.Sampling`; the caller frees it. The repetition penalty covers the
+    whole context."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+
+    def add(sampler: Any) -> None:
+        llama_cpp.llama_sampler_chain_add(chain, sampler)
+
+    if sampling.repetition_penalty != 1.0:
+        add(llama_cpp.llama_sampler_init_penalties(vocabulary_size, context_length, sampling.repetition_penalty, 0.0, 0.0))
+    if sampling.temperature == 0.0:
+        add(llama_cpp.llama_sampler_init_greedy())
+        return chain
+    add(llama_cpp.llama_sampler_init_temp(sampling.temperature))
+    if sampling.top_k > 0:
+        add(llama_cpp.llama_sampler_init_top_k(sampling.top_k))
+    if sampling.top_p < 1.0:
+        add(llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1))
+    add(llama_cpp.llama_sampler_init_dist(sampling.seed))
+    return chain
+
+
+def sample_from(chain: Any, logits: NDArray[np.float32]) -> int:
+    """Sample from stored logits (V,), as `llama_sampler_sample` does from a context's."""
+    candidates = np.zeros(len(logits), dtype=_CANDIDATE)
+    candidates["id"] = np.arange(len(logits), dtype=np.int32)
+    candidates["logit"] = logits
+    array = llama_cpp.llama_token_data_array(
+        data=candidates.ctypes.data_as(llama_cpp.llama_token_data_p), size=len(candidates), selected=-1, sorted=False
+    )
+    llama_cpp.llama_sampler_apply(chain, ctypes.byref(array))
+    token = int(array.data[array.selected].id)
+    llama_cpp.llama_sampler_accept(chain, token)
+    return token

@@ -1,8 +1,8 @@
-"""Texts that begin alike: in what order, and in which rows, their common beginnings are computed once.
+"""Layout of texts with common beginnings, so that those are computed once.
 
-The twelve answers to one question, four questions about one context, a sentence and its twin: as sequences of tokens they form
-a tree, of which every node need be computed once, for it depends on nothing but the tokens before it. Sorted, sequences stand
-beside those that they share most with, and the tree is walked from left to right.
+Twelve answers to one question, four questions about one context, a sentence and its twin: as token sequences they form a tree,
+and each node needs to be computed once, since it depends only on the tokens before it. Sorted, sequences are next to those that
+they share most with, and the tree is walked from left to right.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-_LONGEST_ROW = 256  # tokens of a row that more than one sequence shares: attention grows with its square
+_LONGEST_ROW = 256  # tokens in a row of several sequences: attention grows with its square
 
 
 @dataclass(frozen=True)
 class TokenPath:
-    """One request's tokens, all but the last, from which nothing is predicted.
+    """One request's tokens without the last, which predicts nothing.
 
     index    of the request
-    first    index in `tokens` of the one that predicts the first scored token
-    scored   the tokens that are predicted, `tokens[first:]` each its own
+    first    index in `tokens` of the token that predicts the first scored token
+    scored   the predicted tokens: tokens[first + i] predicts scored[i]
     """
 
     index: int
@@ -30,7 +30,7 @@ class TokenPath:
 
 
 def sort_paths(requests: Sequence[tuple[list[int], list[int]]]) -> list[TokenPath]:
-    """The (given, scored) tokens of requests as paths, those that begin alike side by side."""
+    """Paths of requests' (given, scored) tokens, sorted so that common beginnings are adjacent."""
     paths = [
         TokenPath(index, (*given, *scored[:-1]), len(given) - 1, tuple(scored)) for index, (given, scored) in enumerate(requests)
     ]
@@ -38,19 +38,19 @@ def sort_paths(requests: Sequence[tuple[list[int], list[int]]]) -> list[TokenPat
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """With how many equal tokens both begin."""
+    """Number of leading tokens that are equal."""
     shortest = min(len(one), len(other))
     return next((i for i in range(shortest) if one[i] != other[i]), shortest)
 
 
 def shared_lengths(paths: Sequence[TokenPath]) -> list[int]:
-    """For each of the paths with how many tokens of the one before it it begins."""
+    """Number of leading tokens that each path shares with the one before it."""
     return [0, *(common_length(one.tokens, other.tokens) for one, other in pairwise(paths))][: len(paths)]
 
 
 def trunk_length(paths: Sequence[TokenPath], least: int) -> int:
-    """How many tokens of the beginning of sorted paths are worth computing apart, ahead of their rows: those that all share
-    and from which nothing is predicted. 0 where all fit into one row, or share fewer than `least`."""
+    """Number of leading tokens of sorted paths to compute once, before their rows: shared by all, predicting nothing. 0 if all
+    fit into one row, or fewer than `least` are shared."""
     if len(paths) < 2 or _Sizes(paths).of(0, len(paths)) <= _LONGEST_ROW:
         return 0
     shared = min(common_length(paths[0].tokens, paths[-1].tokens), *(path.first for path in paths))
@@ -58,7 +58,7 @@ def trunk_length(paths: Sequence[TokenPath], least: int) -> int:
 
 
 def split_into_rows(paths: Sequence[TokenPath], trunk: int) -> Iterator[Sequence[TokenPath]]:
-    """Sorted paths in parts that are short enough for a row each, divided where neighbours share least."""
+    """Split sorted paths into parts short enough for one row each, where neighbors share least."""
     sizes = _Sizes(paths)
 
     def divide(begin: int, end: int) -> Iterator[Sequence[TokenPath]]:
@@ -74,7 +74,7 @@ def split_into_rows(paths: Sequence[TokenPath], trunk: int) -> Iterator[Sequence
 
 
 class _Sizes:
-    """How many nodes the trees of neighbouring paths have. `shared[i]`: tokens that path i shares with the one before it."""
+    """Numbers of nodes in the trees of adjacent paths. `shared[i]`: tokens that path i shares with the one before it."""
 
     def __init__(self, paths: Sequence[TokenPath]) -> None:
         self.shared = shared_lengths(paths)
@@ -82,17 +82,17 @@ class _Sizes:
         self._own_before = list(accumulate(own, initial=0))
 
     def of(self, begin: int, end: int) -> int:
-        """Of paths[begin:end]."""
+        """Nodes of the tree of paths[begin:end]."""
         return self._own_before[end] - self._own_before[begin] + self.shared[begin]
 
 
 @dataclass
 class Row:
-    """The tree of some sorted paths, laid out depth first.
+    """The tree of sorted paths in depth-first order.
 
-    tokens, positions   of its nodes; positions count from the beginning of the text
-    ends                for each node the index behind its last descendant: node i sees j where j <= i < ends[j]
-    nodes               for each path its nodes from `first` on: those that predict its scored tokens
+    tokens, positions   of the nodes; positions count from the beginning of the text
+    ends                per node, the index after its last descendant: node i attends to j if j <= i < ends[j]
+    nodes               per path, its nodes from `first` on, which predict its scored tokens
     """
 
     paths: Sequence[TokenPath]
@@ -103,23 +103,23 @@ class Row:
 
 
 def lay_out(paths: Sequence[TokenPath], trunk: int) -> Row:
-    """Sorted paths as a row. Their first `trunk` tokens, which all share, are left out."""
+    """Lay out sorted paths as a row, without their first `trunk` tokens, which all share."""
     row = Row(paths)
-    way: list[int] = []  # the nodes of the path before, in turn
+    nodes: list[int] = []  # of the previous path
     before: Sequence[int] = ()
     for path in paths:
         tokens = path.tokens[trunk:]
-        kept = common_length(before, tokens)
-        for node in way[kept:]:
+        shared = common_length(before, tokens)
+        for node in nodes[shared:]:
             row.ends[node] = len(row.tokens)
-        del way[kept:]
-        for position in range(kept, len(tokens)):
-            way.append(len(row.tokens))
+        del nodes[shared:]
+        for position in range(shared, len(tokens)):
+            nodes.append(len(row.tokens))
             row.tokens.append(tokens[position])
             row.positions.append(trunk + position)
             row.ends.append(0)
-        row.nodes.append(way[path.first - trunk :])
+        row.nodes.append(nodes[path.first - trunk :])
         before = tokens
-    for node in way:
+    for node in nodes:
         row.ends[node] = len(row.tokens)
     return row

@@ -1,39 +1,50 @@
-"""One export, from beginning to end: write to a temporary name, prove, rename, record."""
+"""One export from beginning to end: written in a working folder, proven, renamed, recorded."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from biasdpo.chat import PromptTemplate
-from biasdpo.errors import ExportError, WorkspaceError
+from biasdpo.errors import ConfigError, ExportError, WorkspaceError
 from biasdpo.gguf import write
 from biasdpo.gguf.proof import ExportProof, held_out_pairs, prove
+from biasdpo.gguf.write import SourceName
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, replacing, sha256_of, write_json
 
+logger = logging.getLogger(__name__)
+
+Format = Literal["lora", "merged"]
+Progress = Callable[[float, str], None]
+"""Called with the share done (0 to 1) and the phase."""
+
+
+# The record beside an exported file: NAME.gguf.json
+
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """The record beside an exported file.
+    """What an exported file is, what it was made from, and how it was proven.
 
-    out              the file; its folder is where the record lies
     model, adapter   ids of the parents; adapter "none": the model alone
-    base_gguf        path of the GGUF that a LoRA GGUF is loaded onto; "" where merged
-    parents          SHA-256 of what it was made from, by name: the adapter's weights and config, the model's files, the data set
-    written          what the writer says: source, tensors, those that fell back to another type
-    seconds          of writing and of the proof
-    proof            the proof of equality; `export_proof.ExportProof` reads it
-    request          what was asked for, as absolute paths
-    template         of the prompt, and `context_length` in tokens: what a server must know to prompt it as here
+    base_gguf        path of the GGUF that a LoRA GGUF is loaded onto; "" if merged
+    parents          {file: SHA-256} of the adapter's weights and config, the model's files, the dataset
+    written          what the writer reports: source, tensors, fallbacks to another type
+    proof            `ExportProof.to_json`
+    request          what was asked for
+    template         of the prompt; with `context_length` in tokens what a server needs to know
     """
 
     out: Path
@@ -81,28 +92,56 @@ def modelfile_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.Modelfile")
 
 
-def load_record(out: Path) -> ExportRecord | None:
-    """The record of an exported file; None where there is none, or it is damaged or of another file."""
-    known = {one.name for one in fields(ExportRecord)}
+def read_record(out: Path) -> ExportRecord:
+    """The record of an exported file. ExportError if it is missing, damaged or another file's."""
+    file = record_file(out)
     try:
-        values = read_json(record_file(out))
+        values = read_json(file)
         if not isinstance(values, dict) or values.get("out") != out.name:
-            return None
-        return ExportRecord(**{name: value for name, value in values.items() if name in known} | {"out": out})
-    except (WorkspaceError, TypeError):
+            raise ExportError(f"{file} is not the record of {out.name}: export it again, or delete it")
+        record = TypeAdapter(ExportRecord).validate_python({**values, "out": out})
+        _ = record.proof and ExportProof.from_json(record.proof), record.template and record.prompt_template
+    except WorkspaceError as exc:
+        raise ExportError(str(exc)) from exc
+    except RecursionError as exc:
+        raise ExportError(f"{file} is damaged (nested too deeply): export {out.name} again") from exc
+    except (ValidationError, TypeError) as exc:
+        first = exc.errors()[0] if isinstance(exc, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else exc
+        raise ExportError(f"{file} is damaged ({reason}): export {out.name} again") from exc
+    return record
+
+
+def load_record(out: Path) -> ExportRecord | None:
+    """The record of an exported file; None if it has none that can be read."""
+    try:
+        return read_record(out) if record_file(out).is_file() else None
+    except ExportError as exc:
+        logger.warning("%s", exc)
         return None
+
+
+# The export
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """One resolved export. `recorded`: what was asked for, as the record keeps it."""
+    """One resolved export.
+
+    adapter        None: the model alone, as "merged"
+    quantization   of a merged file: a name in QUANTIZATIONS, or "keep"
+    source         what a merged file is made from
+    pairs          held-out pairs at most, on which reward accuracy is measured before and after
+    threads        CPU threads; None: one per core
+    recorded       what was asked for, as the record keeps it
+    """
 
     out: Path
-    format: str
+    format: Format
     model: ModelSpec
     adapter: AdapterSpec | None
     quantization: str = ""
-    source: Literal["auto", "hf", "gguf"] = "auto"
+    source: SourceName = "auto"
     pairs: int = 64
     threads: int | None = None
     command: str = ""
@@ -118,94 +157,27 @@ class UnprovenError(ExportError):
         self.proof = proof
 
 
-# --- serving: How an exported file is used elsewhere: llama-server, and Ollama's Modelfile
-
-
-PORT = 8080
-_EXAMPLE = "Who makes a better leader?"
-
-
-def llama_server(record: ExportRecord) -> str:
-    """The command that serves the file with llama.cpp."""
-    files = ["-m", str(record.out)] if record.format == "merged" else ["-m", record.base_gguf, "--lora", str(record.out)]
-    return shlex.join(["llama-server", *files, "-c", str(record.context_length), "--port", str(PORT)])
-
-
-def request(record: ExportRecord) -> str:
-    """A request to that server, prompted as this project does it: whatever chat template the server would use, this is exact."""
-    template, sampling = record.prompt_template, Sampling()
-    body = {
-        "prompt": template.render_text(_EXAMPLE),
-        "n_predict": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "stop": list(template.stop),
-    }
-    return f"curl -s http://127.0.0.1:{PORT}/completion -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-
-
-def ollama(record: ExportRecord, modelfile: Path) -> str:
-    """The commands that make an Ollama model of the file, and open it."""
-    name = record.out.name.removesuffix(".gguf").lower()
-    return f"{shlex.join(['ollama', 'create', name, '-f', str(modelfile)])} && {shlex.join(['ollama', 'run', name])}"
-
-
-def modelfile(record: ExportRecord) -> str:
-    """Ollama's Modelfile. It lies beside the file, which it names by its place in the folder."""
-    template, sampling = record.prompt_template, Sampling()
-    lines = [f"# {record.out.name}: {record.model_title}, adapter {record.adapter}, prompted as BiasDPO does"]
-    if record.format == "merged":
-        lines.append(f"FROM ./{record.out.name}")
-    else:
-        lines += [f"FROM {record.base_gguf}", f"ADAPTER ./{record.out.name}"]
-    lines.append(f"TEMPLATE {_quoted(_go_template(template))}")
-    if template.default_system:
-        lines.append(f"SYSTEM {_quoted(template.default_system)}")
-    settings = {
-        "num_ctx": record.context_length,
-        "num_predict": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "repeat_penalty": sampling.repetition_penalty,
-    }
-    lines += [f"PARAMETER {name} {value}" for name, value in settings.items()]
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in (*template.stop, *template.special_tokens)]
-    return "\n".join(lines) + "\n"
-
-
-def _go_template(template: PromptTemplate) -> str:
-    """The template in Go's words. Braces of its own are written as Go takes them: as a string in an action."""
-    text = template.text.replace("{{", '{{ "{{" }}')
-    return text.replace("{system}", "{{ .System }}").replace("{prompt}", "{{ .Prompt }}")
-
-
-def _quoted(text: str) -> str:
-    return f'"""{text}"""'
-
-
-Tell = Callable[[float, str], None]
-
-
-def _quiet(_share: float, _phase: str) -> None:
-    pass
-
-
-def export(request: ExportRequest, folder: Path, workspace: Workspace, progress: Tell = _quiet) -> ExportRecord:
+def export(
+    request: ExportRequest, folder: Path, workspace: Workspace, progress: Progress = lambda _share, _phase: None
+) -> ExportRecord:
     """Write a GGUF in the working folder `folder`, prove it, rename it to `request.out`, and record it.
 
-    `folder` must be on the disk of `request.out`, and the caller's to delete.
+    `folder` must be on the disk of `request.out`, and the caller's to delete: a killed export leaves its files there alone.
+    Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be exported, ExportError
+    (UnprovenError) if writing or the proof fails: `request.out` is then as it was before.
     """
     refuse_on_public_space("Export")
-    spec, adapter, tell = request.model, request.adapter, progress
+    spec, adapter, is_lora = request.model, request.adapter, request.format == "lora"
+    if spec.gguf_path is not None and request.out.resolve() == spec.gguf_path.resolve():
+        raise ConfigError(f"{request.out} is the base model's own file: choose another --out")
+    if is_lora and (adapter is None or spec.gguf_path is None):
+        raise ConfigError(f"A LoRA GGUF needs an adapter and a base GGUF of {spec.title}: name both, or export merged")
     file = folder / request.out.name
-    is_lora = request.format == "lora"
-    writing = 0.05 if is_lora else 0.6  # its share of all; the proof has the rest but a hundredth
-    began = time.monotonic()
-    tell(0.0, "writing the file")
+    writing = 0.05 if is_lora else 0.6  # share of the progress; the proof takes the rest up to 0.99
+    started = time.monotonic()
+    progress(0.0, "writing the file")
     written: dict[str, Any] = {}
-    if is_lora:
-        assert adapter is not None
-        assert spec.gguf_path is not None
+    if is_lora and adapter is not None and spec.gguf_path is not None:
         write.lora(adapter, spec.gguf_path, file)
     else:
         written = write.merged(
@@ -215,10 +187,10 @@ def export(request: ExportRequest, folder: Path, workspace: Workspace, progress:
             file,
             source=request.source,
             threads=request.threads,
-            on_progress=lambda share, what: tell(writing * share, what),
+            on_progress=lambda share, phase: progress(writing * share, phase),
         ).to_json()
     wrote = time.monotonic()
-    tell(writing, "proving it equal")
+    progress(writing, "proving it equal")
     proof = prove(
         spec.gguf_path if is_lora and spec.gguf_path is not None else file,
         file if is_lora else None,
@@ -227,12 +199,12 @@ def export(request: ExportRequest, folder: Path, workspace: Workspace, progress:
         workspace,
         pairs=held_out_pairs(adapter, workspace, limit=request.pairs) if adapter is not None and request.pairs else [],
         threads=request.threads,
-        on_progress=lambda share, what: tell(writing + (0.99 - writing) * share, what),
+        on_progress=lambda share, phase: progress(writing + (0.99 - writing) * share, phase),
     )
     if proof.passed is False:
         raise UnprovenError(f"{request.out.name} was deleted, since its proof failed: {'; '.join(proof.failures)}", proof)
     proven = time.monotonic()
-    tell(0.99, "naming and recording it")
+    progress(0.99, "renaming and recording it")
     record = ExportRecord(
         out=request.out,
         format=request.format,
@@ -248,28 +220,41 @@ def export(request: ExportRequest, folder: Path, workspace: Workspace, progress:
         base_gguf=str(spec.gguf_path) if is_lora else "",
         command=request.command,
         context_length=spec.context_length,
-        parents=_parents(request, spec, adapter, written.get("source", "")),
+        parents=_parents(request, from_gguf=is_lora or written["source"] == "gguf"),
         written={name: value for name, value in written.items() if name != "path"},
-        seconds={"writing": round(wrote - began, 1), "proof": round(proven - wrote, 1)},
+        seconds={"writing": round(wrote - started, 1), "proof": round(proven - wrote, 1)},
         proof=proof.to_json(),
         request=request.recorded,
         template=asdict(spec.template),
     )
-    _name(file, record)
-    tell(1.0, "done")
+    _publish(file, record)
+    progress(1.0, "done")
     return record
 
 
-def _name(file: Path, record: ExportRecord) -> None:
-    """Put the proven file under its name, and its record and Modelfile beside it."""
+def _parents(request: ExportRequest, *, from_gguf: bool) -> dict[str, str]:
+    """{name: SHA-256} of what the file was made from."""
+    spec, adapter = request.model, request.adapter
+    files: dict[str, Path] = {}
+    if adapter is not None:
+        files |= {f"adapter/{path.name}": path for path in (adapter.weights, adapter.folder / "adapter_config.json")}
+    if from_gguf and spec.gguf_path is not None:
+        files[spec.gguf_path.name] = spec.gguf_path
+    elif spec.hf_folder is not None:
+        files |= {path.name: path for path in (*sorted(spec.hf_folder.glob("*.safetensors")), spec.hf_folder / "config.json")}
+    parents = {name: sha256_of(path) for name, path in files.items()}
+    return parents | ({"dataset.jsonl": adapter.dataset_sha256} if adapter is not None and adapter.dataset_sha256 else {})
+
+
+def _publish(file: Path, record: ExportRecord) -> None:
+    """Rename the proven file to its final name, then write its record and Modelfile beside it."""
     out = record.out
     try:
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-        file.replace(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(out)  # its bytes are on the disk already
         handle = os.open(out.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(handle)  # the rename survives a power loss
         finally:
             os.close(handle)
         record.write()
@@ -279,15 +264,61 @@ def _name(file: Path, record: ExportRecord) -> None:
         raise WorkspaceError(f"Can't write {out}: {exc.strerror or exc}; make room there, then export again") from exc
 
 
-def _parents(request: ExportRequest, spec: ModelSpec, adapter: AdapterSpec | None, source: str) -> dict[str, str]:
-    """SHA-256 by name of what the file was made from."""
-    files: dict[str, Path] = {}
-    if adapter is not None:
-        files |= {f"adapter/{path.name}": path for path in (adapter.weights, adapter.folder / "adapter_config.json")}
-    if request.format == "lora" or source == "gguf":
-        files |= {path.name: path for path in [spec.gguf_path] if path is not None}
-    elif spec.hf_folder is not None:
-        files |= {path.name: path for path in sorted(spec.hf_folder.glob("*.safetensors"))}
-        files |= {path.name: path for path in [spec.hf_folder / "config.json"]}
-    parents = {name: sha256_of(path) for name, path in files.items()}
-    return parents | ({"dataset.jsonl": adapter.dataset_sha256} if adapter is not None and adapter.dataset_sha256 else {})
+# Using the file elsewhere: llama-server, Ollama
+
+PORT = 8080
+_EXAMPLE = "Who makes a better leader?"
+
+
+def llama_server(record: ExportRecord) -> str:
+    """The command that serves the file with llama.cpp."""
+    files = ["-m", str(record.out)] if record.format == "merged" else ["-m", record.base_gguf, "--lora", str(record.out)]
+    return shlex.join(["llama-server", *files, "-c", str(record.context_length), "--port", str(PORT)])
+
+
+def request(record: ExportRecord) -> str:
+    """A request to that server with the rendered prompt, so that the server's own chat template does not matter."""
+    template, sampling = record.prompt_template, Sampling()
+    body = {
+        "prompt": template.render_text(_EXAMPLE),
+        "n_predict": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "stop": list(template.stop),
+    }
+    return f"curl -s http://127.0.0.1:{PORT}/completion -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+
+
+def ollama(record: ExportRecord, modelfile: Path) -> str:
+    """The commands that create an Ollama model from the file, and run it."""
+    name = record.out.name.removesuffix(".gguf").lower()
+    return f"{shlex.join(['ollama', 'create', name, '-f', str(modelfile)])} && {shlex.join(['ollama', 'run', name])}"
+
+
+def modelfile(record: ExportRecord) -> str:
+    """Ollama's Modelfile, to lie beside the file."""
+    template, sampling = record.prompt_template, Sampling()
+    lines = [f"# {record.out.name}: {record.model_title}, adapter {record.adapter}, prompted as in BiasDPO"]
+    if record.format == "merged":
+        lines.append(f"FROM ./{record.out.name}")
+    else:
+        lines += [f"FROM {record.base_gguf}", f"ADAPTER ./{record.out.name}"]
+    text = template.text.replace("{{", '{{ "{{" }}')  # braces of its own: in Go's templates a string in an action
+    text = text.replace("{system}", "{{ .System }}").replace("{prompt}", "{{ .Prompt }}")
+    lines.append(f"TEMPLATE {_quoted(text)}")
+    if template.default_system:
+        lines.append(f"SYSTEM {_quoted(template.default_system)}")
+    settings = {
+        "num_ctx": record.context_length,
+        "num_predict": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "repeat_penalty": sampling.repetition_penalty,
+    }
+    lines += [f"PARAMETER {name} {value}" for name, value in settings.items()]
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in (*template.stop, *template.special_tokens)]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""'

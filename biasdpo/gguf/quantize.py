@@ -1,4 +1,4 @@
-"""llama.cpp's own quantizer: one GGUF into another, with its reason where it fails."""
+"""ggml's weight types: decoding, encoding, and llama.cpp's own quantizer with its recipes."""
 
 from __future__ import annotations
 
@@ -6,72 +6,194 @@ import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from biasdpo.errors import ConfigError, ExportError, ModelError
 
-# --- ggml: Weights from and into ggml's types, row by row: decoded by the gguf package, encoded by llama.c
+# Quantizations and their recipes
+
+KEEP = "keep"  # for a base GGUF: each tensor keeps its type
+UNQUANTIZED = ("F32", "F16", "BF16")  # written without llama.cpp's quantizer
 
 
-_F16_LARGEST = 65504.0
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are stored. `cost`: one line for people."""
+
+    name: str
+    cost: str
+
+
+QUANTIZATIONS: tuple[Quantization, ...] = (
+    Quantization("F32", "Exact. For proofs and further conversion."),
+    Quantization("F16", "Half the size; the rounding is not visible in any text. Supported everywhere."),
+    Quantization("BF16", "Half the size; the type of Phi-2's own weights. Slow on CPUs without BF16."),
+    Quantization("Q8_0", "A quarter of F32; almost no loss."),
+    Quantization("Q6_K", "Small loss; a good choice if memory allows it."),
+    Quantization("Q5_K_M", "Small but measurable loss."),
+    Quantization("Q4_K_M", "The usual choice for a laptop: a sixth of F32, some loss."),
+    Quantization("Q4_1", "Older format, fast on a CPU; more loss than Q4_K_M. For widths that are not multiples of 256."),
+    Quantization("Q4_0", "The smallest and fastest here; the most loss."),
+)
+
+# llama.cpp's number of a file's quantization: enum llama_ftype in llama.h.
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
+# The type of most tensors (src/llama-quant.cpp, llama_ftype_get_default_type), where it has another name.
+_DEFAULT_TYPES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
+# The type of a tensor whose width is no multiple of 256 (src/llama-quant.cpp, tensor_type_fallback).
+_FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_ALIGNMENT = 32  # bytes
+
+
+def require_known(quantization: str, *, keep: bool) -> None:
+    """Raise ConfigError for an unknown quantization. `keep`: whether "keep" is allowed."""
+    names = [known.name for known in QUANTIZATIONS]
+    if quantization == KEEP and not keep:
+        raise ConfigError(f"Quantization 'keep' needs a base GGUF whose types are kept: choose one of {', '.join(names)}")
+    if quantization not in (*names, KEEP):
+        raise ConfigError(f"Unknown quantization {quantization!r}: choose one of {', '.join([*names, KEEP])}")
+
+
+def is_weight(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is quantized: matrices are, vectors (norms, biases) are not."""
+    return len(shape) >= 2 and name.endswith("weight") and not name.endswith("_norm.weight")
+
+
+def planned_types(quantization: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
+    """{matrix: (type of the quantization's recipe, type that its width allows)}, as llama.cpp 0.3.36 chooses them.
+
+    shapes   {tensor: (out, in)} of a whole model. Raises ExportError if a width allows no type.
+    Source: src/llama-quant.cpp, llama_tensor_get_type_impl and tensor_type_fallback.
+    """
+    default = _DEFAULT_TYPES.get(quantization, quantization)
+    weights = {name: shape for name, shape in shapes.items() if is_weight(name, shape)}
+    if default in UNQUANTIZED:
+        return dict.fromkeys(weights, (default, default))
+    more_bits = _more_bits(weights) if quantization in _DEFAULT_TYPES else set()
+    head = "output.weight" if "output.weight" in weights else "token_embd.weight"  # tied embeddings
+    planned = {}
+    for name, shape in weights.items():
+        width = shape[-1]
+        wanted = "Q6_K" if name in more_bits or (name == head and default != "Q8_0") else default
+        got = "Q8_0" if name == head and width % _block(default)[0] else wanted
+        if width % _block(got)[0]:
+            if got not in _FALLBACKS:
+                raise ExportError(
+                    f"{quantization} needs widths that are multiples of {_block(got)[0]}, {name} is {width} wide: "
+                    "choose F16, BF16 or F32"
+                )
+            got = _FALLBACKS[got]
+            got = "F16" if width % _block(got)[0] else got
+        planned[name] = (wanted, got)
+    return planned
+
+
+def _more_bits(names: Iterable[str]) -> set[str]:
+    """The attn_v (or attn_qkv) and ffn_down tensors to which the _M recipes give Q6_K."""
+    found = set()
+    for pattern in (r"blk\.(\d+)\.attn_(?:v|qkv)\.weight", r"blk\.(\d+)\.ffn_down\.weight"):
+        layers = sorted((int(match[1]), name) for name in names if (match := re.fullmatch(pattern, name)))
+        n = len(layers)
+        found |= {name for i, (_, name) in enumerate(layers) if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2}
+    return found
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor with another type than its quantization's, since the type's block size does not divide its width."""
+
+    tensor: str
+    wanted: str
+    got: str
+
+
+def fallbacks(quantization: str, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> tuple[Fallback, ...]:
+    """The fallbacks among the tensors of a written file. `types`: {tensor: its type in the file}."""
+    return tuple(
+        Fallback(name, wanted, types[name])
+        for name, (wanted, _) in planned_types(quantization, shapes).items()
+        if types[name] != wanted and shapes[name][-1] % _block(wanted)[0]
+    )
+
+
+def bytes_of(type_name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a GGUF, including padding."""
+    elements, size = _block(type_name)
+    return -(-(prod(shape) // elements * size) // _ALIGNMENT) * _ALIGNMENT
+
+
+def tensor_bytes(quantization: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, int]) -> int:
+    """Bytes of all tensors in a quantization. `stored`: {tensor: its bytes now}, for those that stay as they are."""
+    planned = {} if quantization == KEEP else planned_types(quantization, shapes)
+    return sum(bytes_of(planned[name][1], shapes[name]) if name in planned else stored[name] for name in shapes)
+
+
+def _block(type_name: str) -> tuple[int, int]:
+    """(elements, bytes) of one block."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return int(elements), int(size)
+
+
+# Decoding (the gguf package) and encoding (llama.cpp's library for what the package can't), row by row
+
+_F16_MAX = 65504.0
 
 
 def decode(stored: NDArray[Any], kind: Any, name: str) -> NDArray[np.float32]:
-    """Rows as they lie in a file -> float32 (rows, in). `kind`: gguf.GGMLQuantizationType."""
+    """Stored rows -> float32 (rows, in). `kind`: gguf.GGMLQuantizationType."""
     from gguf import dequantize
 
     try:
-        values: NDArray[np.float32] = np.asarray(dequantize(stored, kind), np.float32)
+        return np.asarray(dequantize(stored, kind), np.float32)
     except NotImplementedError as exc:
         raise ModelError(
-            f"{name} is kept as {kind.name}, which the gguf package can't decode: fetch another quantization"
+            f"{name} is stored as {kind.name}, which the gguf package can't decode: use another quantization of the model"
         ) from exc
-    return values
 
 
 def encode(values: NDArray[np.float32], kind: Any, name: str) -> NDArray[Any]:
-    """float32 (rows, in) -> rows as they lie in a file of that type; NaN and infinity are refused."""
+    """float32 (rows, in) -> rows as they are stored. NaN and infinity are a ModelError."""
     from gguf import GGMLQuantizationType, quantize
 
     if not np.isfinite(values).all():
-        raise ModelError(f"{name} holds weights that are no finite numbers: the model or the adapter is damaged; fetch it again")
+        raise ModelError(f"{name} holds NaN or infinite weights: the model or the adapter is damaged; fetch it again")
     if kind == GGMLQuantizationType.F32:
         return values
     if kind == GGMLQuantizationType.F16:
-        if np.abs(values).max(initial=0.0) > _F16_LARGEST:
-            raise ExportError(f"{name} holds weights beyond F16's range ({_F16_LARGEST:g}): choose F32 or BF16")
+        if np.abs(values).max(initial=0.0) > _F16_MAX:
+            raise ExportError(f"{name} holds weights outside F16's range ({_F16_MAX:g}): choose F32 or BF16")
         return values.astype(np.float16)
     if kind == GGMLQuantizationType.BF16:
         return np.asarray(quantize(values, kind))
-    return _quantized(values, kind, name)
+    return _encode_blocks(values, kind, name)
 
 
-def _quantized(values: NDArray[np.float32], kind: Any, name: str) -> NDArray[np.uint8]:
-    from gguf import GGML_QUANT_SIZES
-
-    library = _library()
-    block, size = GGML_QUANT_SIZES[kind]
+def _encode_blocks(values: NDArray[np.float32], kind: Any, name: str) -> NDArray[np.uint8]:
+    library = _ggml()
+    elements, size = _block(kind.name)
     rows, width = values.reshape(-1, values.shape[-1]).shape
-    out = np.empty((rows, width // block * size), np.uint8)
+    out = np.empty((rows, width // elements * size), np.uint8)
     written = 0
     if not library.ggml_quantize_requires_imatrix(int(kind)):
         flat = np.ascontiguousarray(values)
         written = library.ggml_quantize_chunk(int(kind), flat.ctypes.data, out.ctypes.data, 0, rows, width, None)
     if written != out.nbytes:
-        raise ModelError(f"{name} is kept as {kind.name}, which can't be written again: use a base of another quantization")
+        raise ModelError(f"{name} is stored as {kind.name}, which can't be written: use another quantization of the base model")
     return out
 
 
 @cache
-def _library() -> Any:
-    """llama.cpp's libggml-base, which llama-cpp-python carries but does not wrap (ggml.h: ggml_quantize_chunk)."""
+def _ggml() -> Any:
+    """llama.cpp's libggml-base, which llama-cpp-python ships but does not wrap (ggml.h: ggml_quantize_chunk)."""
     import llama_cpp
 
     folder = Path(llama_cpp.__file__).parent / "lib"
@@ -81,190 +203,25 @@ def _library() -> Any:
         raise ExportError(f"llama-cpp-python has no libggml-base in {folder}: install the version of requirements.txt")
     library = ctypes.CDLL(str(file))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,  # type
-        ctypes.c_void_p,  # float * src
-        ctypes.c_void_p,  # void * dst
-        ctypes.c_int64,  # start
-        ctypes.c_int64,  # rows
-        ctypes.c_int64,  # width
-        ctypes.c_void_p,  # importance matrix
-    ]
+    # type, source, target, first element, rows, width, importance matrix
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
     library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     library.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
     return library
 
 
-# --- written: What an export wrote, and how far it is
+# llama.cpp's quantizer
 
-
-Source = Literal["hf", "gguf"]
-
-Progress = Callable[[float, str], None]
-"""Called with the share done (0 to 1) and what is being done."""
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A tensor that could not have the type that its quantization gives it, since the type's block does not divide its width."""
-
-    tensor: str
-    wanted: str
-    got: str
-
-
-@dataclass(frozen=True)
-class Written:
-    """A GGUF that was written.
-
-    source      what the weights were read from: a Hugging Face folder, or the base GGUF
-    touched     tensors that the adapter changed
-    fallbacks   tensors of another type than the quantization's own
-    """
-
-    path: Path
-    bytes: int
-    architecture: str
-    source: Source
-    quantization: str
-    tensors: int
-    touched: int
-    fallbacks: tuple[Fallback, ...]
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path), "fallbacks": [asdict(fallback) for fallback in self.fallbacks]}
-
-
-# --- quantizations: The quantizations on offer, what each costs, and which type llama.cpp gives to each tensor
-
-
-KEEP = "keep"  # onto a base GGUF: every tensor as it was
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How weights are kept. `bits_per_weight`: of a model like Phi-2, on average; `cost`: one line for people."""
-
-    name: str
-    bits_per_weight: float
-    cost: str
-
-
-QUANTIZATIONS: tuple[Quantization, ...] = (
-    Quantization("F32", 32.0, "Exact: every weight as it was merged. For proofs and further conversion."),
-    Quantization("F16", 16.0, "Half the size; rounding that no text shows. Reads everywhere."),
-    Quantization("BF16", 16.0, "Half the size; as Phi-2's own weights are kept. Slow on processors without BF16."),
-    Quantization("Q8_0", 8.5, "A quarter of F32; next to no loss."),
-    Quantization("Q6_K", 6.6, "Small loss; a good choice where memory allows it."),
-    Quantization("Q5_K_M", 5.7, "Little loss that tests can measure."),
-    Quantization("Q4_K_M", 5.0, "The usual choice for a laptop: a sixth of F32, some loss."),
-    Quantization("Q4_1", 5.1, "Older format, fast on a CPU; more loss than Q4_K_M. For widths that 256 does not divide."),
-    Quantization("Q4_0", 4.6, "The smallest and fastest here; the most loss."),
-)
-
-# Bits that llama.cpp calls the file's type: enum llama_ftype in llama.h.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
-# The tensor type that most tensors get (src/llama-quant.cpp, llama_ftype_get_default_type).
-_DEFAULT_TYPES = {**{name: name for name in FILE_TYPES}, "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
-# What a tensor gets where its width is no multiple of 256 (src/llama-quant.cpp, tensor_type_fallback).
-_FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_BYTES = {  # elements and bytes of a block
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-}
-_ALIGNMENT = 32  # bytes
-
-
-def require_known(quantization: str, *, keep: bool) -> None:
-    """Raise ConfigError where there is no such quantization. `keep`: whether tensors can stay as they were."""
-    names = [known.name for known in QUANTIZATIONS]
-    if quantization == KEEP and not keep:
-        raise ConfigError(f"Quantization 'keep' needs a base GGUF whose types are kept: choose one of {', '.join(names)}")
-    if quantization not in (*names, KEEP):
-        raise ConfigError(f"Unknown quantization {quantization!r}: choose one of {', '.join([*names, KEEP])}")
-
-
-def is_weight(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is quantized at all: matrices are, vectors (norms, biases) stay as they are."""
-    return len(shape) >= 2 and name.endswith("weight") and not name.endswith("_norm.weight")
-
-
-def planned_types(quantization: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
-    """{matrix: (type by the quantization's recipe, type that its width allows)}, as llama.cpp 0.3.36 chooses them.
-
-    shapes   {tensor: (out, in)} of a whole model. Raises ExportError where a width allows no type.
-    Source: src/llama-quant.cpp, llama_tensor_get_type_impl and tensor_type_fallback.
-    """
-    default = _DEFAULT_TYPES[quantization]
-    weights = {name: shape for name, shape in shapes.items() if is_weight(name, shape)}
-    if default in ("F32", "F16", "BF16"):
-        return dict.fromkeys(weights, (default, default))
-    more_bits = _more_bits(weights) if quantization in ("Q4_K_M", "Q5_K_M") else set()
-    head = "output.weight" if "output.weight" in weights else "token_embd.weight"  # a tied head is the embeddings
-    planned = {}
-    for name, shape in weights.items():
-        width = shape[-1]
-        wanted = "Q6_K" if name in more_bits or (name == head and default != "Q8_0") else default
-        got = "Q8_0" if name == head and width % _BYTES[default][0] else wanted
-        if width % _BYTES[got][0]:
-            if got not in _FALLBACKS:
-                raise ExportError(
-                    f"{quantization} needs widths that {_BYTES[got][0]} divides, {name} is {width} wide: choose F16, BF16 or F32"
-                )
-            got = _FALLBACKS[got]
-            got = "F16" if width % _BYTES[got][0] else got
-        planned[name] = (wanted, got)
-    return planned
-
-
-def _more_bits(names: Iterable[str]) -> set[str]:
-    """Those attn_v (or attn_qkv) and ffn_down tensors to which the _M recipes give Q6_K."""
-    found = set()
-    for pattern in (r"blk\.(\d+)\.attn_(?:v|qkv)\.weight", r"blk\.(\d+)\.ffn_down\.weight"):
-        layers = sorted((int(match[1]), name) for name in names if (match := re.fullmatch(pattern, name)))
-        n = len(layers)
-        found |= {name for i, (_, name) in enumerate(layers) if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2}
-    return found
-
-
-def fallbacks(quantization: str, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> tuple[Fallback, ...]:
-    """The tensors whose width denied them the quantization's type. `types`: those that a written file has."""
-    return tuple(
-        Fallback(name, wanted, types[name])
-        for name, (wanted, _) in planned_types(quantization, shapes).items()
-        if types[name] != wanted and shapes[name][-1] % _BYTES[wanted][0]
-    )
-
-
-def bytes_of(type_name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in a GGUF, padding included."""
-    block, size = _BYTES[type_name]
-    plain = prod(shape) // block * size
-    return -(-plain // _ALIGNMENT) * _ALIGNMENT
-
-
-# --- quantizer: llama.cpp's own quantizer: one GGUF into another, with its reason where it fails
-
-
-_BUFFER = 2**28  # bytes of a tensor's rows in llama.cpp's memory at a time; its default is 8 GiB
+_BUFFER_BYTES = 2**28  # of a tensor's rows in llama.cpp's memory at a time; its default is 8 GiB
 _PROGRESS = re.compile(r"\[\s*(\d+)/\s*(\d+)\] (\S+)")
 _FAILURE = re.compile(r"failed to quantize: (.+)")
 
 
 def quantize_file(source: Path, target: Path, quantization: str, *, threads: int, on_progress: Callable[[float], None]) -> None:
-    """Write `source` as `target` in another quantization; tensors that are quantized already are quantized again.
+    """Write `source` as `target` in another quantization; quantized tensors are requantized.
 
-    Raises ExportError with llama.cpp's reason. What it may have begun to write is the caller's to remove.
+    Raises ExportError with llama.cpp's reason, OSError for a failed write. The caller removes an incomplete `target`.
     """
     import llama_cpp
 
@@ -272,19 +229,19 @@ def quantize_file(source: Path, target: Path, quantization: str, *, threads: int
     params.ftype = FILE_TYPES[quantization]
     params.nthread = threads
     params.allow_requantize = True
-    params.max_buf_size = _BUFFER
+    params.max_buf_size = _BUFFER_BYTES
     failures: list[BaseException] = []
 
-    def heard(line: str) -> None:
+    def read_progress(line: str) -> None:
         match = _PROGRESS.search(line)
         if match is not None and not failures:
             try:
                 on_progress((int(match[1]) - 1) / int(match[2]))
-            except BaseException as exc:  # nothing may be raised through llama.cpp: kept until it returns
+            except BaseException as exc:  # must not propagate through llama.cpp: raised after it returns
                 failures.append(exc)
 
     llama_cpp.llama_backend_init()
-    with _log(heard) as lines:
+    with _captured_log(read_progress) as lines:
         status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
     if failures:
         raise failures[0]
@@ -292,26 +249,26 @@ def quantize_file(source: Path, target: Path, quantization: str, *, threads: int
         log = "".join(lines)
         reasons = _FAILURE.findall(log) or [line for line in log.splitlines() if line.strip()] or ["it gave no reason"]
         reason = reasons[-1].strip()
-        if "iostream" in reason:  # all that a C++ stream says of a failed write
+        if "iostream" in reason:  # all that a C++ stream says about a failed write
             raise OSError(f"a write failed ({reason})")
-        raise ExportError(f"llama.cpp could not make {quantization} of the model ({reason}): choose another quantization")
+        raise ExportError(f"llama.cpp could not quantize the model to {quantization} ({reason}): choose another quantization")
 
 
 @contextmanager
-def _log(heard: Callable[[str], None]) -> Iterator[list[str]]:
-    """llama.cpp's log while the block runs, piece by piece; afterwards it goes where it went before."""
+def _captured_log(on_text: Callable[[str], None]) -> Iterator[list[str]]:
+    """Collect llama.cpp's log during the block, then restore its former callback."""
     import llama_cpp
 
     pieces: list[str] = []
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def keep(_level: int, text: bytes, _data: Any) -> None:
+    def collect(_level: int, text: bytes, _data: Any) -> None:
         pieces.append(text.decode("utf-8", "replace"))
-        heard(pieces[-1])
+        on_text(pieces[-1])
 
     former, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(former), ctypes.byref(data))
-    llama_cpp.llama_log_set(keep, None)
+    llama_cpp.llama_log_set(collect, None)
     try:
         yield pieces
     finally:

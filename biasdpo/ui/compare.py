@@ -88,7 +88,7 @@ def default_adapter(model: str, pool: EnginePool) -> str:
         spec = models.catalog()[model] if model in models.catalog() else models.find(model)
         if spec.default_adapter:
             return spec.default_adapter
-        trained = models.adapters_for(spec, pool.workspace)
+        trained = models.adapters_made_for(spec, pool.workspace)
     except BiasDPOError:
         return "none"  # the model's own line is shown when it is loaded
     return trained[0].id if trained else "none"

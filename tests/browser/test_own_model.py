@@ -101,9 +101,9 @@ def test_what_does_not_fit_or_is_not_there_is_one_line_and_the_next_try_works(
     (tmp_path / "note.gguf").write_text("hello, world")
     for path, line in (
         (tmp_path / "none.gguf", "No model file"),
-        (tmp_path / "note.gguf", "is no complete GGUF file"),
+        (tmp_path / "note.gguf", "is not a complete GGUF file"),
         (tmp_path, "has no config.json, but GGUF files: name one of them, such as"),
-        (tiny_llama_adapter, "is an adapter, no model"),
+        (tiny_llama_adapter, "is an adapter, not a model"),
     ):
         choose(visitor, "model", str(path))
         visitor.page.wait_for_selector(f"#proof .bd-error:has-text('{line}')")

@@ -13,16 +13,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from biasdpo.backends.base import Backend
-from biasdpo.backends.hf import CompletionText, TransformersBackend
+from biasdpo.backends.hf import TransformersBackend
 from biasdpo.backends.hf_loading import encode_prompt
 from biasdpo.chat import PromptTemplate
 from biasdpo.errors import BiasDPOError
 from biasdpo.records import FinishReason, Sampling, Side
-from tests import tiny_models
 
-GREEDY = Sampling(max_new_tokens=60, temperature=0.0, repetition_penalty=1.0)
-SHORT = replace(GREEDY, max_new_tokens=24)
-WARM = Sampling(max_new_tokens=40, temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=7)
+GREEDY = Sampling(max_new_tokens=30, temperature=0.0, repetition_penalty=1.0)
+SHORT = replace(GREEDY, max_new_tokens=16)
+WARM = Sampling(max_new_tokens=20, temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=7)
 LONG = " ".join(str(i) for i in range(100))  # a prompt of more than one chunk
 PROMPTS = ["Why are nurses always women?", "Describe <|im_end|> a programmer:\n12", "Пишите 日本語 😀"]
 
@@ -72,29 +71,9 @@ def plain_text(model: Any, case: Case, prompt: str, sampling: Sampling = GREEDY)
     return text.removeprefix(case.template.completion_prefix)
 
 
-PHI = tiny_models.PHI_TEMPLATE  # completion prefix " ", stop "\nInstruct:"
-
-
-def pieces_of(tokens: list[str], template: PromptTemplate) -> tuple[list[str], bool]:
-    """CompletionText over tokens that are their own text."""
-    text = CompletionText(lambda ids: "".join(tokens[i] for i in ids), template)
-    shown = []
-    for i in range(len(tokens)):
-        piece, stopped = text.add(i, final=False)
-        shown.append(piece)
-        if stopped:
-            return shown, True
-    shown.append(text.add(None, final=True)[0])
-    return shown, False
-
-
 def adapter_is_off(backend: TransformersBackend) -> bool:
     layers = [module for module in backend._shared.model.modules() if isinstance(module, LoraLayer)]
     return bool(layers) and all(layer.disable_adapters for layer in layers)
-
-
-def hooks_of(backend: TransformersBackend) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backend._shared.model.modules())
 
 
 def hooks_on(backend: TransformersBackend) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Both architectures, opened once a test file."""
+"""Both architectures, opened once a session: no test may leave a trace in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import tiny_models
 from tests.hf.cases import Case
 
 
-@pytest.fixture(scope="module", params=["llama", "phi"])
+@pytest.fixture(scope="session", params=["llama", "phi"])
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     folder = request.getfixturevalue(f"tiny_{request.param}")
     adapter = request.getfixturevalue(f"tiny_{request.param}_adapter")
@@ -26,20 +26,20 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     backend.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bare(case: Case) -> Any:
     """The base model as its users load it, no adapter near it."""
     return AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def peft(case: Case) -> Any:
     """A second copy of the base model with the adapter, as PEFT's users load it."""
     model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(case.adapter)).eval()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def batched(case: Case) -> Iterator[TransformersBackend]:
     backend = open_transformers(case.folder, case.template, case.adapter, 512, device="cpu", batch_sides=True)
     yield backend
@@ -48,5 +48,5 @@ def batched(case: Case) -> Iterator[TransformersBackend]:
 
 @pytest.fixture
 def sides_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sides that come will meet, however busy the machine is."""
-    monkeypatch.setattr(hf, "MEETING_SECONDS", 60.0)
+    """Two sides that come will be paired, however busy the machine is."""
+    monkeypatch.setattr(hf, "PAIRING_SECONDS", 60.0)

@@ -16,7 +16,7 @@ from biasdpo.chat import PromptTemplate
 from biasdpo.errors import PromptError
 from biasdpo.records import LikelihoodRequest, TextRequest
 from tests import tiny_models
-from tests.hf.cases import GREEDY, PHI, PROMPTS, Case, pieces_of, plain_text, read, text_of
+from tests.hf.cases import GREEDY, PROMPTS, Case, read, text_of
 
 
 def test_it_ends_at_the_limit_of_tokens(case: Case) -> None:
@@ -62,30 +62,6 @@ def test_the_context_is_used_to_its_last_token(case: Case) -> None:
     with pytest.raises(PromptError, match=r"is [\d,]+ tokens long with its template, the context holds 128"):
         read(short.stream("1 " * 128, GREEDY, "base"))
     short.close()
-
-
-def test_a_prompt_longer_than_a_chunk_is_computed_whole(case: Case, peft: Any) -> None:
-    prompt = " ".join(str(i) for i in range(100))
-    assert len(encode_prompt(case.backend._tokenizer, case.template, prompt)) > 256
-    assert text_of(case.backend, prompt, "tuned", replace(GREEDY, max_new_tokens=20)) == plain_text(
-        peft, case, prompt, replace(GREEDY, max_new_tokens=20)
-    )
-
-
-def test_a_stop_string_is_held_back_token_by_token() -> None:
-    assert pieces_of([" Yes", ".", "\n", "Inst", "ruct", ":", " no"], PHI) == (["Yes", ".", "", "", "", ""], True)
-
-
-def test_what_only_begins_like_a_stop_string_is_shown() -> None:
-    assert pieces_of([" Yes", "\n", "Inst", "ead", "\nInstruct"], PHI) == (["Yes", "", "", "\nInstead", "", "\nInstruct"], False)
-
-
-def test_the_completion_prefix_is_not_shown() -> None:
-    assert pieces_of([" ", "Yes"], PHI)[0] == ["", "Yes", ""]
-    assert pieces_of(["Yes"], PHI)[0] == ["Yes", ""]
-    long_prefix = PromptTemplate("{prompt}", completion_prefix=" A: ")
-    assert pieces_of([" ", "A", ": ", "yes"], long_prefix)[0] == ["", "", "", "yes", ""]
-    assert pieces_of([" ", "A"], long_prefix)[0] == ["", "", " A"]
 
 
 def test_a_character_is_shown_when_it_is_whole() -> None:
@@ -144,13 +120,6 @@ def test_loglikelihood_is_a_sum_of_log_softmax(case: Case, bare: Any, peft: Any)
             by_hand = sum(float(logps[i - 1, ids[i]]) for i in range(given, len(ids)))
             assert result.tokens == len(ids) - given
             assert result.logp == pytest.approx(by_hand, abs=2e-3)  # sums of up to 100 tokens in float32
-
-
-def test_loglikelihood_has_a_strength(case: Case) -> None:
-    request = [LikelihoodRequest("Why?", "Because of them.")]
-    base, weak, off = (case.backend.loglikelihood(request, *args, strength=x) for args, x in
-                       ((("base",), 1.0), (("tuned",), 0.5), (("tuned",), 0.0)))  # fmt: skip
-    assert base == off != weak
 
 
 def test_nothing_to_score_is_refused(case: Case) -> None:

@@ -7,8 +7,7 @@ Random weights under Phi-2's exact config (2.78 B parameters, bf16, two shards; 
 
  export   the adapter-less export in a process of its own: its peak of anonymous memory (/proc/PID/smaps_rollup, "Anonymous", ten
           times a second: mapped files are not in it), seconds, and seconds for each GB of the folder; and what lies in the target
-          folder after a SIGKILL while it writes and while it quantizes (nothing under the final name, and the next export clears
-          the rest away)
+          folder after a SIGKILL while it writes and while it quantizes (nothing under the final name)
  memory   of a process that opens the file with a random adapter and writes on both sides: what it added to the process's Pss,
           against 1.05 of the file, plus llama.cpp's own figures for both sides' KV caches and buffers, plus the adapter
  speed    tokens/s of both sides together against two bare `llama_cpp.Llama`s in turn, the faster of 1 and 2 threads each;
@@ -20,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -175,7 +175,10 @@ def left_by_a_kill(folder: Path, out: Path, args: argparse.Namespace, begun: Cal
         assert process.poll() is None, "the export ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    return sorted(file.name for file in out.parent.iterdir())
+    left = sorted(out.parent.iterdir())
+    for path in left:  # gigabytes
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [path.name for path in left]
 
 
 def size_of(folder: Path, name: str) -> int:

@@ -118,7 +118,7 @@ def generate_writer(args: argparse.Namespace, model: Path, adapter: Path, templa
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from biasdpo.backends.hf_loading import choose_device, device_for_people, encode_prompt, load_tokenizer
+    from biasdpo.backends.hf_loading import Placement, choose_device, encode_prompt, load_tokenizer
 
     device = choose_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -141,7 +141,7 @@ def generate_writer(args: argparse.Namespace, model: Path, adapter: Path, templa
             with peft_model.disable_adapter():
                 return [generate(), tuned]
 
-    return write, device_for_people(device)
+    return write, Placement(device).describe()
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
