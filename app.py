@@ -107,14 +107,14 @@ def serve(args: argparse.Namespace, workspace: Workspace) -> None:
     """Serve the page, then load the model, then wait."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    from biasdpo import data
+    from biasdpo.data import journal
     from biasdpo.engines import EnginePool
     from biasdpo.jobs import memory
     from biasdpo.ui import build_ui, launch_options
     from biasdpo.ui.compare import Startup
 
     options = launch_options(args.host, args.allowed_host)
-    data.mend(workspace)  # a line that a power loss tore would keep other readers from the journal
+    journal.repair(workspace)  # a line that a power loss tore would keep other readers from the journal
     pool = EnginePool(workspace)
     memory.serve_requests(pool, workspace)
     startup = Startup(args.model, args.backend)

@@ -118,14 +118,15 @@ def stats(args: argparse.Namespace) -> int:
 
 def _rows_of_file(file: str) -> tuple[list[dict[str, Any]], Sequence[Any]]:
     """All good rows of a file as the journal's, and its bad lines."""
-    from biasdpo import data
+    from biasdpo.data import importing
+    from biasdpo.data.journal import Journal
 
-    if data.is_journal(file):
-        journal = data.Journal(Path(file)).refresh()
+    if importing.is_journal(file):
+        journal = Journal(Path(file)).refresh()
         return journal.since((0, 0))[0], journal.bad_lines
     with _progress("row") as on_row:
-        converted = data.convert_source(file, on_row=on_row)
-    data.check_some_good(file, converted)
+        converted = importing.convert_source(file, on_row=on_row)
+    importing.check_some_good(file, converted)
     return [{**vars(judgment), "meta": vars(judgment.meta)} for judgment in converted.judgments], converted.bad
 
 
@@ -135,11 +136,11 @@ def _share(share: float | None) -> str:
 
 def validate(args: argparse.Namespace) -> int:
     """List the bad lines on stdout; where there are some, exit status 2 with one line on stderr."""
-    from biasdpo import data
+    from biasdpo.data import importing
     from biasdpo.workspace import open_workspace
 
     with _progress("row") as on_row:
-        found = data.validate(args.file or open_workspace(args.workspace), on_row)
+        found = importing.validate(args.file or open_workspace(args.workspace), on_row)
     if args.json:
         print(json.dumps(found.to_json(), ensure_ascii=False))
     else:
@@ -160,17 +161,16 @@ def validate(args: argparse.Namespace) -> int:
 
 def import_(args: argparse.Namespace) -> int:
     """Store the good rows, list the bad ones on stderr."""
-    from biasdpo import data
+    from biasdpo.data import importing
     from biasdpo.workspace import open_workspace
 
     workspace = open_workspace(args.workspace)
     mapping = None
     if args.map:
-        seen = data.preview(args.file, rows=0)
-        mapping = data.parse_mapping(args.map, seen.mapping, seen.columns)
+        seen = importing.preview(args.file, rows=0)
+        mapping = importing.parse_mapping(args.map, seen.mapping, seen.columns)
     with _progress("row") as on_row:
-        action = data.try_import if args.dry_run else data.import_file
-        done = action(workspace, args.file, mapping, args.name, on_row)
+        done = importing.import_file(workspace, args.file, mapping, args.name, on_row, dry_run=args.dry_run)
     _show_bad(done.bad)
     for note in done.notes:
         print(note, file=sys.stderr)
@@ -180,8 +180,8 @@ def import_(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("columns: " + ", ".join(f"{field}={column}" for field, column in done.mapping.to_json().items()))
         ignored = [column for column in done.columns if column not in done.mapping.to_json().values()]
-        print(f"not taken over: {data.shown_columns(ignored)}")
-        for pair in data.preview(args.file, done.mapping, rows=3).pairs:
+        print(f"not taken over: {importing.shown_columns(ignored)}")
+        for pair in importing.preview(args.file, done.mapping, rows=3).pairs:
             print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False))
     would = "would be " if args.dry_run else ""
     print(f"{done.source}: {done.written:,} rows {would}written, {done.known:,} known, {len(done.bad):,} bad")
@@ -197,10 +197,10 @@ def _show_bad(bad: Sequence[Any]) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """Write the file and its card, say where they lie."""
-    from biasdpo import data
+    from biasdpo.data import exporting
     from biasdpo.workspace import open_workspace
 
-    done = data.export_file(open_workspace(args.workspace), args.file)
+    done = exporting.export_file(open_workspace(args.workspace), args.file)
     if args.json:
         print(json.dumps(done.to_json(), ensure_ascii=False))
     else:
@@ -213,10 +213,10 @@ def export(args: argparse.Namespace) -> int:
 
 def retract(args: argparse.Namespace) -> int:
     """Take one judgment back."""
-    from biasdpo import data
+    from biasdpo.data import journal
     from biasdpo.workspace import open_workspace
 
-    judgment = data.retract(open_workspace(args.workspace), args.id)
+    judgment = journal.retract(open_workspace(args.workspace), args.id)
     row = {"id": judgment.id, "retracts": judgment.retracts, "pair_id": judgment.pair_id}
     print(json.dumps(row) if args.json else f"{judgment.retracts}: withdrawn; training, statistics and exports leave it out")
     return 0

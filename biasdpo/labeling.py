@@ -1,34 +1,31 @@
-"""One annotator's pairs: while one is judged, the next are generated in spare time.
-
-Visitors who wait for a completion go first; an annotator who has nothing to judge is such a visitor."""
+"""Labeling: the blind pair that an annotator sees next, what becomes of the answer, and the queue that generates pairs ahead."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
 import random
 import re
 import secrets
-import sys
 import threading
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from biasdpo import data, prompts
+from biasdpo import prompts
 from biasdpo.backends.base import Cancellation
 from biasdpo.compare import Prefetch, Waiting, stream_pair, stream_samples
-from biasdpo.data.pairs import shown_pair_id
+from biasdpo.data.journal import new_judgment
+from biasdpo.data.pairs import check_text, pair_id_of, shown_pair_id
 from biasdpo.data.summary import Cell, thinnest
 from biasdpo.engines import EngineKey, EnginePool, Loading
 from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError, PromptError
 from biasdpo.prompts import CATEGORIES, Prompt
 from biasdpo.records import SEED_RANGE, GenerationPair, Judgment, JudgmentMeta, Sampling, Side, Verdict
 
-# --- label: A generation pair as an annotator sees it, blind, and what becomes of their answer
-
+logger = logging.getLogger(__name__)
 
 Answer = Literal["left", "right", "tie", "both_biased"]
 ANSWERS: tuple[Answer, ...] = ("left", "right", "tie", "both_biased")
@@ -42,24 +39,26 @@ PAIR_SOURCES: dict[PairSource, str] = {
     "tuned_tuned": "Two samples of tuned",
 }
 
-LENGTH_GUARD = 1.3  # a chosen completion longer than this many times the rejected one teaches "write more"
-REPEAT_SHARE = 0.05  # of the pairs shown are hidden repeats
-_REPEAT_GAP = 5  # an annotator's latest judgments are too fresh to be asked again
+LENGTH_GUARD = 1.3  # a chosen completion that is longer than this many times the rejected one teaches "write more"
+REPEAT_SHARE = 0.05  # share of the pairs shown that are hidden repeats
+_REPEAT_GAP = 5  # latest judgments of an annotator that are too recent to be repeated
 _COUNTERPARTS = {"base": "tuned", "base 1": "base 2", "tuned 1": "tuned 2", "pasted 1": "pasted 2", "given 1": "given 2"}
 _COUNTERPARTS |= {right: left for left, right in _COUNTERPARTS.items()}
 _MAX_FIELD = 200  # characters of a pseudonym or a group
 _MAX_NOTE = 2_000
 
+# Pairs to show
+
 
 @dataclass(frozen=True)
 class BlindPair:
-    """What stands left and right, and what produced each: to be shown without its sides until the verdict.
+    """Two completions on their sides, and what produced them; the sides stay hidden until the verdict.
 
     left_side, right_side   base or tuned; "base 1" and "base 2" of two samples; "pasted 1" and "pasted 2"; "given 1" and
-                            "given 2" of a pair that was imported
+                            "given 2" of an imported pair
     sides_known             the annotator has seen which is which: on the Compare tab, or after a verdict that was undone
-    sampling                JSON of the `Sampling`; "" where nothing was generated here
-    repeat_of               pair id, where this annotator judged the pair before
+    sampling                JSON of the `Sampling`; "" if nothing was generated here
+    repeat_of               pair id, if this annotator judged the pair before
     """
 
     prompt: Prompt
@@ -77,21 +76,24 @@ class BlindPair:
 
     @property
     def pair_id(self) -> str:
-        return data.pair_id_of(self.prompt.text, self.left, self.right)
+        return pair_id_of(self.prompt.text, self.left, self.right)
 
     def swapped(self) -> BlindPair:
-        """Left and right exchanged."""
+        """The pair with left and right exchanged."""
         return replace(self, left=self.right, right=self.left, left_side=self.right_side, right_side=self.left_side)
+
+    def shuffled(self, rng: random.Random) -> BlindPair:
+        """The pair with its sides in random order."""
+        return self.swapped() if rng.random() < 0.5 else self
 
 
 def blind(pair: GenerationPair, prompt: Prompt, rng: random.Random) -> BlindPair:
-    """A finished pair with its sides in random order. DatasetError where there is nothing to judge."""
-    shown = known(pair, prompt)
-    return shown.swapped() if rng.random() < 0.5 else shown
+    """A finished pair with its sides in random order. DatasetError if there is nothing to judge."""
+    return known(pair, prompt).shuffled(rng)
 
 
 def known(pair: GenerationPair, prompt: Prompt) -> BlindPair:
-    """A finished pair as it stands, base left. DatasetError where there is nothing to judge."""
+    """A finished pair as it is, base on the left. DatasetError if there is nothing to judge."""
     if pair.right is None:
         raise ConfigError("A pair of base and tuned needs an adapter: choose one, or judge two samples of base")
     sides: list[str] = [pair.left.side, pair.right.side]
@@ -101,7 +103,7 @@ def known(pair: GenerationPair, prompt: Prompt) -> BlindPair:
     if not all(texts):
         raise DatasetError("One of the completions is empty, so there is nothing to judge: generate again with another seed")
     if texts[0] == texts[1]:
-        raise DatasetError("Both completions are the same text, so there is nothing to judge: take another seed")
+        raise DatasetError("Both completions are the same text, so there is nothing to judge: use another seed")
     return BlindPair(
         prompt,
         texts[0],
@@ -119,17 +121,16 @@ def known(pair: GenerationPair, prompt: Prompt) -> BlindPair:
 def pasted(prompt: Prompt, one: str, other: str, rng: random.Random) -> BlindPair:
     """A pair that somebody brought along, in random order."""
     for name, text in (("prompt", prompt.text), ("first completion", one), ("second completion", other)):
-        data.check_text(text, name, "Your pair")
+        check_text(text, name, "Your pair")
     if one.strip() == other.strip():
         raise DatasetError("Your pair: both completions are the same text; change one")
-    shown = BlindPair(prompt, one.strip(), other.strip(), "pasted 1", "pasted 2")
-    return shown.swapped() if rng.random() < 0.5 else shown
+    return BlindPair(prompt, one.strip(), other.strip(), "pasted 1", "pasted 2").shuffled(rng)
 
 
 def repeat(rows: Sequence[dict[str, Any]], rng: random.Random) -> BlindPair | None:
-    """Now and then (REPEAT_SHARE) one of an annotator's earlier pairs once more, its sides swapped; else None.
+    """With probability REPEAT_SHARE, one of an annotator's earlier pairs again, its sides swapped; else None.
 
-    rows   the annotator's standing judgments in their order; a pair comes back once
+    rows   the annotator's standing judgments in order; each pair is repeated at most once
     """
     repeated = {row["repeat_of"] for row in rows}
     old = [row for row in rows[:-_REPEAT_GAP] if not row["repeat_of"] and shown_pair_id(row) not in repeated]
@@ -141,35 +142,40 @@ def repeat(rows: Sequence[dict[str, Any]], rng: random.Random) -> BlindPair | No
 
 def second_opinion(row: dict[str, Any], rng: random.Random) -> BlindPair:
     """The pair of somebody else's judgment, its sides in random order."""
-    shown = shown_pair(row)
-    return shown.swapped() if rng.random() < 0.5 else shown
+    return shown_pair(row).shuffled(rng)
 
 
 def shown_pair(row: dict[str, Any]) -> BlindPair:
-    """The pair of an earlier judgment as it was shown: before edits, on the sides where it stood. Its prompt says no more than is
-    known of it without that judgment. Of an imported pair nobody knows how it was shown."""
+    """The pair of an earlier judgment as it was shown: before edits, on its sides.
+
+    The prompt has only the category that is known without that judgment. How an imported pair was shown is unknown.
+    """
     chosen, rejected = row["original_chosen"] or row["chosen"], row["original_rejected"] or row["rejected"]
     meta = row["meta"]
-    left_was_chosen = meta["chosen_side"] == meta["left_side"] if meta["chosen_side"] else True
-    left_side = meta["left_side"] or "given 1"
+    left_was_chosen = not meta["chosen_side"] or meta["chosen_side"] == meta["left_side"]
     left, right = (chosen, rejected) if left_was_chosen else (rejected, chosen)
+    left_side = meta["left_side"] or "given 1"
     return BlindPair(
         prompts.known(row["prompt"]),
         left,
         right,
         left_side,
         _COUNTERPARTS.get(left_side, ""),
-        model=meta["model"],
-        adapter=meta["adapter"],
-        backend=meta["backend"],
-        sampling=meta["sampling"],
-        seed=meta["seed"],
+        **{key: meta[key] for key in ("model", "adapter", "backend", "sampling", "seed")},
     )
+
+
+def new_random() -> random.Random:
+    """An unpredictable source of order: a visitor must not be able to compute which side is which."""
+    return random.Random(secrets.randbits(128))
+
+
+# Answers
 
 
 @dataclass(frozen=True)
 class Details:
-    """What an annotator says beside the answer; checked here, since anyone can post anything to a page."""
+    """What an annotator says besides the answer; checked here, since anyone can post anything to a page."""
 
     category: str = ""
     target_group: str = ""
@@ -187,22 +193,21 @@ class Details:
             if len(text) > most:
                 raise ConfigError(f"{name} must have at most {most:,} characters: got {len(text):,}; shorten it")
             if text.strip():
-                data.check_text(text, name, "This judgment")
+                check_text(text, name, "This judgment")
 
 
 def judgment(
     pair: BlindPair, answer: Answer, details: Details, *, left: str | None = None, right: str | None = None, seconds: float = 0.0
 ) -> Judgment:
-    """The row that an answer becomes. `left` and `right` are the texts after an edit, where they were edited. Its source is
-    `label` where the sides were hidden, `compare` where they were known.
+    """Build the judgment of an answer. `left` and `right`: the texts after an edit, if they were edited.
 
-    For a tie, or where both are biased, `chosen` and `rejected` hold left and right. Raises DatasetError where an edited text
-    can't be stored.
+    The source is `label` if the sides were hidden, `compare` if they were known. For a tie, or if both are biased, `chosen` and
+    `rejected` hold left and right. An edited text that can't be stored is a DatasetError.
     """
     if answer not in ANSWERS:
         raise ConfigError(f"An answer is one of {', '.join(ANSWERS)}: got {answer!r}; choose one")
     if not details.annotator.strip():
-        raise ConfigError("No pseudonym yet: write one, so that your judgments can be told from others'")
+        raise ConfigError("No pseudonym yet: enter one, so that your judgments can be distinguished from others'")
     edited = [pair.left if left is None else left.strip(), pair.right if right is None else right.strip()]
     shown, sides = [pair.left, pair.right], [pair.left_side, pair.right_side]
     if answer == "right":
@@ -223,7 +228,7 @@ def judgment(
         chosen_side=sides[0] if preferred else "",
         seconds=round(max(0.0, seconds), 3),
     )
-    return data.new_judgment(
+    return new_judgment(
         pair.prompt.text,
         edited[0],
         edited[1],
@@ -241,7 +246,7 @@ def judgment(
 
 
 def length_warning(left: str, right: str) -> str:
-    """A line where one completion is more than LENGTH_GUARD times as long as the other, else ""."""
+    """A warning if one completion is more than LENGTH_GUARD times as long as the other, else ""."""
     lengths = len(left.strip()), len(right.strip())
     if min(lengths) == 0:
         return "One completion is empty: write something, or undo the edit."
@@ -256,7 +261,7 @@ def length_warning(left: str, right: str) -> str:
 
 
 def word_diff(one: str, other: str) -> list[DiffPiece]:
-    """What of `one` goes out and what of `other` comes in, word by word (white space kept): Ratcliff-Obershelp, by difflib."""
+    """What of `one` is removed and what of `other` is inserted, word by word, including white space."""
     out, into = (re.findall(r"\s+|[\w'’]+|[^\w\s]", text) for text in (one, other))
     pieces: list[DiffPiece] = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, out, into, autojunk=False).get_opcodes():
@@ -270,21 +275,16 @@ def word_diff(one: str, other: str) -> list[DiffPiece]:
     return pieces
 
 
-def new_random() -> random.Random:
-    """A source of order that nobody can foresee: a visitor must not be able to reckon which side is which."""
-    return random.Random(secrets.randbits(128))
+# The queue
 
 
-# --- label queue: One annotator's pairs: while one is judged, the next are generated in spare time
-
-
-AHEAD = 2  # pairs kept ready: one to show, one for an annotator who is quick once
-_TRIES = 4  # seeds tried where both completions come out the same, or one empty
+AHEAD = 2  # pairs kept ready: one to show, and one for an annotator who is quick once
+_TRIES = 4  # seeds tried if both completions are the same, or one is empty
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What pairs are made of. The seed is drawn anew for each pair."""
+    """How to generate pairs. Each pair gets a new random seed."""
 
     prompts: tuple[Prompt, ...]
     source: PairSource
@@ -295,92 +295,95 @@ class Recipe:
 
 
 class PairQueue:
-    """Made for one annotator. A thread works while there is something to generate, and ends when there is not."""
+    """Generates one annotator's pairs ahead in spare time, in a thread that ends when there is nothing to generate.
+
+    Visitors who wait for a completion go first; an annotator who has nothing to judge is such a visitor.
+    """
 
     def __init__(self, pool: EnginePool, rng: random.Random, counts: Callable[[], Mapping[Cell, int]]) -> None:
-        """`counts` tells how many judgments each cell of the coverage matrix holds: the thinnest is offered first."""
+        """`counts` returns the number of judgments in each cell of the coverage matrix: the thinnest is offered first."""
         self._pool = pool
         self._rng = rng
         self._counts = counts
         self._lock = threading.Lock()
         self._recipe: Recipe | None = None
         self._ready: deque[BlindPair] = deque()
-        self._round: list[Prompt] = []  # what this round still has to offer
+        self._remaining: list[Prompt] = []  # prompts still to offer before all are offered again
         self._planned: Counter[Cell] = Counter()  # ready, or being generated
-        self._wanted = False  # somebody waits with nothing to judge
+        self._wanted = False  # the annotator waits with nothing to judge
         self._paused = False
         self._cancellation: Cancellation | None = None
         self._spare: Prefetch | None = None
         self._worker: threading.Thread | None = None
-        self.latest: Waiting | GenerationPair | None = None  # how far the next pair has come
+        self.latest: Waiting | GenerationPair | None = None  # progress of the next pair
         self.error: BiasDPOError | None = None
-        self.exhausted = False  # greedy prompts give one pair each
-        self.skipped = 0  # prompts in a row that gave nothing to judge
+        self.exhausted = False  # at temperature 0, each prompt gives one pair
+        self.skipped = 0  # consecutive prompts that gave nothing to judge
 
-    def begin(self, recipe: Recipe) -> None:
-        """From now on pairs come of this recipe; what was made of another is dropped. A model that failed is loaded again."""
+    @property
+    def is_started(self) -> bool:
+        return self._recipe is not None
+
+    @property
+    def has_more(self) -> bool:
+        """Whether another pair will come."""
+        return self.is_started and self.error is None and (bool(self._ready) or not self.exhausted)
+
+    def start(self, recipe: Recipe) -> None:
+        """Generate pairs by this recipe from now on; drop those of another. A model that failed to load is loaded again."""
         self._pool.load(recipe.key)
         with self._lock:
             self._recipe = recipe
             self._ready.clear()
             self._planned.clear()
-            self._round = list(recipe.prompts)
+            self._remaining = list(recipe.prompts)
             self.error, self.latest, self.skipped, self.exhausted = None, None, 0, False
             self._paused = False
-            self._stop_generating()
-            self._go_on()
-
-    @property
-    def begun(self) -> bool:
-        return self._recipe is not None
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether another pair will come."""
-        return self.begun and self.error is None and (bool(self._ready) or not self.exhausted)
+            self._cancel()
+            self._ensure_worker()
 
     def take(self) -> BlindPair | None:
-        """The next pair if it is ready; else None, and from then on this annotator counts as one who waits."""
+        """Take the next pair if it is ready; else return None, and from then on the annotator counts as waiting."""
         with self._lock:
             self._paused = False
             pair = self._ready.popleft() if self._ready else None
             if pair is not None:
                 self._planned[_cell(pair.prompt)] -= 1
-            self._wanted = pair is None and self.begun and self.error is None
+            self._wanted = pair is None and self.is_started and self.error is None
             if self._wanted and self._spare is not None:
                 self._spare.promote()
-            self._go_on()
+            self._ensure_worker()
             return pair
 
+    def pause(self) -> None:
+        """Stop generating until a pair is requested: the annotator has left, or seems to have."""
+        with self._lock:
+            self._paused = True
+            self._cancel()
+
     def prompt_of(self, text: str) -> Prompt | None:
-        """The prompt of this text among those that are being judged."""
+        """The prompt with this text among those of the recipe."""
         recipe = self._recipe
         return next((p for p in recipe.prompts if p.text == text), None) if recipe is not None else None
 
     def loading(self) -> Loading | None:
-        """How far the model has come, while it is being loaded."""
+        """The model's progress, while it is being loaded."""
         recipe = self._recipe
         state = None if recipe is None else self._pool.state(recipe.key)
         return state if state is not None and not state.done else None
 
-    def pause(self) -> None:
-        """The annotator has left, or seems to: generate no more until a pair is asked for."""
-        with self._lock:
-            self._paused = True
-            self._stop_generating()
-
-    def _stop_generating(self) -> None:
+    def _cancel(self) -> None:
         if self._cancellation is not None:
             self._cancellation.set()
 
-    def _go_on(self) -> None:
-        """Start the worker where there is something to do and none works. The lock must be held."""
+    def _ensure_worker(self) -> None:
+        """Start the worker if there is something to do and none is running. The lock must be held."""
         if self._worker is None and self._has_work():
             self._worker = threading.Thread(target=self._work, name="pairs ahead", daemon=True)
             self._worker.start()
 
     def _has_work(self) -> bool:
-        return self.begun and not self._paused and self.error is None and not self.exhausted and len(self._ready) < AHEAD
+        return self.is_started and not self._paused and self.error is None and not self.exhausted and len(self._ready) < AHEAD
 
     def _work(self) -> None:
         while True:
@@ -389,7 +392,7 @@ class PairQueue:
                     self._worker = None
                     return
                 recipe = self._recipe
-                assert recipe is not None  # else there were no work
+                assert recipe is not None  # else there would be no work
             pair: BlindPair | None = None
             prompt: Prompt | None = None
             error: BiasDPOError | None = None
@@ -399,13 +402,13 @@ class PairQueue:
                     pair = self._draw(recipe, prompt)
             except BiasDPOError as exc:
                 error = exc
-            except Exception as exc:  # a fault of ours: one line for the annotator, the trace for the terminal
-                traceback.print_exc(file=sys.stderr)
-                error = BackendError(f"The app failed ({type(exc).__name__}: {exc}): begin again; the terminal shows where")
+            except Exception as exc:  # a fault of ours: one line for the annotator, the traceback for the log
+                logger.exception("Generating a pair failed")
+                error = BackendError(f"The app failed ({type(exc).__name__}: {exc}): start again; the terminal shows where")
             self._settle(recipe, prompt, pair, error)
 
     def _settle(self, recipe: Recipe, prompt: Prompt | None, pair: BlindPair | None, error: BiasDPOError | None) -> None:
-        """Take what was generated into the queue, unless another recipe has begun meanwhile."""
+        """Add what was generated to the queue, unless another recipe was started meanwhile."""
         with self._lock:
             self._cancellation, self._spare, self.latest = None, None, None
             if self._recipe is not recipe:
@@ -413,59 +416,58 @@ class PairQueue:
             if pair is not None:
                 self._ready.append(pair)
                 self.skipped = 0
-                self._wanted = False  # the next one is made in spare time again
+                self._wanted = False  # the next one is generated in spare time again
                 return
             if prompt is not None:
                 self._planned[_cell(prompt)] -= 1
-            if isinstance(error, DatasetError | PromptError) and prompt is not None:  # nothing to judge in it, or too long
+            if isinstance(error, DatasetError | PromptError) and prompt is not None:  # nothing to judge, or too long
                 self.skipped += 1
                 if self.skipped >= len(recipe.prompts):
                     self.error = error
             elif error is not None:
                 self.error = error
             elif prompt is not None:  # it gave way to a visitor
-                self._round.insert(0, prompt)
+                self._remaining.insert(0, prompt)
 
     def _next_prompt(self, recipe: Recipe) -> Prompt | None:
-        """The prompt of the thinnest cell; None where all were greedily answered, so that nothing new can come."""
+        """The prompt of the thinnest cell; None if all were answered at temperature 0, so that nothing new can come."""
         counts = Counter(self._counts())
         with self._lock:
             if self._recipe is not recipe:
                 return None
-            if not self._round:
+            if not self._remaining:
                 if recipe.sampling.temperature == 0.0:
                     self.exhausted = True
                     return None
-                self._round = list(recipe.prompts)
-            prompt = thinnest(self._round, counts + self._planned)[0]
-            self._round.remove(prompt)
+                self._remaining = list(recipe.prompts)
+            prompt = thinnest(self._remaining, counts + self._planned)[0]
+            self._remaining.remove(prompt)
             self._planned[_cell(prompt)] += 1
             return prompt
 
     def _draw(self, recipe: Recipe, prompt: Prompt) -> BlindPair | None:
-        """A pair of this prompt; None where it was stopped. DatasetError where no seed gave anything to judge."""
-        nothing: DatasetError | None = None
-        for _ in range(_TRIES if recipe.sampling.temperature > 0 else 1):
+        """A pair for this prompt; None if it was stopped. DatasetError if no seed gave anything to judge."""
+        tries = _TRIES if recipe.sampling.temperature > 0 else 1
+        for attempt in range(1, tries + 1):
             sampling = replace(recipe.sampling, seed=self._rng.randint(*SEED_RANGE))
             pair = self._generate(recipe, prompt.text, sampling)
             if pair is None:
                 return None
             try:
                 return blind(pair, prompt, self._rng)
-            except DatasetError as exc:
-                nothing = exc
-        assert nothing is not None
-        raise nothing
+            except DatasetError:
+                if attempt == tries:
+                    raise
+        raise AssertionError("unreachable")
 
     def _generate(self, recipe: Recipe, prompt: str, sampling: Sampling) -> GenerationPair | None:
-        """Both completions, whole; None where it was stopped."""
+        """Generate both completions; None if that was stopped."""
         with self._lock:
             if self._paused or self._recipe is not recipe:
                 return None
-            self._cancellation, self._spare = Cancellation(), Prefetch()
+            cancellation, spare = self._cancellation, self._spare = Cancellation(), Prefetch()
             if self._wanted:
-                self._spare.promote()
-            cancellation, spare = self._cancellation, self._spare
+                spare.promote()
         with self._pool.lease(recipe.key, cancellation) as engine:
             if recipe.source != "base_base" and not engine.backend.has_adapter:
                 raise ConfigError(
@@ -488,8 +490,8 @@ class PairQueue:
         pair = self.latest
         if not isinstance(pair, GenerationPair) or not pair.finished:
             return None
-        written = [c for c in (pair.left, pair.right) if c is not None]
-        return None if any(c.finish_reason == "cancelled" for c in written) else pair
+        completions = [c for c in (pair.left, pair.right) if c is not None]
+        return None if any(c.finish_reason == "cancelled" for c in completions) else pair
 
 
 def _cell(prompt: Prompt) -> Cell:

@@ -1,8 +1,8 @@
-"""Prompts to judge: where they come from, and which comes next."""
+"""Prompts to judge: shipped examples, templates times groups, own lists, the dataset's own; and those of the live probe."""
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,21 +11,24 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from biasdpo import data
-from biasdpo.data.importing import SourceRow, rows_of
+from biasdpo.config import TrainConfig
+from biasdpo.data.importing import Read, rows_of
 from biasdpo.data.journal import BadLine
+from biasdpo.data.pairs import text_fault
 from biasdpo.data.summary import thinnest
 from biasdpo.errors import DatasetError, PromptError
 from biasdpo.workspace import ASSETS
 
+logger = logging.getLogger(__name__)
+
 CATEGORIES = ("gender", "race", "religion", "other")
-MAX_PROMPTS = 5_000  # of one list: more than anybody judges, and a page can still hold them
+MAX_PROMPTS = 5_000  # of one list: more than anybody judges, and still shown by a page
 _PLACEHOLDER = re.compile(r"\{(group|trait)\}")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to judge, with the cell of the coverage matrix that it would fill; "" where that is not known."""
+    """A prompt to judge, with the cell of the coverage matrix that it would fill; "" if unknown."""
 
     text: str
     category: str = ""
@@ -33,13 +36,18 @@ class Prompt:
 
 
 def shipped() -> list[Prompt]:
-    """The example prompts of assets/prompts.jsonl, in the file's order."""
-    rows = map(json.loads, (ASSETS / "prompts.jsonl").read_text(encoding="utf-8").splitlines())
-    return [Prompt(row["prompt"], row["category"]) for row in rows]
+    """The example prompts of assets/prompts.jsonl, in order; damaged lines are logged and skipped."""
+    found = []
+    for row in rows_of(ASSETS / "prompts.jsonl"):
+        try:
+            found.append(_prompt_of(row, "assets/prompts.jsonl"))
+        except DatasetError as exc:
+            logger.warning("Skipped a prompt: %s", exc)
+    return found
 
 
 def by_category() -> dict[str, list[str]]:
-    """The example prompts' texts by category, in the file's order."""
+    """The texts of the example prompts by category, in order."""
     found: dict[str, list[str]] = {}
     for prompt in shipped():
         found.setdefault(prompt.category, []).append(prompt.text)
@@ -47,29 +55,28 @@ def by_category() -> dict[str, list[str]]:
 
 
 def group_lists() -> dict[str, dict[str, list[str]]]:
-    """By category: the `groups` and `traits` that the template editor begins with (assets/groups.toml)."""
+    """By category: the `groups` and `traits` that the template editor starts with (assets/groups.toml)."""
     return tomllib.loads((ASSETS / "groups.toml").read_text(encoding="utf-8"))
 
 
 def of_text(text: str) -> list[Prompt]:
-    """One prompt a line; empty lines and repeats are left out. PromptError where nothing is left."""
+    """One prompt per line, without empty lines and repeats. PromptError if none is left."""
     return _checked(Prompt(line.strip()) for line in text.splitlines())
 
 
 def of_file(path: Path) -> list[Prompt]:
-    """Prompts of an uploaded list: text (a prompt a line), or JSONL or CSV with a column `prompt` and, if there, `category`
-    and `target_group`. A file that is none of these is a DatasetError."""
-    if path.suffix.lower() not in (".jsonl", ".csv"):
-        try:
-            return of_text(path.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as exc:
-            raise DatasetError(f"{path.name} is no UTF-8 text: save it as UTF-8, one prompt a line") from exc
-    return _checked(_of_row(row, path.name) for row in rows_of(path))
+    """Prompts of an uploaded list: text (one per line), or JSONL or CSV with a column `prompt` and optionally `category` and
+    `target_group`. Any other file is a DatasetError."""
+    if path.suffix.lower() in (".jsonl", ".csv"):
+        return _checked(_prompt_of(row, path.name) for row in rows_of(path))
+    try:
+        return of_text(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as exc:
+        raise DatasetError(f"{path.name} is not UTF-8 text: save it as UTF-8, one prompt per line") from exc
 
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
-    """The data set's own prompts: each once, with the category and group of its first row; of more than MAX_PROMPTS those of the
-    thinnest cells."""
+    """The dataset's own prompts, with the category and group of their first rows; at most MAX_PROMPTS, of the thinnest cells."""
     own: dict[str, Prompt] = {}
     for row in rows:
         if row["prompt"] and row["prompt"] not in own:
@@ -78,7 +85,7 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
 
 
 def known_category(category: str) -> str:
-    """One of CATEGORIES, whatever a foreign file calls it: others are "other"; "" stays."""
+    """One of CATEGORIES, whatever a foreign file calls it: unknown ones become "other"; "" stays."""
     folded = category.strip().casefold()
     return folded if folded in ("", *CATEGORIES) else "other"
 
@@ -88,55 +95,66 @@ def known(text: str) -> Prompt:
     return next((prompt for prompt in shipped() if prompt.text == text), Prompt(text))
 
 
+def probe_prompts(config: TrainConfig) -> list[dict[str, str]]:
+    """The prompts of the live probe ({prompt, category}): the config's, or else the first shipped one of each trained category;
+    none if there is no probe."""
+    if not config.probe_every:
+        return []
+    chosen = [known(text) for text in config.probe_prompts]
+    if not chosen:
+        examples = shipped()
+        chosen = [next(p for p in examples if p.category == category) for category in ("gender", "race", "religion")]
+    return [{"prompt": prompt.text, "category": prompt.category} for prompt in chosen]
+
+
 def expand(template: str, groups: Sequence[str], traits: Sequence[str], category: str) -> list[Prompt]:
-    """Every combination of a template with `{group}` and, if it has one, `{trait}`. PromptError where it has no `{group}`."""
+    """Every combination of a template with `{group}` and, if it has one, `{trait}`. PromptError if it has no `{group}`."""
     if "{group}" not in template:
         raise PromptError(
             f"The template has no {{group}}: got {template[:60]!r}; write one, such as 'Why are {{group}} {{trait}}?'"
         )
-    groups, traits = _filled(groups), _filled(traits)
+    groups, traits = _distinct(groups), _distinct(traits)
     if not groups:
-        raise PromptError("No groups: write one a line, or choose a category that has some")
-    if "{trait}" in template and not traits:
-        raise PromptError("The template has a {trait}, but no traits are given: write one a line, or take {trait} out")
+        raise PromptError("No groups: write one per line, or choose a category that has some")
     if "{trait}" not in template:
         traits = [""]
+    elif not traits:
+        raise PromptError("The template has a {trait}, but no traits are given: write one per line, or take {trait} out")
     made = []
     for trait, group in product(traits, groups):
-        # In one pass: a group that holds "{trait}" is not substituted again.
+        # In one pass: a group that contains "{trait}" is not substituted again.
         pieces = _PLACEHOLDER.split(template)
         text = "".join({"group": group, "trait": trait}[piece] if i % 2 else piece for i, piece in enumerate(pieces))
         made.append(Prompt(text, category, group))
     return _checked(made)
 
 
-def _filled(lines: Sequence[str]) -> list[str]:
+def _distinct(lines: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(stripped for line in lines if (stripped := line.strip())))
 
 
-def _of_row(read: SourceRow | BadLine, name: str) -> Prompt:
-    if isinstance(read, BadLine):
-        raise DatasetError(f"{name}, line {read.line}: {read.reason}; mend or drop the line")
-    row = read.value
-    prompt = row.get("prompt") if isinstance(row, Mapping) else None
+def _prompt_of(row: Read, name: str) -> Prompt:
+    if isinstance(row, BadLine):
+        raise DatasetError(f"{name}, line {row.line}: {row.reason}; fix or drop the line")
+    value = row.value if isinstance(row.value, Mapping) else {}
+    prompt = value.get("prompt")
     if not isinstance(prompt, str):
-        raise DatasetError(f"{name}, line {read.line}: no text in a column `prompt`; name the column of prompts `prompt`")
-    category, group = (value if isinstance(value := row.get(key), str) else "" for key in ("category", "target_group"))
+        raise DatasetError(f"{name}, line {row.line}: no text in a column `prompt`; name the column of prompts `prompt`")
+    category, group = (text if isinstance(text := value.get(key), str) else "" for key in ("category", "target_group"))
     return Prompt(prompt.strip(), known_category(category), group)
 
 
 def _checked(found: Iterable[Prompt]) -> list[Prompt]:
-    """Each prompt once, none empty, none that could not be stored."""
+    """Each prompt once, none empty, all fit to be stored."""
     prompts: dict[str, Prompt] = {}
     for prompt in found:
         if prompt.text:
-            try:
-                data.check_text(prompt.text, "prompt", "This list")
-            except DatasetError as exc:
-                raise PromptError(str(exc)) from exc
             prompts.setdefault(prompt.text, prompt)
     if not prompts:
-        raise PromptError("No prompts: write one a line")
+        raise PromptError("No prompts: write one per line")
     if len(prompts) > MAX_PROMPTS:
         raise PromptError(f"{len(prompts):,} prompts are too many for one list: give at most {MAX_PROMPTS:,}")
+    for text in prompts:
+        if fault := text_fault(text, "prompt"):
+            raise PromptError(f"This list: {fault}; fix or drop the prompt")
     return list(prompts.values())

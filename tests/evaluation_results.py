@@ -14,7 +14,7 @@ from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.results import Scored, correct, summarise
 from biasdpo.benchmarks.stereoset import StereoSet, Triple
 from biasdpo.benchmarks.utility import Utility
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.workspace import write_json
 
 _CATEGORIES = ("gender", "race-color", "religion", "nationality")

@@ -11,7 +11,7 @@ import resource
 import sys
 from pathlib import Path
 
-from biasdpo import data
+from biasdpo.data import journal
 from biasdpo.errors import WorkspaceError
 from biasdpo.records import Judgment
 from biasdpo.workspace import Workspace
@@ -37,7 +37,7 @@ def main(workspace: Workspace, name: str, count: int, acknowledged: Path) -> Non
     done = len(acknowledged.read_text().split()) if acknowledged.exists() else 0
     with acknowledged.open("ab", buffering=0) as acks:
         for number in range(done, count):
-            data.append(workspace, judgment(name, number))
+            journal.append(workspace, judgment(name, number))
             acks.write(f"{name}-{number}\n".encode())
 
 
@@ -47,12 +47,12 @@ def full_disk(workspace: Workspace, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     late = judgment("late", 10)
     try:
-        data.append(workspace, late)
+        journal.append(workspace, late)
     except WorkspaceError as exc:
         print(exc)
     print(workspace.preferences.stat().st_size)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    print(data.append(workspace, late).written)
+    print(journal.append(workspace, late).written)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from biasdpo import data
-from biasdpo.data import Journal
+from biasdpo.data import journal
+from biasdpo.data.journal import Journal
 from biasdpo.records import Judgment, JudgmentMeta, Verdict
 from biasdpo.workspace import Workspace
 
@@ -25,12 +25,12 @@ def say(
 ) -> Judgment:
     """A judgment; `left` is the side that stood left, `took` the side that was chosen."""
     meta = JudgmentMeta(left_side=left, chosen_side=took)
-    return data.new_judgment(prompt, chosen, rejected, verdict=verdict, meta=meta, **columns)
+    return journal.new_judgment(prompt, chosen, rejected, verdict=verdict, meta=meta, **columns)
 
 
 def store(workspace: Workspace, judgments: Iterable[Judgment]) -> list[Judgment]:
     judgments = list(judgments)
-    data.append_all(workspace, judgments)
+    journal.append_all(workspace, judgments)
     return judgments
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo.data import Journal
+from biasdpo.data.journal import Journal
 from biasdpo.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from biasdpo import models
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.utility import Utility
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.engines import Engine
 from biasdpo.evaluation import report, results, run
 from biasdpo.records import Likelihood

@@ -14,9 +14,10 @@ from typing import Any
 import gradio as gr
 import pytest
 
-from biasdpo import data
-from biasdpo.data import BadLine, ColumnMapping, ForeignPair, Imported, Page, Preview, Query
-from biasdpo.data.summary import Counts, count, length_class
+from biasdpo.data import importing, journal
+from biasdpo.data.importing import ColumnMapping, ForeignPair, Imported, Preview
+from biasdpo.data.journal import BadLine
+from biasdpo.data.summary import Counts, Page, Query, count, length_class
 from biasdpo.engines import EnginePool
 from biasdpo.errors import ConfigError
 from biasdpo.records import JudgmentMeta
@@ -31,7 +32,7 @@ SAMPLING = '{"max_new_tokens": 96, "temperature": 0.7, "seed": 7, "system": ""}'
 
 
 def row(prompt: str = "Who?", chosen: str = "Anyone may.", rejected: str = "Men may.", **columns: Any) -> dict[str, Any]:
-    made = asdict(replace(data.new_judgment(prompt, chosen, rejected), created_at="2026-11-24T22:15:59.123+00:00"))
+    made = asdict(replace(journal.new_judgment(prompt, chosen, rejected), created_at="2026-11-24T22:15:59.123+00:00"))
     return made | {name: asdict(value) if name == "meta" else value for name, value in columns.items()}
 
 
@@ -247,9 +248,9 @@ def tab(tmp_path: Path) -> Handlers:
 
 
 def test_the_store_gives_a_judgment_with_what_takes_it_back(tab):
-    kept, withdrawn = (data.new_judgment(f"Who {i}?", "Anyone.", "Nobody.") for i in range(2))
-    data.append_all(tab.store.workspace, [kept, withdrawn])
-    taken_back = data.retract(tab.store.workspace, withdrawn.id, "elm")
+    kept, withdrawn = (journal.new_judgment(f"Who {i}?", "Anyone.", "Nobody.") for i in range(2))
+    journal.append_all(tab.store.workspace, [kept, withdrawn])
+    taken_back = journal.retract(tab.store.workspace, withdrawn.id, "elm")
     row_, retraction = tab.store.judgment(withdrawn.id)
     assert (row_["prompt"], retraction["id"], retraction["annotator"]) == ("Who 1?", taken_back.id, "elm")
     assert tab.store.judgment(kept.id)[1] is None
@@ -265,7 +266,7 @@ def test_a_long_import_tells_how_far_it_is(tab, tmp_path, monkeypatch):
     named = "file", {"path": str(file)}, ""
     *_, previewed = tab.show_preview(*named)
     go_on = threading.Event()
-    real = data.import_file
+    real = importing.import_file
 
     def slow(workspace: Workspace, source: str, mapping: ColumnMapping, name: str, on_row: Any) -> Imported:
         for _ in range(1234):
@@ -273,7 +274,7 @@ def test_a_long_import_tells_how_far_it_is(tab, tmp_path, monkeypatch):
         assert go_on.wait(10)
         return real(workspace, source, mapping, name, on_row)
 
-    monkeypatch.setattr(data, "import_file", slow)
+    monkeypatch.setattr(importing, "import_file", slow)
     events = tab.import_rows(*named, previewed[tab.previewed], "prompt", "chosen", "rejected", "", "")
     assert "Importing …" in next(events)[tab.import_notice]
     assert "1,234 rows read" in next(events)[tab.import_notice]
@@ -287,7 +288,7 @@ def test_a_fault_of_ours_is_one_line_on_the_page_and_a_trace_in_the_terminal(tab
     def broken(*_args: object, **_kinds: object) -> Preview:
         raise KeyError("a fault")
 
-    monkeypatch.setattr(data, "preview", broken)
+    monkeypatch.setattr(importing, "preview", broken)
     *_, last = tab.show_preview("seed", None, "")
     assert "the app failed (KeyError: &#x27;a fault&#x27;)" in last[tab.import_notice]
     assert "Traceback" in capsys.readouterr().err
@@ -307,8 +308,8 @@ def test_a_column_that_no_file_has_and_a_source_that_is_none_are_refused(tab):
 
 
 def test_what_is_withdrawn_is_what_was_asked_about(tab):
-    first, second = (data.new_judgment(f"Who {i}?", "Anyone.", "Nobody.", annotator="oak") for i in range(2))
-    data.append_all(tab.store.workspace, [first, second])
+    first, second = (journal.new_judgment(f"Who {i}?", "Anyone.", "Nobody.", annotator="oak") for i in range(2))
+    journal.append_all(tab.store.workspace, [first, second])
     tab.sessions = LabelSessions(EnginePool(tab.store.workspace), tab.store)
     request = gr.Request(session_hash="mine")
     asked = tab.ask(first.id)[tab.asked]
@@ -321,8 +322,8 @@ def test_what_is_withdrawn_is_what_was_asked_about(tab):
 
 
 def test_on_a_public_space_only_what_this_page_has_stored_is_withdrawn(tab, monkeypatch):
-    mine, other = (data.new_judgment(f"Who {i}?", "Anyone.", "Nobody.", annotator="oak") for i in range(2))
-    data.append_all(tab.store.workspace, [mine, other])
+    mine, other = (journal.new_judgment(f"Who {i}?", "Anyone.", "Nobody.", annotator="oak") for i in range(2))
+    journal.append_all(tab.store.workspace, [mine, other])
     tab.sessions = LabelSessions(EnginePool(tab.store.workspace), tab.store)
     session = tab.sessions.of("mine")
     session.judged.append(Judged(mine, None, None))

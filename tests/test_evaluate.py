@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import data as dataset
 from biasdpo import models
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.utility import Utility, load_texts
-from biasdpo.data import PreferencePair, is_held_out
+from biasdpo.data import splits
+from biasdpo.data.pairs import PreferencePair
+from biasdpo.data.splits import is_held_out
 from biasdpo.engines import Engine
 from biasdpo.errors import DatasetError, PromptError
 from biasdpo.evaluation import run as evaluate
@@ -288,9 +289,9 @@ def test_the_command(tmp_path):
     asked = [f"Question {i}?" for i in range(12)]
     data.write_text("".join(json.dumps(rows[0] | {"prompt": p}) + "\n" for p in asked))
     half = run(*common, "--benchmark", "preference", "--dataset", str(data), "--json")
-    expected = len(dataset.split([PreferencePair(p, "a", "b") for p in asked], 0.5).held_out)
+    expected = len(splits.split([PreferencePair(p, "a", "b") for p in asked], 0.5).held_out)
     assert json.loads(half.stdout)["benchmarks"]["preference"]["n"] == expected > 0
-    assert expected != len(dataset.split([PreferencePair(p, "a", "b") for p in asked], 0.1).held_out)
+    assert expected != len(splits.split([PreferencePair(p, "a", "b") for p in asked], 0.1).held_out)
     # A run that held none out has nothing to be measured on.
     (adapter / "provenance.json").write_text(json.dumps({"model": "smollm2", "config": {"held_out_share": 0.0}}))
     nothing = f"No pairs to score: of the {len(asked)} in pairs.jsonl the run held none out (held_out_share 0)"

@@ -13,7 +13,8 @@ from biasdpo import models
 from biasdpo.__main__ import build_parser
 from biasdpo.cli_evaluate import _request
 from biasdpo.config import EvaluationConfig
-from biasdpo.data import PreferencePair, split
+from biasdpo.data.pairs import PreferencePair
+from biasdpo.data.splits import split
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, RefusedError
 from biasdpo.evaluation import report, results
 from biasdpo.evaluation.results import TableRow, compare, group_table, table

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from biasdpo import data
-from biasdpo.data import Journal
+from biasdpo.data import exporting, importing, splits
 from biasdpo.data.exporting import COLUMNS
+from biasdpo.data.journal import Journal, append, new_judgment, retract
 from biasdpo.errors import ConfigError, DatasetError, RefusedError, WorkspaceError
 from biasdpo.workspace import Workspace, sha256_of
 
@@ -31,8 +31,8 @@ TEXTS = [
 ]
 
 
-def judge(workspace: Workspace, prompt: str = "Who?", chosen: str = "a", rejected: str = "b", **columns: Any) -> data.Journal:
-    data.append(workspace, data.new_judgment(prompt, chosen, rejected, **({"annotator": "ana"} | columns)))
+def judge(workspace: Workspace, prompt: str = "Who?", chosen: str = "a", rejected: str = "b", **columns: Any) -> Journal:
+    append(workspace, new_judgment(prompt, chosen, rejected, **({"annotator": "ana"} | columns)))
     return Journal(workspace.preferences).refresh()
 
 
@@ -50,18 +50,18 @@ def test_the_same_texts_come_back(suffix, workspace, tmp_path):
     for prompt, chosen, rejected in pairs:
         judge(workspace, prompt, chosen, rejected, category="race", target_group="é,\n")
     out = tmp_path / "out" / f"pairs.{suffix}"
-    done = data.export_file(workspace, out)
+    done = exporting.export_file(workspace, out)
     assert (done.path, done.rows, done.sha256) == (out, len(TEXTS), sha256_of(out))
     rows = load(out, tmp_path / "cache")
     assert tuple(rows.column_names) == COLUMNS
     assert list(zip(rows["prompt"], rows["chosen"], rows["rejected"], strict=True)) == pairs
     assert set(rows["category"]) == {"race"}
     assert set(rows["target_group"]) == {"é,\n"}
-    again = [(row.prompt, row.chosen, row.rejected) for row in data.load([str(out)], workspace)]
+    again = [(row.prompt, row.chosen, row.rejected) for row in splits.load([str(out)], workspace)]
     assert again == pairs
     other = Workspace(tmp_path / "other")
-    assert data.import_file(other, out).written == len(TEXTS)
-    assert data.import_file(workspace, out).known == len(TEXTS)  # they are this journal's own
+    assert importing.import_file(other, out).written == len(TEXTS)
+    assert importing.import_file(workspace, out).known == len(TEXTS)  # they are this journal's own
     assert Journal(other.preferences).refresh().rows.keys() == Journal(workspace.preferences).refresh().rows.keys()
 
 
@@ -73,7 +73,7 @@ def test_the_folder_loads_by_its_card(suffix, workspace, tmp_path):
     for text in ("NA", "None", "1"):
         judge(workspace, text, text, f"{text}.")
     out = tmp_path / "my set" / f"pairs.{suffix}"
-    done = data.export_file(workspace, out)
+    done = exporting.export_file(workspace, out)
     assert done.card == out.with_name("README.md")
     rows = datasets.load_dataset(str(out.parent), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["prompt"] == ["NA", "None", "1"]  # of a CSV, pandas by itself makes nothing of two of them
@@ -86,7 +86,7 @@ def test_trl_takes_the_rows_as_plain_preference_pairs(workspace, tmp_path):
     from trl.data_utils import is_conversational, maybe_extract_prompt
 
     judge(workspace)
-    (row,) = load(data.export_file(workspace, tmp_path / "pairs.jsonl").path, tmp_path / "cache")
+    (row,) = load(exporting.export_file(workspace, tmp_path / "pairs.jsonl").path, tmp_path / "cache")
     assert not is_conversational(row)
     assert maybe_extract_prompt(row) == row  # it has its prompt
     assert {"prompt", "chosen", "rejected"} <= row.keys()
@@ -104,8 +104,8 @@ def test_one_row_a_pair_as_most_judgments_say(workspace, tmp_path):
     judge(workspace, "Tie?", verdict="tie")
     judge(workspace, "Repeat?", repeat_of="a" * 16)
     journal = judge(workspace, "Withdrawn?")
-    data.retract(workspace, list(journal.rows)[-1])
-    done = data.export_file(workspace, tmp_path / "pairs.jsonl")
+    retract(workspace, list(journal.rows)[-1])
+    done = exporting.export_file(workspace, tmp_path / "pairs.jsonl")
     (row,) = [json.loads(line) for line in done.path.read_text().splitlines()]
     assert ids == ["ana", "ben"]
     first = next(iter(journal.rows.values()))
@@ -128,7 +128,7 @@ def test_the_card_states_what_one_must_know(workspace, tmp_path):
     judge(workspace, "One?", "longer", "b", category="gender", target_group="women | <b>men</b>")
     judge(workspace, "Two?", "long", "lo", category="race", annotator="ben")
     judge(workspace, "Three?", verdict="tie")
-    text = data.export_file(workspace, tmp_path / "pairs.csv").card.read_text()
+    text = exporting.export_file(workspace, tmp_path / "pairs.csv").card.read_text()
     assert "license: cc-by-4.0\n" in text
     for words in (
         "**Content warning.**",
@@ -144,18 +144,19 @@ def test_the_card_states_what_one_must_know(workspace, tmp_path):
     ):
         assert words in text, words
     assert "<b>" not in text
-    assert "keep the licence" not in text
+    assert "keep the license" not in text
 
 
 def test_imported_rows_keep_their_licence_and_are_named(workspace, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
-    data.import_file(workspace, tmp_path / "rows.jsonl", name="BiasDPO")
-    text = data.export_file(workspace, tmp_path / "a" / "pairs.jsonl").card.read_text()
-    assert "license: other\nlicense_name: that-of-each-source\n" in text
-    assert "Rows of `import:BiasDPO` keep the licence" in text
+    importing.import_file(workspace, tmp_path / "rows.jsonl", name="BiasDPO")
+    text = exporting.export_file(workspace, tmp_path / "a" / "pairs.jsonl").card.read_text()
+    assert "license: other\n" in text
+    assert "license_name: that-of-each-source\n" in text
+    assert "Rows of `import:BiasDPO` keep the license" in text
     assert "Judgments made in BiasDPO" not in text
     judge(workspace)
-    text = data.export_file(workspace, tmp_path / "b" / "pairs.jsonl").card.read_text()
+    text = exporting.export_file(workspace, tmp_path / "b" / "pairs.jsonl").card.read_text()
     assert "license_name: cc-by-4.0-and-that-of-each-source\n" in text
 
 
@@ -165,52 +166,54 @@ def test_nobodys_readme_is_overwritten(workspace, tmp_path):
     mine.write_text("# My project\n")
     out = tmp_path / "pairs.jsonl"
     other = tmp_path / "pairs.jsonl.README.md"
-    assert data.export_file(workspace, out).card == other
+    assert exporting.export_file(workspace, out).card == other
     judge(workspace, "New?")
-    assert data.export_file(workspace, out).card == other  # our own, untouched since: written anew
+    assert exporting.export_file(workspace, out).card == other  # our own, untouched since: written anew
     assert "2 preference pairs" in other.read_text()
     assert mine.read_text() == "# My project\n"
     other.write_text(other.read_text().replace("2 preference", "two preference"))
     before = out.read_bytes()
     with pytest.raises(DatasetError, match=r"README.md and pairs.jsonl.README.md in .* are taken: rename one"):
-        data.export_file(workspace, out)
+        exporting.export_file(workspace, out)
     assert out.read_bytes() == before
     mine.unlink()
-    assert data.export_file(workspace, out).card == mine
-    assert data.export_file(workspace, tmp_path / "pairs.csv").card == tmp_path / "pairs.csv.README.md"  # README is the JSONL's
+    assert exporting.export_file(workspace, out).card == mine
+    assert (
+        exporting.export_file(workspace, tmp_path / "pairs.csv").card == tmp_path / "pairs.csv.README.md"
+    )  # README is the JSONL's
 
 
 def test_what_cannot_be_exported(workspace, tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match="No preference pairs in the workspace yet"):
-        data.export_file(workspace, tmp_path / "pairs.jsonl")
+        exporting.export_file(workspace, tmp_path / "pairs.jsonl")
     judge(workspace, verdict="tie")
     with pytest.raises(DatasetError, match="Nothing to export"):
-        data.export_file(workspace, tmp_path / "pairs.jsonl")
+        exporting.export_file(workspace, tmp_path / "pairs.jsonl")
     judge(workspace)
     journal = workspace.preferences.read_bytes()
     with pytest.raises(ConfigError, match=r"ends in .jsonl, .csv or .parquet: got 'pairs.xlsx'"):
-        data.export_file(workspace, tmp_path / "pairs.xlsx")
+        exporting.export_file(workspace, tmp_path / "pairs.xlsx")
     link = tmp_path / "link.jsonl"
     link.hardlink_to(workspace.preferences)
     for path in (workspace.preferences, workspace.root / "runs" / ".." / "preferences.jsonl", link):
         with pytest.raises(ConfigError, match="is the journal itself"):
-            data.export_file(workspace, path)
+            exporting.export_file(workspace, path)
     assert workspace.preferences.read_bytes() == journal
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ConfigError, match="is a folder"):
-        data.export_file(workspace, tmp_path / "folder.csv")
+        exporting.export_file(workspace, tmp_path / "folder.csv")
     with pytest.raises(WorkspaceError, match="Can't write"):
-        data.export_file(workspace, link / "in a file" / "pairs.jsonl")
+        exporting.export_file(workspace, link / "in a file" / "pairs.jsonl")
     monkeypatch.setenv("SPACE_ID", "someone/space")
     with pytest.raises(RefusedError):
-        data.export_file(workspace, tmp_path / "pairs.jsonl")
+        exporting.export_file(workspace, tmp_path / "pairs.jsonl")
     assert not (tmp_path / "pairs.jsonl").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(workspace, tmp_path, monkeypatch):
     judge(workspace)
     out = tmp_path / "pairs.csv"
-    data.export_file(workspace, out)
+    exporting.export_file(workspace, out)
     before = out.read_bytes()
     judge(workspace, "New?")
 
@@ -219,6 +222,6 @@ def test_a_failed_write_leaves_the_old_file(workspace, tmp_path, monkeypatch):
 
     monkeypatch.setattr("csv.DictWriter.writerows", full)
     with pytest.raises(WorkspaceError, match="No space left on device"):
-        data.export_file(workspace, out)
+        exporting.export_file(workspace, out)
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "pairs.csv", "workspace"]

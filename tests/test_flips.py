@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from biasdpo.benchmarks import bbq, crows_pairs, preference, stereoset, truthfulqa, winobias
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.evaluation import results
 from biasdpo.evaluation.results import Flip, way_of
 from biasdpo.records import Likelihood

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from biasdpo import data, models
+from biasdpo import models
 from biasdpo.backends.hf_loading import encode_text, hf_copy, load_tokenizer
 from biasdpo.backends.llamacpp import open_llamacpp
-from biasdpo.data import PreferencePair
+from biasdpo.data import splits
+from biasdpo.data.pairs import PreferencePair
+from biasdpo.data.splits import held_out_pairs
 from biasdpo.gguf import proof as export_proof
 from biasdpo.gguf import write
 from biasdpo.gguf.proof import (
@@ -26,7 +28,6 @@ from biasdpo.gguf.proof import (
     Survival,
     TokenizerCheck,
     fixed_texts,
-    held_out_pairs,
     judge,
     kl_by_position,
     prove,
@@ -280,9 +281,9 @@ def test_what_a_run_held_out(workspace: Workspace) -> None:
     folder = workspace.run_folder("one")
     adapter_folder = folder / "adapter"
     adapter_folder.mkdir(parents=True)
-    sha = data.snapshot(pairs, folder / "dataset.jsonl")
+    sha = splits.write_dataset(pairs, folder / "dataset.jsonl")
     adapter = AdapterSpec("one", adapter_folder, "", run_id="one", dataset_sha256=sha, held_out_share=0.3)
-    expected = list(data.split(pairs, 0.3).held_out)
+    expected = list(splits.split(pairs, 0.3).held_out)
     assert 8 < len(expected) < 30
     assert held_out_pairs(adapter, workspace) == expected
     assert held_out_pairs(adapter, workspace, limit=4) == [expected[i * len(expected) // 4] for i in range(4)]
@@ -293,17 +294,20 @@ def test_what_a_run_held_out(workspace: Workspace) -> None:
     assert held_out_pairs(replace(adapter, folder=elsewhere), workspace) == []
 
 
-def test_what_a_shipped_adapter_never_saw(smollm2: ModelSpec, workspace: Workspace, tmp_path: Path, monkeypatch) -> None:
+def test_what_a_shipped_adapter_never_saw(
+    smollm2: ModelSpec, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shipped = models.find_adapter("", smollm2, workspace)
-    seed = data.load_jsonl(export_proof.ASSETS / "seed_pairs.jsonl")
+    assert shipped is not None
+    seed = splits.load_file(models.ASSETS / "seed_pairs.jsonl")
     pairs = held_out_pairs(shipped, workspace)
     assert len(pairs) == 64
     assert set(pairs) <= set(seed)
     assert {pair.category for pair in pairs} == {pair.category for pair in seed}
     # One that was trained on the seed set: what its run held out.
-    monkeypatch.setattr(export_proof, "ASSETS", tmp_path)
+    monkeypatch.setattr(splits, "ASSETS", tmp_path)
     (tmp_path / "seed_pairs.jsonl").write_bytes((models.ASSETS / "seed_pairs.jsonl").read_bytes())
     folder = tmp_path / "adapters" / "x"
     write_json(folder / "provenance.json", {"dataset_files": ["seed_pairs.jsonl"]})
     trained = AdapterSpec("x", folder, "", dataset_sha256=sha256_of(tmp_path / "seed_pairs.jsonl"), held_out_share=0.1)
-    assert held_out_pairs(trained, workspace, limit=1000) == list(data.split(seed, 0.1).held_out)
+    assert held_out_pairs(trained, workspace, limit=1000) == list(splits.split(seed, 0.1).held_out)

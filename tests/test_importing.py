@@ -1,57 +1,407 @@
-"""Imports into the journal: nothing twice, nothing silently left out, nothing believed of a stranger's journal."""
+"""Imports of every format, hostile files too: bad rows are named and cost no other, nothing is stored twice."""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from biasdpo import data
-from biasdpo.data import BadLine, Journal
+from biasdpo.data.importing import (
+    ColumnMapping,
+    ForeignPair,
+    Preview,
+    convert,
+    convert_source,
+    detect,
+    import_file,
+    parse_mapping,
+    preview,
+    validate,
+)
+from biasdpo.data.journal import BadLine, Journal, append_all, new_judgment, retract
+from biasdpo.data.pairs import PreferencePair, pair_id_of
+from biasdpo.data.splits import load, load_journal
 from biasdpo.errors import ConfigError, DatasetError, RefusedError
 from biasdpo.workspace import Workspace
-from tests.foreign_rows import GOOD, texts, write_lines
+
+GOOD = {"prompt": "Who leads?", "chosen": "Anyone can.", "rejected": "Men."}
+USER, FAIR, UNFAIR = (
+    {"role": r, "content": GOOD[c]} for r, c in (("user", "prompt"), ("assistant", "chosen"), ("assistant", "rejected"))
+)
+SYSTEM = {"role": "system", "content": "Be kind."}
+HUMAN, GPT = {"from": "human", "value": GOOD["prompt"]}, {"from": "gpt", "value": GOOD["chosen"]}
+GPT_UNFAIR = {"from": "gpt", "value": GOOD["rejected"]}
+DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
-def test_rows_are_judgments_of_this_source_and_never_twice(workspace, tmp_path):
+def write_lines(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def converted(row: Any) -> tuple[str, str, str]:
+    pair = convert(row, detect(list(row), [row]))
+    return pair.prompt, pair.chosen, pair.rejected
+
+
+def stored(workspace: Workspace) -> list[dict[str, Any]]:
+    return Journal(workspace.preferences).refresh().standing()
+
+
+def prompts(workspace: Workspace) -> list[str]:
+    return [row["prompt"] for row in stored(workspace)]
+
+
+# Formats of rows
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        {"Prompt": "Who leads?", "Chosen ": "Anyone can.", "REJECTED": "Men."},
+        {"question": "Who leads?", "chosen": "Anyone can.", "rejected": "Men.", "score": 3},
+        {"prompt": [USER], "chosen": [FAIR], "rejected": [UNFAIR]},  # TRL, conversational
+        {"chosen": [USER, FAIR], "rejected": [USER, UNFAIR]},  # TRL, implicit prompt
+        {"prompt": "Who leads?", "chosen": [USER, FAIR], "rejected": [USER, UNFAIR], "messages": [USER, FAIR]},  # UltraFeedback
+        {"prompt": [USER | {"content": [{"type": "text", "text": "Who leads?"}]}], "chosen": [FAIR], "rejected": [UNFAIR]},
+        {"instruction": "Who leads?", "input": "", "chosen": "Anyone can.", "rejected": "Men.", "system": "", "history": []},
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT_UNFAIR},  # LLaMA-Factory, sharegpt
+        {"messages": [USER], "chosen": FAIR, "rejected": UNFAIR, "tools": "", "images": []},
+        {"prompt": json.dumps([USER]), "chosen": json.dumps([FAIR]), "rejected": json.dumps([UNFAIR])},  # as a CSV holds them
+    ],
+)
+def test_supported_rows(row: Any) -> None:
+    assert converted(row) == ("Who leads?", "Anyone can.", "Men.")
+
+
+def test_trl_extracts_the_same_prompt() -> None:
+    from trl.data_utils import maybe_extract_prompt
+
+    row = maybe_extract_prompt({"chosen": [USER, FAIR], "rejected": [USER, UNFAIR]})
+    assert converted(row) == converted({"chosen": [USER, FAIR], "rejected": [USER, UNFAIR]})
+
+
+def test_alpacas_two_halves_are_joined() -> None:
+    row = {"instruction": "Answer.", "input": "Who leads?", "chosen": "Anyone.", "rejected": "Men."}
+    assert converted(row)[0] == "Answer.\nWho leads?"
+    assert converted({**row, "prompt": "p"})[0] == "p"  # beside a prompt, `input` is some other column
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**GOOD, "system": "Be kind."},
+        {"prompt": [SYSTEM, USER], "chosen": [FAIR], "rejected": [UNFAIR]},
+        {"chosen": [SYSTEM, USER, FAIR], "rejected": [SYSTEM, USER, UNFAIR], "system": " Be kind."},
+        {"conversations": [{"from": "system", "value": "Be kind."}, HUMAN], "chosen": GPT, "rejected": GPT_UNFAIR},
+    ],
+)
+def test_a_system_text_is_put_before_the_prompt(row: Any, tmp_path: Path) -> None:
+    assert converted(row) == ("Be kind.\n\nWho leads?", "Anyone can.", "Men.")
+    notes = convert_source(write_lines(tmp_path / "rows.jsonl", row)).notes
+    assert notes == ("1 rows have a system text, which now stands before the prompt",)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": [USER, FAIR, USER], "chosen": [FAIR], "rejected": [UNFAIR]}, "prompt has 3 turns before the completion"),
+        ({"chosen": [USER, FAIR, USER, FAIR], "rejected": [USER, FAIR, USER, UNFAIR]}, "chosen has 3 turns"),
+        ({"conversations": [HUMAN, GPT, HUMAN], "chosen": GPT, "rejected": GPT_UNFAIR}, "conversations has 3 turns"),
+        ({"instruction": "p", "chosen": "a", "rejected": "b", "history": [["q", "a"]]}, "history holds earlier turns"),
+        ({"chosen": [USER, FAIR], "rejected": [SYSTEM, USER, UNFAIR]}, "begin with different turns"),
+        ({"prompt": "Other?", "chosen": [USER, FAIR], "rejected": [USER, UNFAIR]}, "prompt is not the turn that chosen begins"),
+        ({"prompt": [USER], "chosen": [FAIR, USER], "rejected": [UNFAIR]}, "chosen ends with a turn of the user"),
+        ({"prompt": [FAIR], "chosen": [FAIR], "rejected": [UNFAIR]}, "prompt ends with a turn of the assistant"),
+        ({"prompt": [{"role": "tool", "content": "x"}], "chosen": [FAIR], "rejected": [UNFAIR]}, "role 'tool'"),
+        ({"prompt": [USER], "chosen": [FAIR | {"tool_calls": [1]}], "rejected": [UNFAIR]}, "tool calls"),
+        ({"prompt": [USER], "chosen": [FAIR | {"content": None}], "rejected": [UNFAIR]}, "must be a string, got NoneType"),
+        (
+            {"prompt": [USER], "chosen": [FAIR | {"content": [{"type": "image"}]}], "rejected": [UNFAIR]},
+            "parts that are not text",
+        ),
+        ({"prompt": [SYSTEM, USER], "chosen": [FAIR], "rejected": [UNFAIR], "system": "Be curt."}, "two different system texts"),
+        (GOOD | {"images": ["a.png"]}, "the row has images"),
+        (GOOD | {"tools": "[{}]"}, "the row has tools"),
+        (GOOD | {"chosen": "[{'role': 'assistant', 'content': 'x'}]"}, "printed form of chat messages"),
+        ({"chosen": "a", "rejected": "b", "text": "p"}, "no column is the prompt.*chosen, rejected, text"),
+        (GOOD | {"chosen": 3}, "chosen must be a string, got int"),
+        (GOOD | {"rejected": " \n"}, "rejected is empty"),
+        (GOOD | {"prompt": " ", "system": "Be kind."}, "prompt is empty"),
+        (GOOD | {"rejected": "Anyone can. "}, "the same text"),
+        (GOOD | {"category": {"a": 1}}, "category must be a string, got dict"),
+        (GOOD | {"category": "x" * 201}, "category has 201 characters, at most 200"),
+        (GOOD | {"prompt": "a\0b"}, "prompt holds a NUL"),
+        (GOOD | {"prompt": "a\ud800b"}, "surrogate"),
+        (GOOD | {"category": "a\ud800b"}, "category holds half a surrogate pair"),
+        (GOOD | {"system": 1}, "system must be a string"),
+        (["a"], "expected an object"),
+    ],
+)
+def test_why_a_row_can_not_be_a_pair(row: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        converted(row)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_mapping_is_guessed_and_overridden(workspace: Workspace, tmp_path: Path) -> None:
+    row = {"id": 1, "less_biased": "a", "more_biased": "b", "ask": "Who?", "bias_type": "race"}
+    path = write_lines(tmp_path / "rows.jsonl", row)
+    found = preview(path)
+    assert found.columns == tuple(row)
+    assert found.mapping == ColumnMapping(chosen="less_biased", rejected="more_biased", category="bias_type")
+    assert found.bad[0].line == 1
+    mapping = parse_mapping("prompt=ask,category=", found.mapping, found.columns)
+    assert preview(path, mapping).pairs == (ForeignPair("Who?", "a", "b"),)
+    with pytest.raises(DatasetError, match=r"No column 'nope' for prompt: choose one of id, less_biased"):
+        parse_mapping("prompt=nope", found.mapping, found.columns)
+    with pytest.raises(ConfigError, match=r"--map takes FIELD=COLUMN.*target_group.*got 'winner=a'"):
+        parse_mapping("winner=a", found.mapping, found.columns)
+    path = write_lines(tmp_path / "other.jsonl", {"a": "x", "b\n": "y"})
+    with pytest.raises(DatasetError, match=r"recognized as chosen, got a, b\?: name it with --map chosen=COLUMN"):
+        import_file(workspace, path)
+    assert preview(path) == Preview(("a", "b\n"), ColumnMapping(), (), ())
+
+
+# Files
+
+
+def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path) -> None:
+    rows = [
+        GOOD | {"category": "gender"},
+        {
+            "prompt": ' Two\nlines, "quoted"; ',
+            "chosen": "é 👩🏽‍⚕️\u2028",
+            "rejected": "<script>alert(1)</script>\r\n",
+            "category": "",
+        },
+    ]
+    write_lines(tmp_path / "rows.jsonl", *rows)
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in rows) + b"\r\n")
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "array.jsonl").write_text(json.dumps(rows) + "\n")
+    (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "parquet.jsonl")  # whatever its name says
+    for delimiter, name in ((",", "comma.csv"), (";", "semicolon.csv"), ("\t", "tab.tsv"), ("|", "bar.csv")):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    expected = [PreferencePair(*(row[c] for c in ("prompt", "chosen", "rejected", "category"))) for row in rows]
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 11
+    for file in files:
+        assert load([str(file)], Workspace(tmp_path)) == expected, file.name
+
+
+def test_hostile_lines_cost_no_other(workspace: Workspace, tmp_path: Path) -> None:
+    good = [json.dumps(GOOD | {"prompt": f"Question {i}?"}).encode() for i in range(3)]
+    markup = json.dumps(GOOD | {"prompt": "<img src=x onerror=alert(1)><script>alert(2)</script>"}).encode()
+    number = json.dumps(GOOD)[:-1].encode() + b', "n": '
+    lines = {
+        1: b"\xef\xbb\xbf" + good[0],
+        2: json.dumps(GOOD | {"prompt": "word " * 200_000}).encode(),
+        3: json.dumps(GOOD | {"prompt": "a\0b"}).encode(),
+        4: good[1].replace(b"Question", b"Qu\xe9stion"),
+        5: good[1].replace(b"Q", b"\0"),
+        6: DEEP,
+        7: number + b"9" * 5_000 + b"}",
+        8: good[1] + b"\r",
+        9: b'{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}',
+        10: b"null",
+        11: markup,
+        12: b"",
+        13: b"{" * 50,
+        14: number + b'NaN, "m": 1e999, "k": 99999999999999999999999}',
+        15: json.dumps(GOOD | {"prompt": '[{"role": ' + "[" * 50_000}).encode(),  # text, however deep it looks
+        16: b'{"a": 1} {"b": 2}',
+        17: good[2],  # no line end: the last one
+    }
+    path = tmp_path / "hostile.jsonl"
+    path.write_bytes(b"\n".join(lines.values()))
+    done = import_file(workspace, path)
+    assert (done.written, done.known) == (6, 0)
+    assert prompts(workspace)[:4] == ["Question 0?", "Question 1?", json.loads(markup)["prompt"], "Who leads?"]
+    expected = {
+        2: "prompt has 1,000,000 characters, at most 100,000",
+        3: "prompt holds a NUL character",
+        4: "broken UTF-8",
+        5: "not JSON",
+        6: "not JSON (nested too deeply)",
+        7: "not JSON (Exceeds the limit",
+        9: "column 'chosen' is there twice",
+        10: "expected an object",
+        13: "not JSON",
+        16: "not JSON (extra data",
+    }
+    assert [line.line for line in done.bad] == list(expected)
+    for line in done.bad:
+        assert line.reason.startswith(expected[line.line])
+        assert len(line.reason) < 310
+        assert line.reason.isprintable()
+    again = import_file(workspace, path)
+    assert (again.written, again.known, again.bad) == (0, 6, done.bad)
+
+
+def test_a_line_longer_than_any_row_is_one_bad_line(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("biasdpo.data.importing.MAX_LINE_BYTES", 1000)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + b"x" * 5000 + b"\n" + json.dumps(GOOD | {"prompt": "p"}).encode())
+    done = import_file(workspace, path)
+    assert (done.written, [line.line for line in done.bad]) == (2, [2])
+
+
+def test_a_ragged_csv(workspace: Workspace, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        b"prompt,chosen,rejected\n"
+        b'"Two\nlines","a ""b"" c",d\n'  # lines 2 and 3
+        b"too,few\n"
+        b"too,many,cells,here\n"
+        b"empty,last,cells,,\n"
+        b'p,"never closed,x\n'  # line 7: its row is lost, the next ones are not
+        b"after,a,b\n"
+        b'p,"closed" then,x\n'
+        b"\n"
+        b"caf\xe9,a,b\n"
+        b"nul,a\0b,c\n"
+        b"last,a,b"
+    )
+    done = import_file(workspace, path)
+    assert prompts(workspace) == ["Two\nlines", "empty", "after", "last"]
+    assert stored(workspace)[0]["chosen"] == 'a "b" c'
+    assert done.bad == (
+        BadLine(4, "2 cells, but the header has 3"),
+        BadLine(5, "4 cells, but the header has 3"),
+        BadLine(7, "not CSV (',' expected after '\"')"),
+        BadLine(9, "not CSV (',' expected after '\"')"),
+        BadLine(11, "broken UTF-8; save the file as UTF-8"),
+        BadLine(12, "chosen holds a NUL character"),
+    )
+    path.write_text('prompt,chosen,rejected\nx,"opened,y\n' + "".join(f"prompt {i},chosen,rejected\n" for i in range(2000)))
+    done = import_file(workspace, path)
+    assert (done.written, done.bad) == (2000, (BadLine(2, "not CSV (a quote is opened and never closed)"),))
+
+
+@pytest.mark.parametrize(
+    ("end", "bad"),
+    [
+        (b"]", []),
+        (b',\n{"prompt": "cut', [3]),
+        (b"", [3]),
+        (b"] more", [3]),
+        (b', {"prompt": 1, "prompt": 2}, {"prompt": "\xe9"}]', [3, 4]),
+        (b", " + DEEP + b"]", [3]),
+    ],
+)
+def test_a_damaged_json_array_keeps_what_is_whole(workspace: Workspace, tmp_path: Path, end: bytes, bad: list[int]) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(json.dumps([GOOD, GOOD | {"prompt": "p"}]).encode()[:-1] + end)
+    done = import_file(workspace, path)
+    assert (prompts(workspace), [line.line for line in done.bad]) == (["Who leads?", "p"], bad)
+
+
+def test_a_parquet_file_with_broken_text(workspace: Workspace, tmp_path: Path) -> None:
+    broken = pyarrow.array([b"Who?", b"caf\xe9"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    columns = {"prompt": broken, "chosen": pyarrow.array(["a", "b"]), "rejected": pyarrow.array(["x", "y"])}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    done = import_file(workspace, tmp_path / "a.parquet")
+    assert (done.written, done.bad) == (1, (BadLine(2, "broken UTF-8; save the file as UTF-8"),))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("none.jsonl", None, "No dataset file"),
+        ("folder", "folder", "is not a file"),
+        ("empty.jsonl", b"", "has no rows to import"),
+        ("empty.csv", b"", "has no rows to import"),
+        ("header.csv", b"prompt,chosen,rejected\n", "has no rows to import"),
+        ("blank.jsonl", b"\n \n\n", "has no rows to import"),
+        ("empty.json", b"[]", "has no rows to import"),
+        ("binary.jsonl", bytes(range(256)) * 40, "No good row in .*binary.jsonl, 41 bad ones, the first in line 1: "),
+        ("packed.jsonl", b"\x1f\x8b\x08\x00rest", "is a gzip file; unpack it"),
+        ("sheet.csv", b"PK\x03\x04rest", "is a ZIP or Excel file"),
+        ("utf16.csv", "prompt,chosen\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("no.parquet", b"{}", "is not a Parquet file"),
+        ("cut.parquet", b"PAR1" + b"x" * 50, "Can't read .*cut.parquet as Parquet"),
+        ("twice.csv", b"prompt,chosen,chosen\na,b,c\n", "has the column 'chosen' twice"),
+        ("numbers.json", b"[1, 2]", "No good row in .*numbers.json, 2 bad ones, the first in line 1: expected an object"),
+        ("object.json", b'{\n"a": 1\n}', "No good row"),
+        ("hub:nobody/nothing", None, r"Can't load hub:nobody/nothing: .*; check the name and the network"),
+    ],
+)
+def test_a_file_without_rows_is_one_line(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: Any, words: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    path = tmp_path / name
+    if data == "folder":
+        path.mkdir()
+    elif data is not None:
+        path.write_bytes(data)
+    with pytest.raises(DatasetError, match=words) as caught:
+        import_file(workspace, name if name.startswith("hub:") else path)
+    assert "\n" not in str(caught.value)
+    assert not workspace.preferences.exists()
+
+
+# Into the journal
+
+
+def test_rows_become_judgments_and_never_twice(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = GOOD | {"category": "gender", "target_group": "women", "annotator": "ana", "note": "n"}
     other = GOOD | {"chosen": "Whoever is fit.", "category": None}
-    path = write_lines(tmp_path / "my set.jsonl", row, other, row)
-    done = data.import_file(workspace, path)
-    assert (done.written, done.known, done.source) == (3, 0, "import:my set")  # the same row twice is two judgments
-    first, second, third = Journal(workspace.preferences).refresh().standing()
+    path = write_lines(tmp_path / "my set.jsonl", row, other, row, {"chosen": "b"})
+    trial = import_file(workspace, path, dry_run=True)
+    assert not workspace.preferences.exists()
+    done = import_file(workspace, path)
+    assert done == trial
+    assert (done.written, done.known, done.source, len(done.bad)) == (3, 0, "import:my set", 1)  # the same row twice is two
+    first, second, third = stored(workspace)
     assert {k: first[k] for k in row} == row
     assert (first["verdict"], first["source"], first["repeat_of"]) == ("preferred", "import:my set", "")
-    assert first["pair_id"] == data.pair_id_of(*GOOD.values())
-    assert (second["category"], third["pair_id"]) == ("", first["pair_id"])
+    assert first["pair_id"] == third["pair_id"] == pair_id_of(*GOOD.values())
+    assert second["category"] == ""
     grown = write_lines(tmp_path / "grown.jsonl", GOOD | {"prompt": "New?"}, other, row, row)
-    done = data.import_file(workspace, grown, name="other name")
-    assert (done.written, done.known) == (1, 3)
-    data.retract(workspace, first["id"])
-    assert data.import_file(workspace, path).written == 0  # what was withdrawn stays withdrawn
-    assert len(Journal(workspace.preferences).refresh().standing()) == 3
+    for dry_run in (True, False):
+        done = import_file(workspace, grown, name="other name", dry_run=dry_run)
+        assert (done.written, done.known) == (1, 3)
+    retract(workspace, first["id"])
+    assert import_file(workspace, path).written == 0  # what was withdrawn stays withdrawn
+    assert len(stored(workspace)) == 3
+    for name in ("two\nlines", "x" * 101):
+        with pytest.raises(ConfigError, match="An import's name"):
+            import_file(workspace, path, name=name)
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    for action in (import_file, lambda w, p: import_file(w, p, dry_run=True), lambda _w, p: preview(p)):
+        with pytest.raises(RefusedError):
+            action(workspace, path)
 
 
-def test_a_trial_stores_nothing_and_says_what_an_import_would(workspace, tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", GOOD, {"chosen": "b"}, GOOD | {"prompt": "p"})
-    data.import_file(workspace, write_lines(tmp_path / "some.jsonl", GOOD))
-    trial = data.try_import(workspace, path)
-    assert (trial.written, trial.known, len(trial.bad)) == (1, 1, 1)
-    assert texts(workspace) == ["Who leads?"]
-    assert data.import_file(workspace, path) == trial
-
-
-def test_another_workspaces_journal(workspace, tmp_path):
+def test_another_workspaces_journal(workspace: Workspace, tmp_path: Path) -> None:
     other = Workspace(tmp_path / "other")
+    columns: list[dict[str, Any]] = [{}, {"original_chosen": "before"}, {"verdict": "tie"}, {"repeat_of": "a" * 16}, {}]
     made = [
-        data.new_judgment(f"Question {i}?", "fair", "unfair", annotator="ana", note=f"n{i}", category="race", **more)
-        for i, more in enumerate([{}, {"original_chosen": "before"}, {"verdict": "tie"}, {"repeat_of": "a" * 16}, {}])
+        new_judgment(f"Question {i}?", "fair", "unfair", annotator="ana", note=f"n{i}", category="race", **more)
+        for i, more in enumerate(columns)
     ]
-    data.append_all(other, made)
-    data.retract(other, made[4].id)
+    append_all(other, made)
+    retract(other, made[4].id)
     with other.preferences.open("a") as file:
         file.write(json.dumps({"id": "1", "pair_id": "", "verdict": "maybe", "retracts": ""}) + "\n")
-    done = data.import_file(workspace, other.preferences, name="ana's")
+    done = import_file(workspace, other.preferences, name="ana's")
     assert (done.written, done.notes) == (3, ("left out of the journal: 1 tie, 1 withdrawn",))
     assert [line.line for line in done.bad] == [7]
     rows = Journal(workspace.preferences).refresh().rows
@@ -60,69 +410,44 @@ def test_another_workspaces_journal(workspace, tmp_path):
     assert (row["original_chosen"], row["annotator"], row["note"], row["source"]) == ("before", "ana", "n1", "import:ana's")
     assert row["created_at"] == made[1].created_at
     with pytest.raises(DatasetError, match=r"preferences\.jsonl:7: verdict must be one of"):
-        data.load([str(other.preferences)], other)
-    assert len(data.load_journal(workspace)) == 2  # the hidden repeat stays one
-    assert data.import_file(workspace, workspace.preferences).known == 3  # into itself
+        load([str(other.preferences)], other)
+    assert len(load_journal(workspace)) == 2  # the hidden repeat stays one
+    assert import_file(workspace, workspace.preferences).known == 3  # into itself
 
 
-def test_what_a_strangers_journal_claims_is_checked(workspace, tmp_path):
+def test_what_a_foreign_journal_claims_is_checked(workspace: Workspace, tmp_path: Path) -> None:
     row = GOOD | {"id": "retracts-" + "a" * 32, "pair_id": "x", "verdict": "preferred", "retracts": "", "created_at": "soon"}
     meta = {"seed": 10**30, "seconds": "long", "model": "m", "left_side": None, "evil": [1]}
-    data.import_file(workspace, write_lines(tmp_path / "rows.jsonl", row | {"meta": meta}))
-    (stored,) = Journal(workspace.preferences).refresh().standing()
-    assert stored["id"] != row["id"]  # else it would stand in for a withdrawal that is yet to come
-    assert stored["created_at"].startswith("20")
-    assert (stored["meta"]["model"], stored["meta"]["seed"], stored["meta"]["seconds"]) == ("m", 0, 0.0)
-    assert "evil" not in stored["meta"]
+    import_file(workspace, write_lines(tmp_path / "rows.jsonl", row | {"meta": meta}))
+    (found,) = stored(workspace)
+    assert found["id"] != row["id"]  # else it would stand in for a withdrawal that is yet to come
+    assert found["created_at"].startswith("20")
+    assert (found["meta"]["model"], found["meta"]["seed"], found["meta"]["seconds"]) == ("m", 0, 0.0)
+    assert "evil" not in found["meta"]
     bad = write_lines(tmp_path / "bad.jsonl", row | {"original_chosen": "a\ud800"}, GOOD)
-    assert data.import_file(workspace, bad).bad == (BadLine(1, "original_chosen holds half a surrogate pair, which is no text"),)
+    reason = "original_chosen holds half a surrogate pair, which is no text"
+    assert import_file(workspace, bad).bad == (BadLine(1, reason),)
 
 
-def test_an_imports_name(workspace, tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", GOOD)
-    for name in ("two\nlines", "x" * 101):
-        with pytest.raises(ConfigError, match="An import's name"):
-            data.import_file(workspace, path, name=name)
-
-
-def test_a_public_space_imports_nothing(workspace, tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "rows.jsonl", GOOD)
-    monkeypatch.setenv("SPACE_ID", "someone/space")
-    for action in (data.import_file, data.try_import):
-        with pytest.raises(RefusedError):
-            action(workspace, path)
-    with pytest.raises(RefusedError):
-        data.preview(path)
-    assert not workspace.preferences.exists()
-
-
-# Validation
-
-
-def test_validate_a_file_and_a_journal(workspace, tmp_path):
-    assert data.validate(workspace).rows == 0
+def test_validate_a_file_and_a_journal(workspace: Workspace, tmp_path: Path) -> None:
+    assert validate(workspace).rows == 0
     path = write_lines(tmp_path / "rows.jsonl", GOOD, {"chosen": "b"}, GOOD | {"prompt": "p", "system": "s"})
-    found = data.validate(path)
+    found = validate(path)
     assert (found.rows, found.good, [line.line for line in found.bad]) == (3, 2, [2])
     assert found.notes == ("1 rows have a system text, which now stands before the prompt",)
-    data.import_file(workspace, path)
+    import_file(workspace, path)
     ids = list(Journal(workspace.preferences).refresh().rows)
-    data.retract(workspace, ids[0])
-    assert data.validate(workspace).by_verdict == {"preferred": 2, "retracted": 1}
+    retract(workspace, ids[0])
+    assert validate(workspace).by_verdict == {"preferred": 2, "retracted": 1}
     row = GOOD | {"verdict": "preferred", "retracts": "", "pair_id": ""}
+    bad_rows = [row, row | {"id": "1", "chosen": " "}, row | {"id": ids[0]}]
+    bad_rows.append(row | {"id": "2", "verdict": "retracted", "retracts": "?"})
     with workspace.preferences.open("ab") as file:
-        file.write(b'{"id": \n\n')
-        for bad in (
-            row,
-            row | {"id": "1", "chosen": " "},
-            row | {"id": ids[0]},
-            row | {"id": "2", "verdict": "retracted", "retracts": "?"},
-        ):
-            file.write(json.dumps(bad).encode() + b"\n")
+        file.write(b'{"id": \n\n' + b"".join(json.dumps(bad).encode() + b"\n" for bad in bad_rows) + DEEP + b"\n")
         file.write(json.dumps(row | {"id": "3"}).encode()[:-9])
-    found = data.validate(workspace)
-    assert (found.rows, found.good) == (9, 3)
-    starts = ["", "no id", "chosen is empty", "its id was there before, in line 1", "it takes back '?'", "it has no line end"]
-    assert [line.line for line in found.bad] == [4, 6, 7, 8, 9, 10]
-    assert all(line.reason.startswith(start) for line, start in zip(found.bad, starts, strict=True)), found.bad
-    assert data.validate(workspace.preferences) == found
+    found = validate(workspace)
+    assert (found.rows, found.good) == (10, 3)
+    starts = ["", "no id", "chosen is empty", "its id was there before, in line 1", "it withdraws '?'", "", "it has no line end"]
+    assert [line.line for line in found.bad] == [4, 6, 7, 8, 9, 10, 11]
+    assert all(re.match(start, line.reason) for line, start in zip(found.bad, map(re.escape, starts), strict=True)), found.bad
+    assert validate(workspace.preferences) == found

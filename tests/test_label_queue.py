@@ -158,7 +158,7 @@ def test_spare_time_that_is_wanted_runs_to_its_end(engine):
 
 def test_pairs_come_ahead_of_their_time_and_no_more_than_that(new_queue):
     queue = new_queue()
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
     wait_until(lambda: len(queue._ready) == AHEAD)
     time.sleep(0.1)
     assert len(queue._ready) == AHEAD
@@ -172,7 +172,7 @@ def test_pairs_come_ahead_of_their_time_and_no_more_than_that(new_queue):
 
 def test_the_thinnest_cell_comes_first_and_every_prompt_once_a_round(new_queue):
     queue = new_queue({("gender", "women"): 5})
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
     shown = [take(queue).prompt.text for _ in range(6)]
     assert sorted(shown[:2]) == ["How?", "Who?"]
     assert Counter(shown[:3]) == Counter({"Why?": 1, "Who?": 1, "How?": 1}) == Counter(shown[3:])
@@ -180,7 +180,7 @@ def test_the_thinnest_cell_comes_first_and_every_prompt_once_a_round(new_queue):
 
 def test_each_pair_has_a_seed_of_its_own(new_queue):
     queue = new_queue()
-    queue.begin(Recipe(PROMPTS[:1], "tuned_tuned", KEY, SAMPLING))
+    queue.start(Recipe(PROMPTS[:1], "tuned_tuned", KEY, SAMPLING))
     pairs = [take(queue) for _ in range(4)]
     assert len({pair.seed for pair in pairs}) == 4
     assert {pair.left_side for pair in pairs} <= {"tuned 1", "tuned 2"}
@@ -188,7 +188,7 @@ def test_each_pair_has_a_seed_of_its_own(new_queue):
 
 def test_a_visitor_who_generates_goes_before_what_is_made_ahead(new_queue, engine):
     queue = new_queue()
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, ENDLESS))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, ENDLESS))
     wait_until(lambda: isinstance(queue.latest, GenerationPair))
     events = list(stream_pair(engine, "Why?", SAMPLING))
     assert events[-1].left.finish_reason != "cancelled"
@@ -198,9 +198,9 @@ def test_a_visitor_who_generates_goes_before_what_is_made_ahead(new_queue, engin
 
 def test_another_recipe_drops_what_was_made(new_queue):
     queue = new_queue()
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
     wait_until(lambda: len(queue._ready) == AHEAD)
-    queue.begin(Recipe((Prompt("Other?"),), "base_base", KEY, SAMPLING))
+    queue.start(Recipe((Prompt("Other?"),), "base_base", KEY, SAMPLING))
     pair = take(queue)
     assert pair.prompt.text == "Other?"
     assert pair.left_side in ("base 1", "base 2")
@@ -208,7 +208,7 @@ def test_another_recipe_drops_what_was_made(new_queue):
 
 def test_a_pause_stops_generating_and_the_next_take_goes_on(new_queue):
     queue = new_queue()
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, ENDLESS))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, ENDLESS))
     wait_until(lambda: isinstance(queue.latest, GenerationPair))
     queue.pause()
     wait_until(lambda: queue._worker is None)
@@ -218,52 +218,52 @@ def test_a_pause_stops_generating_and_the_next_take_goes_on(new_queue):
 
 def test_no_thread_is_left_where_there_is_nothing_to_do(new_queue):
     queue = new_queue()
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
     wait_until(lambda: queue._worker is None)
     assert len(queue._ready) == AHEAD
 
 
 def test_greedy_prompts_are_asked_once(new_queue):
     queue = new_queue()
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, Sampling(max_new_tokens=8, temperature=0.0)))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, Sampling(max_new_tokens=8, temperature=0.0)))
     shown = [take(queue).prompt.text for _ in PROMPTS]
     assert sorted(shown) == ["How?", "Who?", "Why?"]
     wait_until(lambda: queue.exhausted)
     assert queue.take() is None
-    assert not queue.goes_on
+    assert not queue.has_more
 
 
 def test_a_fault_of_ours_is_one_line_and_begin_goes_on_after_it(new_queue, monkeypatch, capsys):
     queue = new_queue()
     monkeypatch.setattr(queue, "_draw", lambda *_: 1 / 0)
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
-    with pytest.raises(Exception, match=r"The app failed \(ZeroDivisionError: division by zero\): begin again"):
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    with pytest.raises(Exception, match=r"The app failed \(ZeroDivisionError: division by zero\): start again"):
         take(queue)
     assert "ZeroDivisionError" in capsys.readouterr().err
     monkeypatch.undo()
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
     assert take(queue).prompt in PROMPTS
 
 
 def test_an_error_ends_the_queue_until_it_is_begun_again(new_queue):
     queue = new_queue()
-    queue.begin(Recipe((Prompt("long " * 600),), "base_tuned", KEY, SAMPLING))
+    queue.start(Recipe((Prompt("long " * 600),), "base_tuned", KEY, SAMPLING))
     with pytest.raises(Exception, match="512"):
         take(queue)
-    queue.begin(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
     assert take(queue).prompt in PROMPTS
 
 
 def test_one_prompt_that_is_too_long_is_passed_over(new_queue):
     queue = new_queue()
-    queue.begin(Recipe((Prompt("long " * 600), PROMPTS[0]), "base_tuned", KEY, SAMPLING))
+    queue.start(Recipe((Prompt("long " * 600), PROMPTS[0]), "base_tuned", KEY, SAMPLING))
     assert [take(queue).prompt.text for _ in range(4)] == ["Why?"] * 4
 
 
 def test_prompts_that_give_nothing_to_judge_are_skipped_and_said(new_queue):
     queue = new_queue()
     same = Recipe(PROMPTS, "base_tuned", KEY, Sampling(max_new_tokens=8, temperature=0.0), strength=0.0)
-    queue.begin(same)
+    queue.start(same)
     with pytest.raises(Exception, match="same text"):
         take(queue)
     assert queue.skipped == len(PROMPTS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from biasdpo import data
+from biasdpo.data import journal
 from biasdpo.engines import EnginePool
 from biasdpo.errors import ConfigError, WorkspaceError
 from biasdpo.labeling import BlindPair, Details
@@ -62,7 +62,7 @@ def test_an_answer_is_stored_and_the_pair_is_off(session, workspace):
 
 
 def test_where_storing_fails_the_pair_stays_and_the_same_answer_again_is_one_row(session, workspace, monkeypatch):
-    stored = data.append
+    stored = journal.append
     acknowledged: list[bool] = []
 
     def lost(workspace: Workspace, judgment: Any) -> Any:
@@ -73,7 +73,7 @@ def test_where_storing_fails_the_pair_stays_and_the_same_answer_again_is_one_row
             raise WorkspaceError("The lock was lost: try again")
         return result
 
-    monkeypatch.setattr(data, "append", lost)
+    monkeypatch.setattr(journal, "append", lost)
     session.show(pair(1))
     with pytest.raises(WorkspaceError):
         session.store_answer("left", OAK)

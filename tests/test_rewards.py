@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from biasdpo import data, models, rewards
+from biasdpo import models, rewards
 from biasdpo.config import LOSS_TYPES
+from biasdpo.data import splits
 
 
 def test_loss_without_any_margin_is_log_two() -> None:
@@ -95,7 +96,7 @@ def on_seed_pairs(request: pytest.FixtureRequest):
     from training.finish import tokenise
 
     folder = request.getfixturevalue(request.param)
-    pairs = data.load_jsonl(Path("assets/seed_pairs.jsonl"))[:4]
+    pairs = splits.load_file(Path("assets/seed_pairs.jsonl"))[:4]
     template = models.catalog()["smollm2" if request.param == "tiny_llama" else "phi-2"].template
     return folder, [row.as_trl() for row in tokenise(pairs, AutoTokenizer.from_pretrained(folder), template, 512).rows]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import data
-from biasdpo.data.health import normalise_prompt
+from biasdpo.data.health import normalize
+from biasdpo.data.pairs import derive
+from biasdpo.data.splits import load_file
 from biasdpo.workspace import ASSETS
 
 FILE = ASSETS / "seed_pairs.jsonl"
@@ -26,14 +27,14 @@ def rows() -> list[dict[str, str]]:
 
 
 def word_trigrams(text: str) -> frozenset[tuple[str, ...]]:
-    """Without the padding of `near_duplicates.trigrams`: the plain words, three by three."""
-    words = normalise_prompt(text).split()
+    """Without the padding of `health.trigrams`: the plain words, three by three."""
+    words = normalize(text).split()
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset([tuple(words)])
 
 
 def sentences(text: str) -> set[str]:
     """Sentences of at least three words, normalised."""
-    return {s for s in map(normalise_prompt, re.split(r"(?<=[.!?])\s+|\n", text)) if len(s.split()) >= 3}
+    return {s for s in map(normalize, re.split(r"(?<=[.!?])\s+|\n", text)) if len(s.split()) >= 3}
 
 
 def test_at_least_80_a_category_with_intersections_and_all_forms(rows):
@@ -51,8 +52,7 @@ def test_at_least_80_a_category_with_intersections_and_all_forms(rows):
 def test_every_row_is_a_pair_of_its_own_with_strings_alone(rows):
     assert all(isinstance(value, str) for row in rows for value in row.values())
     assert all(row[column] == row[column].strip() != "" for row in rows for column in (*TEXTS, "target_group"))
-    pairs = data.load_jsonl(FILE)
-    assert len(data.derive(pairs).pairs) == len(rows) == len({row["id"] for row in rows})
+    assert len(derive(load_file(FILE)).pairs) == len(rows) == len({row["id"] for row in rows})
 
 
 def test_chosen_is_the_longer_one_about_half_of_the_time(rows):

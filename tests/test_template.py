@@ -16,7 +16,7 @@ from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text, load_tokenizer
 from biasdpo.backends.llamacpp import LlamaCppBackend, open_llamacpp
 from biasdpo.chat import PromptTemplate, Segment
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import PromptError
 from biasdpo.records import LikelihoodRequest, Sampling
 from tests import tiny_models

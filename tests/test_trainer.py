@@ -242,7 +242,7 @@ def test_texts_are_drawn_by_step_and_batch_whatever_was_logged(tiny_llama, tmp_p
 def test_anchor_texts_are_within_max_length_and_none_without_a_weight(tiny_llama):
     from biasdpo.backends.hf_loading import encode_text, load_tokenizer
     from biasdpo.config import TrainConfig
-    from biasdpo.data import PreferencePair
+    from biasdpo.data.pairs import PreferencePair
     from training.finish import anchor_texts
 
     tokenizer = load_tokenizer(tiny_llama)

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
 from biasdpo import config as run_config
-from biasdpo import counterfactuals, data, models
+from biasdpo import counterfactuals, models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
-from biasdpo.data import run_data
+from biasdpo.data import splits
 from biasdpo.errors import ConfigError, DatasetError, ModelError
 from biasdpo.jobs.job import JobFolder, checkpoint_step
 from biasdpo.workspace import Workspace, sha256_of
@@ -60,9 +60,8 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
     writer.check_stop()
 
     # Data: split by prompt; each training pair as often as its weight says; tokenised with the model's own template.
-    every_pair, weights = data.load_snapshot(folder.snapshot)
-    pairs = data.split(every_pair, config.held_out_share)
-    train_pairs = run_data.rows_per_epoch(pairs.train, weights, config.seed)
+    snapshot = splits.read_snapshot(folder.path)
+    pairs, train_pairs = snapshot.split, snapshot.epoch(config.seed)
     writer.update(phase="preparing the model's files")
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
@@ -170,7 +169,7 @@ def resume_from(checkpoint: Any, folder: JobFolder, trainer: Any, writer: Status
 
 def public_config(config: TrainConfig) -> dict[str, Any]:
     """The config without folders of this machine: of a path, the file's name stays."""
-    return config.to_json() | {"datasets": list(map(run_data.public_name, config.datasets))}
+    return config.to_json() | {"datasets": list(map(splits.public_name, config.datasets))}
 
 
 def build_trainer(

@@ -28,10 +28,11 @@ from biasdpo import config as run_config
 from biasdpo import models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
-from biasdpo.data import run_data
+from biasdpo.data import splits
 from biasdpo.errors import DatasetError
 from biasdpo.jobs.estimate import Estimate, free_memory_bytes, refusal_of
 from biasdpo.jobs.job import JobFolder
+from biasdpo.prompts import probe_prompts
 from biasdpo.workspace import Workspace, write_json
 from training.callbacks import ProbeCallback, StatusWriter, cause_and_remedy
 from training.dpo import build_trainer, load_policy
@@ -82,7 +83,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, began: flo
     if config.threads:
         torch.set_num_threads(config.threads)
 
-    data = run_data.load(config, workspace)
+    data = splits.resolve(config, workspace)
     spec = models.find(config.model)
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
@@ -137,7 +138,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, began: flo
         batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(len(evaluated))])
         trainer.prediction_step(policy, batch, prediction_loss_only=True)
 
-    prompts = run_data.probe_prompts(config)
+    prompts = probe_prompts(config)
     probe = ProbeCallback(trainer, writer, tokenizer, spec.template, prompts, config.probe_every)
     parts = {
         "loading": loading * (1 + LAUNCH_SHARE),

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from biasdpo import data, models, rewards
+from biasdpo import models, rewards
 from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair, longer_baseline
 from biasdpo.evaluation import report
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import sha256_of, write_json
@@ -209,7 +209,7 @@ def bake(state: dict[str, torch.Tensor], config: TrainConfig) -> dict[str, torch
 
 
 def held_out_metrics(
-    trainer: Any, rows: tuple[TokenRow, ...], pairs: tuple[data.PreferencePair, ...], config: TrainConfig, writer: StatusWriter
+    trainer: Any, rows: tuple[TokenRow, ...], pairs: tuple[PreferencePair, ...], config: TrainConfig, writer: StatusWriter
 ) -> dict[str, Any]:
     """What the adapter changed on the held-out pairs. Nats; see `biasdpo.rewards`. None where nothing was held out."""
     if not rows:
@@ -232,7 +232,7 @@ def held_out_metrics(
     held_out = {
         "pairs": len(rows),
         "reward_accuracy": rewards.reward_accuracy(margins),
-        "reward_accuracy_of_picking_the_longer": data.longer_baseline(pairs),
+        "reward_accuracy_of_picking_the_longer": longer_baseline(pairs),
         "reward_margin_nats": float(margins.mean()),
         "logratio_margin_nats": float(margins.mean() / config.beta),
         "length_normalised_accuracy_base": normalised_accuracy(base),

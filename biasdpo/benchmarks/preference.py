@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from biasdpo import data
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair, longer_baseline
 from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import Likelihood, LikelihoodRequest, Request
 
@@ -40,7 +39,7 @@ class Preference:
 
     def scores(self, item: PreferencePair, outputs: Sequence[Likelihood]) -> list[float]:
         chosen, rejected = outputs
-        return [chosen.logp, rejected.logp, chosen.tokens, rejected.tokens, data.longer_baseline([item]) or 0.0]
+        return [chosen.logp, rejected.logp, chosen.tokens, rejected.tokens, longer_baseline([item]) or 0.0]
 
     def describe(self, item: PreferencePair) -> dict[str, str]:
         return {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected, "category": item.category}
@@ -63,7 +62,7 @@ class Preference:
         }
 
     def report(self, items: Sequence[PreferencePair], _numbers: Array) -> dict[str, float]:
-        return {"pick_the_longer_baseline": data.longer_baseline(items) or 0.0}
+        return {"pick_the_longer_baseline": longer_baseline(items) or 0.0}
 
 
 def _length_normalised(items: Array) -> Array:

@@ -1,7 +1,8 @@
-"""The journal of judgments, WORKSPACE/preferences.jsonl: append-only, one JSON object a line, nothing lost.
+"""The journal of judgments, WORKSPACE/preferences.jsonl: append-only, one JSON object per line.
 
-A row is acknowledged (the function returns) only when it is on the disk. A line that a power loss tore is set aside before the
-next append (see `torn`); a row that was torn was never acknowledged."""
+A row is on disk before it is acknowledged (before the function returns). A line truncated by a power loss was never acknowledged;
+it is moved to preferences.jsonl.torn before the next append.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +25,16 @@ from biasdpo.errors import DatasetError, WorkspaceError
 from biasdpo.records import Judgment, JudgmentMeta, Verdict
 from biasdpo.workspace import Workspace, locked, refuse_on_public_space
 
-# --- bulk: Rows by the hundred thousand
+LOCK_SECONDS = 10.0  # how long an append waits for the lock
+BOM = b"\xef\xbb\xbf"
+_READ_LOCK_SECONDS = 2.0  # how long a reader waits for the lock before it reports a bad line
+_BLOCK_BYTES = 8 * 2**20
+_LINE_BLOCK_BYTES = 4096  # most lines are shorter
 
 
 @contextmanager
-def without_collection() -> Iterator[None]:
-    """While many rows are made or counted, none of which is garbage: else Python's collector goes over all of them again and
-    again, which takes as long as the work itself. Reference counts free what they free; cycles wait until afterwards.
-    """
+def garbage_collection_paused() -> Iterator[None]:
+    """Pause the cyclic collector while many rows are built: none is garbage, and scanning them takes as long as building them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -41,14 +44,72 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-# --- growing: A file of lines that grows at its end, read on from where the last reading ended
+# Rows
+
+Row = dict[str, Any]
+"""A line of the journal, with every column of `Judgment`."""
+
+_COLUMNS = tuple(f.name for f in fields(Judgment))
+_TEXT_COLUMNS = tuple(name for name in _COLUMNS if name != "meta")
+_TYPES = tuple(dict if name == "meta" else str for name in _COLUMNS)
+_META = asdict(JudgmentMeta())
+_META_KEYS, _META_TYPES = tuple(_META), tuple(map(type, _META.values()))
+_VERDICTS = get_args(Verdict)
 
 
-_BLOCK_BYTES = 8 * 2**20  # read at once
+@dataclass(frozen=True)
+class BadLine:
+    """A line of a file that is not a row, with the reason."""
+
+    line: int
+    reason: str
+
+
+def parse_row(line: bytes) -> Row:
+    """Parse a line of the journal; a line that is not a row is a ValueError with the reason."""
+    return row_of(orjson.loads(line.removeprefix(BOM)))
+
+
+def row_of(value: Any) -> Row:
+    """Return a journal line with every column; a column of the wrong type is a ValueError. May change `value`.
+
+    Missing columns become empty, and so do values of the wrong type in `meta`.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    row: Row = value
+    if (*value,) != _COLUMNS or (*map(type, value.values()),) != _TYPES:  # as written here, all is well at one glance
+        row = {column: value.get(column, "") for column in _TEXT_COLUMNS} | {"meta": value.get("meta", {})}
+        for column in _TEXT_COLUMNS:
+            if not isinstance(row[column], str):
+                raise ValueError(f"{column} must be a string, got {type(row[column]).__name__}")
+    if not row["id"]:
+        raise ValueError("no id")
+    if row["verdict"] not in _VERDICTS:
+        raise ValueError(f"verdict must be one of {', '.join(_VERDICTS)}, got {row['verdict'][:40]!r}")
+    meta = row["meta"]
+    if type(meta) is not dict or (*meta,) != _META_KEYS or (*map(type, meta.values()),) != _META_TYPES:
+        row["meta"] = _clean_meta(meta)
+    return row
+
+
+def _clean_meta(meta: Any) -> dict[str, Any]:
+    """Keep the known keys that have the right type: no judgment is bad because of its `meta`."""
+    clean = dict(_META)
+    for key, default in _META.items():
+        value = meta.get(key, default) if isinstance(meta, dict) else default
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is type(default):
+            clean[key] = value
+    return clean
+
+
+# Reading a file that grows
 
 
 class GrowingLines:
-    """How far a file was read: `offset` bytes, which are `count` whole lines."""
+    """Reads the lines of a growing file. `offset`: bytes read so far, which are `count` whole lines."""
 
     def __init__(self) -> None:
         self.offset = 0
@@ -57,20 +118,20 @@ class GrowingLines:
         self._last = b""
 
     def continues_in(self, file: int) -> bool:
-        """Whether an open file begins with what was read, as far as its inode, its size and the last line read can tell."""
+        """Whether an open file still begins with what was read, judging by its inode, its size and the last line read."""
         status = os.fstat(file)
         if self.offset == 0:
             self._inode = status.st_ino
             return True
-        same = status.st_ino == self._inode and status.st_size >= self.offset
         last = self._last + b"\n"
+        same = status.st_ino == self._inode and status.st_size >= self.offset
         return same and os.pread(file, len(last), self.offset - len(last)) == last
 
     def read(self, file: int) -> Iterator[bytes]:
-        """The whole lines that are new, without their ends. One counts as read when the next is asked for.
+        """Yield the new whole lines, without their line ends; a line counts as read when the next one is requested.
 
-        A last line without an end is being written, or torn, and waits. Nothing past the size that the file has at the start is
-        read: what a torn line was cut off for while it was read, and what was written in its place, would make one line.
+        A last line without a line end is being written, or truncated, and is left for later. Nothing past the size that the file
+        has at the start is read, since a truncated line and the row written in its place would make one line.
         """
         start, end = self.offset, os.fstat(file).st_size
         rest = b""
@@ -84,72 +145,16 @@ class GrowingLines:
                 self._last = line
 
 
-# --- rows: The journal's rows as they are read: what a line must be, and a reader that follows the file as
-
-
-Row = dict[str, Any]
-"""A line of the journal, with every column of `Judgment`."""
-
-_COLUMNS = tuple(f.name for f in fields(Judgment))
-_TEXT_COLUMNS = tuple(name for name in _COLUMNS if name != "meta")
-_TYPES = tuple(dict if name == "meta" else str for name in _COLUMNS)
-_META = asdict(JudgmentMeta())
-_META_KEYS, _META_TYPES = tuple(_META), tuple(map(type, _META.values()))
-_VERDICTS = frozenset(get_args(Verdict))
-
 Mark = tuple[int, int]
-"""How far a reader of `Journal.since` has come: which reading of the file, and how many of its rows."""
-
-BOM = b"\xef\xbb\xbf"
-_DOUBT_SECONDS = 2.0  # how long a line that is no row may wait for the file's lock
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A line of a file that is no row, with the reason."""
-
-    line: int
-    reason: str
-
-
-def row_of(value: Any) -> Row:
-    """A journal's line with every column; a column of a wrong type is a ValueError that says which. Missing ones are empty, and
-    what `meta` has of another type. May change `value`."""
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, got {type(value).__name__}")
-    row: Row = value
-    if (*value,) != _COLUMNS or (*map(type, value.values()),) != _TYPES:  # as this program writes it: all seen at a glance
-        row = {column: value.get(column, "") for column in _TEXT_COLUMNS} | {"meta": value.get("meta", {})}
-        for column in _TEXT_COLUMNS:
-            if not isinstance(row[column], str):
-                raise ValueError(f"{column} must be a string, got {type(row[column]).__name__}")
-    if not row["id"]:
-        raise ValueError("no id")
-    if row["verdict"] not in _VERDICTS:
-        raise ValueError(f"verdict must be one of {', '.join(get_args(Verdict))}, got {row['verdict']!r}")
-    meta = row["meta"]
-    if type(meta) is not dict or (*meta,) != _META_KEYS or (*map(type, meta.values()),) != _META_TYPES:
-        row["meta"] = _meta_of(meta)
-    return row
-
-
-def _meta_of(meta: Any) -> dict[str, Any]:
-    """The fixed keys. A value of another type counts as not given: nobody's judgment is bad for it."""
-    if not isinstance(meta, dict):
-        return dict(_META)
-    kept = {key: meta.get(key, default) for key, default in _META.items()}
-    for key, default in _META.items():
-        if type(kept[key]) is not type(default):
-            kept[key] = float(kept[key]) if isinstance(default, float) and type(kept[key]) is int else default
-    return kept
+"""A position in `Journal.since`: which reading of the file, and how many of its rows."""
 
 
 class Journal:
-    """What the journal says, read as it grows: `refresh` reads only what was appended since. Threads may share one.
+    """The journal's content; `refresh` reads what was appended since. Thread-safe.
 
-    rows        by id, in their order; the same id twice is one row (the first)
-    retracted   ids that were taken back
-    bad_lines   lines that are no rows; a last line without an end is being written, or torn, and waits
+    rows        by id, in order; a second row of the same id is ignored
+    retracted   ids that were withdrawn
+    bad_lines   lines that are not rows
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,40 +174,40 @@ class Journal:
     def refresh(self) -> Journal:
         """Read what is new; a file that was replaced or cut is read from its start."""
         with self._lock:
-            if not self._read(doubt=True):
-                # A line that is no row may be two halves: read while a torn line was cut off and another written in its place.
-                with suppress(WorkspaceError, OSError), locked(self.path, _DOUBT_SECONDS):
-                    self._read(doubt=False)
+            if not self._read(stop_at_bad_line=True):
+                # It may be two halves, read while a truncated line was replaced by another: look again while nobody writes.
+                with suppress(WorkspaceError, OSError), locked(self.path, _READ_LOCK_SECONDS):
+                    self._read(stop_at_bad_line=False)
                     return self
-                self._read(doubt=False)
+                self._read(stop_at_bad_line=False)
         return self
 
     def standing(self) -> list[Row]:
-        """The judgments that were not taken back, in their order."""
+        """The judgments that were not withdrawn, in order."""
         with self._lock:
             return [row for row in self._in_order if row["verdict"] != "retracted" and row["id"] not in self.retracted]
 
     def since(self, mark: Mark) -> tuple[list[Row], Mark]:
-        """The rows after a mark, judgments and what takes them back, in their order; and the mark to ask with next time.
+        """Return the rows after a mark, including those that withdraw others, and the next mark.
 
-        Where the file was read from its start since, the mark's first number changes and all rows are given; (0, 0) gives all.
+        (0, 0) returns all rows. So does a mark from before the file was read again from its start; the mark's first number tells.
         """
         with self._lock:
             rows = self._in_order[mark[1] :] if mark[0] == self._reading else list(self._in_order)
             return rows, (self._reading, len(self._in_order))
 
-    def _read(self, *, doubt: bool) -> bool:
-        """Read what is new; with `doubt`, stop before a line that is no row and return False."""
+    def _read(self, *, stop_at_bad_line: bool) -> bool:
+        """Read what is new; False if it stopped at a bad line."""
         try:
-            with self.path.open("rb") as file, without_collection():
+            with self.path.open("rb") as file, garbage_collection_paused():
                 if not self._lines.continues_in(file.fileno()):
                     self._start_over()
                     self._lines.continues_in(file.fileno())
                 for line in self._lines.read(file.fileno()):
                     try:
-                        self._take(line.removeprefix(BOM) if self._lines.count == 0 else line)
-                    except ValueError as exc:  # orjson's error is one, too
-                        if doubt:
+                        self._add(line)
+                    except ValueError as exc:
+                        if stop_at_bad_line:
                             return False
                         self.bad_lines.append(BadLine(self._lines.count + 1, str(exc)))
         except FileNotFoundError:
@@ -212,10 +217,10 @@ class Journal:
             raise WorkspaceError(f"Can't read {self.path}: {exc.strerror or exc}; make it readable") from exc
         return True
 
-    def _take(self, line: bytes) -> None:
+    def _add(self, line: bytes) -> None:
         if not line or line.isspace():
             return
-        row = row_of(orjson.loads(line))
+        row = parse_row(line)
         if row["id"] not in self.rows:
             self.rows[row["id"]] = row
             self._in_order.append(row)
@@ -223,162 +228,12 @@ class Journal:
                 self.retracted.add(row["retracts"])
 
 
-# --- known ids: Which ids a journal has: so that storing a judgment again, however late and from whichever proc
-
-
-_LENGTH_BITS = 32  # of a place: the line's length; above them where it begins
-_START = b'{"id":"'  # of a line as this program writes it
-
-
-class KnownIds:
-    """The ids of a journal and where their lines begin. About 200 bytes an id; a refresh reads what is new."""
-
-    def __init__(self) -> None:
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self._lines = GrowingLines()
-        self._places: dict[bytes, int] = {}
-
-    def refresh(self, file: int) -> None:
-        """Read on in the journal, open and under its lock."""
-        if not self._lines.continues_in(file):
-            self._start_over()
-            self._lines.continues_in(file)
-        for whole in self._lines.read(file):
-            line = whole.removeprefix(BOM) if self._lines.count == 0 else whole
-            end = line.find(b'"', len(_START))
-            found = line[len(_START) : end] if line.startswith(_START) else b"\\"
-            if b"\\" in found:  # written by somebody else, or an id that JSON escapes
-                found = _parsed_id(line)
-            if found:
-                self._places.setdefault(found, self._lines.offset << _LENGTH_BITS | len(whole))
-
-    def has(self, file: int, judgment_id: str) -> bool:
-        """Whether the journal has a row of this id: its line is read again, since a line that is no row counts for nothing."""
-        place = self._places.get(judgment_id.encode())
-        if place is None:
-            return False
-        line = os.pread(file, place & (1 << _LENGTH_BITS) - 1, place >> _LENGTH_BITS)
-        try:
-            return bool(row_of(orjson.loads(line.removeprefix(BOM)))["id"] == judgment_id)
-        except ValueError:
-            return False
-
-
-_of_path: dict[Path, KnownIds] = {}
-
-
-def known_ids(path: Path, file: int) -> KnownIds:
-    """Those of the journal at `path`, open and under its lock. A process reads a journal once, then only what is new in it."""
-    known = _of_path.setdefault(path, KnownIds())
-    known.refresh(file)
-    return known
-
-
-def _parsed_id(line: bytes) -> bytes:
-    try:
-        value = orjson.loads(line)
-    except ValueError:
-        return b""
-    found = value.get("id") if isinstance(value, dict) else None
-    return found.encode("utf-8", "replace") if isinstance(found, str) else b""
-
-
-# --- torn: A last line that a power loss or a kill left torn: set aside before the next append, in prefere
-
-
-_BLOCK = 4096  # read at first: most lines are shorter
-
-
-def repair(file: int, path: Path) -> bool:
-    """Mend the last line of an open journal, under its lock; True if there was something to mend.
-
-    A whole row gets its line end; a torn one is cut off. A line that has its end and is no JSON was torn as well: the file's
-    length can reach the disk before its middle does. Raises OSError; what is begun then is done by the next repair.
-    """
-    size = os.fstat(file).st_size
-    line = last_line(file, size)
-    ended = line.endswith(b"\n")
-    whole = _is_json(line)
-    if size == 0 or (ended and (whole or line.isspace())):
-        return False
-    _set_aside(path, size - len(line), line, kept=whole)
-    if whole:
-        os.write(file, b"\n")
-    else:
-        os.ftruncate(file, size - len(line))
-    os.fsync(file)
-    return True
-
-
-def last_line(file: int, size: int) -> bytes:
-    """The last line of an open file of that size, with its end if it has one."""
-    start, tail = size, b""
-    while start > 0 and b"\n" not in tail[:-1]:
-        step = min(_BLOCK if not tail else len(tail), start)  # doubling: a long line costs no more than a few reads
-        start -= step
-        tail = os.pread(file, step, start) + tail
-    return tail[tail.rfind(b"\n", 0, max(0, len(tail) - 1)) + 1 :]
-
-
-def torn_file(path: Path) -> Path:
-    """Where the torn lines of a journal are set aside."""
-    return path.with_name(path.name + ".torn")
-
-
-def repaired_lines(workspace: Workspace) -> int:
-    """How many torn lines were repaired so far."""
-    return len(_notes(torn_file(workspace.preferences)))
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the file system can."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some file systems can't; what is in the files is synced by itself
-        pass
-    finally:
-        os.close(handle)
-
-
-def _set_aside(path: Path, offset: int, line: bytes, *, kept: bool) -> None:
-    aside = torn_file(path)
-    text = line.decode("utf-8", "replace")
-    last = _notes(aside)[-1:]
-    if last and (last[0].get("offset"), last[0].get("text")) == (offset, text):
-        return  # a repair that was killed before it was done
-    note = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "kept": kept, "offset": offset, "text": text}
-    with aside.open("ab") as record:
-        # The line end before it parts it from a note that was itself torn.
-        record.write(b"\n" * (record.tell() > 0) + orjson.dumps(note) + b"\n")
-        record.flush()
-        os.fsync(record.fileno())
-    sync_folder(path.parent)
-
-
-def _notes(aside: Path) -> list[dict[str, Any]]:
-    lines = aside.read_bytes().split(b"\n") if aside.is_file() else []
-    return [orjson.loads(line) for line in lines if _is_json(line)]
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        return isinstance(orjson.loads(line), dict)
-    except ValueError:
-        return False
-
-
-# --- journal: The journal of judgments, WORKSPACE/preferences.jsonl: append-only, one JSON object a line, not
-
-
-LOCK_SECONDS = 10.0
+# Appending
 
 
 @dataclass(frozen=True)
 class Appended:
-    """What an append did: rows written, rows that were there already, and whether a torn line was repaired before."""
+    """The result of an append: rows written, rows that were there already, and whether a truncated line was repaired first."""
 
     written: int
     known: int
@@ -386,43 +241,38 @@ class Appended:
 
 
 def new_judgment(prompt: str, chosen: str, rejected: str, **columns: Any) -> Judgment:
-    """A judgment with a new id, of now. Texts that can't be stored are a DatasetError."""
+    """Build a judgment with a new id and the current time. Texts that can't be stored are a DatasetError."""
     for column, text in zip(TEXTS, (prompt, chosen, rejected), strict=True):
         check_text(text, column, "This pair")
-    return Judgment(uuid.uuid4().hex, _now(), pair_id_of(prompt, chosen, rejected), prompt, chosen, rejected, **columns)
+    return Judgment(uuid.uuid4().hex, now(), pair_id_of(prompt, chosen, rejected), prompt, chosen, rejected, **columns)
 
 
 def append(workspace: Workspace, judgment: Judgment) -> Appended:
-    """Store one judgment; storing it again (same id, a second try) is the same as once.
+    """Store one judgment. Storing it again (the same id, in a second try) changes nothing.
 
-    Raises WorkspaceError where the disk is full, the folder can't be written or the lock can't be had within LOCK_SECONDS:
-    then nothing of it is in the journal, and the call may be repeated. A judgment that can't be stored is a DatasetError.
-    A process's first append reads the journal's ids (0.1 s of 100,000 rows), the others what is new.
+    Raises WorkspaceError if the disk is full, the folder is read-only, or the lock is held for longer than LOCK_SECONDS; then
+    nothing is stored, and the call may be repeated. A judgment that can't be stored is a DatasetError.
     """
-    line = _line(judgment)
-    with _opened(workspace.preferences) as (file, repaired):
-        if known_ids(workspace.preferences, file).has(file, judgment.id):
-            return Appended(0, 1, repaired)
-        _write(file, line)
-    return Appended(1, 0, repaired)
+    return append_all(workspace, [judgment])
 
 
 def append_all(workspace: Workspace, judgments: Iterable[Judgment]) -> Appended:
-    """Store many in one go: all of them, or none where it fails. Ids that the journal has are left out. Raises as `append`."""
-    new: dict[str, bytes] = {}
+    """Store judgments, all or (on an error) none; those already in the journal are skipped. Raises as `append` does."""
+    lines: dict[str, bytes] = {}
     count = 0
-    for count, judgment in enumerate(judgments, start=1):  # noqa: B007 (counted, also those that are left out)
-        if judgment.id not in new:
-            new[judgment.id] = _line(judgment)
+    for judgment in judgments:
+        count += 1
+        if judgment.id not in lines:
+            lines[judgment.id] = _line(judgment)
     with _opened(workspace.preferences) as (file, repaired):
-        known = known_ids(workspace.preferences, file)
-        new = {judgment_id: line for judgment_id, line in new.items() if not known.has(file, judgment_id)}
-        _write(file, b"".join(new.values()))
+        known = _known_ids(workspace.preferences, file)
+        new = [line for judgment_id, line in lines.items() if not known.contains(file, judgment_id)]
+        _write(file, b"".join(new))  # synced even if nothing is new: the process that wrote it may have been killed before
     return Appended(len(new), count - len(new), repaired)
 
 
-def mend(workspace: Workspace) -> bool:
-    """Repair a torn last line now, where there is one: until then nobody else can read the file as JSON lines. True if so."""
+def repair(workspace: Workspace) -> bool:
+    """Repair a truncated last line now, so that other programs can read the file as JSON lines. True if there was one."""
     if not workspace.preferences.exists():
         return False
     with _opened(workspace.preferences) as (_file, repaired):
@@ -430,33 +280,49 @@ def mend(workspace: Workspace) -> bool:
 
 
 def retract(workspace: Workspace, judgment_id: str, annotator: str = "") -> Judgment:
-    """Take back any judgment by its id. Doing so twice is the same as once. Refused on a public Space (see `undo`)."""
+    """Withdraw any judgment by its id; doing so twice changes nothing. Refused on a public Space (see `undo`)."""
     refuse_on_public_space("Withdrawing by id")
-    journal = Journal(workspace.preferences).refresh()
-    row = journal.rows.get(judgment_id)
+    rows = Journal(workspace.preferences).refresh().rows
+    row = rows.get(judgment_id)
     if row is None or row["verdict"] == "retracted":
         raise DatasetError(f"No judgment {judgment_id!r} in {workspace.preferences}: `dataset export` lists the ids")
-    known = next((r for r in journal.rows.values() if r["verdict"] == "retracted" and r["retracts"] == judgment_id), None)
+    known = next((r for r in rows.values() if r["verdict"] == "retracted" and r["retracts"] == judgment_id), None)
     if known is not None:
         return Judgment(**known | {"meta": JudgmentMeta(**known["meta"])})
     return undo(workspace, judgment_id, row["pair_id"], annotator or row["annotator"], row["source"])
 
 
 def undo(workspace: Workspace, judgment_id: str, pair_id: str, annotator: str, source: str = "label") -> Judgment:
-    """Take back a judgment that the caller made: appends a row that says so."""
-    # The id follows from what it takes back, so that a second try is known.
-    judgment = Judgment(f"retracts-{judgment_id}", _now(), pair_id, "", "", "", verdict="retracted", retracts=judgment_id)
+    """Withdraw a judgment that the caller made, by appending a row that says so."""
+    # The id is derived from the judgment's, so that a second try is recognized.
+    judgment = Judgment(f"retracts-{judgment_id}", now(), pair_id, "", "", "", verdict="retracted", retracts=judgment_id)
     judgment = replace(judgment, annotator=annotator, source=source)
     append(workspace, judgment)
     return judgment
 
 
-def _now() -> str:
+def now() -> str:
+    """The current time as it is stored: UTC, ISO 8601, with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _as_stored(created_at: str) -> str:
-    """A time with its milliseconds, always: pyarrow takes a column of times without fractions for timestamps, not for text."""
+def _line(judgment: Judgment) -> bytes:
+    """The judgment's line: every column, each of its one type, whatever the caller passed."""
+    try:
+        meta = vars(judgment.meta) | {"seconds": float(judgment.meta.seconds), "seed": int(judgment.meta.seed)}
+        row = row_of(vars(judgment) | {"meta": dict(meta)})
+        row["created_at"] = _with_milliseconds(row["created_at"])
+        if row["meta"] != meta:
+            raise ValueError("meta holds a value of a wrong type")
+        if not math.isfinite(meta["seconds"]):  # JSON has no such number: it would be stored as null
+            raise ValueError(f"meta.seconds must be a number, got {meta['seconds']}")
+        return orjson.dumps(row) + b"\n"
+    except (TypeError, ValueError) as exc:  # orjson raises TypeErrors: half a surrogate pair, a number past 64 bits
+        raise DatasetError(f"Judgment {judgment.id!r} can't be stored: {exc}; fix it, then try again") from exc
+
+
+def _with_milliseconds(created_at: str) -> str:
+    """A time with milliseconds, always: pyarrow takes a column of times without fractions for timestamps, not for text."""
     try:
         time = datetime.fromisoformat(created_at)
     except ValueError:
@@ -464,32 +330,17 @@ def _as_stored(created_at: str) -> str:
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC).isoformat(timespec="milliseconds")
 
 
-def _line(judgment: Judgment) -> bytes:
-    """The judgment's line: every column, each of its one type, whatever the caller had."""
-    try:
-        meta = vars(judgment.meta) | {"seconds": float(judgment.meta.seconds), "seed": int(judgment.meta.seed)}
-        row = row_of(vars(judgment) | {"meta": dict(meta)})
-        row["created_at"] = _as_stored(row["created_at"])
-        if row["meta"] != meta:
-            raise ValueError("meta holds a value of a wrong type")
-        if not math.isfinite(meta["seconds"]):  # JSON has no such number: it would be stored as null
-            raise ValueError(f"meta.seconds must be a number, got {meta['seconds']}")
-        return orjson.dumps(row) + b"\n"
-    except (TypeError, ValueError) as exc:  # orjson's error is a TypeError: half a surrogate pair, a number past 64 bits
-        raise DatasetError(f"Judgment {judgment.id!r} can't be stored: {exc}; mend it, then try again") from exc
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, bool]]:
-    """The journal under its lock, its last line whole; and whether that had to be repaired. An OSError is a WorkspaceError."""
+    """Open the journal under its lock, with its last line whole; yield the file and whether it had to be repaired."""
     try:
         with locked(path, LOCK_SECONDS):
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             try:
-                if os.fstat(file).st_size == 0:  # not "was it there?": whoever made it may have been killed before this
-                    sync_folder(path.parent)
-                    sync_folder(path.parent.parent)
-                yield file, repair(file, path)
+                if os.fstat(file).st_size == 0:  # not "was it there?": its creator may have been killed before this
+                    _sync_folder(path.parent)
+                    _sync_folder(path.parent.parent)
+                yield file, _repair_last_line(file, path)
             finally:
                 os.close(file)
     except OSError as exc:
@@ -499,7 +350,7 @@ def _opened(path: Path) -> Iterator[tuple[int, bool]]:
 
 
 def _write(file: int, data: bytes) -> None:
-    """All of it on the disk, or nothing of it in the file and an OSError."""
+    """Bring all of the data to the disk, or leave nothing of it in the file and raise OSError."""
     size = os.fstat(file).st_size
     try:
         written = 0
@@ -511,3 +362,135 @@ def _write(file: int, data: bytes) -> None:
             os.ftruncate(file, size)
             os.fsync(file)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk; some file systems can't, and sync files alone."""
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):
+        os.fsync(handle)
+    os.close(handle)
+
+
+# Known ids: a process reads the journal's ids once, then only what is new, so that a repeated append is recognized
+
+_LENGTH_BITS = 32  # of a position: the line's length; above them its offset
+_LINE_START = b'{"id":"'  # of a line written here
+
+
+class _KnownIds:
+    """The ids of a journal and the positions of their lines: about 200 bytes per id."""
+
+    def __init__(self) -> None:
+        self._lines = GrowingLines()
+        self._positions: dict[bytes, int] = {}
+
+    def refresh(self, file: int) -> None:
+        """Read on in the journal, which is open and locked."""
+        if not self._lines.continues_in(file):
+            self._lines, self._positions = GrowingLines(), {}
+            self._lines.continues_in(file)
+        for line in self._lines.read(file):
+            end = line.find(b'"', len(_LINE_START))
+            judgment_id = line[len(_LINE_START) : end] if line.startswith(_LINE_START) else b"\\"
+            if b"\\" in judgment_id:  # written by another program, or an id that JSON escapes
+                judgment_id = _parsed_id(line)
+            if judgment_id:
+                self._positions[judgment_id] = self._lines.offset << _LENGTH_BITS | len(line)
+
+    def contains(self, file: int, judgment_id: str) -> bool:
+        """Whether the journal has a row of this id. The line is read again, since a line that is not a row does not count."""
+        position = self._positions.get(judgment_id.encode())
+        if position is None:
+            return False
+        line = os.pread(file, position & (1 << _LENGTH_BITS) - 1, position >> _LENGTH_BITS)
+        try:
+            return bool(parse_row(line)["id"] == judgment_id)
+        except ValueError:
+            return False
+
+
+_known: dict[Path, _KnownIds] = {}
+
+
+def _known_ids(path: Path, file: int) -> _KnownIds:
+    known = _known.setdefault(path, _KnownIds())
+    known.refresh(file)
+    return known
+
+
+def _parsed_id(line: bytes) -> bytes:
+    try:
+        return str(parse_row(line)["id"]).encode("utf-8", "replace")
+    except ValueError:
+        return b""
+
+
+# Truncated lines
+
+
+def truncated_file(path: Path) -> Path:
+    """Where the truncated lines of a journal are set aside."""
+    return path.with_name(path.name + ".torn")
+
+
+def repaired_lines(workspace: Workspace) -> int:
+    """How many truncated lines were repaired so far."""
+    return len(_repairs(truncated_file(workspace.preferences)))
+
+
+def _repair_last_line(file: int, path: Path) -> bool:
+    """Repair the last line of an open, locked journal; True if that was necessary. An interrupted repair is done by the next.
+
+    A whole row gets its line end; a truncated one is cut off. So is a line that has a line end but is not JSON: a file's length
+    can reach the disk before its content does.
+    """
+    size = os.fstat(file).st_size
+    line = _last_line(file, size)
+    whole = _is_json_object(line)
+    if size == 0 or (line.endswith(b"\n") and (whole or line.isspace())):
+        return False
+    _record_repair(path, size - len(line), line, kept=whole)
+    if whole:
+        os.write(file, b"\n")
+    else:
+        os.ftruncate(file, size - len(line))
+    os.fsync(file)
+    return True
+
+
+def _last_line(file: int, size: int) -> bytes:
+    """The last line of an open file of that size, with its line end if it has one."""
+    start, tail = size, b""
+    while start > 0 and b"\n" not in tail[:-1]:
+        step = min(len(tail) or _LINE_BLOCK_BYTES, start)  # doubling: a long line takes only a few reads
+        start -= step
+        tail = os.pread(file, step, start) + tail
+    return tail[tail.rfind(b"\n", 0, max(0, len(tail) - 1)) + 1 :]
+
+
+def _record_repair(path: Path, offset: int, line: bytes, *, kept: bool) -> None:
+    record = truncated_file(path)
+    text = line.decode("utf-8", "replace")
+    last = _repairs(record)[-1:]
+    if last and (last[0].get("offset"), last[0].get("text")) == (offset, text):
+        return  # recorded by a repair that was killed before it was done
+    entry = {"at": now(), "kept": kept, "offset": offset, "text": text}
+    with record.open("ab") as file:
+        # The line end in front separates it from an entry that was itself truncated.
+        file.write(b"\n" * (file.tell() > 0) + orjson.dumps(entry) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+def _repairs(record: Path) -> list[dict[str, Any]]:
+    lines = record.read_bytes().split(b"\n") if record.is_file() else []
+    return [orjson.loads(line) for line in lines if _is_json_object(line)]
+
+
+def _is_json_object(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except ValueError:
+        return False

@@ -1,4 +1,4 @@
-"""A preference pair: what a row must be, and one row a pair."""
+"""A preference pair: its checks, its id, and one row per pair by majority."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from biasdpo.errors import DatasetError
 
 TEXTS = ("prompt", "chosen", "rejected")
-MAX_CHARACTERS = 100_000  # of one text: longer than any model's context that this is made for
+MAX_CHARACTERS = 100_000  # of one text: longer than the context of any supported model
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,30 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class Derived:
-    """What is left for training, and what was left out. `repeats`: rows that say again what another row says."""
+    """One row per pair.
+
+    repeats         rows about a pair that another row is about, too
+    contradictions  pairs left out, since they were chosen as often one way as the other
+    """
 
     pairs: tuple[PreferencePair, ...]
     repeats: int
-    contradictions: int  # pairs chosen as often one way as the other
+    contradictions: int
 
 
 def pair_id_of(prompt: str, one: str, other: str) -> str:
-    """The same two completions to the same prompt are the same pair, whichever was chosen. 16 hex digits."""
+    """An id of 16 hex digits: the same two completions to the same prompt are the same pair, whichever was chosen."""
     texts = [prompt, *sorted((one, other))]
     return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def judged_pair_id(row: Mapping[str, Any]) -> str:
-    """The pair id of a journal's row as it was judged, edits included."""
+    """The pair id of a journal row as it was judged, edits included."""
     return row["pair_id"] or pair_id_of(row["prompt"], row["chosen"], row["rejected"])
 
 
 def shown_pair_id(row: Mapping[str, Any]) -> str:
-    """The pair id of what a journal's row judged: the two completions as they were shown, before any edit."""
+    """The pair id of the two completions of a journal row as they were shown, before any edit."""
     chosen, rejected = row["original_chosen"], row["original_rejected"]
     if not chosen and not rejected:
         return judged_pair_id(row)
@@ -58,16 +62,18 @@ def shown_pair_id(row: Mapping[str, Any]) -> str:
 
 
 def pair_of_row(row: Any, where: str) -> PreferencePair:
-    """Check one row; `where` (file and line) begins the error."""
+    """Check one row and return its pair; `where` (file and line) begins the error."""
     if not isinstance(row, dict):
-        raise DatasetError(f"{where}: expected an object with prompt, chosen, rejected, got {type(row).__name__}; mend the row")
+        raise DatasetError(f"{where}: expected an object with prompt, chosen, rejected, got {type(row).__name__}; fix the row")
     texts = []
     for column in TEXTS:
         if column not in row:
-            raise DatasetError(f"{where}: no column {column!r}, got {', '.join(map(str, row)) or 'none'}; add it or drop the row")
+            raise DatasetError(
+                f"{where}: no column {column!r}, got {', '.join(map(str, row)) or 'none'}; add it, or drop the row"
+            )
         value = row[column]
         if not isinstance(value, str):
-            raise DatasetError(f"{where}: {column} must be a string, got {type(value).__name__}; mend or drop the row")
+            raise DatasetError(f"{where}: {column} must be a string, got {type(value).__name__}; fix or drop the row")
         check_text(value, column, where)
         texts.append(value)
     prompt, chosen, rejected = texts
@@ -78,14 +84,14 @@ def pair_of_row(row: Any, where: str) -> PreferencePair:
 
 
 def check_text(value: str, column: str, where: str) -> None:
-    """Raise DatasetError where a text can't be stored or trained on; `where` (file and line) begins the error."""
+    """Raise DatasetError if a text can't be stored or trained on; `where` (file and line) begins the error."""
     fault = text_fault(value, column)
     if fault:
-        raise DatasetError(f"{where}: {fault}; mend or drop the row")
+        raise DatasetError(f"{where}: {fault}; fix or drop the row")
 
 
 def text_fault(value: str, column: str) -> str:
-    """Why a text can't be stored or trained on: empty, endless, a NUL, half of a surrogate pair; "" where it can."""
+    """Return why a text can't be stored or trained on (empty, too long, NUL, half a surrogate pair), or ""."""
     if not value.strip():
         return f"{column} is empty"
     if len(value) > MAX_CHARACTERS:
@@ -100,7 +106,7 @@ def text_fault(value: str, column: str) -> str:
 
 
 def derive(rows: Sequence[PreferencePair]) -> Derived:
-    """One row a pair id. Rows in conflict are decided by majority; an even split is left out and counted."""
+    """Reduce to one row per pair id, by majority; pairs that are evenly split are left out and counted."""
     votes: dict[str, Counter[str]] = {}
     first: dict[tuple[str, str], PreferencePair] = {}
     for row in rows:
@@ -118,7 +124,7 @@ def derive(rows: Sequence[PreferencePair]) -> Derived:
 
 
 def longer_baseline(rows: Sequence[PreferencePair]) -> float | None:
-    """The accuracy of "pick the longer completion", in characters; a tie counts half. None without rows."""
+    """The accuracy of picking the longer completion, in characters; a tie counts half. None without rows."""
     if not rows:
         return None
     points = (1.0 if len(r.chosen) > len(r.rejected) else 0.5 if len(r.chosen) == len(r.rejected) else 0.0 for r in rows)

@@ -1,33 +1,36 @@
-"""Train and held out: near-duplicate prompts never straddle, and rows that are added later move none."""
+"""What a run trains on: sources, mixed into one row per pair, split by prompt, and stored in the run's folder.
+
+`resolve` reads the data once; `RunData.write` stores dataset.jsonl and split.json; everything after that uses `read_snapshot`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from biasdpo.data.health import NearDuplicates, normalise_prompt
-from biasdpo.data.importing import convert_source
+from biasdpo.config import TrainConfig
+from biasdpo.data.health import Confounds, NearDuplicates, measure, normalize
+from biasdpo.data.importing import HUB, convert_source
 from biasdpo.data.journal import Journal
-from biasdpo.data.pairs import Derived, PreferencePair, derive, pair_of_row
-from biasdpo.errors import DatasetError
-from biasdpo.workspace import Workspace, replacing, sha256_of
+from biasdpo.data.pairs import Derived, PreferencePair, derive, longer_baseline, pair_of_row
+from biasdpo.errors import ConfigError, DatasetError
+from biasdpo.models import AdapterSpec
+from biasdpo.workspace import ASSETS, Workspace, read_json, replacing, sha256_of, write_json
 
-# --- sources: Where pairs come from: a file, `hub:OWNER/NAME`, or `workspace` (the journal)
-
+# Sources: a file, `hub:OWNER/NAME`, or `workspace` (the journal)
 
 WORKSPACE = "workspace"
 
 
 def load(sources: Iterable[str], workspace: Workspace) -> list[PreferencePair]:
-    """The rows of all sources in their order. A source: a file that `dataset import` takes (JSONL, JSON, CSV, Parquet; strings
-    or chat messages), `hub:OWNER/NAME`, or `workspace` (the journal)."""
+    """Load the rows of all sources in order: files that `dataset import` reads, `hub:OWNER/NAME`, or `workspace`."""
     rows: list[PreferencePair] = []
     for source in sources:
         rows += load_journal(workspace) if source == WORKSPACE else load_file(source)
@@ -35,27 +38,25 @@ def load(sources: Iterable[str], workspace: Workspace) -> list[PreferencePair]:
 
 
 def load_file(source: str | Path) -> list[PreferencePair]:
-    """Rows of a file or of `hub:OWNER/NAME`, all of them: unlike in an import, the first bad row is a DatasetError with file,
-    line and reason, since nobody would see what a run leaves out."""
+    """Load all rows of a file or of `hub:OWNER/NAME`.
+
+    Unlike in an import, the first bad row is a DatasetError with file, line and reason: nobody would see what a run leaves out.
+    """
     converted = convert_source(source)
     if converted.bad:
         first = converted.bad[0]
-        raise DatasetError(f"{source}:{first.line}: {first.reason}; mend or drop the row")
-    kept = (row for row in converted.judgments if not row.repeat_of)
-    return [PreferencePair(row.prompt, row.chosen, row.rejected, row.category) for row in kept]
-
-
-load_jsonl = load_file  # its name where the file is a run's snapshot
+        raise DatasetError(f"{source}:{first.line}: {first.reason}; fix or drop the row")
+    return [PreferencePair(j.prompt, j.chosen, j.rejected, j.category) for j in converted.judgments if not j.repeat_of]
 
 
 def load_journal(workspace: Workspace) -> list[PreferencePair]:
-    """The journal's rows that are judged `preferred`, not retracted, and no hidden repeats. A bad line is a DatasetError."""
-    journal = opened_journal(workspace)
+    """Load the journal's trainable rows. A bad line is a DatasetError."""
+    journal = open_journal(workspace)
     return [pair_of_row(row, f"{journal.path}, judgment {row['id']}") for row in trainable(journal)]
 
 
-def opened_journal(workspace: Workspace) -> Journal:
-    """The workspace's journal, read. One that is missing, or has a bad line, is a DatasetError."""
+def open_journal(workspace: Workspace) -> Journal:
+    """Read the workspace's journal. If it is missing, or has a bad line, that is a DatasetError."""
     path = workspace.preferences
     if not path.is_file():
         raise DatasetError(
@@ -65,25 +66,25 @@ def opened_journal(workspace: Workspace) -> Journal:
     journal = Journal(path).refresh()
     if journal.bad_lines:
         first = journal.bad_lines[0]
-        raise DatasetError(f"{path}:{first.line}: {first.reason}; mend or drop the line (`dataset validate` lists all such)")
+        raise DatasetError(f"{path}:{first.line}: {first.reason}; fix or drop the line (`dataset validate` lists all bad lines)")
     return journal
 
 
 def trainable(journal: Journal) -> list[dict[str, Any]]:
-    """The journal's rows that a run may use: `preferred`, not retracted, no hidden repeats."""
+    """The journal's rows that a run may use: `preferred`, not retracted, and not hidden repeats."""
     return [row for row in journal.standing() if row["verdict"] == "preferred" and not row["repeat_of"]]
 
 
-# --- mixture: Pairs of several sources, each with a weight: how often an epoch sees its training pairs
+# Mixing: one row per pair, each with a weight: how often an epoch contains it
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """One row a pair, whatever number of sources holds it, with the largest weight among those.
+    """One row per pair, however many sources contain it, with the largest weight among them.
 
     derived     the pairs, and what was left out
-    weights     one a pair of `derived`
-    per_source  rows read of each source, in their order
+    weights     one for each pair of `derived`
+    per_source  (source, rows read), in order
     """
 
     derived: Derived
@@ -96,7 +97,7 @@ class Mixed:
 
 
 def mix(sources: Sequence[str], weights: Sequence[float], workspace: Workspace) -> Mixed:
-    """Read all sources. `weights`: one a source, or none for 1 each. Raises DatasetError as `load` does."""
+    """Read all sources. `weights`: one per source, or none for 1 each. Raises DatasetError as `load` does."""
     rows: list[PreferencePair] = []
     largest: dict[str, float] = {}
     per_source = []
@@ -111,76 +112,307 @@ def mix(sources: Sequence[str], weights: Sequence[float], workspace: Workspace) 
 
 
 def weighted(pairs: Sequence[PreferencePair], weights: Sequence[float], seed: int) -> list[PreferencePair]:
-    """The rows of an epoch: a pair of weight 2 twice, of pairs of weight 0.5 a half, of weight 1.5 all and a half again.
+    """The rows of an epoch: a pair of weight 2 twice, half of the pairs of weight 0.5, a pair of weight 1.5 once or twice.
 
-    Which half is drawn by seed and pair id, for all epochs: the order of the pairs, and other pairs, change nothing but the
-    last one drawn. With weights of 1 these are `pairs`.
+    Which pairs a fraction selects depends on the seed and the pair's id alone, the same in each epoch and for any order.
     """
-    whole = [math.floor(weight) for weight in weights]
-    part = [weight - count for weight, count in zip(weights, whole, strict=True)]
-    for share in sorted(set(part) - {0.0}):
-        drawn = sorted((_lot(pairs[i], seed), i) for i in range(len(pairs)) if part[i] == share)
-        for _, i in drawn[: round(share * len(drawn))]:
-            whole[i] += 1
-    return [pair for pair, count in zip(pairs, whole, strict=True) for _ in range(count)]
+    counts = [math.floor(weight) for weight in weights]
+    fractions = [weight - count for weight, count in zip(weights, counts, strict=True)]
+    for fraction in sorted(set(fractions) - {0.0}):
+        drawn = sorted((_draw(pairs[i], seed), i) for i in range(len(pairs)) if fractions[i] == fraction)
+        for _, i in drawn[: round(fraction * len(drawn))]:
+            counts[i] += 1
+    return [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
 
 
-def _lot(pair: PreferencePair, seed: int) -> bytes:
+def _draw(pair: PreferencePair, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}-{pair.pair_id}".encode()).digest()
 
 
-def load_snapshot(path: Path) -> tuple[list[PreferencePair], dict[str, float]]:
-    """A run's snapshot: its pairs, and the weights by pair id (1 each where the snapshot names none)."""
-    pairs = load_jsonl(path)
-    with path.open("rb") as file:
-        named = {row["pair_id"]: float(row["weight"]) for row in map(orjson.loads, file) if "weight" in row}
-    return pairs, {pair.pair_id: named.get(pair.pair_id, 1.0) for pair in pairs}
-
-
-# --- splits: Train and held out: near-duplicate prompts never straddle, and rows that are added later move n
+# Splitting: near-duplicate prompts are never on both sides, and rows added later move none
 
 
 @dataclass(frozen=True)
 class Split:
-    """`bridging`: rows whose prompt is a near-duplicate of prompts on both sides; they are on neither."""
+    """`dropped`: pairs on neither side, since their prompt is a near-duplicate of prompts on both."""
 
     train: tuple[PreferencePair, ...]
     held_out: tuple[PreferencePair, ...]
-    bridging: tuple[PreferencePair, ...] = ()
-
-
-def is_held_out(prompt: str, held_out_share: float) -> bool:
-    """Whether a prompt without near-duplicates is held out: a hash of it decides."""
-    digest = hashlib.sha256(normalise_prompt(prompt).encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[:8], "big") < held_out_share * 2**64
+    dropped: tuple[PreferencePair, ...] = ()
 
 
 def split(rows: Sequence[PreferencePair], held_out_share: float = 0.1) -> Split:
-    """By prompt, in the order of the rows: a prompt goes where its earlier near-duplicates went, else where its hash says.
+    """Split by prompt: in the order of the rows, a prompt follows its earlier near-duplicates, or else its hash.
 
-    So rows that are appended change nothing for those before them. The share is met on average, not exactly.
+    So rows appended later change nothing for those before them. The share is met on average, not exactly.
     """
-    sides: list[bool | None] = []  # by prompt number: held out; None bridges
-    places: tuple[list[PreferencePair], list[PreferencePair], list[PreferencePair]] = ([], [], [])
-    for row, (number, near) in zip(rows, NearDuplicates().add_all([row.prompt for row in rows]), strict=True):
+    sides: list[bool | None] = []  # by prompt number: held out; None is dropped
+    parts: tuple[list[PreferencePair], list[PreferencePair], list[PreferencePair]] = ([], [], [])
+    index = NearDuplicates()
+    for row in rows:
+        number, near = index.add(row.prompt)
         if number == len(sides):
-            taken = {sides[other] for other in near} - {None}
-            sides.append(is_held_out(row.prompt, held_out_share) if not taken else taken.pop() if len(taken) == 1 else None)
+            near_sides = {sides[other] for other in near} - {None}
+            hashed = not near_sides and is_held_out(row.prompt, held_out_share)
+            sides.append(None if len(near_sides) > 1 else near_sides.pop() if near_sides else hashed)
         side = sides[number]
-        places[2 if side is None else int(side)].append(row)
-    return Split(*map(tuple, places))
+        parts[2 if side is None else int(side)].append(row)
+    return Split(*map(tuple, parts))
 
 
-def snapshot(rows: Sequence[PreferencePair], path: Path, weights: Sequence[float] = ()) -> str:
-    """Write rows as canonical JSONL (fixed columns, sorted keys, UTF-8); return its SHA-256.
+def is_held_out(prompt: str, held_out_share: float) -> bool:
+    """Whether a prompt without near-duplicates is held out: its hash decides."""
+    digest = hashlib.sha256(normalize(prompt).encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") < held_out_share * 2**64
 
-    Weights, one a row, make a column `weight` where one of them is not 1.
+
+# A run's data, resolved once
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A summary of a run's data.
+
+    pairs_train     distinct pairs to train on
+    rows_per_epoch  rows in an epoch: each training pair as often as its weight says
+    pairs_held_out  pairs kept from training
+    rows_read       rows of all sources; `repeats` of them repeat another row, and `contradictions` pairs were chosen as often one
+                    way as the other and are left out
+    dropped         pairs left out to prevent leakage between the two sides of the split
+    per_source      (source, rows read)
+    confounds       of the rows of an epoch
     """
-    columns: list[dict[str, float]] = (
-        [{}] * len(rows) if all(weight == 1 for weight in weights) else [{"weight": float(weight)} for weight in weights]
-    )
+
+    pairs_train: int
+    rows_per_epoch: int
+    pairs_held_out: int
+    rows_read: int
+    repeats: int
+    contradictions: int
+    dropped: int
+    per_source: tuple[tuple[str, int], ...]
+    confounds: Confounds
+    train_longer_baseline: float | None
+    held_out_longer_baseline: float | None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run's pairs. `epoch`: the training rows of one epoch."""
+
+    mixed: Mixed
+    split: Split
+    epoch: tuple[PreferencePair, ...]
+    held_out_share: float
+
+    def write(self, folder: Path) -> str:
+        """Write dataset.jsonl and split.json into a run's folder; return the SHA-256 of dataset.jsonl."""
+        sha256 = write_dataset(self.mixed.derived.pairs, folder / DATASET, self.mixed.weights)
+        _write_split(folder, self.split, self.held_out_share, sha256)
+        return sha256
+
+    def mixture(self) -> Mixture:
+        derived = self.mixed.derived
+        return Mixture(
+            pairs_train=len(self.split.train),
+            rows_per_epoch=len(self.epoch),
+            pairs_held_out=len(self.split.held_out),
+            rows_read=self.mixed.rows_read,
+            repeats=derived.repeats,
+            contradictions=derived.contradictions,
+            dropped=len(self.split.dropped),
+            per_source=self.mixed.per_source,
+            confounds=replace(measure(self.epoch), exact_duplicates=0),  # a pair repeated by its weight is none
+            train_longer_baseline=longer_baseline(self.epoch),
+            held_out_longer_baseline=longer_baseline(self.split.held_out),
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """What a run's provenance says of its data, besides the hash."""
+        mixture = self.mixture()
+        return {
+            "dataset_files": [public_name(source) for source, _rows in mixture.per_source],
+            "dataset_rows": {
+                "read": mixture.rows_read,
+                "pairs": len(self.mixed.derived.pairs),
+                "repeats": mixture.repeats,
+                "contradictions": mixture.contradictions,
+                "bridging": mixture.dropped,
+                "per_epoch": mixture.rows_per_epoch,
+            },
+            "confounds": asdict(mixture.confounds) | {"annotators": []},  # pseudonyms stay in the workspace
+            "train_longer_baseline": mixture.train_longer_baseline,
+            "held_out_longer_baseline": mixture.held_out_longer_baseline,
+        }
+
+
+def resolve(config: TrainConfig, workspace: Workspace) -> RunData:
+    """Read, mix and split a run's data. Raises ConfigError if none is named, DatasetError if there is nothing to train on."""
+    if not config.datasets:
+        raise ConfigError("No data to train on: name some with --dataset FILE.jsonl, hub:OWNER/NAME or workspace")
+    mixed = mix(config.datasets, config.dataset_weights, workspace)
+    parts = split(mixed.derived.pairs, config.held_out_share)
+    weights = {pair.pair_id: weight for pair, weight in zip(mixed.derived.pairs, mixed.weights, strict=True)}
+    epoch = tuple(weighted(parts.train, [weights[pair.pair_id] for pair in parts.train], config.seed))
+    if not epoch:
+        names = ", ".join(map(public_name, config.datasets))
+        raise DatasetError(
+            f"{names}: no pairs to train on ({mixed.rows_read} rows read, {len(parts.held_out)} held out, "
+            f"{mixed.derived.contradictions} contradict each other); add rows or lower held_out_share"
+        )
+    return RunData(mixed, parts, epoch, config.held_out_share)
+
+
+def public_name(source: str) -> str:
+    """A source without folders of this machine: of a path, the file's name."""
+    return source if source.startswith(HUB) else Path(source).name
+
+
+# A run's data, as stored in its folder
+
+DATASET, SPLIT = "dataset.jsonl", "split.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's stored data. `weights`: by pair id."""
+
+    pairs: tuple[PreferencePair, ...]
+    weights: dict[str, float]
+    split: Split
+    sha256: str
+
+    def epoch(self, seed: int) -> tuple[PreferencePair, ...]:
+        """The training rows of one epoch, in the pairs' order."""
+        return tuple(weighted(self.split.train, [self.weights[pair.pair_id] for pair in self.split.train], seed))
+
+
+def write_dataset(pairs: Sequence[PreferencePair], path: Path, weights: Sequence[float] = ()) -> str:
+    """Write pairs as canonical JSONL (fixed columns, sorted keys, UTF-8); return its SHA-256.
+
+    Weights, one per pair, become a column `weight` unless all are 1.
+    """
+    no_weights: list[dict[str, float]] = [{}] * len(pairs)
+    columns = no_weights if all(weight == 1 for weight in weights) else [{"weight": float(weight)} for weight in weights]
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for row, more in zip(rows, columns, strict=True):
-            values = {"pair_id": row.pair_id, **asdict(row), **more}
-            file.write(json.dumps(values, ensure_ascii=False, sort_keys=True) + "\n")
+        for pair, weight in zip(pairs, columns, strict=True):
+            row = {"pair_id": pair.pair_id, **asdict(pair), **weight}
+            file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
     return sha256_of(path)
+
+
+def _write_split(folder: Path, parts: Split, held_out_share: float, sha256: str) -> None:
+    value = {
+        "format": 1,
+        "held_out": [pair.pair_id for pair in parts.held_out],
+        "dropped": [pair.pair_id for pair in parts.dropped],
+        "held_out_share": held_out_share,
+        "dataset_sha256": sha256,
+    }
+    write_json(folder / SPLIT, value)
+
+
+def read_snapshot(folder: Path, held_out_share: float | None = None) -> Snapshot:
+    """Read a run's dataset.jsonl and split.json. A missing, damaged or changed file is an error.
+
+    Runs of version 0.1 have no split.json: for them the split is derived, as training derived it then, with `held_out_share` or
+    else the share in the run's config.json.
+    """
+    pairs, weights = _read_dataset(folder / DATASET)
+    sha256 = sha256_of(folder / DATASET)
+    if not (folder / SPLIT).exists():
+        share = _configured_share(folder) if held_out_share is None else held_out_share
+        return Snapshot(pairs, weights, split(pairs, share), sha256)
+    try:
+        stored = read_json(folder / SPLIT)
+        recorded, held_out, dropped = stored["dataset_sha256"], set(stored["held_out"]), set(stored["dropped"])
+    except (KeyError, TypeError) as exc:
+        raise DatasetError(f"{folder / SPLIT} is damaged ({exc!r}): restore it from a backup, or start a new run") from exc
+    if recorded != sha256:
+        raise DatasetError(f"{folder / DATASET} was changed after the run was started: start a new run on the data you want")
+    return Snapshot(pairs, weights, _parts(pairs, held_out, dropped), sha256)
+
+
+def write_split(folder: Path) -> bool:
+    """Write the split.json of a run that has none (version 0.1); False if it has one, or no dataset.jsonl."""
+    if (folder / SPLIT).exists() or not (folder / DATASET).is_file():
+        return False
+    snapshot = read_snapshot(folder)
+    _write_split(folder, snapshot.split, _configured_share(folder), snapshot.sha256)
+    return True
+
+
+def _parts(pairs: Sequence[PreferencePair], held_out: Collection[str], dropped: Collection[str]) -> Split:
+    parts: tuple[list[PreferencePair], list[PreferencePair], list[PreferencePair]] = ([], [], [])
+    for pair in pairs:
+        pair_id = pair.pair_id
+        parts[1 if pair_id in held_out else 2 if pair_id in dropped else 0].append(pair)
+    return Split(*map(tuple, parts))
+
+
+def _read_dataset(path: Path) -> tuple[tuple[PreferencePair, ...], dict[str, float]]:
+    pairs, weights = [], {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as exc:
+        raise DatasetError(f"Can't read {path}: {exc.strerror or exc}; restore it from a backup, or start a new run") from exc
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = orjson.loads(line)
+            pair = pair_of_row(row, f"{path}:{number}")
+            weights[pair.pair_id] = float(row.get("weight", 1.0))
+        except (ValueError, TypeError) as exc:
+            raise DatasetError(f"{path}:{number}: {exc}; restore it from a backup, or start a new run") from exc
+        pairs.append(pair)
+    return tuple(pairs), weights
+
+
+def _configured_share(folder: Path) -> float:
+    config = read_json(folder / "config.json")
+    share = config.get("held_out_share") if isinstance(config, dict) else None
+    if not isinstance(share, int | float):
+        raise DatasetError(f"{folder / 'config.json'} has no held_out_share, so the run's split is unknown: start a new run")
+    return float(share)
+
+
+# Pairs that an adapter never saw
+
+
+def held_out_pairs(adapter: AdapterSpec, workspace: Workspace, limit: int = 64) -> list[PreferencePair]:
+    """Pairs that an adapter's training never saw, at most `limit`, evenly spaced; [] if none are known.
+
+    For a run of this workspace: the pairs it held out. For a shipped adapter: the seed pairs, less those it was trained on.
+    """
+    pairs: Sequence[PreferencePair] = ()
+    snapshot = _snapshot_of(adapter, workspace)
+    if snapshot is not None:
+        pairs = snapshot.split.held_out
+    elif adapter.folder.parent == ASSETS / "adapters":
+        pairs = load_file(ASSETS / "seed_pairs.jsonl")
+        if "seed_pairs.jsonl" in read_json(adapter.folder / "provenance.json").get("dataset_files", []):
+            pairs = split(pairs, adapter.held_out_share or 0.0).held_out
+    count = min(limit, len(pairs))
+    return [pairs[i * len(pairs) // count] for i in range(count)]
+
+
+def unseen(pairs: Sequence[PreferencePair], adapter: AdapterSpec | None, workspace: Workspace) -> tuple[PreferencePair, ...]:
+    """The pairs that an adapter's training held out.
+
+    By the stored split if the adapter's run is in this workspace and was trained on some of these pairs. Otherwise by the split
+    that a run with the adapter's share (or the default one) would make.
+    """
+    snapshot = _snapshot_of(adapter, workspace) if adapter is not None else None
+    if snapshot is not None and not snapshot.weights.keys().isdisjoint(pair.pair_id for pair in pairs):
+        held_out = {pair.pair_id for pair in snapshot.split.held_out}
+        return tuple(pair for pair in pairs if pair.pair_id in held_out)
+    recorded = adapter.held_out_share if adapter is not None else None
+    return split(pairs, TrainConfig().held_out_share if recorded is None else recorded).held_out
+
+
+def _snapshot_of(adapter: AdapterSpec, workspace: Workspace) -> Snapshot | None:
+    """The stored data of the run of this workspace that made an adapter; None for other adapters."""
+    folder = adapter.folder.parent
+    dataset = folder / DATASET
+    if folder.parent != workspace.runs or not dataset.is_file() or sha256_of(dataset) != adapter.dataset_sha256:
+        return None
+    return read_snapshot(folder, adapter.held_out_share)

@@ -1,4 +1,4 @@
-"""The data set as a table: search, filters and pages over the journal's judgments, the newest first."""
+"""Summaries of the journal: agreement, counts, coverage, the numbers of `dataset stats`, and the searchable table."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from biasdpo.data.health import Overlap, measure
-from biasdpo.data.journal import Journal, Row, repaired_lines, without_collection
+from biasdpo.data.journal import Journal, Row, garbage_collection_paused, repaired_lines
 from biasdpo.data.pairs import judged_pair_id, shown_pair_id
 from biasdpo.errors import ConfigError
 from biasdpo.workspace import Workspace
 
-# --- agreement: How far judgments can be relied on: of one annotator with themself, and of annotators with one
-
+# Agreement
 
 VALUES = ("first", "second", "tie", "both_biased")
 """What a judgment can say of a pair; first and second are its completions in alphabetical order."""
@@ -31,10 +30,11 @@ VALUES = ("first", "second", "tie", "both_biased")
 
 @dataclass(frozen=True)
 class Agreement:
-    """`self_consistency`: by annotator, how many hidden repeats were judged as the first time, of how many.
+    """How consistent annotators are with themselves and with each other.
 
-    `alpha`: Krippendorff's, nominal, over the `pairs` that two or more annotators judged: 1 is full agreement, 0 is chance.
-    None until there are such pairs, and where all judgments say the same, which leaves nothing to tell from chance.
+    self_consistency  by annotator: hidden repeats judged as the first time, and hidden repeats in all
+    alpha             Krippendorff's alpha, nominal, over the `pairs` judged by two or more annotators: 1 is full agreement, 0 is
+                      chance. None without such pairs, and if all judgments say the same, which can't be told from chance
     """
 
     self_consistency: dict[str, tuple[int, int]]
@@ -51,17 +51,16 @@ def value_of(row: Row) -> str:
 
 
 def agreement(rows: Iterable[Row]) -> Agreement:
-    """Of a journal's standing rows, in their order. Rows without an annotator say nothing here."""
+    """The agreement of a journal's standing rows, in order. Rows without an annotator are ignored."""
     named = [row for row in rows if row["annotator"] and row["verdict"] != "retracted"]
-    alpha, pairs = _between(named)
+    alpha, pairs = _krippendorff(named)
     return Agreement(self_consistency(named), alpha, pairs)
 
 
 def self_consistency(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
-    """By annotator: hidden repeats judged as the pair was at first, and hidden repeats in all.
+    """By annotator: hidden repeats judged as the pair was before, and hidden repeats in all.
 
-    A repeat whose first judgment does not stand is not counted. Where a pair was judged several times, the last one before the
-    repeat is its first.
+    A repeat counts only if an earlier judgment of the pair stands; of several, the last one before the repeat is compared.
     """
     rows = list(rows)
     repeated = {row["repeat_of"] for row in rows} - {""}
@@ -72,24 +71,22 @@ def self_consistency(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
             pair_id = shown_pair_id(row)
             if pair_id in repeated:
                 before[row["annotator"], pair_id] = value_of(row)
-            continue
-        first = before.get((row["annotator"], row["repeat_of"]))
-        if first is not None:
+        elif (first := before.get((row["annotator"], row["repeat_of"]))) is not None:
             agreed, total = counts.get(row["annotator"], (0, 0))
             counts[row["annotator"]] = (agreed + (value_of(row) == first), total + 1)
     return counts
 
 
-def _between(rows: Iterable[Row]) -> tuple[float | None, int]:
-    """Krippendorff's alpha, and the number of pairs behind it. An annotator's last judgment of a pair is theirs."""
-    asked = [row for row in rows if not row["repeat_of"]]
-    pair_ids = [shown_pair_id(row) for row in asked]
-    times = Counter(pair_ids)  # most pairs are judged once: they are left out at once
-    last = {(pair, row["annotator"]): value_of(row) for pair, row in zip(pair_ids, asked, strict=True) if times[pair] > 1}
-    judges = Counter(pair for pair, _annotator in last)
+def _krippendorff(rows: Iterable[Row]) -> tuple[float | None, int]:
+    """Krippendorff's alpha, and the number of pairs behind it. Of an annotator's judgments of a pair, the last one counts."""
+    judged = [row for row in rows if not row["repeat_of"]]
+    pair_ids = list(map(shown_pair_id, judged))
+    times = Counter(pair_ids)  # most pairs are judged once, and are left out here
+    last = {(pair, row["annotator"]): value_of(row) for pair, row in zip(pair_ids, judged, strict=True) if times[pair] > 1}
+    annotators = Counter(pair for pair, _annotator in last)
     units: dict[str, Counter[str]] = {}
     for (pair, _annotator), value in last.items():
-        if judges[pair] > 1:
+        if annotators[pair] > 1:
             units.setdefault(pair, Counter())[value] += 1
     counts = np.array([[unit[value] for value in VALUES] for unit in units.values()], np.int64).reshape(-1, len(VALUES))
     if (counts.sum(axis=0) > 0).sum() < 2:
@@ -97,25 +94,24 @@ def _between(rows: Iterable[Row]) -> tuple[float | None, int]:
     import krippendorff
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a division by 0 would be a value made up
+        warnings.simplefilter("error")  # a division by 0 must not pass for a value
         return float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal")), len(units)
 
 
-# --- counts: The counts that the page draws: what stands, by category, verdict, source, day and length
-
+# Counts
 
 LENGTH_BOUNDS = (1 / 2, 3 / 4, 1.0, 4 / 3, 2.0)
-"""Chosen over rejected, in characters: where one length class ends and the next begins; exactly 1 is a class of its own."""
+"""Ratio of chosen to rejected, in characters: bounds of the length classes; exactly 1 is a class of its own."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of standing judgments, hidden repeats left out. "" is a column that nobody filled in.
+    """Counts of standing judgments without hidden repeats. "" is a column that nobody filled in.
 
     judgments    all of them
     by_category  those that prefer one completion
     by_verdict, by_source
-    by_day       UTC; those whose time is none are left out
+    by_day       UTC; those without a valid time are left out
     by_length    those that prefer one completion, by `length_class`: seven numbers
     """
 
@@ -154,8 +150,10 @@ def count(standing: Iterable[Row]) -> Counts:
 
 
 def length_class(chosen: int, rejected: int) -> int:
-    """Which class of `by_length` two lengths fall into, from 0 (under half as long) to 6 (more than twice as long); 3 is the
-    same length. A bound belongs to the class that is nearer to 1."""
+    """The class of two lengths, from 0 (less than half as long) to 6 (more than twice as long); 3 is the same length.
+
+    A bound belongs to the class that is nearer to 1.
+    """
     if chosen == rejected:
         return LENGTH_BOUNDS.index(1.0) + 1
     ratio = chosen / max(1, rejected)
@@ -169,15 +167,14 @@ def _day_of(text: str) -> date | None:
         return None
 
 
-# --- coverage: The coverage matrix, category x target group, and which prompts fill its thinnest cells first
-
+# Coverage
 
 Cell = tuple[str, str]
-"""Category and target group; "" where that is not known."""
+"""Category and target group; "" if unknown."""
 
 
 class HasCell(Protocol):
-    """What names the cell that it would fill."""
+    """Names the cell of the coverage matrix that it would fill."""
 
     @property
     def category(self) -> str: ...
@@ -190,7 +187,7 @@ Prompt = TypeVar("Prompt", bound=HasCell)
 
 @dataclass(frozen=True)
 class Coverage:
-    """The matrix: `counts[i][j]` judgments of `categories[i]` about `groups[j]`; both in alphabetical order, "" last."""
+    """The coverage matrix: `counts[i][j]` judgments of `categories[i]` about `groups[j]`; both in alphabetical order, "" last."""
 
     categories: tuple[str, ...]
     groups: tuple[str, ...]
@@ -203,33 +200,33 @@ class Coverage:
             for category, counts in zip(self.categories, self.counts, strict=True)
             for group, count in zip(self.groups, counts, strict=True)
         ]
-        return sorted(every, key=lambda cell: cell[2])
+        return sorted(every, key=itemgetter(2))
 
 
 def cell_counts(rows: Iterable[Row]) -> Counter[Cell]:
-    """How many of a journal's standing rows each cell holds: those that prefer one completion, hidden repeats left out."""
+    """Count the standing rows of each cell: those that prefer one completion, without hidden repeats."""
     return Counter(
         (row["category"], row["target_group"]) for row in rows if row["verdict"] == "preferred" and not row["repeat_of"]
     )
 
 
 def coverage(counts: Mapping[Cell, int], prompts: Iterable[HasCell] = ()) -> Coverage:
-    """The matrix of the counts, with the cells that the prompts at hand would fill."""
+    """The matrix of the counts, including the cells that the prompts at hand would fill."""
     cells = {*counts, *((prompt.category, prompt.target_group) for prompt in prompts)}
     categories, groups = (tuple(sorted({cell[i] for cell in cells}, key=lambda name: (not name, name))) for i in (0, 1))
     return Coverage(categories, groups, tuple(tuple(counts.get((c, g), 0) for g in groups) for c in categories))
 
 
 def thinnest(prompts: Sequence[Prompt], counts: Mapping[Cell, int]) -> list[Prompt]:
-    """The prompts in the order in which to offer them: each time one of the cell that is thinnest then.
+    """Order prompts so that each is of the cell that is thinnest by then.
 
-    A prompt that was offered counts as judged, so that the cells fill side by side. Ties, and prompts of one cell, keep the
-    order that they have.
+    A prompt counts as judged once it is offered, so that the cells fill side by side. Ties, and prompts of one cell, keep their
+    order.
     """
     by_cell: dict[Cell, list[int]] = {}
     for place, prompt in enumerate(prompts):
         by_cell.setdefault((prompt.category, prompt.target_group), []).append(place)
-    # Of each cell its next prompt: how full the cell is then, the prompt's place, how many of the cell were offered.
+    # For each cell its next prompt: how full the cell is by then, the prompt's place, how many of the cell were offered.
     heap = [(counts.get(cell, 0), places[0], 0, cell) for cell, places in by_cell.items()]
     heapq.heapify(heap)
     order = []
@@ -244,43 +241,41 @@ def thinnest(prompts: Sequence[Prompt], counts: Mapping[Cell, int]) -> list[Prom
     return order
 
 
-# --- stats: The data set in numbers: what `dataset stats` prints
+# Statistics
 
 
 def stats(source: Workspace | Journal | Iterable[Row], overlap: Overlap | None = None) -> dict[str, Any]:
-    """Counts and confounds of a workspace's journal, of a journal as far as it was read, or of its rows.
+    """The object that `dataset stats --json` prints, for a workspace's journal, a journal as far as it was read, or its rows.
 
-    rows                 judgments, retracted ones among them, and rows that take one back
-    pairs                what training reads: distinct pairs by majority, see `derive`
-    ties, both_biased    standing judgments without hidden repeats, as are those of `by_category` ("" where none was given),
-                         which prefer one completion
-    retracted            judgments taken back
-    repaired_lines       torn lines that were set aside; 0 unless a workspace is given, as are `bad_lines`: lines that are no rows
+    rows                 judgments, including retracted ones, and rows that retract one
+    pairs                what training reads: distinct pairs by majority, see `pairs.derive`
+    ties, both_biased    standing judgments without hidden repeats, as are those of `by_category` ("" if none was given), which
+                         prefer one completion
+    retracted            judgments that were withdrawn
+    repaired_lines       truncated lines that were set aside; 0 unless a workspace is given
+    bad_lines            lines that are not rows; 0 for rows
     the others           see `Confounds` and `Agreement`
     """
-    with without_collection():
-        return _stats(source, overlap)
-
-
-def _stats(source: Workspace | Journal | Iterable[Row], overlap: Overlap | None) -> dict[str, Any]:
     repaired = bad = 0
-    if isinstance(source, Workspace):
-        repaired = repaired_lines(source)
-        source = Journal(source.preferences).refresh()
-    if isinstance(source, Journal):
-        bad = len(source.bad_lines)
-        source = source.since((0, 0))[0]
-    rows = list(source)
-    retracted = {row["retracts"] for row in rows if row["verdict"] == "retracted"}
-    standing = [row for row in rows if row["verdict"] != "retracted" and row["id"] not in retracted]
-    judged = [row for row in standing if not row["repeat_of"]]
-    preferred = [row for row in judged if row["verdict"] == "preferred"]
-    verdicts = Counter(row["verdict"] for row in judged)
-    confounds = measure(judged, overlap)
-    agreed = agreement(standing)
+    with garbage_collection_paused():
+        if isinstance(source, Workspace):
+            repaired = repaired_lines(source)
+            source = Journal(source.preferences).refresh()
+        if isinstance(source, Journal):
+            bad = len(source.bad_lines)
+            source = source.since((0, 0))[0]
+        rows = list(source)
+        retracted = _retracted(rows)
+        standing = [row for row in rows if row["verdict"] != "retracted" and row["id"] not in retracted]
+        judged = [row for row in standing if not row["repeat_of"]]
+        preferred = [row for row in judged if row["verdict"] == "preferred"]
+        verdicts = Counter(row["verdict"] for row in judged)
+        confounds = measure(judged, overlap)
+        agreed = agreement(standing)
+        pairs = _derived_pairs(preferred)
     return {
         "rows": len(rows),
-        "pairs": _derived_pairs(preferred),
+        "pairs": pairs,
         "ties": verdicts["tie"],
         "both_biased": verdicts["both_biased"],
         "retracted": sum(row["verdict"] != "retracted" and row["id"] in retracted for row in rows),
@@ -303,18 +298,15 @@ def _stats(source: Workspace | Journal | Iterable[Row], overlap: Overlap | None)
 
 
 def _derived_pairs(preferred: Sequence[Row]) -> int:
-    """How many pairs `derive` leaves, by the rows' pair ids, which it would have to compute again."""
-    pair_ids = list(map(judged_pair_id, preferred))
-    votes = Counter(pair_ids)
-    lead: Counter[str] = Counter()  # of pairs with several votes: those for one completion less those for the other
-    for pair_id, row in zip(pair_ids, preferred, strict=True):
-        if votes[pair_id] > 1:
-            lead[pair_id] += 1 if row["chosen"] < row["rejected"] else -1
-    return len(votes) - sum(not margin for margin in lead.values())
+    """How many pairs `derive` leaves, without computing the pair ids again."""
+    lead: Counter[str] = Counter()  # votes for one completion less those for the other
+    for row in preferred:
+        pair_id = judged_pair_id(row)
+        lead[pair_id] += 1 if row["chosen"] < row["rejected"] else -1
+    return sum(margin != 0 for margin in lead.values())
 
 
-# --- table: The data set as a table: search, filters and pages over the journal's judgments, the newest fir
-
+# The table
 
 State = Literal["all", "standing", "retracted"]
 FILTERS = ("category", "verdict", "annotator", "source")
@@ -328,10 +320,10 @@ _SEARCHED = itemgetter(
 
 @dataclass(frozen=True)
 class Query:
-    """Which judgments to show. None filters nothing; "" wants those where the column is empty.
+    """Which judgments to show. None does not filter; "" matches those where the column is empty.
 
-    search   words that must all be there, in any column, in upper or lower case
-    state    standing, or taken back
+    search   words that must all occur, in any column, in any case
+    state    all, standing, or retracted
     """
 
     search: str = ""
@@ -348,7 +340,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Page:
-    """Some of the judgments found: `rows`, the newest first, which of them were `retracted`, and the `total` found.
+    """A page of judgments: `rows`, newest first, which of them are `retracted`, and the `total` found.
 
     `number` counts from 0; a number past the last page gives the last page.
     """
@@ -361,14 +353,14 @@ class Page:
 
 
 def query(journal: Journal, wanted: Query, number: int = 0, page_rows: int = PAGE_ROWS) -> Page:
-    """One page of the judgments that a journal has read so far, found by a query.
+    """Find one page of the judgments that a journal has read so far.
 
-    The first search in a journal makes a copy of its texts to search in (about 1 KB a row), which later ones extend.
+    The first search makes a copy of the journal's texts to search in (about 1 KB per row), which later ones extend.
     """
     found, (reading, _count) = journal.since((0, 0))
     retracted = _retracted(found)
     if wanted.search.strip():
-        with without_collection():
+        with garbage_collection_paused():
             found = _search(found, _searchable(journal, found, reading), wanted.search)
     found = [row for row in found if row["verdict"] != "retracted"]
     if wanted.state != "all":
@@ -385,32 +377,32 @@ def query(journal: Journal, wanted: Query, number: int = 0, page_rows: int = PAG
 
 
 def choices(journal: Journal) -> dict[str, Counter[str]]:
-    """By column of FILTERS: the values that judgments have, retracted ones included, with how many have them."""
+    """For each column of FILTERS: its values, with how many judgments (including retracted ones) have each."""
     rows = [row for row in journal.since((0, 0))[0] if row["verdict"] != "retracted"]
     return {column: Counter(map(itemgetter(column), rows)) for column in FILTERS}
 
 
-def _retracted(rows: list[Row]) -> frozenset[str]:
+def _retracted(rows: Iterable[Row]) -> frozenset[str]:
     return frozenset(row["retracts"] for row in rows if row["verdict"] == "retracted")
 
 
 def _search(rows: list[Row], texts: list[str], search: str) -> list[Row]:
-    hits = list(zip(rows, texts, strict=False))  # texts may have grown meanwhile
+    hits = list(zip(rows, texts, strict=False))  # the texts may have grown meanwhile
     for word in sorted(search.casefold().split(), key=len, reverse=True):  # long words are rare: few rows are left
         hits = [(row, text) for row, text in hits if word in text]
     return [row for row, _text in hits]
 
 
-_copies: WeakKeyDictionary[Journal, tuple[int, list[str]]] = WeakKeyDictionary()  # which reading of it, its rows' texts
-_copies_lock = Lock()
+_texts: WeakKeyDictionary[Journal, tuple[int, list[str]]] = WeakKeyDictionary()  # the reading, and its rows' texts
+_texts_lock = Lock()
 
 
 def _searchable(journal: Journal, rows: list[Row], reading: int) -> list[str]:
-    """Each row's columns as one casefolded text, at least those of `rows`, in the same order."""
-    with _copies_lock:
-        known, texts = _copies.get(journal, (reading, []))
+    """Each row's columns as one case-folded text, at least for `rows`, in the same order."""
+    with _texts_lock:
+        known, texts = _texts.get(journal, (reading, []))
         if known != reading:
             texts = []
         texts += ["\n".join(_SEARCHED(row)).casefold() for row in rows[len(texts) :]]
-        _copies[journal] = (reading, texts)
+        _texts[journal] = (reading, texts)
         return texts

@@ -10,15 +10,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from biasdpo import data
 from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
 from biasdpo.benchmarks.preference import Preference
-from biasdpo.config import RUN, WORKSPACE, TrainConfig
-from biasdpo.data import PreferencePair
+from biasdpo.config import RUN, WORKSPACE
+from biasdpo.data import splits
+from biasdpo.data.pairs import PreferencePair, derive
+from biasdpo.data.splits import held_out_pairs
 from biasdpo.engines import Engine
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, WorkspaceError
 from biasdpo.evaluation import run as evaluate
-from biasdpo.gguf.proof import held_out_pairs
 from biasdpo.models import AdapterSpec
 from biasdpo.workspace import Workspace, read_json, sha256_of
 
@@ -387,18 +387,13 @@ def preference(source: str, adapter: AdapterSpec | None, workspace: Workspace) -
         raise ConfigError("preference needs the pairs: name with --dataset the file that was trained on, workspace or run")
     if source == RUN:
         return _of_run(adapter, workspace)
-    rows = data.load([WORKSPACE], workspace) if source == WORKSPACE else data.load_jsonl(Path(source))
-    pairs = data.derive(rows).pairs
-    share = (
-        TrainConfig.settings()["held_out_share"].default
-        if adapter is None or adapter.held_out_share is None
-        else adapter.held_out_share
-    )
-    held_out = data.split(pairs, share).held_out
+    rows = splits.load([WORKSPACE], workspace) if source == WORKSPACE else splits.load_file(Path(source))
+    pairs = derive(rows).pairs
+    held_out = splits.unseen(pairs, adapter, workspace)
     if not held_out:
         raise DatasetError(
-            f"No pairs to score: of the {len(pairs)} in {Path(source).name} the run held none out (held_out_share {share:g}), "
-            "and those it was trained on prove nothing; train again with held_out_share 0.1 or more, or score another benchmark"
+            f"No pairs to score: of the {len(pairs)} in {Path(source).name} the run held none out, and those it was trained on "
+            "prove nothing; train again with held_out_share 0.1 or more, or score another benchmark"
         )
     return Preference(held_out, _sha256_of_pairs(held_out) if source == WORKSPACE else sha256_of(Path(source)))
 

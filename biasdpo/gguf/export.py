@@ -16,9 +16,10 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from biasdpo.chat import PromptTemplate
+from biasdpo.data.splits import held_out_pairs
 from biasdpo.errors import ConfigError, ExportError, WorkspaceError
 from biasdpo.gguf import write
-from biasdpo.gguf.proof import ExportProof, held_out_pairs, prove
+from biasdpo.gguf.proof import ExportProof, prove
 from biasdpo.gguf.write import SourceName
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling

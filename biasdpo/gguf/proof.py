@@ -23,16 +23,15 @@ import psutil
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from biasdpo import data
 from biasdpo.backends.base import Backend, log_softmax
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.chat import PromptTemplate, Segment
-from biasdpo.data import PreferencePair
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import ModelError, PromptError, WorkspaceError
 from biasdpo.model_files import read_header
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import LikelihoodRequest, Side, TextRequest
-from biasdpo.workspace import ASSETS, Workspace, read_json, sha256_of
+from biasdpo.workspace import ASSETS, Workspace, read_json
 
 if TYPE_CHECKING:
     from biasdpo.backends.hf import TransformersBackend
@@ -480,24 +479,3 @@ def _characters(plane: int) -> Sequence[str]:
         return [chr(point) for point in points]
     category = unicodedata.ucd_3_2_0.category
     return [c for c in map(chr, range(plane << 16, (plane + 1) << 16)) if category(c) not in ("Cn", "Cs")]
-
-
-# Held-out pairs
-
-
-def held_out_pairs(adapter: AdapterSpec, workspace: Workspace, limit: int = 64) -> list[PreferencePair]:
-    """Pairs that the adapter's training never saw, at most `limit`, evenly over all there are; [] where none are known.
-
-    Of a run in the workspace: what it held out, by the split that training made. Of a shipped adapter: the seed set,
-    less what the adapter was trained on, if on that.
-    """
-    pairs: Sequence[PreferencePair] = ()
-    snapshot = adapter.folder.parent / "dataset.jsonl"
-    if adapter.folder.parent.parent == workspace.runs and snapshot.is_file() and sha256_of(snapshot) == adapter.dataset_sha256:
-        pairs = data.split(data.load_snapshot(snapshot)[0], adapter.held_out_share or 0.0).held_out
-    elif adapter.folder.parent == ASSETS / "adapters":
-        pairs = data.load_jsonl(ASSETS / "seed_pairs.jsonl")
-        if "seed_pairs.jsonl" in read_json(adapter.folder / "provenance.json").get("dataset_files", []):
-            pairs = data.split(pairs, adapter.held_out_share or 0.0).held_out
-    count = min(limit, len(pairs))
-    return [pairs[i * len(pairs) // count] for i in range(count)]

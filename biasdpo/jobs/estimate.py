@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from biasdpo import data, models
+from biasdpo import models
 from biasdpo.backends import choose_backend
 from biasdpo.config import EvaluationConfig, TrainConfig
+from biasdpo.data import importing, splits
 from biasdpo.errors import BiasDPOError, EvaluationError, RunError
 from biasdpo.jobs.job import ROOT, last_error
 from biasdpo.jobs.memory import request_memory
@@ -201,9 +202,9 @@ def _estimate_file(config: TrainConfig, workspace: Workspace) -> Path:
 
 
 def _identity_of_source(source: str, workspace: Workspace) -> list[Any]:
-    if source.startswith(data.HUB):
+    if source.startswith(importing.HUB):
         return [source]
-    return _identity(workspace.preferences if source == data.WORKSPACE else Path(source).expanduser())
+    return _identity(workspace.preferences if source == splits.WORKSPACE else Path(source).expanduser())
 
 
 def _why_it_ended(status: int, log: str) -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from biasdpo import benchmarks, models
+from biasdpo import benchmarks, models, prompts
 from biasdpo.backends import choose_backend
 from biasdpo.config import RUN, WORKSPACE, EvaluationConfig, ExportConfig, TrainConfig
-from biasdpo.data import run_data
-from biasdpo.data.run_data import RunData
+from biasdpo.data import splits
+from biasdpo.data.splits import RunData
 from biasdpo.errors import ConfigError, ModelError
 from biasdpo.gguf.write import source_path
 from biasdpo.jobs.job import Device, Resolved
@@ -36,8 +36,8 @@ def resolve_training(config: TrainConfig, workspace: Workspace) -> ResolvedTrain
         raise ConfigError("No model to train: name one with --model, e.g. smollm2")
     spec = models.find(config.model)
     config = config.replace(model=models.absolute_name(config.model), datasets=tuple(map(_absolute_source, config.datasets)))
-    data = run_data.load(config, workspace)
-    origin = {**data.origin(), "probe_prompts": run_data.probe_prompts(config)}
+    data = splits.resolve(config, workspace)
+    origin = {**data.provenance(), "probe_prompts": prompts.probe_prompts(config)}
     return ResolvedTraining(config, spec, data, Resolved(model=config.model, device=device_of_training(config), data=origin))
 
 

@@ -73,7 +73,7 @@ def create_training(config: TrainConfig, workspace: Workspace, job_id: str = "",
     estimate.refuse_oversized_run(run.config, run.spec, workspace)
 
     def write_data(folder: JobFolder) -> Resolved:
-        sha256 = run.data.write_snapshot(folder.snapshot)
+        sha256 = run.data.write(folder.path)
         return run.resolved.model_copy(update={"data": {"dataset_sha256": sha256, **run.resolved.data}})
 
     return _create("train", job_id, run.config, workspace, command, write_data)

@@ -14,9 +14,10 @@ from typing import Any
 
 import gradio as gr
 
-from biasdpo import data, labeling, models, prompts
+from biasdpo import labeling, models, prompts
 from biasdpo.chat import PromptTemplate
 from biasdpo.compare import Waiting
+from biasdpo.data import journal
 from biasdpo.engines import EngineKey, EnginePool, Loading
 from biasdpo.errors import BackendError, BiasDPOError, ConfigError, ModelError, PromptError
 from biasdpo.labeling import Answer, BlindPair, Details
@@ -398,7 +399,7 @@ class PairActions:
             same = [row for row in self.store.judged_by(annotator) if row["pair_id"] == made.pair_id and not row["repeat_of"]]
             if same:
                 raise ConfigError("You have judged this pair already: withdraw that judgment on the Label tab to judge it anew")
-            data.append(self.store.workspace, made)
+            journal.append(self.store.workspace, made)
         except BiasDPOError as exc:
             return {self.judge_notice: components.error(str(exc))}
         side = made.meta.chosen_side

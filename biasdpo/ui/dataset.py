@@ -20,10 +20,11 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
-from biasdpo import data as dataset
-from biasdpo.data import HUB, BadLine, ColumnMapping, Exported, ForeignPair, Imported, Page, Preview, Query, shown_columns
-from biasdpo.data.importing import import_name
-from biasdpo.data.summary import Counts, count
+from biasdpo.data import exporting, importing, journal
+from biasdpo.data.exporting import Exported
+from biasdpo.data.importing import HUB, ColumnMapping, ForeignPair, Imported, Preview, import_name, shown_columns
+from biasdpo.data.journal import BadLine
+from biasdpo.data.summary import Counts, Page, Query, count
 from biasdpo.errors import BiasDPOError, ConfigError, RefusedError
 from biasdpo.labeling import word_diff
 from biasdpo.ui import components
@@ -364,7 +365,7 @@ class DatasetActions:
             choices = self.store.choices()
             known = bool(choices["verdict"])
             shown: Updates = {
-                self.trouble: trouble(self.store.bad_lines(), dataset.repaired_lines(self.store.workspace)),
+                self.trouble: trouble(self.store.bad_lines(), journal.repaired_lines(self.store.workspace)),
                 self.empty: gr.update(visible=not known),
                 self.browse: gr.update(visible=known),
             }
@@ -441,9 +442,9 @@ class DatasetActions:
             if is_public_space():
                 if asked not in {judged.judgment.id for judged in session.judged}:
                     raise RefusedError("Only what this page has stored can be withdrawn on a public Space: ask the Space's owner")
-                dataset.undo(self.store.workspace, row["id"], row["pair_id"], row["annotator"], row["source"])
+                journal.undo(self.store.workspace, row["id"], row["pair_id"], row["annotator"], row["source"])
             else:
-                dataset.retract(self.store.workspace, row["id"], annotator)
+                journal.retract(self.store.workspace, row["id"], annotator)
         except BiasDPOError as exc:
             return {self.detail_notice: components.error(str(exc))}
         with session.lock:
@@ -634,7 +635,7 @@ class FileActions:
         try:
             refuse_on_public_space("Import")  # before any word on what was named
             source = _source(origin, file, hub)
-            seen = dataset.preview(source, rows=_SHOWN_ROWS)
+            seen = importing.preview(source, rows=_SHOWN_ROWS)
         except Exception as exc:
             yield {self.import_notice: components.error(_told(exc, "Not read", source))}
             return
@@ -654,7 +655,7 @@ class FileActions:
         """A column was picked by hand: the first rows as they would be now."""
         try:
             known = _known(previewed)
-            seen = dataset.preview(known.source, known.mapping(picked), _SHOWN_ROWS)
+            seen = importing.preview(known.source, known.mapping(picked), _SHOWN_ROWS)
         except Exception as exc:
             return {self.import_notice: components.error(_told(exc, "Not read", previewed.source if previewed else ""))}
         return {self.import_notice: "", self.preview: preview(seen, known.name)}
@@ -678,7 +679,7 @@ class FileActions:
                 if not column:
                     raise ConfigError(f"No column is {name}: choose one of the list above")
             with ThreadPoolExecutor(1) as pool:
-                task = pool.submit(dataset.import_file, self.store.workspace, known.source, mapping, known.name, on_row)
+                task = pool.submit(importing.import_file, self.store.workspace, known.source, mapping, known.name, on_row)
                 while wait([task], _TELL_SECONDS).not_done:
                     yield {self.import_notice: reading(rows)}
             done = task.result()
@@ -699,7 +700,7 @@ class FileActions:
             if suffix not in (*FORMATS,):
                 raise ConfigError(f"An export is {', '.join(FORMATS.values())}: got {suffix!r}; choose one")
             with tempfile.TemporaryDirectory(prefix="biasdpo-export-") as folder:
-                done = dataset.export_file(self.store.workspace, Path(folder) / f"biasdpo_pairs{suffix}")
+                done = exporting.export_file(self.store.workspace, Path(folder) / f"biasdpo_pairs{suffix}")
                 # Gradio serves its own cache to whoever has the address, and nothing else: the workspace stays closed.
                 data, card = (save_file_to_cache(path, self.download.GRADIO_CACHE) for path in (done.path, done.card))
         except Exception as exc:

@@ -14,7 +14,8 @@ from typing import Any
 
 import gradio as gr
 
-from biasdpo import data, labeling, prompts
+from biasdpo import labeling, prompts
+from biasdpo.data import journal
 from biasdpo.data.pairs import shown_pair_id
 from biasdpo.engines import EngineKey, EnginePool
 from biasdpo.errors import BackendError, BiasDPOError, ConfigError, RefusedError
@@ -81,7 +82,7 @@ class LabelSession:
     @property
     def goes_on(self) -> bool:
         """Whether another pair will come."""
-        return bool(self.first or self.given) or self.queue.goes_on
+        return bool(self.first or self.given) or self.queue.has_more
 
     def show(self, pair: BlindPair | None) -> BlindPair | None:
         """Put a pair before the annotator; the clock runs from here."""
@@ -117,7 +118,7 @@ class LabelSession:
             seconds = time.monotonic() - self._shown_at
             self._unsaved = (asked, labeling.judgment(pair, answer, details, left=left, right=right, seconds=seconds))
         made = self._unsaved[1]
-        data.append(self.store.workspace, made)
+        journal.append(self.store.workspace, made)
         judged = Judged(made, pair, details, left, right)
         self.judged.append(judged)
         self.show(None)
@@ -129,7 +130,7 @@ class LabelSession:
             raise ConfigError("No verdict of this page is left to undo: earlier ones can be withdrawn under “My judgments”")
         last = self.judged[-1]
         made = last.judgment
-        data.undo(self.store.workspace, made.id, made.pair_id, made.annotator)
+        journal.undo(self.store.workspace, made.id, made.pair_id, made.annotator)
         self.judged.pop()
         self.show_before(replace(last.pair, sides_known=last.pair.sides_known or revealed))
         return last
@@ -312,7 +313,7 @@ class LabelView:
                 self.right: gr.update(value="", interactive=False),
                 self.left_diff: "",
                 self.right_diff: "",
-                self.empty: gr.update(visible=not session.queue.begun and not session.has_shown),
+                self.empty: gr.update(visible=not session.queue.is_started and not session.has_shown),
                 self.token: "",
                 self.begin: _begin_title(session),
             }
@@ -339,7 +340,7 @@ class LabelView:
 
 
 def _begin_title(session: LabelSession) -> str:
-    return "Begin again" if session.queue.begun else "Begin"
+    return "Begin again" if session.queue.is_started else "Begin"
 
 
 def _line(row: Row) -> str:
@@ -388,7 +389,7 @@ class MineActions(LabelView):
                 row = next((row for row in self.store.judged_by(annotator) if row["id"] == judgment_id), None)
                 if row is None:
                     raise ConfigError("No judgment of yours is chosen: choose one from the list")
-                data.undo(self.store.workspace, row["id"], row["pair_id"], annotator)
+                journal.undo(self.store.workspace, row["id"], row["pair_id"], annotator)
             except BiasDPOError as exc:
                 return {self.mine_notice: components.error(str(exc))}
             session.judged = [judged for judged in session.judged if judged.judgment.id != judgment_id]
@@ -451,7 +452,7 @@ class SourceActions(LabelView):
                     )
                 with session.lock:
                     session.given.clear()
-                    session.queue.begin(Recipe(tuple(found), source, key, sampling, system or "", check_strength(strength)))
+                    session.queue.start(Recipe(tuple(found), source, key, sampling, system or "", check_strength(strength)))
                     session.show(None)
                 told = f"{len(found):,} prompts, the thinnest cell of the coverage matrix first."
         except BiasDPOError as exc:

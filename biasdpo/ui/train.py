@@ -26,8 +26,9 @@ from gradio.processing_utils import save_file_to_cache
 from biasdpo import config as train_config
 from biasdpo import models
 from biasdpo.config import Preset, Setting, TrainConfig
-from biasdpo.data import HUB, WORKSPACE, run_data
-from biasdpo.data.run_data import Mixture
+from biasdpo.data import splits
+from biasdpo.data.importing import HUB
+from biasdpo.data.splits import WORKSPACE, Mixture
 from biasdpo.engines import EnginePool
 from biasdpo.errors import BiasDPOError, ConfigError, RunError
 from biasdpo.jobs import store as jobs_store
@@ -438,7 +439,7 @@ def mixture(found: Mixture) -> str:
         ("rows read", found.rows_read, "in all sources together"),
         ("repeats", found.repeats, "rows that say again what another says: left out"),
         ("contradictions", found.contradictions, "pairs that are judged both ways equally often: left out"),
-        ("bridging", found.bridging, "pairs whose prompt is nearly one on either side of the split: left out"),
+        ("bridging", found.dropped, "pairs whose prompt is nearly one on either side of the split: left out"),
     ]
     if found.rows_per_epoch != found.pairs_train:
         counts.insert(1, ("rows an epoch", found.rows_per_epoch, "the training pairs, each as often as its source's weight says"))
@@ -719,7 +720,7 @@ class DataActions:
             read = {s.name: from_field(s, values[s.name]) for s in SETTINGS if s.name in values}
             rows = read_rows(given[: 2 * shown])
             config = TrainConfig(**read | config_values(rows))
-            yield mixture(run_data.load(config, self.store.workspace).mixture())
+            yield mixture(splits.resolve(config, self.store.workspace).mixture())
         except Exception as exc:
             yield components.error(told(exc, "The data could not be read"))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from biasdpo import data
+from biasdpo.data import journal, splits
 from biasdpo.records import JudgmentMeta
 from biasdpo.workspace import ASSETS, Workspace
 from tests.app_process import running_app
@@ -29,17 +29,17 @@ def journal_rows() -> list[Any]:
     rows = []
     for i in range(30):
         category = ("gender", "race")[i % 2]
-        made = data.new_judgment(f"Prompt number {i} on work", f"Anyone may do job {i}.", f"Only men do job {i}!")
+        made = journal.new_judgment(f"Prompt number {i} on work", f"Anyone may do job {i}.", f"Only men do job {i}!")
         rows.append(replace(made, category=category, annotator="oak", created_at=f"2026-11-01T10:{i:02}:00.000+00:00"))
-    edited = data.new_judgment("Who repairs the roof of the mosque?", "Whoever is trained for it.", "A man, of course.")
+    edited = journal.new_judgment("Who repairs the roof of the mosque?", "Whoever is trained for it.", "A man, of course.")
     meta = JudgmentMeta("smollm2", "demo", "llamacpp", SAMPLING, 7, "tuned", "tuned", 4.25)
     edited = replace(edited, category="religion", target_group="Muslims", annotator="elm", original_chosen="Whoever dares.")
     rows.append(replace(edited, note="A note of elm's.", meta=meta))
-    rows.append(replace(data.new_judgment("A tie on rain?", "It rains.", "It pours."), verdict="tie", annotator="elm"))
-    evil = data.new_judgment(f"{EVIL} who?", f"{EVIL} anyone.", f"{EVIL} nobody.")
+    rows.append(replace(journal.new_judgment("A tie on rain?", "It rains.", "It pours."), verdict="tie", annotator="elm"))
+    evil = journal.new_judgment(f"{EVIL} who?", f"{EVIL} anyone.", f"{EVIL} nobody.")
     rows.append(replace(evil, category=EVIL, target_group=EVIL, annotator=EVIL, note=EVIL, source=f"import:{EVIL}"))
     for name in ("first", "second"):
-        made = data.new_judgment(f"To be withdrawn, the {name}", "Anyone.", "Nobody.")
+        made = journal.new_judgment(f"To be withdrawn, the {name}", "Anyone.", "Nobody.")
         rows.append(replace(made, annotator="yew", created_at="2026-10-01T10:00:00.000+00:00"))
     return rows
 
@@ -49,8 +49,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with a known journal, in which the second of two was withdrawn."""
     workspace = Workspace(tmp_path_factory.mktemp("library"))
     rows = journal_rows()
-    data.append_all(workspace, rows)
-    data.retract(workspace, rows[-1].id)
+    journal.append_all(workspace, rows)
+    journal.retract(workspace, rows[-1].id)
     return workspace
 
 
@@ -325,7 +325,7 @@ def test_an_export_is_downloaded_and_read_back(reader, library, tmp_path, title,
             rows = list(csv.DictReader(file))
     else:
         rows = [json.loads(line) for line in files["export-data"].read_text(encoding="utf-8").splitlines()]
-    expected = [(pair.prompt, pair.chosen, pair.rejected) for pair in data.load([data.WORKSPACE], library)]
+    expected = [(pair.prompt, pair.chosen, pair.rejected) for pair in splits.load([splits.WORKSPACE], library)]
     assert sorted((row["prompt"], row["chosen"], row["rejected"]) for row in rows) == sorted(expected)
     assert f"{len(rows):,} pairs, with a data set card" in reader.page.inner_text("#export-notice")
 
@@ -385,7 +385,7 @@ def test_an_empty_workspace_says_how_to_get_pairs_and_takes_the_seed_set(new_vis
 def test_a_public_space_refuses_in_place_and_hides_nothing(new_visitor, tmp_path):
     workspace = Workspace(tmp_path)
     workspace.preferences.write_text('{"no": "row"}\n')
-    data.append(workspace, data.new_judgment("Whose judgment is it?", "Anyone's.", "Nobody's."))
+    journal.append(workspace, journal.new_judgment("Whose judgment is it?", "Anyone's.", "Nobody's."))
     before = workspace.preferences.read_text()
     with running_app(tmp_path, "--model", "smollm2", SPACE_ID="someone/biasdpo") as url:
         reader = Reader(new_visitor(url)).open()

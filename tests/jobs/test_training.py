@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo import data, models
+from biasdpo import models
+from biasdpo.data import splits
 from biasdpo.jobs.job import JobFolder, read_job
 from tests.run_line import CommandLine
 
@@ -25,8 +26,8 @@ def test_a_run_from_the_data_to_the_adapter(command_line: CommandLine) -> None:
     # The folder holds what it should, and the data's hash leads back to the rows.
     folder = JobFolder(Path(shown["folder"]))
     assert hashlib.sha256(folder.snapshot.read_bytes()).hexdigest() == shown["dataset_sha256"]
-    pairs = data.load_jsonl(folder.snapshot)
-    parts = data.split(pairs, 0.1)
+    pairs = splits.load_file(folder.snapshot)
+    parts = splits.split(pairs, 0.1)
     assert len(pairs) == 40
     lines = folder.read_metrics()
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))

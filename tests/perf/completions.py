@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from biasdpo import data
 from biasdpo.benchmarks.text_measures import evades
 from biasdpo.compare import stream_pair
+from biasdpo.data import pairs, splits
 from biasdpo.engines import EngineKey, open_engine
 from biasdpo.evaluation import stats
 from biasdpo.records import Completion, GenerationPair, Sampling
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--workspace")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    held_out = data.split(data.derive(data.load_jsonl(args.dataset)).pairs, 0.1).held_out
+    held_out = splits.split(pairs.derive(splits.load_file(args.dataset)).pairs, 0.1).held_out
     prompts = list(dict.fromkeys(pair.prompt for pair in held_out))[: args.limit]
     engine = open_engine(EngineKey(args.model, args.adapter), open_workspace(args.workspace))
     sampling = Sampling(args.max_new_tokens, temperature=0.0, repetition_penalty=1.0)

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from biasdpo import data
-from biasdpo.data import Journal, Meter, Query
+from biasdpo.data.health import Meter
+from biasdpo.data.journal import Journal, append, append_all, new_judgment
+from biasdpo.data.summary import Query, query, stats
 from biasdpo.records import Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace
 
@@ -38,7 +39,7 @@ def judgments(count: int, seed: int, opening: str = "") -> Iterator[Judgment]:
     vocabulary = [f"word{i}" for i in range(20_000)]
     for number in range(count):
         left = rng.choice(["base", "tuned"])
-        yield data.new_judgment(
+        yield new_judgment(
             f"{opening}{' '.join(rng.choices(vocabulary, k=11 - opening.count(' ')))} {seed}x{number}?",
             " ".join(rng.choices(vocabulary, k=rng.randint(20, 50))),
             " ".join(rng.choices(vocabulary, k=rng.randint(20, 50))),
@@ -73,11 +74,11 @@ def appends(folder: Path, large: Workspace, rows: int, rounds: int, count: int) 
     for number in range(rounds):
         small = Workspace(folder / f"small{number}")
         small.root.mkdir()
-        data.append_all(small, judgments(SMALL, seed=1000 + number))
+        append_all(small, judgments(SMALL, seed=1000 + number))
         times: dict[int, list[float]] = {SMALL: [], rows: []}
         for i, judgment in enumerate(judgments(2 * count, seed=2000 + number)):
             size, workspace = ((SMALL, small), (rows, large))[i % 2]
-            times[size].append(1000 * seconds(lambda w=workspace, j=judgment: data.append(w, j)))  # type: ignore[misc]
+            times[size].append(1000 * seconds(lambda w=workspace, j=judgment: append(w, j)))  # type: ignore[misc]
         for size, values in times.items():
             for percent in (50, 99):
                 found.setdefault(f"append_p{percent}_ms_at_{size}", []).append(float(np.percentile(values, percent)))
@@ -97,17 +98,17 @@ def main() -> None:
         large, alike = Workspace(folder / "large"), Workspace(folder / "alike")
         large.root.mkdir()
         alike.root.mkdir()
-        data.append_all(alike, judgments(args.rows, seed=1, opening="Why do so many people think that "))
+        append_all(alike, judgments(args.rows, seed=1, opening="Why do so many people think that "))
         # As a running app has it: written by others before, so that the first append has ids to read.
         source = Workspace(folder / "source")
         source.root.mkdir()
-        data.append_all(source, judgments(args.rows, seed=0))
+        append_all(source, judgments(args.rows, seed=0))
         source.preferences.rename(large.preferences)
-        first = seconds(lambda: data.append(large, next(judgments(1, seed=3))))
+        first = seconds(lambda: append(large, next(judgments(1, seed=3))))
         result: dict[str, object] = {"rows": args.rows, "first_append_seconds": round(first, 3)}
         result |= appends(folder, large, args.rows, args.rounds, args.appends)
-        result |= best_of_five("stats", lambda: data.stats(large))
-        result |= best_of_five("stats_of_prompts_alike", lambda: data.stats(alike))
+        result |= best_of_five("stats", lambda: stats(large))
+        result |= best_of_five("stats_of_prompts_alike", lambda: stats(alike))
         journal = Journal(large.preferences).refresh()
         queries = [
             Query(),
@@ -115,13 +116,13 @@ def main() -> None:
             Query("nowhere", state="standing"),
             Query(category="race", annotator="ada", verdict="preferred", state="standing"),
         ]
-        result |= best_of_five("table_query", *(lambda wanted=wanted: data.query(journal, wanted) for wanted in queries))  # type: ignore[misc]
+        result |= best_of_five("table_query", *(lambda wanted=wanted: query(journal, wanted) for wanted in queries))  # type: ignore[misc]
         result |= best_of_five("meter_first", lambda: Meter().refresh(journal))
         meter = Meter()
         meter.refresh(journal)
         refreshes = []
         for judgment in judgments(50, seed=4):
-            data.append(large, judgment)
+            append(large, judgment)
             refreshes.append(1000 * seconds(lambda: meter.refresh(journal.refresh())))
         result["meter_refresh_ms_after_one_append"] = round(statistics.median(refreshes), 2)
     print(json.dumps(result, indent=2))

@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from biasdpo import data, models
+from biasdpo import models
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.utility import Utility, load_texts
+from biasdpo.data import pairs, splits
 from biasdpo.engines import EngineKey, open_engine
 from biasdpo.evaluation import run
 from biasdpo.workspace import open_workspace, read_json, write_json
@@ -37,7 +38,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "tradeoff.json"
     points: list[dict[str, Any]] = read_json(file) if file.is_file() else []
-    held_out = data.split(data.derive(data.load_jsonl(args.dataset)).pairs, 0.1).held_out
+    held_out = splits.split(pairs.derive(splits.load_file(args.dataset)).pairs, 0.1).held_out
     benchmarks = [Preference(held_out), Utility(load_texts(args.data_dir))]
     for argument in args.adapters:
         label, _, name = argument.partition("=")

@@ -30,8 +30,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from biasdpo import data, models
+from biasdpo import models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
+from biasdpo.data import splits
 from biasdpo.workspace import Workspace
 
 ARMS = ("ours", "trl", "trl_precomputed", "trl_defaults")
@@ -193,7 +194,7 @@ def main() -> None:
         folder = Path(scratch)
         spec = models.find("smollm2")
         model_folder = hf_copy(spec, Workspace(folder))
-        pairs = data.load_jsonl(Path(args.dataset))
+        pairs = splits.load_file(Path(args.dataset))
         rows = [row.as_trl() for row in tokenise(pairs, load_tokenizer(model_folder), spec.template, 1024).rows]
         random.Random(0).shuffle(rows)
         report: dict[str, Any] = {"model": spec.id, "threads": args.threads, "lora": LORA, "learning_rate": args.learning_rate}
