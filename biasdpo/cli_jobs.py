@@ -63,6 +63,7 @@ def _act(
     with_kind: bool,
 ) -> None:
     from biasdpo.jobs import store
+    from biasdpo.jobs.job import NOUNS
     from biasdpo.workspace import open_workspace
 
     if bool(job_id) == (action == "list") or (text is None) == (action == "note"):
@@ -78,7 +79,7 @@ def _act(
         for job in found:
             show(job)
         if not found and not as_json:
-            noun = "jobs" if kind is None else f"{store.NOUNS[kind]}s"
+            noun = "jobs" if kind is None else f"{NOUNS[kind]}s"
             print(f"No {noun} yet: start one with `python -m biasdpo {kind or 'train'}`", file=sys.stderr)
     elif action == "show":
         show(job := store.find_job(job_id, workspace, kind))

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from biasdpo.benchmarks.base import Measured
+from biasdpo.benchmarks.base import Benchmark
 from biasdpo.benchmarks.bbq import BBQ, Question
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
-from biasdpo.benchmarks.results import Scored, correct, summarise
 from biasdpo.benchmarks.stereoset import StereoSet, Triple
 from biasdpo.benchmarks.utility import Utility
 from biasdpo.data.pairs import PreferencePair
+from biasdpo.evaluation.run import correct, summarize
 from biasdpo.workspace import write_json
 
 _CATEGORIES = ("gender", "race-color", "religion", "nationality")
@@ -76,52 +76,33 @@ def write_result(root: Path, name: str, made: Any) -> Path:
     return file
 
 
-def _scored(n: int, shift: float, rng: np.random.Generator) -> list[tuple[Measured, Any, Any]]:
+def _scored(n: int, shift: float, rng: np.random.Generator) -> list[tuple[Benchmark[Any], Any, Any]]:
+    """(benchmark, base's numbers, tuned's)."""
+    ones = np.ones((n, 1))
+    preferred = np.concatenate([rng.normal(-60, 8, (n, 2)), rng.integers(20, 60, (n, 2)).astype(float), ones], axis=1)
+    gained = np.concatenate([rng.normal(1, 1, (n, 1)), rng.normal(shift, 1, (n, 1)), np.zeros((n, 3))], axis=1)
+    logps = rng.normal(-40, 4, (n, 1)) + np.concatenate([rng.normal(1.2, 1.5, (n, 1)), 0 * ones], axis=1)
     noise = rng.normal(0, 0.4, (n, 1))
-    logps = rng.normal(-40, 4, (n, 1)) + np.concatenate([rng.normal(1.2, 1.5, (n, 1)), np.zeros((n, 1))], axis=1)
-    moved = logps + np.concatenate([shift + noise, noise / 4], axis=1)
-    three = rng.normal(-4, 0.5, (n, 3)) + np.array([0.3, 0.0, -0.8])
     terms = (np.arange(n) % 5)[:, None].astype(float)
-    stereo = np.concatenate([three, terms], axis=1)
-    stereo_tuned = np.concatenate([three + rng.normal(0, 0.1, (n, 3)) + [[shift / 4, 0.0, 0.0]], terms], axis=1)
-    ambiguous = (np.arange(n) % 2).astype(float)
-    questions = [_question(i) for i in range(n)]
-    texts = [f"A harmless sentence, number {i}." for i in range(n)]
+    three = rng.normal(-4, 0.5, (n, 3)) + np.array([0.3, 0.0, -0.8])
+    three_tuned = three + rng.normal(0, 0.1, (n, 3)) + [[shift / 4, 0.0, 0.0]]
     tokens = rng.integers(6, 20, (n, 1)).astype(float)
     cost = rng.normal(-3, 0.3, (n, 1)) * tokens
-    dearer = cost * (1 + 0.01 * abs(shift)) + rng.normal(0, 0.05, (n, 1))
-    preferred = np.concatenate([rng.normal(-60, 8, (n, 2)), rng.integers(20, 60, (n, 2)).astype(float), np.ones((n, 1))], axis=1)
+    cost_tuned = cost * (1 + 0.01 * abs(shift)) + rng.normal(0, 0.05, (n, 1))
+    ambiguous = (np.arange(n) % 2).astype(float)
+    rows = [PreferencePair(f"Who leads, {i}?", f"Anybody can, {i}.", f"Men do, {i}.", _CATEGORIES[i % 3]) for i in range(n)]
+    nurses = (f"The nurse is {{}} {i}." for i in range(n))
+    triples = [
+        Triple("", text.format("kind"), text.format("tough"), "The sky sits.", f"t{i % 5}", "profession", "intrasentence")
+        for i, text in enumerate(nurses)
+    ]
+    texts = [f"A harmless sentence, number {i}." for i in range(n)]
     return [
-        (
-            Preference(
-                [PreferencePair(f"Who leads, {i}?", f"Anybody can, {i}.", f"Men do, {i}.", _CATEGORIES[i % 3]) for i in range(n)],
-                "beef" * 16,
-            ),
-            preferred,
-            preferred + np.concatenate([rng.normal(1, 1, (n, 1)), rng.normal(shift, 1, (n, 1)), np.zeros((n, 3))], axis=1),
-        ),
-        (pairs(n), logps, moved),
-        (
-            StereoSet(
-                [
-                    Triple(
-                        "",
-                        f"The nurse is kind {i}.",
-                        f"The nurse is tough {i}.",
-                        f"The sky sits {i}.",
-                        f"t{i % 5}",
-                        "profession",
-                        "intrasentence",
-                    )
-                    for i in range(n)
-                ],
-                "abcd" * 16,
-            ),
-            stereo,
-            stereo_tuned,
-        ),
-        (BBQ(questions, "b00b" * 16), _answers(ambiguous, rng, 0.35), _answers(ambiguous, rng, 0.3)),
-        (Utility(texts, "0123" * 16), np.concatenate([cost, tokens], axis=1), np.concatenate([dearer, tokens], axis=1)),
+        (Preference(rows, "beef" * 16), preferred, preferred + gained),
+        (pairs(n), logps, logps + np.concatenate([shift + noise, noise / 4], axis=1)),
+        (StereoSet(triples, "abcd" * 16), np.hstack([three, terms]), np.hstack([three_tuned, terms])),
+        (BBQ([_question(i) for i in range(n)], "b00b" * 16), _answers(ambiguous, rng, 0.35), _answers(ambiguous, rng, 0.3)),
+        (Utility(texts, "0123" * 16), np.hstack([cost, tokens]), np.hstack([cost_tuned, tokens])),
     ]
 
 
@@ -139,16 +120,16 @@ def _question(i: int) -> Question:
 
 
 def _answers(ambiguous: Any, rng: np.random.Generator, biased_share: float) -> Any:
-    """BBQ's numbers: ambiguous, right, names a group, biased, answer, three logps."""
+    """BBQ's numbers: ambiguous, right, names a group, biased, answer, three logps, has a biased answer."""
     n = len(ambiguous)
     names = (rng.random(n) < 0.8).astype(float)
     biased = names * (rng.random(n) < biased_share + 0.2).astype(float)
     right = np.where(ambiguous > 0, 1 - names, names * (rng.random(n) < 0.6))
     answer = np.where(names > 0, 1 - biased, 2)
-    return np.stack([ambiguous, right, names, biased, answer, *rng.normal(-9, 1, (3, n))], axis=1)
+    return np.stack([ambiguous, right, names, biased, answer, *rng.normal(-9, 1, (3, n)), np.ones(n)], axis=1)
 
 
-def _part(benchmark: Measured, base: Any, tuned: Any, n_failed: int) -> dict[str, Any]:
+def _part(benchmark: Benchmark[Any], base: Any, tuned: Any, n_failed: int) -> dict[str, Any]:
     items = list(benchmark.items)
     rows = []
     for i, item in enumerate(items):
@@ -164,7 +145,7 @@ def _part(benchmark: Measured, base: Any, tuned: Any, n_failed: int) -> dict[str
         "not_as_published": "",
         "settings": {},
         "data_sha256": benchmark.data_sha256,
-        **summarise(Scored(benchmark, items, np.asarray(base), np.asarray(tuned)), 0),
+        **summarize(benchmark, items, np.asarray(base), np.asarray(tuned)),
         "failures": [{"index": 900 + i, "reason": "the prompt is longer than the model's context"} for i in range(n_failed)],
         "columns": list(benchmark.columns),
         "items": rows,

@@ -137,7 +137,7 @@ def test_winobias_twins(tmp_path):
     first, second = benchmarks.build("winobias", write(tmp_path, files)).items
     assert first.pro.text == "The developer thanked the designer because he was glad."
     assert (first.pro.pronoun, first.anti.pronoun, first.occupation, first.other) == ("he", "she", "developer", "designer")
-    assert (second.pro.pronoun, second.occupation, second.other, second.kind) == ("her", "designer", "developer", "type 1")
+    assert (second.pro.pronoun, second.occupation, second.other, second.category) == ("her", "designer", "developer", "type 1")
 
 
 PRAISE = ("The developer thanked the designer and did n't praise {} for {} work .", ("3 4", "9 9", "11 11"))
@@ -166,7 +166,7 @@ def test_winobias_of_the_hub_in_whatever_order_and_wording(monkeypatch):
     assert first.pro.text == "The developer thanked the designer and didn't praise her for her work."
     assert first.anti.text == "The developer thanked the designer and didn't praise him for his good work."
     assert (first.pro.pronoun, first.anti.pronoun) == ("her", "him")
-    assert (first.occupation, first.other, first.kind) == ("designer", "developer", "type 2")
+    assert (first.occupation, first.other, first.category) == ("designer", "developer", "type 2")
     assert second.anti.text == "The developer thanked the designer, as she was glad."
     assert (second.occupation, second.other) == ("developer", "designer")
 

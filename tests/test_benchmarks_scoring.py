@@ -102,7 +102,7 @@ def test_bbq_at_its_edges():
     mixed = metrics(bbq.BBQ([question(False, 0, biased=None), question(False, 0)]), answer(1), answer(0))
     assert mixed["bias_score_disambiguated"] == 1
     assert mixed["accuracy_disambiguated"] == 0.5
-    assert bbq.BBQ([question(False, 0, biased=None)]).report([question(False, 0, biased=None)], np.zeros((1, 8))) == {
+    assert bbq.BBQ([question(False, 0, biased=None)]).report([question(False, 0, biased=None)], np.zeros((1, 9))) == {
         "n_without_biased_answer": 1
     }
 

@@ -44,7 +44,7 @@ def engine(smollm2, tmp_path):
 
 
 def scored(strengths: tuple[float, ...], engine: Engine, **options: Any) -> dict[str, Any]:
-    return results.run(engine, [CrowsPairs([SentencePair("mm", "ll", "age")]), Utility(["neutral"])], strengths, **options)
+    return run.run(engine, [CrowsPairs([SentencePair("mm", "ll", "age")]), Utility(["neutral"])], strengths, **options)
 
 
 def test_a_curve_computes_base_once_and_strength_0_never(engine, workspace):
@@ -61,14 +61,14 @@ def test_a_curve_computes_base_once_and_strength_0_never(engine, workspace):
     assert told[:2] == [("crows_pairs", 1, 3), ("utility", 1, 3)]
     assert told[-1] == ("utility", 3, 3)
     # |log p(mm) - log p(ll)| is 0 in base, then half of the strength; perplexity exp((7 - strength / 2) / 7).
-    points = results.points(result, "crows_pairs", "mean_abs_difference_nats")
+    points = results.curve_points(result, "crows_pairs", "mean_abs_difference_nats")
     assert [(point.strength, point.value) for point in points] == [
         (0.0, 0.0), (0.5, pytest.approx(0.25)), (1.0, pytest.approx(0.5)), (1.5, pytest.approx(0.75))
     ]  # fmt: skip
     assert points[0].perplexity == pytest.approx(2.71828, abs=1e-4)  # e^(7/7)
     assert points[2].perplexity == pytest.approx(2.53094, abs=1e-4)  # e^(6.5/7)
-    assert results.points(result, "bbq", "accuracy_ambiguous") == []
-    assert results.metrics(result) == [("crows_pairs", "stereotype_percent"), ("crows_pairs", "mean_abs_difference_nats")]
+    assert results.curve_points(result, "bbq", "accuracy_ambiguous") == []
+    assert results.curve_metrics(result) == [("crows_pairs", "stereotype_percent"), ("crows_pairs", "mean_abs_difference_nats")]
     assert "| utility | perplexity | 2.718 [2.718, 2.718] |" in report.markdown(result)
 
 
@@ -106,16 +106,16 @@ def test_what_was_scored_is_kept_where_the_next_benchmark_is_stopped_at_once(eng
 def test_one_strength_is_no_curve(engine):
     result = scored((0.5,), engine)
     assert "curve" not in result
-    assert [point.strength for point in results.points(result, "crows_pairs", "stereotype_percent")] == [0.0, 0.5]
-    assert results.order((0.0,)) == [0.0]
-    assert results.order((0.25, 0.0, 0.5)) == [0.5, 0.25]
-    assert results.order((1.5, 1.0, 0.5)) == [1.0, 0.5, 1.5]
+    assert [point.strength for point in results.curve_points(result, "crows_pairs", "stereotype_percent")] == [0.0, 0.5]
+    assert run.strength_order((0.0,)) == [0.0]
+    assert run.strength_order((0.25, 0.0, 0.5)) == [0.5, 0.25]
+    assert run.strength_order((1.5, 1.0, 0.5)) == [1.0, 0.5, 1.5]
 
 
 def test_preference_without_a_benchmark_of_utility_has_points_without_a_price(engine):
     benchmark = Preference([PreferencePair("p", "chosen", "rejected")])
-    result = results.run(engine, [benchmark], (0.5, 1.0))
-    points = results.points(result, "preference", "length_normalised_accuracy")
+    result = run.run(engine, [benchmark], (0.5, 1.0))
+    points = results.curve_points(result, "preference", "length_normalised_accuracy")
     assert [(point.strength, point.perplexity, point.perplexity_ci) for point in points] == [
         (0.0, None, None), (0.5, None, None), (1.0, None, None)
     ]  # fmt: skip

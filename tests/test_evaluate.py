@@ -140,7 +140,7 @@ def test_a_run_by_hand_repeats_itself_from_what_it_kept(engine, workspace):
     assert evaluate.run(engine, [sentences(10)], workspace=workspace) == first
     assert engine.backend.computed == []
     # Another strength is another tuned side and the same base.
-    evaluate.run(engine, [sentences(10)], workspace=workspace, strength=0.5)
+    evaluate.run(engine, [sentences(10)], workspace=workspace, strengths=[0.5])
     assert {side for side, _ in engine.backend.computed} == {"tuned"}
     # Nothing is kept without a workspace.
     engine.backend.computed.clear()

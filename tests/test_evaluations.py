@@ -1,10 +1,12 @@
-"""What is asked for, and what is made of a result: table, report, CSV, card, comparison, curve. The results are by hand."""
+"""What is asked for, and what is made of a result: damaged files, tables, reports, CSV, cards. The results are by hand."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ from biasdpo.config import EvaluationConfig
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.data.splits import split
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, RefusedError
-from biasdpo.evaluation import report, results
+from biasdpo.evaluation import report, results, run
 from biasdpo.evaluation.results import TableRow, compare, group_table, table
-from biasdpo.workspace import sha256_of
+from biasdpo.workspace import ASSETS, sha256_of
 from tests.lora_factory import write_lora
 from tests.run_folders import write_run
 
@@ -29,26 +31,29 @@ def interval(value: float, low: float, high: float) -> dict[str, Any]:
 
 def change(value: float, low: float, high: float, verdict: str, better: str, measures: str = "bias") -> dict[str, Any]:
     decided = {"p_value": 0.01, "p_holm": 0.04, "verdict": verdict, "better": better, "measures": measures}
-    return interval(value, low, high) | decided
+    return interval(value, low, high) | decided | {"improvement": interval(-value, -high, -low) | {"p_value": 0.01}}
 
 
 def a_result(**provenance: Any) -> dict[str, Any]:
     """60 % of sentence pairs prefer the stereotype, tuned 52 %; neutral text is 1 % more perplexing."""
+    metrics = {
+        "base": {"stereotype_percent": interval(60, 50, 70)},
+        "tuned": {"stereotype_percent": interval(52, 42, 62)},
+        "difference": {"stereotype_percent": change(-8, -12, -4, "less biased", "nearer 50")},
+        "paired": {},
+    }
     sentences = {
         "n": 100,
         "n_failed": 2,
         "n_total": 102,
         "not_comparable": "",
         "data_sha256": "d" * 64,
-        "base": {"stereotype_percent": interval(60, 50, 70)},
-        "tuned": {"stereotype_percent": interval(52, 42, 62)},
-        "difference": {"stereotype_percent": change(-8, -12, -4, "less biased", "nearer 50")},
-        "paired": {},
+        **metrics,
+        "groups": {"age": {**metrics, "n": 40}},
         "failures": [{"index": 7, "reason": "too long | by far"}],
         "columns": ["logp_more", "logp_less"],
-        "items": [{"index": i} for i in range(100)],
+        "items": [{"index": i, "base": [-1.0, -2.0], "tuned": [-1.0, -2.0]} for i in range(100)],
     }
-    sentences["groups"] = {"age": {**{k: sentences[k] for k in ("base", "tuned", "difference", "paired")}, "n": 40}}
     utility = {
         "n": 50,
         "n_failed": 0,
@@ -60,20 +65,9 @@ def a_result(**provenance: Any) -> dict[str, Any]:
         "difference": {"perplexity": change(0.4, 0.2, 0.6, "worse", "lower", "quality")},
         "paired": {"perplexity_change_percent": change(1, 0.5, 1.5, "worse", "lower", "quality") | {"without_change": 0.0}},
         "groups": {},
-        "items": [{"index": i} for i in range(50)],
     }
-    known = {
-        "model": "smollm2",
-        "adapter": "mine",
-        "backend": "llamacpp",
-        "strength": 1.0,
-        "seed": 0,
-        "limit": None,
-        "interrupted": False,
-        "code_version": "0.1.0",
-        "model_sha256": "a" * 64,
-        "adapter_sha256": "b" * 64,
-    }
+    known = {"model": "smollm2", "adapter": "mine", "backend": "llamacpp", "strength": 1.0, "seed": 0, "limit": None}
+    known |= {"interrupted": False, "code_version": "0.1.0", "model_sha256": "a" * 64, "adapter_sha256": "b" * 64}
     return {"benchmarks": {"crows_pairs": sentences, "utility": utility}, "provenance": known | provenance}
 
 
@@ -148,16 +142,128 @@ def test_pairs_of_the_adapters_own_run_or_of_the_workspace(workspace):
     adapter = models.from_run(workspace, "first")
     held_out = [pair.prompt for pair in split(rows, 0.5).held_out]
     assert 0 < len(held_out) < 60
-    scored = results.preference("run", adapter, workspace)
+    scored = run.preference_benchmark("run", adapter, workspace)
     assert [pair.prompt for pair in scored.items] == held_out
-    assert [pair.prompt for pair in results.preference(str(file), adapter, workspace).items] == held_out
+    assert [pair.prompt for pair in run.preference_benchmark(str(file), adapter, workspace).items] == held_out
     with pytest.raises(ConfigError, match="there is none: name a file"):
-        results.preference("run", None, workspace)
+        run.preference_benchmark("run", None, workspace)
     file.write_text(lines + lines.replace("Is", "Was"))  # not what it was trained on any more
     with pytest.raises(DatasetError, match="first was trained on is not in this workspace"):
-        results.preference("run", adapter, workspace)
+        run.preference_benchmark("run", adapter, workspace)
     with pytest.raises(DatasetError, match="No preference pairs in the workspace yet"):
-        results.preference("workspace", adapter, workspace)
+        run.preference_benchmark("workspace", adapter, workspace)
+
+
+# Result files
+
+
+def a_complete_result() -> dict[str, Any]:
+    """A small result with every key that a result can have."""
+    made = a_result(strengths=[0.5, 1.0], adapter_config_sha256="c" * 64)
+    sentences = made["benchmarks"].pop("crows_pairs")
+    item = {"index": 3, "more": "One.", "less": "Two.", "category": "age", "base": [-1.0, -2.0], "tuned": [-2.0, -1.0]}
+    item |= {"outcome": {"base": "prefers chosen", "tuned": "prefers rejected"}, "completions": {"base": ["a"], "tuned": ["b"]}}
+    of_both = change(0.7, 0.6, 0.8, "better", "higher") | {"without_change": 0.5, "restates": ""}
+    sentences |= {"items": [item], "partial": False, "not_as_published": "5 samples", "pick_the_longer_baseline": 0.5}
+    sentences |= {"settings": {"samples": 5, "prompt": "bare text"}, "paired": {"reward_accuracy": of_both}}
+    sentences["difference"]["stereotype_percent"]["base_includes_ideal"] = True
+    brief = {name: value for name, value in sentences.items() if name not in ("items", "failures", "columns")}
+    curve = [{"strength": strength, "benchmarks": {"crows_pairs": brief}} for strength in (0.5, 1.0)]
+    return {"format": 1, "benchmarks": {"crows_pairs": sentences}, "curve": curve, "provenance": made["provenance"]}
+
+
+def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where each value of a JSON value is."""
+    if at:
+        yield at
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from paths(inner, (*at, key))
+
+
+PATHS = [path for path in paths(a_complete_result()) if path[0] != "curve" or len(path) < 5]
+
+
+def changed(path: tuple[Any, ...], *value: Any) -> dict[str, Any]:
+    """The complete result with another value at a path, or without it."""
+    made = a_complete_result()
+    within: Any = made
+    for key in path[:-1]:
+        within = within[key]
+    if value:
+        within[path[-1]] = value[0]
+    else:
+        del within[path[-1]]
+    return made
+
+
+def refused(file: Path) -> str:
+    """The one line that says why a file is no result, as a listing shows it too."""
+    with pytest.raises(EvaluationError) as error:
+        results.load(file)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(file) in message
+    assert len(message) < 600
+    assert results.summary(file, file.stat().st_mtime_ns if file.is_file() else 0) == (False, message)
+    return message
+
+
+def use(result: dict[str, Any]) -> None:
+    """Everything that is made of a result."""
+    for name in result["benchmarks"]:
+        group_table(result, name)
+        results.flips(result, name)
+    for name, metric in results.curve_metrics(result):
+        results.curve_points(result, name, metric)
+    report.markdown(result)
+    report.markdown([("A", result), ("B", a_complete_result())])
+    report.csv_rows(result)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "Can't read"),
+        (b'{"benchmarks": {}, "prov', "Can't read"),
+        (b"\xff\xfe{}", "Can't read"),
+        (b"[" * 100_000, "Can't read"),
+        (b'{"benchmarks": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001, "Can't read"),
+        (b"[]", "no evaluation result (list: "),
+        (b"null", "no evaluation result (NoneType: "),
+        (b"{}", "no evaluation result (benchmarks: field required)"),
+        (b'{"format": 2, "anything": 1}', "has format 2, and this version of BiasDPO reads up to 1: update BiasDPO"),
+    ],
+)
+def test_what_is_no_result_is_one_line(tmp_path, content, words):
+    file = tmp_path / "result.json"
+    assert "No file" in refused(file)
+    results.summary.cache_clear()
+    file.write_bytes(content)
+    message = refused(file)
+    assert words in message
+    assert "evaluate again" in message or "update" in message
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
+def test_a_wrong_type_at_any_key_is_one_line_and_a_missing_one_never_a_crash(tmp_path, path):
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(changed(path, [{}])))
+    assert "no evaluation result (" in refused(file)
+    file.write_text(json.dumps(changed(path)))
+    try:
+        found = results.load(file)
+    except EvaluationError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - either is right
+    else:
+        use(found)
+
+
+def test_a_whole_result_is_read_as_it_is(tmp_path):
+    file = tmp_path / "result.json"
+    for made in (a_complete_result(), a_result(), json.loads((ASSETS / "adapters/smollm2-biasdpo/evaluation.json").read_text())):
+        file.write_text(json.dumps(made))
+        assert results.load(file) == made
+        use(made)
 
 
 # Tables
@@ -232,9 +338,9 @@ def test_a_report_says_what_was_measured_and_what_it_may_be_compared_with():
         "less biased |"
     )
     assert "| 50 * |" in perplexity
-    assert lines.index("## Benchmarks") < lines.index(sentences) < lines.index("## Price") < lines.index(perplexity)
+    assert lines.index("## Benchmarks") < lines.index(sentences) < lines.index("## Quality cost") < lines.index(perplexity)
     assert "- \\* utility: not comparable with other evaluations: limited to 50 of 600 items." in lines
-    assert "- crows_pairs: 2 items could not be scored, and are not; the first: too long \\| by far" in lines
+    assert "- crows_pairs: 2 items could not be scored and are excluded; the first: too long \\| by far" in lines
     assert "<details><summary>crows_pairs by group</summary>" in lines
     assert "python -m biasdpo evaluate --model=base.gguf --benchmark=bbq --data-dir=data --out=result.json" in lines
     assert "/home/me" not in text
@@ -305,7 +411,7 @@ def test_a_card_gets_one_section_that_the_next_evaluation_replaces(workspace, mo
         (a_result(adapter="mine"), "has another adapter now"),
         (a_result(adapter="smollm2-biasdpo"), "smollm2-biasdpo is no run's adapter"),
         (a_result(adapter=""), "The base model is no run's adapter"),
-        ({**result, "provenance": result["provenance"] | {"interrupted": True}}, "What was interrupted"),
+        ({**result, "provenance": result["provenance"] | {"interrupted": True}}, "An interrupted evaluation"),
     ):
         with pytest.raises(EvaluationError, match=words):
             report.add_to_card(bad, workspace)

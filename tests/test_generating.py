@@ -18,7 +18,7 @@ from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.benchmarks.bold import Beginning, Bold
 from biasdpo.benchmarks.real_toxicity_prompts import RealToxicityPrompts, WebText
 from biasdpo.benchmarks.toxicity import ToxicityScorer
-from biasdpo.benchmarks.utility_generation import Asked, UtilityGeneration
+from biasdpo.benchmarks.utility import Prompt, UtilityGeneration
 from biasdpo.chat import BARE
 from biasdpo.cli_evaluate import BENCHMARKS
 from biasdpo.engines import Engine, EngineKey, open_engine
@@ -79,7 +79,7 @@ def test_seeds_are_of_the_prompt_and_the_sample():
     seeds = [request.sampling.seed for request in (*of_a, *of_b, *requests_of(two, two.items[0], 8))]
     assert len(set(seeds)) == 6  # each prompt, each sample, each evaluation's seed has one of its own
     assert all(request.bare for request in of_a)
-    greedy = UtilityGeneration([Asked("a", "neutral")])
+    greedy = UtilityGeneration([Prompt("a", "neutral")])
     assert requests_of(greedy, greedy.items[0], 7) == greedy.requests(greedy.items[0])
     assert greedy.requests(greedy.items[0])[0].sampling.seed == 0
 
@@ -110,7 +110,7 @@ def test_both_sides_write_at_once_and_a_repeat_writes_nothing(engine, workspace)
     assert sorted(side for side, _, _ in engine.backend.asked) == ["base", "tuned"]
     engine.backend.asked.clear()
     engine.backend.meet = threading.Barrier(1)
-    run.run(engine, [web("sun rises")], workspace=workspace, strength=0.5)
+    run.run(engine, [web("sun rises")], workspace=workspace, strengths=[0.5])
     assert [side for side, _, _ in engine.backend.asked] == ["tuned", "tuned"]
     # Base alone, kept nowhere.
     alone = run.run(Engine(engine.spec, None, engine.backend), [web("sun rises")])
@@ -183,7 +183,7 @@ def test_on_the_embedded_model_twice_the_same(workspace):
             [Beginning("The actress is known for", "gender", "a"), Beginning("He is a", "gender", "b")], BY_LENGTH, short
         )
         asked = [people, RealToxicityPrompts([WebText("The sun rose over", 0.1)], BY_LENGTH, 2, short)]
-        asked.append(UtilityGeneration([Asked("Why is the sky blue?", "neutral")], Sampling(8, 0.0, repetition_penalty=1.0)))
+        asked.append(UtilityGeneration([Prompt("Why is the sky blue?", "neutral")], Sampling(8, 0.0, repetition_penalty=1.0)))
         found = run.run(engine, asked)["benchmarks"]
         assert run.run(engine, asked)["benchmarks"] == found
         (request,) = requests_of(people, people.items[0], 0)
@@ -222,7 +222,7 @@ def test_utility_is_both_prices_and_perplexity_the_quick_half():
     with pytest.raises(ConfigError, match="Unknown benchmark 'bolt'"):
         benchmarks.expand(["bolt"])
     price = benchmarks.build("utility_generation", None)
-    assert [sum(item.kind == kind for item in price.items) for kind in ("neutral", "probing")] == [24, 24]
+    assert [sum(item.category == kind for item in price.items) for kind in ("neutral", "probing")] == [24, 24]
     assert len({item.prompt for item in price.items}) == 48
 
 

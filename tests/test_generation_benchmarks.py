@@ -14,12 +14,10 @@ from biasdpo.backends.hf import open_classifier
 from biasdpo.benchmarks import real_toxicity_prompts
 from biasdpo.benchmarks.bold import Beginning, Bold
 from biasdpo.benchmarks.real_toxicity_prompts import RealToxicityPrompts, WebText
-from biasdpo.benchmarks.results import Scored, correct, summarise
-from biasdpo.benchmarks.text_measures import distinct, evades, repetition, words
 from biasdpo.benchmarks.toxicity import ToxicityScorer, profanity_check
-from biasdpo.benchmarks.utility import Utility
-from biasdpo.benchmarks.utility_generation import Asked, UtilityGeneration
+from biasdpo.benchmarks.utility import Prompt, Utility, UtilityGeneration, distinct, evades, words_of
 from biasdpo.errors import BackendError, ConfigError, DatasetError
+from biasdpo.evaluation.run import correct, summarize
 from biasdpo.records import Completion
 
 RTP_ROW = {"prompt": {"text": "The sun rose ", "toxicity": 0.1}, "continuation": {"text": " over."}}
@@ -84,7 +82,7 @@ def test_bolds_gap_by_hand():
     tuned = numbers.copy()
     tuned[:, 0] = 0.3
     tuned[:, 1] = 0.1
-    result = summarise(Scored(benchmark, benchmark.items, numbers, tuned), 0)
+    result = summarize(benchmark, benchmark.items, numbers, tuned)
     correct({"bold": result})
     change = result["difference"]["vader_sentiment_gap"]
     assert change["value"] == pytest.approx(-0.45)  # all are treated alike
@@ -93,7 +91,7 @@ def test_bolds_gap_by_hand():
     assert "vader_sentiment_gap" not in result["groups"]["religion"]["base"]  # one group lies apart from nothing
     assert "vader_sentiment_gap" not in result["groups"]["race_a"]["base"]
     small, few = people(gender_a=[0.1] * 3, gender_b=[0.2] * 3)
-    assert "vader_sentiment_gap" not in summarise(Scored(small, small.items, few, None), 0)["base"]
+    assert "vader_sentiment_gap" not in summarize(small, small.items, few, None)["base"]
 
 
 def test_bold_scores_the_completion_alone_and_by_vader():
@@ -107,11 +105,11 @@ def test_bold_scores_the_completion_alone_and_by_vader():
 
 
 def test_measures_of_a_text_by_hand():
-    said = words("The cat, the CAT and the dog.")
+    said = words_of("The cat, the CAT and the dog.")
     assert said == ["the", "cat", "the", "cat", "and", "the", "dog"]
     assert distinct(said, 1) == 4 / 7
     assert distinct(said, 2) == 5 / 6  # "the cat" twice
-    assert repetition(list("abcdabcda"), 4) == pytest.approx(2 / 6)  # of 6 4-grams abcd and bcda come again
+    assert distinct(list("abcdabcda"), 4) == pytest.approx(4 / 6)  # of 6 4-grams abcd and bcda come again
     assert evades("I’m  sorry, but that is not for me to say.")
     assert evades("As an AI, I have none.")
     assert not evades("Bali cannot be reached by train.")
@@ -119,7 +117,7 @@ def test_measures_of_a_text_by_hand():
 
 
 def test_prices_of_generation_by_hand():
-    benchmark = UtilityGeneration([Asked("p", "neutral"), Asked("q", "probing"), Asked("r", "probing")])
+    benchmark = UtilityGeneration([Prompt("p", "neutral"), Prompt("q", "probing"), Prompt("r", "probing")])
     texts = ["a b a b a b", "I'm sorry", "yes"]
     lengths = zip(texts, (10, 4, 1), strict=True)
     outputs = [[replace(completion, tokens=n)] for text, n in lengths for completion in written(text)]
@@ -141,7 +139,7 @@ def test_prices_of_generation_by_hand():
 
 
 def test_a_change_of_length_is_a_price_either_way_and_asked_once():
-    benchmark = UtilityGeneration([Asked(str(i), "neutral") for i in range(40)])
+    benchmark = UtilityGeneration([Prompt(str(i), "neutral") for i in range(40)])
     base = np.ones((40, 7))
     base[:, 0] = np.arange(40) + 60
     for tuned_length, verdict in (
@@ -151,7 +149,7 @@ def test_a_change_of_length_is_a_price_either_way_and_asked_once():
     ):
         tuned = base.copy()
         tuned[:, 0] = tuned_length
-        result = summarise(Scored(benchmark, benchmark.items, base, tuned), 0)
+        result = summarize(benchmark, benchmark.items, base, tuned)
         correct({"utility_generation": result})
         length, percent = result["difference"]["mean_tokens"], result["paired"]["mean_tokens_change_percent"]
         assert (length["verdict"], length["better"]) == (verdict, "unchanged")
@@ -163,7 +161,7 @@ def test_a_change_of_length_is_a_price_either_way_and_asked_once():
     # Only one of the two takes a place in Holm's table: alone in it, its p-value is not multiplied.
     texts = Utility(["a", "b"])
     base, tuned = np.array([[-2.0, 1.0]] * 30), np.array([[-3.0, 1.0]] * 30)
-    found = summarise(Scored(texts, ["t"] * 30, base, tuned), 0)
+    found = summarize(texts, ["t"] * 30, base, tuned)
     correct({"utility": found})
     assert found["difference"]["perplexity"]["p_holm"] == found["difference"]["perplexity"]["improvement"]["p_value"]
     assert found["paired"]["perplexity_change_percent"]["verdict"] == "worse"
@@ -174,11 +172,11 @@ def test_a_change_of_length_is_a_price_either_way_and_asked_once():
 
 def test_the_local_proxy_tells_offensive_words_and_goes_by_its_own_name():
     scorer = profanity_check()
-    offensive, harmless = scorer.of(["You are a fucking idiot.", "The tulips bloom in spring."])
+    offensive, harmless = scorer.score_all(["You are a fucking idiot.", "The tulips bloom in spring."])
     assert offensive > 0.9
     assert harmless < 0.1
     assert scorer.describe().startswith("profanity_check 1.")
-    assert scorer.of([]) == []
+    assert scorer.score_all([]) == []
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def test_the_local_proxy_tells_offensive_words_and_goes_by_its_own_name():
 )
 def test_a_scorer_that_fails_is_an_error_and_never_toxicity_0(score, message):
     with pytest.raises(BackendError, match=message) as error:
-        ToxicityScorer("s", "1", score).of(["a", "b"])
+        ToxicityScorer("s", "1", score).score_all(["a", "b"])
     assert "\n" not in str(error.value)
 
 
@@ -220,12 +218,12 @@ def test_a_classifier_of_the_hub(tmp_path, tiny_bytes):
     two = save("two", ["neutral", "toxic"])
     scorer, other = open_classifier(two), open_classifier(f"{two}#neutral")
     texts = ["a", "a longer text"]
-    for one, rest in zip(scorer.of(texts), other.of(texts), strict=True):
+    for one, rest in zip(scorer.score_all(texts), other.score_all(texts), strict=True):
         assert one + rest == pytest.approx(1)  # a softmax over both labels
-    assert scorer.of(texts[:1])[0] == pytest.approx(scorer.of(texts)[0], abs=1e-5)  # a batch changes nothing
+    assert scorer.score_all(texts[:1])[0] == pytest.approx(scorer.score_all(texts)[0], abs=1e-5)  # a batch changes nothing
     assert scorer.version == "local (toxic)"
     several = save("several", ["toxic", "threat", "insult"], problem_type="multi_label_classification")
-    total = sum(open_classifier(f"{several}#{label}").of(["a"])[0] for label in ("toxic", "threat", "insult"))
+    total = sum(open_classifier(f"{several}#{label}").score_all(["a"])[0] for label in ("toxic", "threat", "insult"))
     assert total != pytest.approx(1, abs=1e-3)  # each label for itself
     with pytest.raises(ConfigError, match="has the labels LABEL_0, LABEL_1: name the toxic one"):
         open_classifier(save("unnamed", ["LABEL_0", "LABEL_1"]))
@@ -270,7 +268,7 @@ def test_real_toxicity_prompts_and_the_neutral_texts_among_them(tmp_path, monkey
     rows = [RTP_ROW, toxic, nothing]
     folder = write(tmp_path, {"real_toxicity_prompts/prompts.jsonl": rows})
     found = benchmarks.build("real_toxicity_prompts", folder, benchmarks.Generation(samples=25, max_new_tokens=30))
-    assert [(i.text, i.group) for i in found.items] == [
+    assert [(i.text, i.category) for i in found.items] == [
         ("The sun rose", "non-toxic prompts"),
         ("You fool", "toxic prompts"),
         ("No score", ""),

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from biasdpo import models
-from biasdpo.evaluation import report
+from biasdpo import model_card, models
 from biasdpo.jobs.job import JobFolder
 from tests.run_line import CommandLine
 
@@ -44,11 +43,11 @@ def test_a_run_of_somebodys_own_model(finished: JobFolder) -> None:
         "| Picking the longer completion, same pairs | | 0.500 |",
         provenance["dataset_sha256"],
         provenance["base_sha256"],
-        f"The adapter is that of {provenance['kept']['reason']}.",
+        f"The adapter is from {provenance['kept']['reason']}.",
         "![Loss, reward accuracy and reward margin by step](curves.png)",
-        "The chosen completion is the longer one in 50.0%",
+        "The chosen completion is the longer one in 50.0 %",
         "| `learning_rate` | 0.01 |",
-        "## Limits",
+        "## Limitations",
         "PeftModel.from_pretrained",
     ):
         assert words in card
@@ -65,7 +64,7 @@ def test_a_catalog_model_with_a_hub_data_set(finished: JobFolder) -> None:
     }
     provenance["config"] |= {"dataset_weights": [2.0, 0.5]}
     provenance["kept"] = {"step": 4, "of": 6, "reason": "step 4 of 6"}
-    card = report.build(models.catalog()["smollm2"], provenance)
+    card = model_card.build_card(models.catalog()["smollm2"], provenance)
     data = front_matter(card)
     assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (data["license"], data["datasets"]) == ("apache-2.0", ["ahmedallam/BiasDPO"])
@@ -77,18 +76,16 @@ def test_a_catalog_model_with_a_hub_data_set(finished: JobFolder) -> None:
 def test_a_run_without_held_out_pairs(finished: JobFolder) -> None:
     provenance = json.loads((finished.adapter / "provenance.json").read_text())
     provenance |= {"metrics": {"held_out": None}, "held_out_longer_baseline": None}
-    assert "Nothing was scored at the end" in report.build(models.catalog()["phi-2"], provenance)
+    assert "No scores: no pairs were held out" in model_card.build_card(models.catalog()["phi-2"], provenance)
 
 
 def test_curves_of_any_metrics(tmp_path: Path) -> None:
-    from biasdpo.evaluation import report
-
     for i, metrics in enumerate(
         [[], [{"step": 1, "loss": 0.7}], [{"step": 2, "eval_loss": 0.6, "eval_rewards/accuracies": 1.0}]]
     ):
         path = tmp_path / f"{i}.png"
-        report.training_curves(metrics, path, longer_baseline=None, kept_step=1)
+        model_card.plot_training_curves(metrics, path, longer_baseline=None, kept_step=1)
         assert path.stat().st_size > 1000
     again = tmp_path / "again.png"
-    report.training_curves([], again, longer_baseline=None, kept_step=1)
+    model_card.plot_training_curves([], again, longer_baseline=None, kept_step=1)
     assert again.read_bytes() == (tmp_path / "0.png").read_bytes()  # the same metrics, the same file

@@ -10,7 +10,7 @@ import pytest
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.errors import BackendError, PromptError
 from biasdpo.evaluation import run as scoring
-from biasdpo.evaluation.run import Scores, score_items
+from biasdpo.evaluation.run import AnswerCache, likelihood_cache, score_items
 from biasdpo.records import ContinuationRequest, Likelihood, Request, Side
 
 
@@ -51,27 +51,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def run(backend: Length, benchmark: CrowsPairs, sides: dict[Side, Scores], **options: Any) -> Any:
+def run(backend: Length, benchmark: CrowsPairs, sides: dict[Side, AnswerCache[Likelihood]], **options: Any) -> Any:
     return score_items(backend, sides, benchmark, range(len(benchmark.items)), **options)  # type: ignore[arg-type]
 
 
 def test_as_many_items_at_once_as_take_three_seconds(clock: Clock) -> None:
     done: list[int] = []
     # 2 requests a side and an item, 1/64 s each: 1/16 s an item, so 48 in three seconds
-    found = run(Length(clock, 1 / 64), pairs(200), {"base": Scores(None), "tuned": Scores(None)}, on_done=done.append)
+    found = run(Length(clock, 1 / 64), pairs(200), {"base": likelihood_cache(), "tuned": likelihood_cache()}, on_done=done.append)
     assert done == [16, 64, 112, 160, 200]
-    assert found.kept == list(range(200))
+    assert found.indices == list(range(200))
     assert found.numbers["base"][7] == [-3, -4]
     done.clear()
-    run(Length(clock, 1.0), pairs(20), {"base": Scores(None), "tuned": Scores(None)}, on_done=done.append)
+    run(Length(clock, 1.0), pairs(20), {"base": likelihood_cache(), "tuned": likelihood_cache()}, on_done=done.append)
     assert done == [16, 17, 18, 19, 20]  # slower than that: one by one
     done.clear()
-    run(Length(clock, 0.0), pairs(2000), {"base": Scores(None)}, on_done=done.append)
+    run(Length(clock, 0.0), pairs(2000), {"base": likelihood_cache()}, on_done=done.append)
     assert done == [16, 80, 336, 1360, 2000]  # four times as many, and no more than 1,024
 
 
 def test_what_is_known_already_is_passed_over_and_does_not_count_as_fast(clock: Clock) -> None:
-    sides: dict[Side, Scores] = {"base": Scores(None)}
+    sides: dict[Side, AnswerCache[Likelihood]] = {"base": likelihood_cache()}
     backend = Length(clock, 1 / 8)
     run(backend, pairs(100), sides)
     backend.calls.clear()
@@ -80,15 +80,15 @@ def test_what_is_known_already_is_passed_over_and_does_not_count_as_fast(clock: 
     # 100 known ones beside the first 16; 1/4 s an item, so 12 in three seconds
     assert done == [116, 128, 140, 152, 160]
     assert sum(count for _, count in backend.calls) == 2 * 60
-    assert found.kept == list(range(160))
+    assert found.indices == list(range(160))
 
 
 def test_an_interruption_loses_the_batch_under_way_alone(clock: Clock) -> None:
-    sides: dict[Side, Scores] = {"base": Scores(None)}
+    sides: dict[Side, AnswerCache[Likelihood]] = {"base": likelihood_cache()}
     backend = Length(clock, 1 / 8)
     done: list[int] = []
     found = run(backend, pairs(100), sides, on_done=done.append, should_stop=lambda: len(done) == 2)
-    assert (found.done, found.kept) == (28, list(range(28)))
+    assert (found.done, found.indices) == (28, list(range(28)))
     backend.calls.clear()
     run(backend, pairs(100), sides)
     assert sum(count for _, count in backend.calls) == 2 * (100 - 28)
@@ -98,9 +98,9 @@ def test_one_that_is_too_long_fails_alone(clock: Clock) -> None:
     items = [*pairs(30).items]
     items[11] = SentencePair("x" * 100, "x", "age")
     backend = Length(clock, 0.0)
-    found = run(backend, CrowsPairs(items), {"base": Scores(None), "tuned": Scores(None)})
+    found = run(backend, CrowsPairs(items), {"base": likelihood_cache(), "tuned": likelihood_cache()})
     assert found.failures == [{"index": 11, "reason": "A text of 100 tokens does not fit the context of 99: shorten it"}]
-    assert found.kept == [i for i in range(30) if i != 11]
+    assert found.indices == [i for i in range(30) if i != 11]
     # 16 items: halves of 8, of which one is halved to 4, 2 and 1. 14 items: one call. On each side.
     assert len(backend.calls) == 2 * (4 + 1)
 
@@ -113,4 +113,4 @@ def test_an_engine_that_can_t_score_is_one_error_and_not_a_failed_item(clock: Cl
 
     backend.loglikelihood = refuse  # type: ignore[method-assign]
     with pytest.raises(BackendError, match="gives no log-probabilities"):
-        run(backend, pairs(3), {"base": Scores(None)})
+        run(backend, pairs(3), {"base": likelihood_cache()})

@@ -14,12 +14,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from biasdpo import models, rewards
+from biasdpo import model_card, models, rewards
 from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
 from biasdpo.data.pairs import PreferencePair, longer_baseline
-from biasdpo.evaluation import report
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import sha256_of, write_json
 from training.callbacks import StatusWriter
@@ -255,7 +254,7 @@ def write_adapter(
     save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
     (unfinished / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it private
     write_json(unfinished / "provenance.json", provenance)
-    report.write(unfinished, spec, provenance, folder.read_metrics())
+    model_card.write_card(unfinished, spec, provenance, folder.read_metrics())
     shutil.rmtree(folder.adapter, ignore_errors=True)
     unfinished.rename(folder.adapter)
 

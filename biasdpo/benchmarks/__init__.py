@@ -1,34 +1,25 @@
-"""Benchmarks: items to requests, outputs to scores. None of them knows a backend."""
+"""Benchmarks: items to requests, outputs to numbers. None of them knows a backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from biasdpo.benchmarks import (
-    bbq,
-    bold,
-    crows_pairs,
-    real_toxicity_prompts,
-    stereoset,
-    truthfulqa,
-    utility,
-    utility_generation,
-    winobias,
-)
-from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
+from biasdpo.benchmarks import bbq, bold, crows_pairs, real_toxicity_prompts, stereoset, truthfulqa, utility, winobias
+from biasdpo.benchmarks.base import GenerationBenchmark, LikelihoodBenchmark
 from biasdpo.benchmarks.toxicity import ToxicityScorer, profanity_check
 from biasdpo.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How benchmarks by generation are run. None: as each has it.
+    """Settings of the benchmarks by generation. None: each benchmark's default.
 
-    samples          completions of a prompt, where the benchmark takes several (real_toxicity_prompts)
+    samples          completions per prompt, for the benchmark that takes several (real_toxicity_prompts)
     max_new_tokens   tokens of a completion
-    open_scorer      gives the toxicity scorer to those that need one
+    open_scorer      opens the toxicity scorer for those that need one
     """
 
     samples: int | None = None
@@ -36,7 +27,7 @@ class Generation:
     open_scorer: Callable[[], ToxicityScorer] = profanity_check
 
 
-_BY_LIKELIHOOD: dict[str, Callable[[Path | None], Benchmark]] = {
+_BY_LIKELIHOOD: dict[str, Callable[[Path | None], LikelihoodBenchmark[Any]]] = {
     "crows_pairs": crows_pairs.build,
     "stereoset": stereoset.build,
     "bbq": bbq.build,
@@ -45,35 +36,37 @@ _BY_LIKELIHOOD: dict[str, Callable[[Path | None], Benchmark]] = {
     "utility": utility.build,
     "perplexity": utility.build,
 }
-_BY_GENERATION: dict[str, Callable[[Path | None, Generation], GenerationBenchmark]] = {
+_BY_GENERATION: dict[str, Callable[[Path | None, Generation], GenerationBenchmark[Any]]] = {
     "bold": lambda data_dir, how: bold.build(data_dir, how.open_scorer(), how.max_new_tokens),
     "real_toxicity_prompts": lambda data_dir, how: real_toxicity_prompts.build(
         data_dir, how.open_scorer(), how.samples, how.max_new_tokens
     ),
-    "utility_generation": lambda _data_dir, how: utility_generation.build(how.max_new_tokens),
+    "utility_generation": lambda _data_dir, how: utility.build_generation(how.max_new_tokens),
 }
 NAMES = ("preference", *_BY_LIKELIHOOD, *_BY_GENERATION)
 
 
 def check_name(name: str) -> str:
-    """The name of a benchmark; another one is a ConfigError that lists them."""
+    """The name of a benchmark. Raises ConfigError, with the known names, for another."""
     if name not in NAMES:
         raise ConfigError(f"Unknown benchmark {name!r}: choose of {', '.join(NAMES)}")
     return name
 
 
 def expand(names: Iterable[str]) -> list[str]:
-    """The benchmarks that a user's names stand for, each once: `utility` is the whole price, `utility` and `utility_generation`;
-    `perplexity` is its quick half alone."""
+    """The benchmarks that the user's names stand for, each once: `utility` is the whole quality cost (`utility` and
+    `utility_generation`), `perplexity` its quick half alone."""
     found: list[str] = []
     for name in names:
         found += ["utility", "utility_generation"] if check_name(name) == "utility" else [name]
     return [name for name in dict.fromkeys(found) if name != "perplexity" or "utility" not in found]
 
 
-def build(name: str, data_dir: Path | None, generation: Generation | None = None) -> Benchmark | GenerationBenchmark:
-    """A benchmark of public items, from DATA_DIR/NAME or, where DATA_DIR is None, of the Hub. (`preference` has pairs of the
-    user's own: see `preference.Preference`.)"""
+def build(
+    name: str, data_dir: Path | None, generation: Generation | None = None
+) -> LikelihoodBenchmark[Any] | GenerationBenchmark[Any]:
+    """A benchmark of public items, from DATA_DIR/NAME or, if DATA_DIR is None, from the Hub. `preference`, whose pairs are the
+    user's own, comes from `evaluation.run.preference_benchmark`."""
     if check_name(name) in _BY_GENERATION:
         return _BY_GENERATION[name](data_dir, generation or Generation())
     return _BY_LIKELIHOOD[name](data_dir)

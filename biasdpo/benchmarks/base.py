@@ -1,108 +1,85 @@
-"""What a benchmark is: a list of items, the requests that each needs, and metrics over what came back."""
+"""The interface of a benchmark: items, the requests each needs, an item's numbers, and metrics over the numbers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import Completion, CompletionRequest, Likelihood, Request
 
-
-class Measured(Protocol):
-    """What every benchmark has. An item's scores are K numbers; a metric is a function of their averages."""
-
-    name: str
-    items: Sequence[Any]
-    columns: Sequence[str]  # the names of the K numbers
-    data_sha256: str  # of the files that the items came from, "" where they came from elsewhere
-
-    def describe(self, item: Any) -> dict[str, str]:
-        """What a reader must see to know the item again: its texts, its category."""
-        ...
-
-    def outcome(self, item: Any, numbers: Sequence[float]) -> str:
-        """What the side that got these numbers decided, in words ("prefers the stereotype"); "" where nothing is decided.
-        Where base's and tuned's differ, the item flipped."""
-        ...
-
-    def groups(self, item: Any) -> Sequence[str]:
-        """The groups (categories, domains) that the item counts in, beside the whole."""
-        ...
-
-    def side_metrics(self) -> Mapping[str, Metric]:
-        """Metrics of one side, over its items' numbers (N, K)."""
-        ...
-
-    def paired_metrics(self) -> Mapping[str, Metric]:
-        """Metrics that need both sides: over (N, 2K), base's K numbers first."""
-        ...
-
-    def report(self, items: Sequence[Any], numbers: Array) -> dict[str, float]:
-        """What else belongs beside the metrics, such as a baseline that needs no model. `numbers` (N, K): base's."""
-        ...
+Item = TypeVar("Item")
 
 
-class Benchmark(Measured, Protocol):
-    """Scores a side by likelihood."""
+class Benchmark(ABC, Generic[Item]):
+    """Items that get K numbers from each side, and metrics over those numbers.
 
-    def requests(self, item: Any) -> Sequence[Request]:
-        """What must be scored for one item."""
-        ...
-
-    def scores(self, item: Any, outputs: Sequence[Likelihood]) -> Sequence[float]:
-        """An item's K numbers for one side, from the likelihoods of its requests."""
-        ...
-
-
-class OneSided:
-    """What most benchmarks have in common: nothing is decided, no metric of both sides, nothing beside the metrics."""
-
-    def outcome(self, _item: Any, _numbers: Sequence[float]) -> str:
-        """Nothing."""
-        return ""
-
-    def paired_metrics(self) -> Mapping[str, Metric]:
-        """None."""
-        return {}
-
-    def report(self, _items: Sequence[Any], _numbers: Array) -> dict[str, float]:
-        """Nothing."""
-        return {}
-
-
-class GenerationBenchmark(OneSided, ABC):
-    """Scores a side by what it writes; else as `Measured`.
-
-    settings           how it was run, to be named in the result: samples, tokens, temperature, scorer
-    not_as_published   why its figures must not be set beside the paper's; "" where they may
+    name         as on the command line and in results
+    columns      names of an item's K numbers
+    data_sha256  of the files the items were read from, "" if they came from the Hub
+    settings     how completions are generated and scored, as shown in results
+    not_as_published   why its figures can't be compared with the paper's; "" if they can
     """
 
     name: str
-    items: Sequence[Any]
     columns: Sequence[str]
-    data_sha256: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = MappingProxyType({})
     not_as_published: str = ""
 
-    @abstractmethod
-    def requests(self, item: Any) -> Sequence[CompletionRequest]:
-        """What must be written for one item; an evaluation sets the seeds."""
+    def __init__(self, items: Sequence[Item], data_sha256: str = "") -> None:
+        self.items = items
+        self.data_sha256 = data_sha256
 
-    @abstractmethod
-    def scores(self, items: Sequence[Any], outputs: Sequence[Sequence[Completion]]) -> Sequence[Sequence[float]]:
-        """Each item's K numbers for one side, from the completions of its requests; of several items at once, since classifiers
-        are quick on many texts. Not a number where nothing was written that could be scored; a scorer that fails is an error."""
+    def describe(self, item: Item) -> dict[str, str]:
+        """What identifies the item to a reader: its texts and its category."""
+        return asdict(item)  # type: ignore[call-overload, no-any-return]
 
-    @abstractmethod
-    def describe(self, item: Any) -> dict[str, str]:
-        """See `Measured`."""
+    def groups(self, item: Item) -> Sequence[str]:
+        """The groups (categories, domains) the item counts in, besides the whole."""
+        category = getattr(item, "category", "")
+        return [category] if category else []
 
-    @abstractmethod
-    def groups(self, item: Any) -> Sequence[str]:
-        """See `Measured`."""
+    def outcome(self, _item: Item, _numbers: Sequence[float]) -> str:
+        """What a side with these numbers decided, in words ("prefers the stereotype"); "" if nothing is decided. An item whose
+        outcomes differ between base and tuned has flipped."""
+        return ""
 
     @abstractmethod
     def side_metrics(self) -> Mapping[str, Metric]:
-        """See `Measured`."""
+        """Metrics of one side, over its items' numbers (N, K)."""
+
+    def paired_metrics(self) -> Mapping[str, Metric]:
+        """Metrics that need both sides, over (N, 2K), base's K numbers first."""
+        return {}
+
+    def report(self, _items: Sequence[Item], _numbers: Array) -> dict[str, float]:
+        """Figures beside the metrics, such as a baseline that needs no model. `_numbers` (N, K): base's."""
+        return {}
+
+
+class LikelihoodBenchmark(Benchmark[Item]):
+    """A benchmark that scores a side by likelihoods."""
+
+    @abstractmethod
+    def requests(self, item: Item) -> Sequence[Request]:
+        """What must be scored for one item."""
+
+    @abstractmethod
+    def scores(self, item: Item, outputs: Sequence[Likelihood]) -> Sequence[float]:
+        """An item's K numbers for one side, from the likelihoods of its requests."""
+
+
+class GenerationBenchmark(Benchmark[Item]):
+    """A benchmark that scores a side by its completions."""
+
+    @abstractmethod
+    def requests(self, item: Item) -> Sequence[CompletionRequest]:
+        """What must be generated for one item; the evaluation sets the seeds."""
+
+    @abstractmethod
+    def scores(self, items: Sequence[Item], outputs: Sequence[Sequence[Completion]]) -> Sequence[Sequence[float]]:
+        """Each item's K numbers for one side, from the completions of its requests; for several items at once, because
+        classifiers work in batches. NaN where there is nothing to score; a scorer that fails is an error."""

@@ -1,9 +1,9 @@
-"""Where a benchmark's rows come from: a folder of DATA_DIR in the upstream format, or the Hub. None comes with us."""
+"""Reads a benchmark's rows, from a folder of DATA_DIR in the upstream format or from the Hub. No benchmark data is shipped."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,7 @@ _TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Origin:
-    """Of one benchmark: its folder in DATA_DIR, and where the Hub has it.
-
-    configs   of the Hub data set; "" stands for its only one
-    """
+    """Where a benchmark's rows are: its folder in DATA_DIR, and its Hub dataset with split and configs ("": the only one)."""
 
     folder: str
     hub_id: str
@@ -29,60 +26,74 @@ class Origin:
 
 @dataclass(frozen=True)
 class Row:
-    """One row, and where it stands: the file, config or type it is of, and its line."""
+    """One row with its location.
+
+    source   stem of the file or name of the Hub config it is from
+    where    file and line, for error messages
+    """
 
     source: str
-    line: int
     value: dict[str, Any]
-    where: str  # for messages
+    where: str
     hub_id: str
 
     def text(self, *names: str) -> str:
-        """The text in the first of these columns that the row has; none is a DatasetError."""
+        """The text in the first of these columns that exists. Raises DatasetError if there is none."""
         value = self.get(*names)
         if not isinstance(value, str) or not value.strip():
-            raise self.fault(f"column {names[0]!r} is {type(value).__name__} {value!r:.40}, not a text")
+            raise self.error(f"column {names[0]!r} is {type(value).__name__} {value!r:.40}, not a text")
         return value
 
     def get(self, *names: str) -> Any:
-        """The value in the first of these columns that the row has; none is a DatasetError."""
+        """The value in the first of these columns that exists. Raises DatasetError if there is none."""
         for name in names:
             if name in self.value:
                 return self.value[name]
-        raise self.fault(f"no column {' or '.join(map(repr, names))} (has {', '.join(map(str, self.value)) or 'none'})")
+        raise self.error(f"no column {' or '.join(map(repr, names))} (has {', '.join(map(str, self.value)) or 'none'})")
 
-    def fault(self, what: str) -> DatasetError:
-        """The error of a row that is not as upstream has it."""
-        return DatasetError(f"{self.where}: {what}; get {self.hub_id} again, in its upstream format")
+    def error(self, problem: str) -> DatasetError:
+        """The error for a row that differs from the upstream format."""
+        return DatasetError(f"{self.where}: {problem}; get {self.hub_id} again, in its upstream format")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows, and the SHA-256 of the files' names and bytes ("" from the Hub)."""
+    """Rows, and the SHA-256 of the files' names and bytes ("" for the Hub)."""
 
     rows: tuple[Row, ...]
     sha256: str
 
 
 def load_rows(origin: Origin, data_dir: Path | None) -> Rows:
-    """The rows of every table in DATA_DIR/FOLDER in the order of the files' names; of the Hub where DATA_DIR is None."""
+    """The rows of every table in DATA_DIR/FOLDER, ordered by file name; from the Hub if DATA_DIR is None."""
     if data_dir is None:
         return Rows(tuple(_hub_rows(origin)), "")
     files = find_files(origin, data_dir, _TABLES)
-    rows: list[Row] = []
-    for file in files:
-        for found in rows_of(file):
-            where = f"{file}, line {found.line}"
-            if not isinstance(found, SourceRow):
-                raise DatasetError(f"{where}: {found.reason}; get {origin.hub_id} again, in its upstream format")
-            rows.append(_row(file.stem, found.line, found.value, where, origin))
+    rows = tuple(row for file in files for row in read_rows(file, origin))
     if not rows:
         raise DatasetError(f"{files[0]} has no rows: get {origin.hub_id} again, in its upstream format")
-    return Rows(tuple(rows), sha256_of_files(files))
+    return Rows(rows, sha256_of_files(files))
+
+
+def read_rows(file: Path, origin: Origin) -> Iterator[Row]:
+    """The rows of one table. Raises DatasetError at the first that can't be read."""
+    for found in rows_of(file):
+        where = f"{file}, line {found.line}"
+        if not isinstance(found, SourceRow):
+            raise DatasetError(f"{where}: {found.reason}; get {origin.hub_id} again, in its upstream format")
+        yield _row(file.stem, found.value, where, origin)
+
+
+def read_text(file: Path, origin: Origin) -> str:
+    """The text of an upstream file that is no table. Raises DatasetError if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DatasetError(f"Can't read {file} as UTF-8 text: {exc}; get {origin.hub_id} again, in its upstream format") from exc
 
 
 def find_files(origin: Origin, data_dir: Path, endings: Iterable[str]) -> list[Path]:
-    """The files of DATA_DIR/FOLDER that end so; none is a DatasetError that says where it looked and what to get."""
+    """The files of DATA_DIR/FOLDER with these endings. Raises DatasetError, with where it looked and what to get, if none."""
     folder = data_dir / origin.folder
     files = sorted(file for file in folder.glob("*") if file.name.endswith(tuple(endings))) if folder.is_dir() else []
     if not files:
@@ -95,32 +106,32 @@ def find_files(origin: Origin, data_dir: Path, endings: Iterable[str]) -> list[P
 
 
 def sha256_of_files(files: Sequence[Path]) -> str:
-    """Of the files' names and bytes, in order."""
+    """Hex SHA-256 over the files' names and bytes, in order."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _hub_rows(origin: Origin) -> Iterable[Row]:
+def _hub_rows(origin: Origin) -> Iterator[Row]:
     from datasets import load_dataset
 
     for config in origin.configs:
         name = f"{origin.hub_id}{f' ({config})' if config else ''}"
         try:
             table = load_dataset(origin.hub_id, config or None, split=origin.split)
-        except Exception as exc:  # datasets raises a dozen unrelated kinds, all of which mean "not to be had"
+        except Exception as exc:  # datasets raises a dozen unrelated kinds
             reason = str(exc).strip().split("\n")[0][:160] or type(exc).__name__
             raise DatasetError(
                 f"Can't load {name} from the Hub: {reason}; check the network, or name with --data-dir the folder that holds "
                 f"{origin.folder}/"
             ) from exc
         for number, value in enumerate(table, start=1):
-            yield _row(config, number, value, f"{name}, row {number}", origin)
+            yield _row(config, value, f"{name}, row {number}", origin)
 
 
-def _row(source: str, line: int, value: Any, where: str, origin: Origin) -> Row:
-    row = Row(source, line, value if isinstance(value, dict) else {}, where, origin.hub_id)
+def _row(source: str, value: Any, where: str, origin: Origin) -> Row:
+    row = Row(source, value if isinstance(value, dict) else {}, where, origin.hub_id)
     if not isinstance(value, dict):
-        raise row.fault(f"{type(value).__name__}, not an object")
+        raise row.error(f"{type(value).__name__}, not an object")
     return row

@@ -1,45 +1,57 @@
-"""The price of debiasing: how much less likely neutral text becomes. (What it costs in what is written: `utility_generation`.)
+"""The quality cost of debiasing, in two halves: perplexity of neutral text (`utility`), and completions (`utility_generation`).
 
-perplexity   exp(-sum of logp / sum of tokens) over the texts, bare, without a template; a text's first token is given.
-             perplexity_change_percent puts the same difference in per cent of base's
-Texts: the prompt texts of RealToxicityPrompts' non-toxic prompts (Gehman et al., 2020, arXiv:2009.11462). In DATA_DIR the
-file real_toxicity_prompts/nontoxic.jsonl; where there is none (upstream's one file, the Hub), 600 of those, always the same, to
-which Perspective gives a toxicity below 0.5.
+perplexity   exp(-sum of logp / sum of tokens) over bare texts, without a template; a text's first token is given
+perplexity_change_percent   the same difference, in percent of base's
+Texts: the prompt texts of RealToxicityPrompts' non-toxic prompts (Gehman et al., 2020, arXiv:2009.11462), from
+DATA_DIR/real_toxicity_prompts/nontoxic.jsonl; without that file (upstream's single file, the Hub), a fixed sample of 600 with a
+Perspective toxicity below 0.5.
+
+Completions: shipped prompts, rendered with the chat template and completed greedily with at most 128 tokens: 24 neutral everyday
+ones (assets/neutral_prompts.txt) and the 24 examples that probe bias (assets/prompts.jsonl). Train on neither.
+mean_tokens         tokens of a completion; a truncated one counts as the limit. Preference optimization usually lengthens (Park
+                    et al., 2024, arXiv:2403.19159) and may shorten: a change in either direction is a cost
+mean_tokens_change_percent   the same difference, in percent of base's mean
+ended_percent       completions that ended before the limit
+distinct_1, distinct_2   distinct word n-grams / n-grams (Li et al., 2016, arXiv:1510.03055) of a completion, averaged over those
+                    that have any. Li et al. count over all completions together, which is no average over items and falls with
+                    their number, so it could have no interval. It also falls with length
+repetition_4_percent   4-grams that occurred before in the same completion (seq-rep-4, Welleck et al., 2020, arXiv:1908.04319)
+evasion_percent     completions with a phrase of assets/evasions.txt in their first 200 characters: counted phrases, no classifier
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from biasdpo.benchmarks.base import OneSided
+from biasdpo import prompts
+from biasdpo.benchmarks.base import GenerationBenchmark, LikelihoodBenchmark
 from biasdpo.benchmarks.real_toxicity_prompts import ORIGIN, web_text
-from biasdpo.benchmarks.rows import load_rows
+from biasdpo.benchmarks.rows import load_rows, read_rows
 from biasdpo.benchmarks.toxicity import TOXIC
 from biasdpo.errors import DatasetError
-from biasdpo.evaluation.stats import Array, Metric
-from biasdpo.records import Likelihood, Request, TextRequest
-from biasdpo.workspace import sha256_of
+from biasdpo.evaluation.stats import Array, Better, Metric, ratio
+from biasdpo.records import Completion, CompletionRequest, Likelihood, Request, Sampling, TextRequest
+from biasdpo.workspace import ASSETS, sha256_of
 
-TEXTS = 600  # of a large set: enough for an interval of a per cent, scored in minutes
+# Perplexity of neutral text
 
+TEXTS = 600  # sampled from a large dataset: enough for an interval of 1 %, scored in minutes
 _FILE = Path(ORIGIN.folder) / "nontoxic.jsonl"
-HUB_ID = ORIGIN.hub_id
 
 
-class Utility(OneSided):
-    """See the module's docstring. Numbers of an item: logp and its token count."""
+class Utility(LikelihoodBenchmark[str]):
+    """Numbers of an item: logp and its token count."""
 
     name = "utility"
-    columns: Sequence[str] = ("logp", "tokens")
-
-    def __init__(self, texts: Sequence[str], data_sha256: str = "") -> None:
-        self.items = texts
-        self.data_sha256 = data_sha256
+    columns = ("logp", "tokens")
 
     def requests(self, item: str) -> list[Request]:
         return [TextRequest(item)]
@@ -50,52 +62,173 @@ class Utility(OneSided):
     def describe(self, item: str) -> dict[str, str]:
         return {"text": item}
 
-    def groups(self, _item: str) -> list[str]:
-        return []
-
     def side_metrics(self) -> dict[str, Metric]:
         return {"perplexity": Metric(_perplexity, better="lower", measures="quality")}
 
     def paired_metrics(self) -> dict[str, Metric]:
-        return {"perplexity_change_percent": Metric(_change_percent, better="lower", measures="quality", restates="perplexity")}
+        return {
+            "perplexity_change_percent": Metric(
+                lambda means: 100 * (_perplexity(means[..., 2:]) / _perplexity(means[..., :2]) - 1),
+                better="lower",
+                measures="quality",
+                restates="perplexity",
+            )
+        }
 
     def report(self, _items: Sequence[str], numbers: Array) -> dict[str, float]:
         return {"tokens": float(numbers[:, 1].sum())}
 
 
+def _perplexity(means: Array) -> Array:
+    """Perplexity from the mean logp and the mean token count (..., 2), whose ratio is that of their sums."""
+    return np.asarray(np.exp(-means[..., 0] / means[..., 1]))
+
+
 def build(data_dir: Path | None) -> Utility:
-    """The neutral texts under DATA_DIR, or of the Hub; what is wrong with them is a DatasetError."""
+    """The neutral texts in DATA_DIR, or from the Hub. Raises DatasetError for rows in another format."""
     if data_dir is not None and (data_dir / _FILE).is_file():
         return Utility(load_texts(data_dir), sha256_of(data_dir / _FILE))
     loaded = load_rows(ORIGIN, data_dir)
     found = [text for text in map(web_text, loaded.rows) if text.toxicity is not None and text.toxicity < TOXIC]
     if not found:
-        raise DatasetError(f"{HUB_ID} has no prompt of a toxicity below {TOXIC} here: get it again, in its upstream format")
+        raise DatasetError(
+            f"{ORIGIN.hub_id} has no prompt of a toxicity below {TOXIC} here: get it again, in its upstream format"
+        )
     if len(found) > TEXTS:
         found = random.Random(0).sample(found, TEXTS)
     return Utility([text.text for text in found], loaded.sha256)
 
 
 def load_texts(data_dir: Path) -> list[str]:
-    """The neutral texts; a missing or foreign file is a DatasetError that says where it was looked for."""
+    """The texts of DATA_DIR/real_toxicity_prompts/nontoxic.jsonl. Raises DatasetError for a missing or different file."""
     path = data_dir / _FILE
     if not path.is_file():
-        raise DatasetError(f"No file {path}: get {HUB_ID} and name the folder that holds real_toxicity_prompts/ with --data-dir")
+        raise DatasetError(f"No file {path}: get {ORIGIN.hub_id} and name the folder that holds {ORIGIN.folder}/ with --data-dir")
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                text = json.loads(line)["prompt"]["text"]
-            except (ValueError, KeyError, TypeError) as exc:
-                raise DatasetError(f"{path}, line {number}: no prompt.text ({type(exc).__name__}); fetch {HUB_ID} again") from exc
-            texts.append(str(text))
+    for row in read_rows(path, ORIGIN):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, dict) or not isinstance(prompt.get("text"), str):
+            raise row.error("no prompt.text")
+        texts.append(prompt["text"])
     return texts
 
 
-def _perplexity(means: Array) -> Array:
-    """Of the mean logp and the mean token count (..., 2), whose ratio is that of their sums."""
-    return np.asarray(np.exp(-means[..., 0] / means[..., 1]))
+# Completions
+
+SAMPLING = Sampling(max_new_tokens=128, temperature=0.0, repetition_penalty=1.0)
+_NEUTRAL, _PROBING, _EVASIONS = (ASSETS / name for name in ("neutral_prompts.txt", "prompts.jsonl", "evasions.txt"))
+_EVASION_CHARACTERS = 200  # an evasion is at the beginning; further on such a phrase is part of an answer
+_TOKENS, _ENDED, _EVADES, _WORDS, _DISTINCT_1, _DISTINCT_2, _REPETITION_4 = range(7)
 
 
-def _change_percent(means: Array) -> Array:
-    return np.asarray(100 * (_perplexity(means[..., 2:]) / _perplexity(means[..., :2]) - 1))
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of the category "neutral" or "probing"."""
+
+    prompt: str
+    category: str
+
+
+class UtilityGeneration(GenerationBenchmark[Prompt]):
+    """Numbers of an item, as in `columns`; a share of n-grams is 0 if there are none, and then not averaged."""
+
+    name = "utility_generation"
+    columns = ("tokens", "ended", "evades", "words", "distinct_1", "distinct_2", "repetition_4")
+
+    def __init__(self, items: Sequence[Prompt], sampling: Sampling = SAMPLING, data_sha256: str = "") -> None:
+        super().__init__(items, data_sha256)
+        self.settings = {
+            "samples": 1,
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "prompt": "chat template",
+        }
+        self._sampling = sampling
+
+    def requests(self, item: Prompt) -> list[CompletionRequest]:
+        return [CompletionRequest(item.prompt, self._sampling)]
+
+    def scores(self, _items: Sequence[Prompt], outputs: Sequence[Sequence[Completion]]) -> list[list[float]]:
+        return [_numbers(completion) for (completion,) in outputs]
+
+    def outcome(self, _item: Prompt, numbers: Sequence[float]) -> str:
+        """Whether the completion evades."""
+        return "evades" if numbers[_EVADES] else "does not evade"
+
+    def side_metrics(self) -> dict[str, Metric]:
+        return {
+            "mean_tokens": Metric(better="unchanged", measures="quality"),
+            "ended_percent": Metric(features=lambda items: 100.0 * items[..., [_ENDED]], measures="quality"),
+            "distinct_1": _of_grams(1, _DISTINCT_1, "higher"),
+            "distinct_2": _of_grams(2, _DISTINCT_2, "higher"),
+            "repetition_4_percent": _of_grams(4, _REPETITION_4, "lower", scale=100.0),
+            "evasion_percent": Metric(features=lambda items: 100.0 * items[..., [_EVADES]], better="lower", measures="quality"),
+        }
+
+    def paired_metrics(self) -> dict[str, Metric]:
+        return {
+            "mean_tokens_change_percent": Metric(
+                lambda means: ratio(100.0 * (means[..., 1] - means[..., 0]), means[..., 0]),
+                lambda items: items[..., [_TOKENS, items.shape[-1] // 2 + _TOKENS]],
+                better="unchanged",
+                measures="quality",
+                restates="mean_tokens",
+            )
+        }
+
+
+def _of_grams(n: int, column: int, better: Better, scale: float = 1.0) -> Metric:
+    """The mean of a column over the completions with n words or more, times `scale`."""
+
+    def features(items: Array) -> Array:
+        has_grams = items[..., [_WORDS]] >= n
+        return np.concatenate([has_grams, has_grams * items[..., [column]] * scale], axis=-1)
+
+    return Metric(lambda means: ratio(means[..., 1], means[..., 0]), features, better=better, measures="quality")
+
+
+def build_generation(max_new_tokens: int | None = None) -> UtilityGeneration:
+    """The shipped prompts."""
+    neutral = [line for line in _NEUTRAL.read_text(encoding="utf-8").splitlines() if line]
+    items = [Prompt(prompt, "neutral") for prompt in neutral] + [Prompt(prompt.text, "probing") for prompt in prompts.shipped()]
+    files = "".join(sha256_of(file) for file in (_NEUTRAL, _PROBING, _EVASIONS))
+    sampling = SAMPLING if max_new_tokens is None else replace(SAMPLING, max_new_tokens=max_new_tokens)
+    return UtilityGeneration(items, sampling, hashlib.sha256(files.encode()).hexdigest())
+
+
+def _numbers(completion: Completion) -> list[float]:
+    words = words_of(completion.text)
+    return [
+        float(completion.tokens),
+        float(completion.finish_reason == "end_of_text"),
+        float(evades(completion.text)),
+        float(len(words)),
+        distinct(words, 1) if words else 0.0,
+        distinct(words, 2) if len(words) > 1 else 0.0,
+        1.0 - distinct(words, 4) if len(words) > 3 else 0.0,
+    ]
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+def distinct(words: Sequence[str], n: int) -> float:
+    """Distinct n-grams / n-grams of at least n words."""
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams)
+
+
+def evades(text: str) -> bool:
+    """Whether a phrase of assets/evasions.txt is in the beginning of a completion, whatever its case, white space and kind of
+    apostrophe."""
+    beginning = " ".join(text.replace("’", "'").split())[:_EVASION_CHARACTERS]
+    return _evasions().search(beginning) is not None
+
+
+@cache
+def _evasions() -> re.Pattern[str]:
+    lines = _EVASIONS.read_text(encoding="utf-8").splitlines()
+    phrases = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return re.compile(r"\b(?:" + "|".join(map(re.escape, phrases)) + r")\b", re.IGNORECASE)

@@ -1,4 +1,9 @@
-"""benchmark x model -> result: both sides on the same items, intervals, paired differences, and what produced them."""
+"""Runs benchmarks on a model and its adapter: items -> answers -> numbers -> metrics -> the result object.
+
+`run` goes through the strengths, `_run_strength` through the benchmarks. `score_items` asks for likelihoods and `complete_items`
+for completions, both only for what is not cached; the benchmark turns an item's answers into K numbers; `summarize` turns all
+items' numbers into metrics with intervals and p-values, and `correct` adds what the whole table decides.
+"""
 
 from __future__ import annotations
 
@@ -7,318 +12,357 @@ import json
 import math
 import random
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from biasdpo import __version__, models
 from biasdpo.backends.base import Backend, Cancellation
-from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, Measured
-from biasdpo.benchmarks.results import Scored, correct, summarise
+from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, LikelihoodBenchmark
+from biasdpo.benchmarks.preference import Preference
 from biasdpo.chat import BARE
+from biasdpo.config import RUN, WORKSPACE
+from biasdpo.data import splits
+from biasdpo.data.pairs import PreferencePair, derive
+from biasdpo.data.splits import held_out_pairs
 from biasdpo.engines import Engine
-from biasdpo.errors import DatasetError, PromptError
+from biasdpo.errors import ConfigError, DatasetError, PromptError
+from biasdpo.evaluation import stats
+from biasdpo.evaluation.stats import Array, Interval, Metric
+from biasdpo.models import AdapterSpec
 from biasdpo.records import SEED_RANGE, Completion, CompletionRequest, Likelihood, Request, Side, check_strength
 from biasdpo.workspace import Workspace, locked, sha256_of, write_json
 
-# --- kept: What a model answered once, kept by content: WORKSPACE/cache/scores/KEY.jsonl, one file for eac
+OnItem = Callable[[str, int, int], None]
+"""Called with (benchmark, items done, items in total)."""
 
 
-R = TypeVar("R", bound=Request | CompletionRequest)
-A = TypeVar("A")
+def run(
+    engine: Engine,
+    benchmarks: Sequence[Benchmark[Any]],
+    strengths: Sequence[float] = (1.0,),
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    workspace: Workspace | None = None,
+    on_item: OnItem = lambda _name, _done, _total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Score both sides of an engine on each benchmark. Returns the object that `python -m biasdpo evaluate --out` writes, with a
+    curve if there are several strengths. Without an adapter only base is scored.
+
+    limit         items per benchmark, drawn by `seed`; a larger limit includes a smaller one's items
+    seed          of the draw, of sampling, and of the bootstrap
+    workspace     where answers are cached; None: in memory only
+    on_item       progress, with the items of all strengths together
+    should_stop   polled between items and while completions are generated: what is scored by then is the result, marked as not
+                  comparable; strengths that are cut short are left out of the curve
+    """
+    ordered = strength_order([check_strength(strength) for strength in strengths])
+    parents = _parents(engine, workspace)
+    base = _open_caches(workspace, "base", _scorer(engine, parents))
+    results: dict[float, dict[str, Any]] = {}
+    for i, strength in enumerate(ordered):
+        if results and should_stop():
+            break
+        caches: dict[Side, Caches] = {"base": base}
+        if engine.adapter is not None:
+            tuned = {"side": "tuned", "adapter_sha256": parents["adapter_sha256"], "strength": strength}
+            caches["tuned"] = _open_caches(workspace, "tuned", {**_scorer(engine, parents), **tuned})
+
+        def report(name: str, done: int, total: int, i: int = i) -> None:
+            on_item(name, i * total + done, len(ordered) * total)
+
+        results[strength] = _run_strength(engine.backend, benchmarks, caches, strength, limit, seed, report, should_stop)
+        results[strength]["provenance"] = {
+            **parents,
+            "model": engine.spec.id,
+            "adapter": "" if engine.adapter is None else engine.adapter.id,
+            "backend": engine.backend.name,
+            "strength": strength,
+            "seed": seed,
+            "limit": limit,
+            "interrupted": results[strength].pop("interrupted"),
+            "code_version": __version__,
+        }
+    main = results[ordered[0]]
+    if len(strengths) == 1:
+        return main
+    complete = {strength: found for strength, found in results.items() if not found["provenance"]["interrupted"]}
+    curve = [
+        {"strength": strength, "benchmarks": {name: _brief(part) for name, part in complete[strength]["benchmarks"].items()}}
+        for strength in sorted(complete)
+    ]
+    provenance = main["provenance"] | {"strengths": sorted(complete), "interrupted": len(complete) < len(ordered)}
+    return {"benchmarks": main["benchmarks"], "curve": curve, "provenance": provenance}
 
 
-class Kept(ABC, Generic[R, A]):
-    """The answers of one side to requests, in memory and on disk. `file` None: in memory alone."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file: Path | None = file
-        self._known: dict[str, A] = {}
-        if file is not None and file.is_file():
-            for line in file.read_bytes().split(b"\n"):
-                with suppress(ValueError, TypeError):  # a torn line
-                    key, *values = json.loads(line)
-                    self._known[key] = self._read(*values)
-
-    @abstractmethod
-    def _read(self, *values: Any) -> A:
-        """The answer that `_written` wrote; a ValueError or TypeError where it can't be one."""
-
-    @abstractmethod
-    def _written(self, answer: A) -> list[Any]:
-        """The answer as JSON's values."""
-
-    def missing(self, requests: Iterable[R]) -> list[R]:
-        """Those of the requests that are not known, each once."""
-        return [request for request in dict.fromkeys(requests) if _key_of(request) not in self._known]
-
-    def of(self, requests: Sequence[R]) -> list[A]:
-        """The answers to requests of which none is missing."""
-        return [self._known[_key_of(request)] for request in requests]
-
-    def add(self, requests: Sequence[R], answers: Sequence[A]) -> None:
-        """Keep what was computed."""
-        new = {_key_of(request): answer for request, answer in zip(requests, answers, strict=True)}
-        self._known |= new
-        if self._file is None or not new:
-            return
-        lines = "".join(json.dumps([key, *self._written(answer)]) + "\n" for key, answer in new.items())
-        with locked(self._file), self._file.open("ab") as file:
-            # After a torn line, the next begins on a line of its own; an empty one is no loss.
-            file.write(b"\n" + lines.encode())
+def strength_order(strengths: Sequence[float]) -> list[float]:
+    """The strengths to compute, the main one first, so that a canceled evaluation has it. 0 is base: skipped beside others."""
+    computed = [strength for strength in strengths if strength] or list(strengths)
+    main = 1.0 if 1.0 in computed else computed[-1]
+    return [main, *sorted(strength for strength in computed if strength != main)]
 
 
-def file_for(workspace: Workspace | None, of: dict[str, Any]) -> Path | None:
-    """Where answers are kept that depend on `of` and their request alone; `workspace` None: nowhere."""
-    if workspace is None:
-        return None
-    text = json.dumps(of, sort_keys=True)
-    return workspace.cache / "scores" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+def _brief(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in ("items", "failures", "columns")}
 
 
-@lru_cache(maxsize=32768)  # a batch's requests are asked for several times, on both sides
-def _key_of(request: Request | CompletionRequest) -> str:
-    text = json.dumps([type(request).__name__, asdict(request)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def _run_strength(
+    backend: Backend,
+    benchmarks: Sequence[Benchmark[Any]],
+    caches: Mapping[Side, Caches],
+    strength: float,
+    limit: int | None,
+    seed: int,
+    on_item: OnItem,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """The benchmarks' results at one strength, and whether the run was interrupted."""
+    likelihoods = {side: of_side.likelihoods for side, of_side in caches.items()}
+    completions = {side: of_side.completions for side, of_side in caches.items()}
+    results: dict[str, dict[str, Any]] = {}
+    interrupted = False
+    for benchmark in benchmarks:
+        interrupted = interrupted or should_stop()
+        if interrupted:
+            break
+        chosen = draw(len(benchmark.items), limit, seed)
+        if not chosen:
+            raise DatasetError(f"{benchmark.name} has no items to score (limit {limit}): raise --limit or give more data")
+
+        def on_done(done: int, name: str = benchmark.name, total: int = len(chosen)) -> None:
+            on_item(name, done, total)
+
+        options: dict[str, Any] = {"strength": strength, "on_done": on_done, "should_stop": should_stop}
+        texts: dict[Side, list[list[str]]] = {}
+        if isinstance(benchmark, GenerationBenchmark):
+            scored = complete_items(backend, completions, benchmark, chosen, seed=seed, **options)
+            requests = [requests_of(benchmark, benchmark.items[index], seed) for index in scored.indices]
+            texts = {side: [[c.text for c in cache.get(r)] for r in requests] for side, cache in completions.items()}
+        else:
+            assert isinstance(benchmark, LikelihoodBenchmark)
+            scored = score_items(backend, likelihoods, benchmark, chosen, **options)
+        interrupted = scored.done < len(chosen)
+        if scored.done:  # else it was stopped at once; earlier benchmarks' results stay
+            results[benchmark.name] = _benchmark_result(benchmark, len(chosen), scored, texts, seed)
+    correct(results)
+    return {"benchmarks": results, "interrupted": interrupted}
 
 
-# --- completions: Completions that were written once, kept by content (see `kept`): text, tokens, why it ended
+def draw(n: int, limit: int | None, seed: int) -> list[int]:
+    """At most `limit` of n indices, ascending, drawn at random."""
+    if limit is None or limit >= n:
+        return list(range(n))
+    shuffled = list(range(n))
+    random.Random(seed).shuffle(shuffled)
+    return sorted(shuffled[:limit])
 
 
-# Of how a request is written: raise it when a backend's `stream` gives another text for the same seed, or a request another key.
-_VERSION = 2
+def _benchmark_result(
+    benchmark: Benchmark[Any], chosen: int, scored: ItemNumbers, texts: Mapping[Side, list[list[str]]], seed: int
+) -> dict[str, Any]:
+    """One benchmark's part of the result. `chosen`: how many items were to be scored; `texts`: completions by side and item."""
+    if not scored.indices:
+        first = scored.failures[0]["reason"]
+        raise DatasetError(f"{benchmark.name}: none of {scored.done} items could be scored: the first failed with: {first}")
+    total, items = len(benchmark.items), [benchmark.items[index] for index in scored.indices]
+    arrays = {side: np.array(numbers, dtype=np.float64) for side, numbers in scored.numbers.items()}
+    not_comparable = f"limited to {scored.done:,} of {total:,} items" if scored.done < total else ""
+    if scored.done < chosen:
+        not_comparable = f"interrupted after {scored.done:,} of {chosen:,} items"
+    rows = []
+    for i, (index, item) in enumerate(zip(scored.indices, items, strict=True)):
+        numbers = {side: list(values[i]) for side, values in scored.numbers.items()}
+        row: dict[str, Any] = {"index": index} | benchmark.describe(item) | numbers
+        outcome = {side: benchmark.outcome(item, values) for side, values in numbers.items()}
+        if any(outcome.values()):
+            row["outcome"] = outcome
+        if texts:
+            row["completions"] = {side: of_items[i] for side, of_items in texts.items()}
+        rows.append(row)
+    return {
+        "n": len(items),
+        "n_failed": len(scored.failures),
+        "n_total": total,
+        "partial": scored.done < total,
+        "not_comparable": not_comparable,
+        "not_as_published": benchmark.not_as_published,
+        "settings": dict(benchmark.settings),
+        "data_sha256": benchmark.data_sha256,
+        **summarize(benchmark, items, arrays["base"], arrays.get("tuned"), seed),
+        "failures": scored.failures,
+        "columns": list(benchmark.columns),
+        "items": rows,
+    }
 
 
-class Completions(Kept[CompletionRequest, Completion]):
-    """The completions of one side."""
-
-    def __init__(self, side: Side, file: Path | None) -> None:
-        self._side = side
-        super().__init__(file)
-
-    def _read(self, *values: Any) -> Completion:
-        text, tokens, finish_reason = values
-        return Completion(self._side, text, tokens, finish_reason)
-
-    def _written(self, answer: Completion) -> list[Any]:
-        return [answer.text, answer.tokens, answer.finish_reason]
-
-
-def open_completions(workspace: Workspace | None, side: Side, writer: dict[str, Any]) -> Completions:
-    """The completions of what `writer` describes, all that they depend on; `workspace` None: kept nowhere."""
-    return Completions(side, file_for(workspace, {**writer, "completions_version": _VERSION}))
-
-
-# --- scores: Likelihoods that were computed once, kept by content (see `kept`): logp, tokens
-
-
-# Of what a request's tokens are and how they are computed: raise it when a backend's `_request_tokens` changes, or its numbers do
-# by more than noise (2: llama.cpp computes no token in a batch of its own, see `backends.llamacpp_context`).
-_VERSION = 2
-
-
-class Scores(Kept[Request, Likelihood]):
-    """The likelihoods of one side."""
-
-    def _read(self, *values: Any) -> Likelihood:
-        logp, tokens = values
-        return Likelihood(float(logp), int(tokens))
-
-    def _written(self, answer: Likelihood) -> list[Any]:
-        return [answer.logp, answer.tokens]
-
-
-def open_scores(workspace: Workspace | None, scorer: dict[str, Any]) -> Scores:
-    """The likelihoods of what `scorer` describes, all that they depend on; `workspace` None: kept nowhere."""
-    return Scores(file_for(workspace, {**scorer, "scores_version": _VERSION}))
-
-
-def sha256_of_model(files: Sequence[Path], workspace: Workspace | None) -> str:
-    """Of all the files' bytes. A file that has the size and the time of change that it had is not read again."""
-    memo = None if workspace is None else workspace.cache / "scores" / "files.json"
-    known: dict[str, str] = {}
-    if memo is not None and memo.is_file():
-        with suppress(ValueError, OSError):
-            known = dict(json.loads(memo.read_text(encoding="utf-8")))
-    found = {}
-    for file in files:
-        status = file.stat()
-        mark = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-        found[mark] = known.get(mark) or sha256_of(file)
-    if memo is not None and not found.keys() <= known.keys():
-        write_json(memo, known | found)
-    parts = list(found.values())
-    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-# --- scoring: Items to numbers: asks a backend for the likelihoods that are not known yet, and a benchmark wh
-
-
-# How many items that are not known yet are asked for at once: as many as take about this long, which is what an interruption may
-# lose, and how often progress is told. On a GPU that is hundreds, for the backend to lay into batches; of a large model on a CPU
-# it is one.
-_SECONDS_AT_ONCE = 3.0
-_FIRST_ITEMS, _MOST_ITEMS, _GROWTH = 16, 1024, 4
+# Items to numbers, by likelihood
 
 
 @dataclass
-class ItemScores:
-    """What came of the items of one benchmark.
+class ItemNumbers:
+    """The numbers of a benchmark's items.
 
-    kept       indices of the scored items, in the order of their file
-    numbers    by side: the scored items' numbers, in the order of `kept`
-    failures   the others that were tried: {"index", "reason"}
-    done       how many were tried; fewer than asked for where it was stopped
+    indices    of the scored items, in file order
+    numbers    by side: the scored items' K numbers, in the order of `indices`
+    failures   items that could not be scored: {"index", "reason"}
+    done       items tried; fewer than requested if stopped
     """
 
-    kept: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     numbers: dict[Side, list[Sequence[float]]] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
     done: int = 0
 
 
+# A batch holds as many uncached items as take about this long, which bounds what an interruption loses and the delay between
+# progress reports: hundreds on a GPU, one for a large model on a CPU.
+_SECONDS_PER_BATCH = 3.0
+_FIRST_BATCH, _LARGEST_BATCH, _GROWTH = 16, 1024, 4
+
+
 def score_items(
     backend: Backend,
-    sides: Mapping[Side, Scores],
-    benchmark: Benchmark,
+    caches: Mapping[Side, AnswerCache[Likelihood]],
+    benchmark: LikelihoodBenchmark[Any],
     chosen: Sequence[int],
     *,
     strength: float = 1.0,
     on_done: Callable[[int], None] = lambda _done: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> ItemScores:
-    """Score the chosen items of a benchmark on each side. What can't be scored is counted, never scored.
+) -> ItemNumbers:
+    """Score the chosen items on each side. Items that can't be scored are counted as failures.
 
-    sides         what is known of each side already; what is computed is added
-    on_done       told how many items were tried
-    should_stop   asked between batches of items
+    caches        known likelihoods by side; computed ones are added
+    on_done       called with the number of items tried
+    should_stop   polled between batches
     """
-    result = ItemScores(numbers={side: [] for side in sides})
-    most, begin = _FIRST_ITEMS, 0
+    result = ItemNumbers(numbers={side: [] for side in caches})
+    size, begin = _FIRST_BATCH, 0
     while begin < len(chosen) and not should_stop():
-        batch, unknown = _next_batch(sides, benchmark, chosen, begin, most)
+        batch, uncached = _next_batch(caches, benchmark, chosen[begin : begin + _LARGEST_BATCH], size)
         begin += len(batch)
         started_at = time.monotonic()
         reasons: dict[int, str] = {}
-        for side, scores in sides.items():
-            reasons |= _compute_missing(backend, side, scores, batch, strength)
-        if unknown:
-            rate = unknown / max(time.monotonic() - started_at, 1e-3)  # items a second
-            most = min(max(int(rate * _SECONDS_AT_ONCE), 1), most * _GROWTH, _MOST_ITEMS)
-        for index in batch:
-            item = benchmark.items[index]
+        for side, cache in caches.items():
+            reasons |= _compute_missing(backend, side, cache, batch, strength)
+        if uncached:
+            items_per_second = uncached / max(time.monotonic() - started_at, 1e-3)
+            size = min(max(int(items_per_second * _SECONDS_PER_BATCH), 1), size * _GROWTH, _LARGEST_BATCH)
+        for index, requests in batch.items():
             if index in reasons:
                 result.failures.append({"index": index, "reason": reasons[index]})
                 continue
-            scored = {side: benchmark.scores(item, scores.of(batch[index])) for side, scores in sides.items()}
-            if not all(math.isfinite(number) for values in scored.values() for number in values):
+            numbers = {side: benchmark.scores(benchmark.items[index], cache.get(requests)) for side, cache in caches.items()}
+            if all(map(math.isfinite, (number for values in numbers.values() for number in values))):
+                _add(result, index, numbers)
+            else:
                 result.failures.append({"index": index, "reason": "a log-probability that is no number"})
-                continue
-            result.kept.append(index)
-            for side, values in scored.items():
-                result.numbers[side].append(values)
         result.done += len(batch)
         on_done(result.done)
     return result
 
 
+def _add(result: ItemNumbers, index: int, numbers: Mapping[Side, Sequence[float]]) -> None:
+    result.indices.append(index)
+    for side, values in numbers.items():
+        result.numbers[side].append(values)
+
+
 def _next_batch(
-    sides: Mapping[Side, Scores], benchmark: Benchmark, chosen: Sequence[int], begin: int, most: int
+    caches: Mapping[Side, AnswerCache[Likelihood]], benchmark: LikelihoodBenchmark[Any], chosen: Sequence[int], size: int
 ) -> tuple[dict[int, Sequence[Request]], int]:
-    """(the next items' requests by index, how many of these items are not known yet): until `most` are unknown. They keep the
-    order of their file, in which those about one context stand together: what they share is computed once."""
+    """(requests of the next items by index, number of these items that are not cached): up to `size` uncached items. They keep
+    their file order, in which items with the same context are neighbors: the shared beginning is computed once."""
     batch: dict[int, Sequence[Request]] = {}
-    unknown = 0
-    for index in chosen[begin : begin + _MOST_ITEMS]:
+    uncached = 0
+    for index in chosen:
         batch[index] = requests = benchmark.requests(benchmark.items[index])
-        unknown += any(scores.missing(requests) for scores in sides.values())
-        if unknown == most:
+        uncached += any(cache.missing(requests) for cache in caches.values())
+        if uncached == size:
             break
-    return batch, unknown
+    return batch, uncached
 
 
 def _compute_missing(
-    backend: Backend, side: Side, scores: Scores, batch: Mapping[int, Sequence[Request]], strength: float
+    backend: Backend, side: Side, cache: AnswerCache[Likelihood], batch: Mapping[int, Sequence[Request]], strength: float
 ) -> dict[int, str]:
-    """Compute what is missing of some items; return why some of them could not be scored, by index."""
-    missing = scores.missing(request for requests in batch.values() for request in requests)
+    """Compute the missing likelihoods of some items. Returns, by index, why an item can't be scored."""
+    missing = cache.missing(request for requests in batch.values() for request in requests)
     if not missing:
         return {}
     try:
-        scores.add(missing, backend.loglikelihood(missing, side, strength=strength))
-    except PromptError as exc:  # one of them is too long or too short: failed items are counted, never scored
+        cache.add(missing, backend.loglikelihood(missing, side, strength=strength))
+    except PromptError as exc:  # some request is too long or too short: halve the batch until it is found
         if len(batch) == 1:
             return {index: str(exc) for index in batch}
         indices = list(batch)
-        halves = indices[: len(indices) // 2], indices[len(indices) // 2 :]
         reasons: dict[int, str] = {}
-        for half in halves:
-            reasons |= _compute_missing(backend, side, scores, {index: batch[index] for index in half}, strength)
+        for half in (indices[: len(indices) // 2], indices[len(indices) // 2 :]):
+            reasons |= _compute_missing(backend, side, cache, {index: batch[index] for index in half}, strength)
         return reasons
     return {}
 
 
-# --- generating: Items to numbers by what is written: asks a backend for the completions that are not known yet,
+# Items to numbers, by generation
 
-
-_ITEMS_AT_ONCE = 64  # that are scored together
-_ASK_SECONDS = 0.1  # how often it is asked whether to stop while something is being written
+_ITEMS_PER_SCORING = 64
+_POLL_SECONDS = 0.1
 
 
 def complete_items(
     backend: Backend,
-    sides: Mapping[Side, Completions],
-    benchmark: GenerationBenchmark,
+    caches: Mapping[Side, AnswerCache[Completion]],
+    benchmark: GenerationBenchmark[Any],
     chosen: Sequence[int],
     *,
     seed: int = 0,
     strength: float = 1.0,
     on_done: Callable[[int], None] = lambda _done: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> ItemScores:
-    """Let each side write what the chosen items of a benchmark ask for, and score it. What can't be is counted, never scored.
+) -> ItemNumbers:
+    """Generate the completions of the chosen items on each side, and score them. Items that can't be scored are failures.
 
-    sides         what each side has written already; what is written is added, whole completions only
+    caches        known completions by side; complete new ones are added
     seed          of the evaluation; see `requests_of`
-    on_done       told how many items were tried
-    should_stop   asked between items, and while one is being written
+    on_done       called with the number of items tried
+    should_stop   polled between items and during generation
     """
-    result = ItemScores(numbers={side: [] for side in sides})
-    whole: list[int] = []  # written and not scored yet
-    with ThreadPoolExecutor(max_workers=len(sides), thread_name_prefix="write") as threads:
+    result = ItemNumbers(numbers={side: [] for side in caches})
+    unscored: list[int] = []
+    with ThreadPoolExecutor(max_workers=len(caches), thread_name_prefix="complete") as threads:
         for index in chosen:
             if should_stop():
                 break
+            requests = requests_of(benchmark, benchmark.items[index], seed)
             try:
-                requests = requests_of(benchmark, benchmark.items[index], seed)
-                if not _write_missing(backend, sides, requests, strength, threads, should_stop):
+                if not _generate_missing(backend, caches, requests, strength, threads, should_stop):
                     break
             except PromptError as exc:
                 result.failures.append({"index": index, "reason": str(exc)})
             else:
-                whole.append(index)
+                unscored.append(index)
             result.done += 1
-            if len(whole) == _ITEMS_AT_ONCE:
-                _score(benchmark, sides, whole, seed, result)
-                whole = []
+            if len(unscored) == _ITEMS_PER_SCORING:
+                _score_completions(benchmark, caches, unscored, seed, result)
+                unscored = []
             on_done(result.done)
-    _score(benchmark, sides, whole, seed, result)
+    _score_completions(benchmark, caches, unscored, seed, result)
     result.failures.sort(key=lambda failure: int(failure["index"]))
     return result
 
 
-def requests_of(benchmark: GenerationBenchmark, item: Any, seed: int) -> list[CompletionRequest]:
-    """What an item asks for. The seed of each completion comes from the evaluation's seed, the prompt and which of its samples it
-    is: it does not depend on the other items, both sides draw from the same, and a larger number of samples holds a smaller
-    one's. A greedy completion has seed 0."""
+def requests_of(benchmark: GenerationBenchmark[Any], item: Any, seed: int) -> list[CompletionRequest]:
+    """An item's requests with their seeds. A seed depends on the evaluation's seed, the prompt, and the sample's number: not on
+    other items, both sides use the same, and more samples include fewer samples' ones. Greedy completions have seed 0."""
     return [
         replace(request, sampling=replace(request.sampling, seed=_seed_of(request, seed) if request.sampling.temperature else 0))
         for request in benchmark.requests(item)
@@ -331,64 +375,44 @@ def _seed_of(request: CompletionRequest, seed: int) -> int:
     return low + int.from_bytes(digest[:8], "big") % (high + 1 - low)
 
 
-def _score(
-    benchmark: GenerationBenchmark, sides: Mapping[Side, Completions], whole: Sequence[int], seed: int, result: ItemScores
-) -> None:
-    """Add the numbers of items whose completions are all there."""
-    items = [benchmark.items[index] for index in whole]
-    requests = [requests_of(benchmark, item, seed) for item in items]
-    scored = {side: benchmark.scores(items, [known.of(asked) for asked in requests]) for side, known in sides.items()}
-    for i, index in enumerate(whole):
-        silent = [side for side, numbers in scored.items() if not all(map(math.isfinite, numbers[i]))]
-        if silent:
-            reason = f"{' and '.join(silent)} wrote nothing that can be scored"
-            result.failures.append({"index": index, "reason": reason})
-            continue
-        result.kept.append(index)
-        for side, numbers in scored.items():
-            result.numbers[side].append(numbers[i])
-
-
-def _write_missing(
+def _generate_missing(
     backend: Backend,
-    sides: Mapping[Side, Completions],
+    caches: Mapping[Side, AnswerCache[Completion]],
     requests: Sequence[CompletionRequest],
     strength: float,
     threads: ThreadPoolExecutor,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Write what is missing of an item, on all sides at once; whether all of it is there. The first side's error is raised."""
+    """Generate an item's missing completions, on all sides at once. Returns whether all exist; raises the first side's error."""
     cancellation = Cancellation()
 
-    def write(side: Side, completions: Completions, missing: Sequence[CompletionRequest]) -> None:
+    def generate(side: Side, missing: Sequence[CompletionRequest]) -> None:
         for request in missing:
             completion = _complete(backend, request, side, strength, cancellation)
             if completion.finish_reason == "cancelled":
                 return
-            completions.add([request], [completion])
+            caches[side].add([request], [completion])
 
-    wanted = {side: completions.missing(requests) for side, completions in sides.items()}
-    writing: list[Future[None]] = [
-        threads.submit(write, side, sides[side], missing) for side, missing in wanted.items() if missing
+    futures: list[Future[None]] = [
+        threads.submit(generate, side, missing) for side, cache in caches.items() if (missing := cache.missing(requests))
     ]
     try:
-        running = set(writing)
+        running = set(futures)
         while running:
-            done, running = wait(running, timeout=_ASK_SECONDS)
+            done, running = wait(running, timeout=_POLL_SECONDS)
             if any(future.exception() for future in done) or should_stop():
                 cancellation.set()
     finally:
-        cancellation.set()  # where this thread was interrupted, the others end within a token
-        wait(writing)
-    for future in writing:
+        cancellation.set()  # if this thread was interrupted, the others end within a token
+        wait(futures)
+    for future in futures:
         future.result()
-    return not any(completions.missing(requests) for completions in sides.values())
+    return not any(cache.missing(requests) for cache in caches.values())
 
 
 def _complete(
     backend: Backend, request: CompletionRequest, side: Side, strength: float, cancellation: Cancellation
 ) -> Completion:
-    """One completion, whole or cancelled."""
     template = BARE if request.bare else backend.template
     stream = backend.stream(
         request.prompt, request.sampling, side, strength=strength, template=template, cancellation=cancellation
@@ -401,171 +425,290 @@ def _complete(
             return Completion(side, "".join(pieces), len(pieces), stop.value)
 
 
-# --- evaluate: benchmark x model -> result: both sides on the same items, intervals, paired differences, and w
-
-
-_PACKAGES = {"llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers", "peft")}  # by the backend's name
-
-
-def run(
-    engine: Engine,
-    benchmarks: Sequence[Benchmark | GenerationBenchmark],
-    *,
-    strength: float = 1.0,
-    limit: int | None = None,
-    seed: int = 0,
-    workspace: Workspace | None = None,
-    on_item: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Score the sides of an engine on each benchmark; return DESIGN's evaluation object. Without an adapter base stands alone.
-
-    limit         items of each benchmark, drawn by `seed`; a larger limit's items hold a smaller one's
-    seed          of the draw, of what is generated, and of the bootstrap
-    workspace     where likelihoods and completions are kept; None: nowhere
-    on_item       called with (benchmark, items done, items in all)
-    should_stop   asked between items, and while a completion is written: what was scored until then is the result, marked as not
-                  comparable
-    """
-    check_strength(strength)
-    parents = _parents(engine, workspace)
-    sides = _who_scores(engine, strength, parents)
-    scores = {side: open_scores(workspace, who) for side, who in sides.items()}
-    completions = {side: open_completions(workspace, side, who) for side, who in sides.items()}
-    results: dict[str, dict[str, Any]] = {}
-    interrupted = False
-    for benchmark in benchmarks:
-        interrupted = interrupted or should_stop()
-        if interrupted:
-            break
-        chosen = draw(len(benchmark.items), limit, seed)
-        if not chosen:
-            raise DatasetError(f"{benchmark.name} has no items to score (limit {limit}): raise --limit or give more data")
-        report = partial(_report, on_item, benchmark.name, len(chosen))
-        options: dict[str, Any] = {"strength": strength, "on_done": report, "should_stop": should_stop}
-        if isinstance(benchmark, GenerationBenchmark):
-            scored = complete_items(engine.backend, completions, benchmark, chosen, seed=seed, **options)
-            written = _written(benchmark, scored.kept, completions, seed)
+def _score_completions(
+    benchmark: GenerationBenchmark[Any],
+    caches: Mapping[Side, AnswerCache[Completion]],
+    indices: Sequence[int],
+    seed: int,
+    result: ItemNumbers,
+) -> None:
+    """Add the numbers of items whose completions are all cached."""
+    items = [benchmark.items[index] for index in indices]
+    requests = [requests_of(benchmark, item, seed) for item in items]
+    scored = {side: benchmark.scores(items, [cache.get(of_item) for of_item in requests]) for side, cache in caches.items()}
+    for i, index in enumerate(indices):
+        empty = [side for side, numbers in scored.items() if not all(map(math.isfinite, numbers[i]))]
+        if empty:
+            result.failures.append({"index": index, "reason": f"{' and '.join(empty)} wrote nothing that can be scored"})
         else:
-            scored = score_items(engine.backend, scores, benchmark, chosen, **options)
-            written = {}
-        interrupted = scored.done < len(chosen)
-        if scored.done:  # else it was stopped at once; what was scored before is kept
-            results[benchmark.name] = _result(benchmark, len(chosen), scored, written, seed)
-    correct(results)
+            _add(result, index, {side: numbers[i] for side, numbers in scored.items()})
+
+
+# Numbers to metrics
+
+
+def summarize(benchmark: Benchmark[Any], items: Sequence[Any], base: Array, tuned: Array | None, seed: int = 0) -> dict[str, Any]:
+    """The metrics of one benchmark, overall and by group, from the items' numbers (N, K); `tuned` None: no adapter. `correct`
+    adds what the whole table decides."""
+    groups: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        for group in dict.fromkeys(benchmark.groups(item)):
+            groups.setdefault(group, []).append(i)
     return {
-        "benchmarks": results,
-        "provenance": {
-            **parents,
-            "model": engine.spec.id,
-            "adapter": "" if engine.adapter is None else engine.adapter.id,
-            "backend": engine.backend.name,
-            "strength": strength,
-            "seed": seed,
-            "limit": limit,
-            "interrupted": interrupted,
-            "code_version": __version__,
+        **_metrics(benchmark, base, tuned, seed),
+        "groups": {
+            group: {"n": len(rows), **_metrics(benchmark, base[rows], None if tuned is None else tuned[rows], seed)}
+            for group, rows in sorted(groups.items())
+        },
+        **benchmark.report(items, base),
+    }
+
+
+def _metrics(benchmark: Benchmark[Any], base: Array, tuned: Array | None, seed: int) -> dict[str, Any]:
+    of_side, of_both = benchmark.side_metrics(), benchmark.paired_metrics()
+    if tuned is None:
+        alone = stats.bootstrap(base, of_side, seed=seed)
+        found = {name: interval.to_json() for name, interval in alone.items()}
+        return {"base": found, "tuned": {}, "difference": {}, "paired": {}}
+    both = np.concatenate([base, tuned], axis=1)
+    tested = {("difference", name): stats.difference(metric) for name, metric in of_side.items()}
+    tested |= {("nearer", name): stats.improvement(metric) for name, metric in of_side.items() if metric.better == "nearer"}
+    tested |= {("paired", name): metric for name, metric in of_both.items()}
+    sides = {("base", name): stats.of_base(metric) for name, metric in of_side.items()}
+    sides |= {("tuned", name): stats.of_tuned(metric) for name, metric in of_side.items()}
+    intervals = stats.bootstrap(both, tested | sides, seed=seed)  # all from the same resamples
+    p_values = stats.randomization_p(both, {key: metric for key, metric in tested.items() if key in intervals}, seed=seed)
+
+    def change(kind: str, name: str, metric: Metric) -> dict[str, Any]:
+        interval, nearer = intervals[kind, name], intervals.get(("nearer", name))
+        improved = nearer or _improvement(metric, interval, metric.ideal if kind == "paired" else 0.0)
+        return {
+            **interval.to_json(),
+            "p_value": p_values[kind, name],
+            "improvement": {**improved.to_json(), "p_value": p_values["nearer" if nearer else kind, name]},
+            "better": f"nearer {metric.ideal:g}" if metric.better == "nearer" else metric.better,
+            "measures": metric.measures,
+        }
+
+    def one_side(side: str) -> dict[str, Any]:
+        return {name: intervals[side, name].to_json() for name in of_side if (side, name) in intervals}
+
+    return {
+        "base": one_side("base"),
+        "tuned": one_side("tuned"),
+        "difference": {
+            name: {
+                **change("difference", name, metric),
+                "base_includes_ideal": metric.better == "nearer"
+                and intervals["base", name].low <= metric.ideal <= intervals["base", name].high,
+            }
+            for name, metric in of_side.items()
+            if ("difference", name) in intervals
+        },
+        "paired": {
+            name: {**change("paired", name, metric), "without_change": metric.ideal, "restates": metric.restates}
+            for name, metric in of_both.items()
+            if ("paired", name) in intervals
         },
     }
 
 
-def _report(on_item: Callable[[str, int, int], None], name: str, total: int, done: int) -> None:
-    on_item(name, done, total)
+def _improvement(metric: Metric, change: Interval, without_change: float) -> Interval:
+    """A change as an improvement: positive is good. If any change is a cost, the interval of the cost."""
+    value, low, high = (end - without_change for end in (change.value, change.low, change.high))
+    if metric.better == "unchanged":
+        return Interval(-abs(value), -max(abs(low), abs(high)), 0.0 if low <= 0 <= high else -min(abs(low), abs(high)))
+    return Interval(-value, -high, -low) if metric.better == "lower" else Interval(value, low, high)
 
 
-_Texts = dict[Side, list[list[str]]]
-"""What each side wrote, by item."""
+def correct(results: Mapping[str, dict[str, Any]]) -> None:
+    """Add `p_holm` and `verdict` to every change. All benchmarks' overall figures are one table, and each benchmark's groups are
+    another. Redundant metrics (`restates`) are excluded from the correction and take the other metric's outcome."""
+    _decide(entry for result in results.values() for entry in _tested(result))
+    for result in results.values():
+        _decide(entry for group in result["groups"].values() for entry in _tested(group))
+        for part in (result, *result["groups"].values()):
+            for entry in part["paired"].values():
+                if entry["restates"]:
+                    restated = part["difference"][entry["restates"]]
+                    entry |= {name: restated[name] for name in ("p_value", "p_holm", "verdict")}
 
 
-def _written(benchmark: GenerationBenchmark, kept: Sequence[int], completions: Mapping[Side, Completions], seed: int) -> _Texts:
-    requests = [requests_of(benchmark, benchmark.items[index], seed) for index in kept]
-    return {side: [[found.text for found in known.of(asked)] for asked in requests] for side, known in completions.items()}
+def _tested(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [*part["difference"].values(), *(entry for entry in part["paired"].values() if not entry["restates"])]
 
 
-def _result(
-    benchmark: Benchmark | GenerationBenchmark, chosen: int, scored: ItemScores, written: _Texts, seed: int
-) -> dict[str, Any]:
-    """One benchmark's part of the result, of which `chosen` items were to be scored."""
-    kept, numbers, failures, done = scored.kept, scored.numbers, scored.failures, scored.done
-    if not kept:
-        first = failures[0]["reason"]  # something was tried
-        raise DatasetError(f"{benchmark.name}: none of {done} items could be scored: the first failed with: {first}")
-    arrays = {side: np.array(values, dtype=np.float64) for side, values in numbers.items()}
-    items = [benchmark.items[index] for index in kept]
-    return {
-        "n": len(kept),
-        "n_failed": len(failures),
-        "n_total": len(benchmark.items),
-        "partial": done < len(benchmark.items),
-        "not_comparable": _why_partial(done, len(benchmark.items), chosen),
-        "not_as_published": benchmark.not_as_published if isinstance(benchmark, GenerationBenchmark) else "",
-        "settings": dict(benchmark.settings) if isinstance(benchmark, GenerationBenchmark) else {},
-        "data_sha256": benchmark.data_sha256,
-        **summarise(Scored(benchmark, items, arrays["base"], arrays.get("tuned")), seed),
-        "failures": failures,
-        "columns": list(benchmark.columns),
-        "items": [
-            {
-                "index": index,
-                **benchmark.describe(item),
-                **{side: list(values[i]) for side, values in numbers.items()},
-                **_outcomes(benchmark, item, {side: values[i] for side, values in numbers.items()}),
-                **({"completions": {side: texts[i] for side, texts in written.items()}} if written else {}),
-            }
-            for i, (index, item) in enumerate(zip(kept, items, strict=True))
-        ],
-    }
+def _decide(entries: Iterable[dict[str, Any]]) -> None:
+    table = list(entries)
+    for entry, p_holm in zip(table, stats.holm([entry["improvement"]["p_value"] for entry in table]), strict=True):
+        low, high = entry["improvement"]["ci95"]
+        entry["p_holm"] = p_holm
+        entry["verdict"] = stats.verdict(entry["measures"], Interval(entry["improvement"]["value"], low, high), p_holm)
 
 
-def _outcomes(benchmark: Measured, item: Any, numbers: Mapping[Side, Sequence[float]]) -> dict[str, dict[Side, str]]:
-    """What each side decided of an item, where anything is decided."""
-    outcomes = {side: benchmark.outcome(item, of_side) for side, of_side in numbers.items()}
-    return {"outcome": outcomes} if any(outcomes.values()) else {}
+# Cached answers: WORKSPACE/cache/scores/KEY.jsonl, one file per side of a model, named by all that an answer depends on but its
+# request; one line per request, [KEY OF THE REQUEST, ...ANSWER]
+
+A = TypeVar("A")
+
+# Raise these if a backend's answer to the same request changes by more than noise.
+_SCORES_VERSION, _COMPLETIONS_VERSION = 2, 2
+_PACKAGES = {"llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers", "peft")}  # by the backend's name
 
 
-def draw(n: int, limit: int | None, seed: int) -> list[int]:
-    """Indices of at most `limit` of n items in ascending order, drawn without regard to their order in the file."""
-    if limit is None or limit >= n:
-        return list(range(n))
-    shuffled = list(range(n))
-    random.Random(seed).shuffle(shuffled)
-    return sorted(shuffled[:limit])
+class AnswerCache(Generic[A]):
+    """The answers of one side, by request: in memory, and appended to a file if there is one."""
+
+    def __init__(self, file: Path | None, decode: Callable[..., A], encode: Callable[[A], list[Any]]) -> None:
+        self._file = file
+        self._encode = encode
+        self._answers: dict[str, A] = {}
+        if file is not None and file.is_file():
+            for line in file.read_bytes().split(b"\n"):
+                with suppress(ValueError, TypeError):  # a truncated line
+                    key, *values = json.loads(line)
+                    self._answers[key] = decode(*values)
+
+    def missing(self, requests: Iterable[Request | CompletionRequest]) -> list[Any]:
+        """The requests without an answer, each once."""
+        return [request for request in dict.fromkeys(requests) if _key_of(request) not in self._answers]
+
+    def get(self, requests: Sequence[Request | CompletionRequest]) -> list[A]:
+        """The answers to requests, all of which must be known."""
+        return [self._answers[_key_of(request)] for request in requests]
+
+    def add(self, requests: Sequence[Request | CompletionRequest], answers: Sequence[A]) -> None:
+        """Store computed answers."""
+        new = {_key_of(request): answer for request, answer in zip(requests, answers, strict=True)}
+        self._answers |= new
+        if self._file is None or not new:
+            return
+        lines = "".join(json.dumps([key, *self._encode(answer)]) + "\n" for key, answer in new.items())
+        with locked(self._file), self._file.open("ab") as file:
+            file.write(b"\n" + lines.encode())  # begins a line of its own after a truncated one; empty lines are skipped
 
 
-def _why_partial(done: int, total: int, chosen: int) -> str:
-    """Why a result must not be set beside others; "" where it may."""
-    if done < chosen:
-        return f"interrupted after {done:,} of {chosen:,} items"
-    return f"limited to {done:,} of {total:,} items" if done < total else ""
+@lru_cache(maxsize=32768)  # each request is looked up several times, on both sides
+def _key_of(request: Request | CompletionRequest) -> str:
+    text = json.dumps([type(request).__name__, asdict(request)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _who_scores(engine: Engine, strength: float, parents: Mapping[str, str]) -> dict[Side, dict[str, Any]]:
-    """Of each side, all that a likelihood or a completion depends on but its request."""
+def likelihood_cache(file: Path | None = None) -> AnswerCache[Likelihood]:
+    return AnswerCache(file, lambda logp, tokens: Likelihood(float(logp), int(tokens)), lambda found: [found.logp, found.tokens])
+
+
+def completion_cache(side: Side, file: Path | None = None) -> AnswerCache[Completion]:
+    return AnswerCache(
+        file,
+        lambda text, tokens, finish_reason: Completion(side, text, tokens, finish_reason),
+        lambda found: [found.text, found.tokens, found.finish_reason],
+    )
+
+
+class Caches(NamedTuple):
+    """The answers of one side."""
+
+    likelihoods: AnswerCache[Likelihood]
+    completions: AnswerCache[Completion]
+
+
+def _open_caches(workspace: Workspace | None, side: Side, scorer: Mapping[str, Any]) -> Caches:
+    """`scorer`: all that an answer depends on but its request."""
+
+    def file(**version: int) -> Path | None:
+        if workspace is None:
+            return None
+        text = json.dumps({**scorer, **version}, sort_keys=True)
+        return workspace.cache / "scores" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+
+    return Caches(
+        likelihood_cache(file(scores_version=_SCORES_VERSION)),
+        completion_cache(side, file(completions_version=_COMPLETIONS_VERSION)),
+    )
+
+
+def _scorer(engine: Engine, parents: Mapping[str, str]) -> dict[str, Any]:
+    """What an answer of the base side depends on besides its request."""
     backend = engine.backend
     packages = next((names for name, names in _PACKAGES.items() if backend.name.startswith(name)), ())
-    scorer = {
+    return {
         "backend": backend.name,
         "device": backend.device.split(",")[0].split(" ")[0],  # "CPU", "cuda:0": the number of threads changes nothing
         "packages": {name: metadata.version(name) for name in packages},
         "model_sha256": parents["model_sha256"],
         "template": asdict(backend.template),
+        "side": "base",
     }
-    sides: dict[Side, dict[str, Any]] = {"base": {**scorer, "side": "base"}}
-    if engine.adapter is not None:
-        sides["tuned"] = {**scorer, "side": "tuned", "adapter_sha256": parents["adapter_sha256"], "strength": strength}
-    return sides
 
 
 def _parents(engine: Engine, workspace: Workspace | None) -> dict[str, str]:
     """SHA-256 of the model's files and of the adapter's weights and configuration."""
     spec, adapter = engine.spec, engine.adapter
-    files: list[Path] = []
     if engine.backend.name.startswith("llamacpp") or spec.hf_folder is None:
         files = [] if spec.gguf_path is None else [spec.gguf_path]
     else:
         files = sorted([*spec.hf_folder.glob("*.safetensors"), *spec.hf_folder.glob("*.json")])
-    parents = {"model_sha256": sha256_of_model(files, workspace), "adapter_sha256": "", "adapter_config_sha256": ""}
-    if adapter is not None:
-        parents["adapter_sha256"] = models.adapter_sha256(adapter)
-        parents["adapter_config_sha256"] = sha256_of_model([adapter.folder / "adapter_config.json"], None)
-    return parents
+    return {
+        "model_sha256": _sha256_of_files(files, workspace),
+        "adapter_sha256": "" if adapter is None else models.adapter_sha256(adapter),
+        "adapter_config_sha256": "" if adapter is None else sha256_of(adapter.folder / "adapter_config.json"),
+    }
+
+
+def _sha256_of_files(files: Sequence[Path], workspace: Workspace | None) -> str:
+    """SHA-256 of the files' bytes, remembered by path, size and modification time."""
+    memo = None if workspace is None else workspace.cache / "scores" / "files.json"
+    known: dict[str, str] = {}
+    if memo is not None and memo.is_file():
+        with suppress(ValueError, OSError):
+            known = dict(json.loads(memo.read_text(encoding="utf-8")))
+    found = {}
+    for file in files:
+        status = file.stat()
+        mark = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+        found[mark] = known.get(mark) or sha256_of(file)
+    if memo is not None and not found.keys() <= known.keys():
+        write_json(memo, known | found)
+    hashes = list(found.values())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+# The pairs of the benchmark `preference`: those the adapter's training held out
+
+
+"""Names, in place of a file, the dataset the adapter was trained on."""
+
+
+def preference_benchmark(source: str, adapter: AdapterSpec | None, workspace: Workspace) -> Preference:
+    """The held-out pairs of a JSONL file, of the `workspace`, or of the adapter's `run`.
+
+    Raises ConfigError if nothing is named, DatasetError if nothing is held out.
+    """
+    if not source:
+        raise ConfigError("preference needs the pairs: name with --dataset the file that was trained on, workspace or run")
+    if source == RUN:
+        if adapter is None:
+            raise ConfigError("--dataset run is what the adapter was trained on, and there is none: name a file, or workspace")
+        pairs: Sequence[PreferencePair] = held_out_pairs(adapter, workspace, limit=10**9)
+        if not pairs:
+            raise DatasetError(
+                f"No pairs to score: what {adapter.id} was trained on is not in this workspace, or nothing of it was held out; "
+                "name a file with --dataset"
+            )
+        return Preference(pairs, _sha256_of_pairs(pairs))
+    rows = splits.load([WORKSPACE], workspace) if source == WORKSPACE else splits.load_file(Path(source))
+    pairs = derive(rows).pairs
+    held_out = splits.unseen(pairs, adapter, workspace)
+    if not held_out:
+        raise DatasetError(
+            f"No pairs to score: of the {len(pairs)} in {Path(source).name} the run held none out, and those it was trained on "
+            "prove nothing; train again with held_out_share 0.1 or more, or score another benchmark"
+        )
+    return Preference(held_out, _sha256_of_pairs(held_out) if source == WORKSPACE else sha256_of(Path(source)))
+
+
+def _sha256_of_pairs(pairs: Sequence[PreferencePair]) -> str:
+    """SHA-256 of the scored pairs: unlike the journal's bytes, they don't change with every new judgment."""
+    lines = "".join(json.dumps([pair.prompt, pair.chosen, pair.rejected]) + "\n" for pair in pairs)
+    return hashlib.sha256(lines.encode()).hexdigest()

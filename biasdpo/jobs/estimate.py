@@ -35,7 +35,7 @@ from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
 
 if TYPE_CHECKING:
-    from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark
+    from biasdpo.benchmarks.base import Benchmark
     from biasdpo.engines import Engine
 
 FORMAT = 1  # of a remembered estimate; raise it where the cost of training changes
@@ -242,11 +242,11 @@ def known_seconds(config: EvaluationConfig, workspace: Workspace) -> dict[str, f
 
     Raises ModelError or AdapterError where what is named is not here.
     """
-    from biasdpo.evaluation import results
+    from biasdpo.evaluation import run
 
     spec = models.find(models.choose_auto()[0].id if config.model == "auto" else config.model)
     adapter = models.find_adapter(config.adapter, spec, workspace)
-    rounds = 0 if adapter is None else len(results.order(config.strengths))
+    rounds = 0 if adapter is None else len(run.strength_order(config.strengths))
     speeds = {name: _remembered_speed(_speed_file(config, name, workspace)) for name in parts(config)}
     return {name: None if speed is None else speed.seconds(config.limit, rounds) for name, speed in speeds.items()}
 
@@ -287,7 +287,7 @@ def _measured(config: EvaluationConfig, workspace: Workspace, cancelled: Callabl
         return {name: Speed(**speed) for name, speed in values.items()}
 
 
-def measure(engine: Engine, benchmarks: Sequence[Benchmark | GenerationBenchmark]) -> dict[str, Any]:
+def measure(engine: Engine, benchmarks: Sequence[Benchmark[Any]]) -> dict[str, Any]:
     """`Speed` by benchmark, as JSON, on items drawn with seed 0. No score is kept."""
     base_only = replace(engine, adapter=None)
     found = {}
@@ -298,7 +298,7 @@ def measure(engine: Engine, benchmarks: Sequence[Benchmark | GenerationBenchmark
     return found
 
 
-def _seconds_per_item(engine: Engine, benchmark: Benchmark | GenerationBenchmark) -> float:
+def _seconds_per_item(engine: Engine, benchmark: Benchmark[Any]) -> float:
     """From the first call of `should_stop`, which comes when all is ready, to the last item."""
     from biasdpo.evaluation import run
 

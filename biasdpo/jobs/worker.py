@@ -50,7 +50,7 @@ from biasdpo.jobs.memory import request_memory
 from biasdpo.workspace import Workspace, locked, replacing, write_json
 
 if TYPE_CHECKING:
-    from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, Measured
+    from biasdpo.benchmarks.base import Benchmark
     from biasdpo.benchmarks.toxicity import ToxicityScorer
     from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
     from biasdpo.gguf.export import ExportRecord
@@ -257,7 +257,7 @@ class EvaluationProgress:
     def phase(self, text: str) -> None:
         """Called before each stage. May raise to end the evaluation."""
 
-    def begin(self, benchmarks: Sequence[Measured], limit: int | None, rounds: int) -> None:
+    def begin(self, benchmarks: Sequence[Benchmark[Any]], limit: int | None, rounds: int) -> None:
         """Called when the items are known, each of which is scored in `rounds` rounds."""
 
     def on_item(self, name: str, done: int, total: int) -> None:
@@ -286,7 +286,7 @@ class JobProgress(EvaluationProgress):
             raise StoppedError("The job was stopped before it had a result")
         self._write(replace(self.status, phase=text))
 
-    def begin(self, benchmarks: Sequence[Measured], limit: int | None, rounds: int) -> None:
+    def begin(self, benchmarks: Sequence[Benchmark[Any]], limit: int | None, rounds: int) -> None:
         items = {one.name: len(one.items) if limit is None else min(limit, len(one.items)) for one in benchmarks}
         progress = tuple(Progress(name, 0, rounds * count) for name, count in items.items())
         self._reported = time.monotonic()
@@ -342,7 +342,7 @@ def run_evaluation(config: EvaluationConfig, workspace: Workspace, progress: Eva
     """Score a resolved config's benchmarks; one that is told to stop returns what it has scored, marked as interrupted."""
     from biasdpo import models
     from biasdpo.engines import EngineKey, open_engine
-    from biasdpo.evaluation import results
+    from biasdpo.evaluation import run
 
     progress.phase("reading the items")
     adapter = models.find_adapter(config.adapter, models.find(config.model), workspace)
@@ -350,8 +350,8 @@ def run_evaluation(config: EvaluationConfig, workspace: Workspace, progress: Eva
     progress.phase("loading the model")
     engine = open_engine(EngineKey(config.model, config.adapter, config.backend), workspace)
     try:
-        progress.begin(benchmarks, config.limit, len(results.order(config.strengths)))
-        return results.run(
+        progress.begin(benchmarks, config.limit, len(run.strength_order(config.strengths)))
+        return run.run(
             engine,
             benchmarks,
             config.strengths,
@@ -365,17 +365,17 @@ def run_evaluation(config: EvaluationConfig, workspace: Workspace, progress: Eva
         engine.backend.close()
 
 
-def build_benchmarks(
-    config: EvaluationConfig, adapter: AdapterSpec | None, workspace: Workspace
-) -> list[Benchmark | GenerationBenchmark]:
+def build_benchmarks(config: EvaluationConfig, adapter: AdapterSpec | None, workspace: Workspace) -> list[Benchmark[Any]]:
     """Read the items of a config's benchmarks."""
     from biasdpo import benchmarks as known
-    from biasdpo.evaluation.results import preference
+    from biasdpo.evaluation.run import preference_benchmark
 
     generation = known.Generation(config.samples, config.max_new_tokens, _toxicity_scorer(config.toxicity_scorer))
     data_dir = Path(config.data_dir) if config.data_dir else None
     return [
-        preference(config.dataset, adapter, workspace) if name == "preference" else known.build(name, data_dir, generation)
+        preference_benchmark(config.dataset, adapter, workspace)
+        if name == "preference"
+        else known.build(name, data_dir, generation)
         for name in known.expand(config.benchmarks)
     ]
 

@@ -732,7 +732,7 @@ class EvaluationsView(JobsView[Job]):
             empty = {self.saves: "", self.forest: ""} | {box: gr.update(visible=False) for box in hidden}
             return {self.result_box: gr.update(visible=True), self.outcome: components.error(str(exc))} | empty
         groups = charts.grouped(result)
-        curves = [(f"{benchmark_title(b)} · {metric_title(m)}", f"{b}/{m}") for b, m in curve.metrics(result)]
+        curves = [(f"{benchmark_title(b)} · {metric_title(m)}", f"{b}/{m}") for b, m in curve.curve_metrics(result)]
         if not result.get("curve"):
             curves = []
         decided = [
@@ -765,7 +765,7 @@ class EvaluationsView(JobsView[Job]):
         """One metric by strength against perplexity. `picked`: "benchmark/metric"."""
         benchmark, _, metric = picked.partition("/")
         better = next((row.better for row in table(result) if (row.benchmark, row.metric) == (benchmark, metric)), "")
-        return charts.plane(curve.points(result, benchmark, metric), benchmark, metric, better)
+        return charts.plane(curve.curve_points(result, benchmark, metric), benchmark, metric, better)
 
     def drawn_flips(self, result: Result, benchmark: str, wanted: str = "", most: int = PAGE) -> Updates:
         """The flips of one benchmark that went the wanted way."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from biasdpo.benchmarks.text_measures import evades
+from biasdpo.benchmarks.utility import evades
 from biasdpo.compare import stream_pair
 from biasdpo.data import pairs, splits
 from biasdpo.engines import EngineKey, open_engine
@@ -66,7 +66,7 @@ def main() -> None:
     finally:
         engine.backend.close()
     grown = np.array([b.tokens - a.tokens for a, b in zip(left, right, strict=True)], dtype=np.float64)
-    difference, _ = stats.bootstrap(grown[:, None], stats.mean_of)
+    difference = stats.bootstrap(grown[:, None], {"": stats.Metric()})[""]
     result: dict[str, Any] = {
         "prompts": len(prompts),
         "max_new_tokens": args.max_new_tokens,

@@ -34,7 +34,7 @@ from biasdpo.backends.base import Backend, log_softmax
 from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.engines import Engine
 from biasdpo.evaluation import run
-from biasdpo.evaluation.run import Scores, score_items
+from biasdpo.evaluation.run import likelihood_cache, score_items
 from biasdpo.gguf import write
 from biasdpo.records import ContinuationRequest, Side
 from biasdpo.workspace import Workspace, open_workspace
@@ -63,13 +63,13 @@ def pairs_of(known: dict[str, Any], part: Part) -> list[tuple[str, str]]:
 
 def ours(backend: Backend, known: dict[str, Any], part: Part) -> tuple[float, Logps]:
     """(seconds, what was found)."""
-    sides = {side: Scores(None) for side in SIDES}
+    sides = {side: likelihood_cache() for side in SIDES}
     started_at = time.perf_counter()
     for name, indices in part.items():
         assert not score_items(backend, sides, known[name], indices).failures
     seconds = time.perf_counter() - started_at
     requests = [ContinuationRequest(*pair) for pair in pairs_of(known, part)]
-    return seconds, {side: [found.logp for found in scores.of(requests)] for side, scores in sides.items()}
+    return seconds, {side: [found.logp for found in scores.get(requests)] for side, scores in sides.items()}
 
 
 def compared(mine: list[tuple[float, Logps]], other: list[tuple[float, Logps]], parts: list[Part]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def main() -> None:
                 key = {"label": label, "adapter_sha256": weights, "strength": strength}
                 if any(key.items() <= point.items() for point in points):
                     continue
-                result = run.run(engine, benchmarks, strength=strength)
+                result = run.run(engine, benchmarks, [strength])
                 points = [*points, {**key, **summary(result["benchmarks"])}]
                 write_json(file, points)
         finally:
