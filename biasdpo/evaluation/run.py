@@ -677,9 +677,6 @@ def _sha256_of_files(files: Sequence[Path], workspace: Workspace | None) -> str:
 # The pairs of the benchmark `preference`: those the adapter's training held out
 
 
-"""Names, in place of a file, the dataset the adapter was trained on."""
-
-
 def preference_benchmark(source: str, adapter: AdapterSpec | None, workspace: Workspace) -> Preference:
     """The held-out pairs of a JSONL file, of the `workspace`, or of the adapter's `run`.
 
