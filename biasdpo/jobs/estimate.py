@@ -29,7 +29,7 @@ from biasdpo.data import importing, splits
 from biasdpo.errors import BiasDPOError, EvaluationError, RunError
 from biasdpo.jobs.job import ROOT, last_error
 from biasdpo.jobs.memory import request_memory
-from biasdpo.jobs.resolve import device_of_training, parts, resolve_evaluation, threads_of, training_environment
+from biasdpo.jobs.resolve import absolute, device_of_training, parts, resolve_evaluation, threads_of, training_environment
 from biasdpo.jobs.worker import build_benchmarks, jobs_on
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
@@ -86,6 +86,7 @@ def estimate_training(config: TrainConfig, workspace: Workspace, *, cancelled: C
     """Measure what a run will take, unless it is known. Raises what `start_training` would, RunError where it fails or is
     cancelled."""
     refuse_on_public_space("Training")
+    config = absolute(config)
     remembered = known_estimate(config, workspace)
     if remembered is not None:
         return remembered

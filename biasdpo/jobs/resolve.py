@@ -35,10 +35,15 @@ def resolve_training(config: TrainConfig, workspace: Workspace) -> ResolvedTrain
     if not config.model:
         raise ConfigError("No model to train: name one with --model, e.g. smollm2")
     spec = models.find(config.model)
-    config = config.replace(model=models.absolute_name(config.model), datasets=tuple(map(_absolute_source, config.datasets)))
+    config = absolute(config)
     data = splits.resolve(config, workspace)
     origin = {**data.provenance(), "probe_prompts": prompts.probe_prompts(config)}
     return ResolvedTraining(config, spec, data, Resolved(model=config.model, device=device_of_training(config), data=origin))
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The config as a process with another working folder must be given it."""
+    return config.replace(model=models.absolute_name(config.model), datasets=tuple(map(_absolute_source, config.datasets)))
 
 
 def resolve_evaluation(config: EvaluationConfig, workspace: Workspace) -> tuple[EvaluationConfig, Resolved]:

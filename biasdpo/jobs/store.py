@@ -246,10 +246,10 @@ def list_jobs(workspace: Workspace, kind: Kind | None = None) -> list[Job]:
 
 def find_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> Job:
     """The job of an id, or of KIND/ID (e.g. train/first), as it is now. Raises JobError where there is none, or several."""
-    prefix, slash, rest = job_id.partition("/")
-    if slash:
-        kind = next((each for each in KINDS if prefix in (each, FOLDERS[each], NOUNS[each])), kind)
-        job_id = rest
+    prefix, _, rest = job_id.partition("/")
+    for each in KINDS:
+        if rest and prefix in (each, FOLDERS[each], NOUNS[each]):
+            kind, job_id = each, rest
     found = [job for each in KINDS if kind in (None, each) for job in _jobs_of(workspace, each, job_id)]
     if len(found) > 1:
         raise JobError(f"{job_id!r} is the id of several jobs: name one of {', '.join(f'{job.kind}/{job.id}' for job in found)}")
@@ -426,6 +426,8 @@ def delete_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> N
             trash = Path(tempfile.mkdtemp(prefix=".deleted-", dir=job.folder.path.parent))
             job.folder.path.rename(trash / job.id)  # at once, whatever becomes of its files
         shutil.rmtree(trash)
+        for left in trash.parent.glob(".deleted-*"):  # by a process that was killed meanwhile
+            shutil.rmtree(left, ignore_errors=True)
     except OSError as exc:
         raise WorkspaceError(f"Can't delete {job.file}: {exc.strerror or exc}; make it writable, then try again") from exc
 

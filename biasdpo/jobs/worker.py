@@ -228,7 +228,8 @@ def launch_command(folder: JobFolder, config: TrainConfig, device: Device, threa
 def _work(folder: JobFolder) -> int:
     faulthandler.enable()  # the reason for a library's abort or segmentation fault, in the log
     config = folder.read_config()
-    status = replace(folder.read_status(), state="running", phase="starting", memory_kills=memory_kills())
+    device = folder.read_record().resolved.device
+    status = replace(folder.read_status(), state="running", phase="starting", device=device, memory_kills=memory_kills())
     folder.write_status(status)
     _mark_start(folder.kind)
     progress = JobProgress(folder, status)

@@ -181,7 +181,7 @@ def test_other_files_are_listed_as_what_they_are(workspace):
         store.load_result(store.find_job("else", workspace))
     with pytest.raises(JobError, match="has no config to resume with"):
         store.resume_job("partial", workspace)
-    for bad in ("../evaluations/whole", "none", "", "evaluate/../whole", "\0", "x" * 300):
+    for bad in ("../evaluations/whole", "none", "", "evaluate/../whole", "other/whole", "\0", "x" * 300):
         with pytest.raises(JobError, match=r"No .*: there are"):
             store.find_job(bad, workspace)
 
