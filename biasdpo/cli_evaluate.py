@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from biasdpo.jobs.requests import EvaluationConfig
+    from biasdpo.config import EvaluationConfig
 
 BENCHMARKS = (
     "preference",
@@ -145,7 +145,7 @@ def _decided(change: dict[str, Any]) -> str:
 
 def _request(args: argparse.Namespace) -> EvaluationConfig:
     """What the flags ask for."""
-    from biasdpo.jobs.requests import EvaluationConfig
+    from biasdpo.config import EvaluationConfig
 
     return EvaluationConfig(
         model=args.model,

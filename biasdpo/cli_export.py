@@ -47,8 +47,8 @@ def export(args: argparse.Namespace) -> int:
     """Write the file, prove it, say what was found."""
     from tqdm import tqdm
 
+    from biasdpo.config import ExportConfig
     from biasdpo.jobs.job import shown_command
-    from biasdpo.jobs.requests import ExportConfig
     from biasdpo.jobs.worker import run_export
     from biasdpo.workspace import open_workspace
 

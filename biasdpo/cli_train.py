@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,9 @@ def _config(args: argparse.Namespace) -> Any:
     values |= {"datasets": args.dataset} if args.dataset else {}
     values |= {"num_processes": args.num_processes} if args.num_processes is not None else {}
     values |= run_config.parse_settings(args.settings)
-    config = run_config.from_mapping(values)
+    config = run_config.TrainConfig(**values)
     # The training process has another working folder.
-    return replace(config, model=models.absolute_name(config.model), datasets=tuple(map(_absolute, config.datasets)))
+    return config.replace(model=models.absolute_name(config.model), datasets=tuple(map(_absolute, config.datasets)))
 
 
 def _estimate(config: Any, workspace: Any, *, as_json: bool) -> int:

@@ -1,334 +1,653 @@
-"""What a training run is told: one frozen dataclass, checked once, saved with its run as config.json and read back by it."""
+"""Settings of training runs, evaluations, exports and the app, each declared once.
+
+A declaration holds a setting's type, default, range, unit, help text and place in the form. The command line's options, the form
+of the Train tab, the JSON schema, presets, the checks with their messages, and docs/cli.md are generated from it.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from biasdpo.errors import ConfigError
-
-# TRL's names; what each is for: `biasdpo.rewards`. Left out: `nca_pair`, `bco_pair`, `aot`, … which change little here.
-LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "apo_zero", "sft")
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-PRECISIONS = ("fp32", "bf16")
-ADAPTER_DTYPES = ("float16", "float32")
-ACCELERATE_CONFIGS = ("auto", "cpu", "one_gpu", "multi_gpu", "fsdp")
-KEEPS = ("best", "last")
-ENDS = ("trained", "left_out")
-MAX_PROBES = 3
-
-
-def _text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} must be text: got {value!r}")
-
-
-def _texts(name: str, values: tuple[object, ...], choices: tuple[str, ...] = ()) -> None:
-    for value in values:
-        if choices:
-            _choice(name, value, choices)
-        elif not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{name} must be a list of names: got {value!r} in it")
-    if not values and name not in ("datasets", "probe_prompts"):
-        raise ConfigError(f"{name} is empty: name at least one")
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}: got {value!r}")
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a number from {low:g} to {high:g}: got {value!r}; choose a value in that range")
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a whole number from {low} to {high}: got {value!r}; choose a value in that range")
-
-
-def _targets(name: str, values: tuple[object, ...]) -> None:
-    _texts(name, values)
-    if "lm_head" in values:
-        raise ConfigError(f"{name} can't hold 'lm_head' (TRL computes its product past the adapter): leave it out")
-
-
-def _losses(name: str, values: tuple[object, ...]) -> None:
-    _texts(name, values, LOSS_TYPES)
-    if values == ("sft",):
-        raise ConfigError(f"{name} must hold a preference loss beside 'sft': got ('sft',); use e.g. ['sigmoid', 'sft']")
-    if len(set(values)) < len(values):
-        raise ConfigError(f"{name} names a loss twice: got {', '.join(map(str, values))}; name it once, with a weight")
-
-
-def _probes(name: str, values: tuple[object, ...]) -> None:
-    _texts(name, values)
-    if len(values) > MAX_PROBES:
-        raise ConfigError(f"{name} holds at most {MAX_PROBES} prompts: got {len(values)}; leave some out")
-
-
-def _numbers(low: float, high: float) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        for part in value if isinstance(value, tuple) else (value,):
-            _number(name, part, low, high)
-
-    return check
-
-
-def _integers(low: int, high: int) -> Callable[[str, Any], None]:
-    return lambda name, value: _integer(name, value, low, high)
-
-
-def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], None]:
-    return lambda name, value: _choice(name, value, choices)
-
-
-CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "model": _text,
-    "datasets": _texts,
-    "dataset_weights": _numbers(0.01, 10.0),
-    "held_out_share": _numbers(0.0, 0.5),
-    "loss_type": _losses,
-    "loss_weights": _numbers(0.0, 1000.0),
-    "beta": _numbers(1e-4, 1000.0),
-    "text_kl_weight": _numbers(0.0, 1000.0),
-    "counterfactual_weight": _numbers(0.0, 1000.0),
-    "question_weight": _numbers(0.0, 1000.0),
-    "ending_weight": _numbers(0.0, 1000.0),
-    "label_smoothing": _numbers(0.0, 0.499),
-    "learning_rate": _numbers(1e-9, 1.0),
-    "schedule": _one_of(SCHEDULES),
-    "warmup_share": _numbers(0.0, 1.0),
-    "max_grad_norm": _numbers(1e-6, 1e6),
-    "epochs": _numbers(1e-3, 1000.0),
-    "max_steps": _integers(0, 10_000_000),
-    "batch_size": _integers(1, 4096),
-    "gradient_accumulation": _integers(1, 4096),
-    "rank": _integers(1, 512),
-    "alpha": _integers(1, 4096),
-    "target_modules": _targets,
-    "strength": _numbers(0.01, 1.5),
-    "adapter_dtype": _one_of(ADAPTER_DTYPES),
-    "end_of_text": _one_of(ENDS),
-    "max_length": _integers(16, 1_000_000),
-    "eval_every": _integers(0, 10_000_000),
-    "early_stopping": _integers(0, 10_000),
-    "keep": _one_of(KEEPS),
-    "probe_every": _integers(0, 10_000_000),
-    "probe_prompts": _probes,
-    "logging_steps": _integers(1, 10_000_000),
-    "save_steps": _integers(0, 10_000_000),
-    "seed": _integers(0, 2**31 - 1),
-    "precision": _one_of(PRECISIONS),
-    "threads": _integers(0, 1024),
-    "num_processes": _integers(1, 1024),
-    "accelerate": _one_of(ACCELERATE_CONFIGS),
-}
-
-
-def check_together(config: TrainConfig) -> None:
-    """Settings that depend on each other."""
-    for name, of in (("dataset_weights", "datasets"), ("loss_weights", "loss_type")):
-        weights, names = getattr(config, name), getattr(config, of)
-        if weights and len(weights) != len(names):
-            what = "dataset" if of == "datasets" else "loss type"
-            raise ConfigError(f"{name} must hold one weight a {what}: got {len(weights)} for {len(names)}; give as many, or none")
-    if config.label_smoothing and "robust" not in config.loss_type:
-        raise ConfigError(
-            f"label_smoothing has an effect with loss_type 'robust' alone: got {config.label_smoothing} with "
-            f"{', '.join(config.loss_type)}; use 'robust' or set it to 0"
-        )
-    if config.early_stopping and not config.eval_every:
-        raise ConfigError(f"early_stopping needs evaluations: got {config.early_stopping} with eval_every 0; set eval_every")
-    if config.accelerate in ("multi_gpu", "fsdp") and config.num_processes < 2:
-        raise ConfigError(
-            f"accelerate '{config.accelerate}' is for several processes: got num_processes {config.num_processes}; set "
-            "num_processes to the number of GPUs, or accelerate to 'auto'"
-        )
-    if config.save_steps % config.logging_steps:
-        near = max(1, round(config.save_steps / config.logging_steps)) * config.logging_steps
-        raise ConfigError(
-            f"save_steps must be a multiple of logging_steps: got {config.save_steps} and {config.logging_steps}; use {near}"
-        )
-
+from biasdpo.records import SEED_RANGE, STRENGTH_RANGE
+from biasdpo.workspace import is_public_space
 
 CONFIGS = Path(__file__).resolve().parent.parent / "training" / "configs"
 
+# Values that name no file or id.
+WORKSPACE = "workspace"  # as a dataset: the judgments in the workspace's journal
+RUN = "run"  # as an evaluation's dataset: the pairs that the adapter was trained on
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """All that decides a run's result, beside its data.
+# Declaring a setting
 
-    model                 catalog id, Hub id, HF folder or .gguf
-    datasets              JSONL files, hub:OWNER/NAME, or workspace; their rows are joined
-    dataset_weights       how often a source's training pairs are seen an epoch, one a dataset, (0, 10]; empty: 1 each. 2: twice,
-                          0.5: half of them, drawn by the seed. Held-out pairs count once
-    held_out_share        share of prompts kept from training, [0, 0.5]
-    loss_type             TRL's names (LOSS_TYPES); several are summed with loss_weights
-    loss_weights          one weight a loss type; empty: 1 each
-    beta                  pull to the reference, per nat; higher stays closer. For sigmoid_norm it multiplies nats per token
-    text_kl_weight        weight of KL(base || policy), nats per token, on bare text (the training rows' prompts and chosen
-                          completions without the template), added to the loss; 0: off
-    counterfactual_weight weight of KL(base averaged over two groups || policy), nats per token, on sentences of our own in which
-                          groups change places (bare text, twice as many as pairs), added to the loss; 0: off
-    question_weight       weight of a ranking loss on questions of our own (twice as many as pairs), of which the text answers
-                          four in five; 0: off
-    ending_weight         weight of KL(base || policy) of "the completion ends here", nats a completion, over what the policy
-                          writes in every fourth step to its prompts: keeps completions as long as base's; 0: off
-    label_smoothing       share of labels taken to be wrong, [0, 0.5); used by loss type `robust` alone
-    learning_rate         AdamW's peak step size
-    schedule              of the learning rate after warm-up (SCHEDULES)
-    warmup_share          share of the steps in which the learning rate rises, [0, 1]
-    max_grad_norm         gradients are clipped to this norm
-    epochs                passes over the training rows; ignored where max_steps is set
-    max_steps             optimizer steps; 0: as many as `epochs` needs
-    batch_size            pairs a process computes at once
-    gradient_accumulation batches per optimizer step
-    rank                  of the LoRA update, >= 1
-    alpha                 LoRA's scale is alpha / rank
-    target_modules        names of the linear layers that get an update
-    strength              the trained update is saved multiplied by this, (0, 1.5]; 1 is as trained
-    adapter_dtype         of the saved adapter (ADAPTER_DTYPES)
-    end_of_text           whether the token that ends a completion is trained on as part of it (ENDS). `left_out` changes when
-                          completions end less: BiasDPO's are half as long as what SmolLM2 writes by itself
-    max_length            tokens of prompt + completion; longer completions are cut, longer prompts dropped, both counted
-    eval_every            steps between evaluations on the held-out rows, and one at the last step; 0: none while it trains
-    early_stopping        evaluations in a row without a better held-out reward accuracy that end the training; 0: never
-    keep                  whose adapter is saved: that of the best evaluation (highest held-out reward accuracy; of equals the
-                          larger reward margin, then the earlier), or of the last step; without evaluations the last
-    probe_every           steps between probes, which let the policy so far complete probe_prompts, beside the base; 0: none
-    probe_prompts         at most three; empty: one each on gender, race and religion
-    logging_steps         steps between lines of metrics.jsonl
-    save_steps            steps between checkpoints, a multiple of logging_steps; 0: only at the end or at a stop
-    seed                  of the order of rows and the LoRA's start
-    precision             fp32, or bf16 (autocast; on a GPU the frozen weights too)
-    threads               CPU threads; 0: one per core that the process may use
-    num_processes         training processes (data parallel)
-    accelerate            which of training/accelerate/*.yaml; auto: by the machine
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One setting: what was declared, and what follows from its field's type.
+
+    label         in the form; default: its name
+    group         of the form; "": it has a place of its own there
+    when          other settings that decide whether this one has an effect: {name: test of its value}
+    affects_cost  whether the time or memory of a run depends on it
+    option        its command-line option
+    separator     between the values of a list, where it is written as one text
+    low, high     the range, ends included; None: unlimited
     """
 
-    model: str = ""
-    datasets: tuple[str, ...] = ()
-    dataset_weights: tuple[float, ...] = ()
-    held_out_share: float = 0.1
-    loss_type: tuple[str, ...] = ("sigmoid",)
-    loss_weights: tuple[float, ...] = ()
-    beta: float = 0.1
-    text_kl_weight: float = 0.0
-    counterfactual_weight: float = 0.0
-    question_weight: float = 0.0
-    ending_weight: float = 0.0
-    label_smoothing: float = 0.0
-    learning_rate: float = 3e-5
-    schedule: str = "linear"
-    warmup_share: float = 0.1
-    max_grad_norm: float = 1.0
-    epochs: float = 1.0
-    max_steps: int = 0
-    batch_size: int = 4
-    gradient_accumulation: int = 2
-    rank: int = 16
-    alpha: int = 32
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    strength: float = 1.0
-    adapter_dtype: str = "float16"
-    end_of_text: str = "trained"
-    max_length: int = 512
-    eval_every: int = 0
-    early_stopping: int = 0
-    keep: str = "best"
-    probe_every: int = 0
-    probe_prompts: tuple[str, ...] = ()
-    logging_steps: int = 1
-    save_steps: int = 50
-    seed: int = 0
-    precision: str = "fp32"
-    threads: int = 0
-    num_processes: int = 1
-    accelerate: str = "auto"
+    label: str = ""
+    group: str = ""
+    unit: str = ""
+    when: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    affects_cost: bool = True
+    option: str = ""
+    metavar: str = ""
+    separator: str = ","
+    # From the field:
+    name: str = ""
+    help: str = ""
+    kind: Literal["integer", "number", "choice", "text"] = "text"
+    is_list: bool = False
+    is_required: bool = False
+    is_optional: bool = False
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
 
-    def __post_init__(self) -> None:
-        """Check every field, then those that depend on each other; the first that is wrong is a ConfigError that names it, the
-        rule and what was got."""
-        for name, check in CHECKS.items():
-            check(name, getattr(self, name))
-        check_together(self)
+    def __call__(self, schema: dict[str, Any]) -> None:
+        """Add to the field's JSON schema what pydantic does not know."""
+        schema |= {key: value for key in ("group", "unit") if (value := getattr(self, key))}
+        schema |= {"title": self.label} if self.label else {}
+
+    @property
+    def is_advanced(self) -> bool:
+        """Whether the form shows it only on demand."""
+        return self.group not in ("", "Essentials")
+
+    @property
+    def range(self) -> str:
+        """The allowed values in words; "" for free text."""
+        if self.kind == "choice":
+            return ", ".join(self.choices)
+        if self.low is None or self.high is None:
+            return "" if self.low is None else f"{self.low:g} or more"
+        return f"{self.low:.10g} to {self.high:.10g}"
+
+    @property
+    def shown_default(self) -> str:
+        """The default in words; "" where the help says what happens by default."""
+        return "" if self.is_required else self.format(self.default)
+
+    def has_effect(self, values: Mapping[str, Any]) -> bool:
+        """Whether this setting changes anything beside these values of the settings in `when`."""
+        return all(test(values[name]) for name, test in self.when.items())
+
+    def error(self, given: object) -> str:
+        """The message for a value that this setting can't have."""
+        shown = repr(given) if len(repr(given)) <= 80 else repr(given)[:79] + "…"
+        rules = {"integer": "a whole number", "number": "a number", "choice": "one of", "text": "text"}
+        rule = f"{rules[self.kind]} {self.range}"
+        if self.kind in ("integer", "number"):
+            rule = f"{rules[self.kind]} from {self.range}" if self.high is not None else f"{rules[self.kind]}, {self.range}"
+            shown += "; leave it out for the default" if self.is_optional else "; choose a value in that range"
+        return f"{self.name} must be {rule.strip()}: got {shown}"
+
+    def parse(self, text: str) -> Any:
+        """A value as people write it. Text that is no number is returned as it is, for the check to refuse."""
+        if self.is_list:
+            parts = (part.strip() for part in text.split(self.separator))
+            return tuple(self._parse_one(part) for part in parts if part)
+        return self._parse_one(text)
+
+    def _parse_one(self, text: str) -> Any:
+        try:
+            return {"integer": int, "number": float}[self.kind](text.strip().replace("−", "-"))
+        except (KeyError, ValueError):
+            return text
+
+    def format(self, value: Any) -> str:
+        """The text that `parse` reads back as this value."""
+        if self.is_list:
+            return (", " if self.separator == "," else self.separator).join(map(_format, value))
+        return "" if value is None else _format(value)
+
+
+def _format(value: Any) -> str:
+    """A value as people write it: 1.0 is 1, and 5e-05 is 5e-5. Floats keep all their digits."""
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0").replace("e-0", "e-")
+    return str(value)
+
+
+def setting(
+    default: Any,
+    *,
+    range: tuple[float, float] | None = None,
+    min_length: int | None = None,
+    max_length: int | None = None,
+    **declared: Any,
+) -> Any:
+    """Declare one setting; the docstring below it is its help. `default` of `...`: required; `declared`: fields of `Setting`."""
+    low, high = range or (None, None)
+    lengths: dict[str, Any] = {"min_length": min_length, "max_length": max_length}
+    return Field(default, ge=low, le=high, json_schema_extra=Setting(**declared), **lengths)
+
+
+T = TypeVar("T")
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+ListOf = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]  # a single value stands for a list of one
+Name = Annotated[str, Field(pattern=r"\S")]
+
+
+class Settings(BaseModel):
+    """A frozen set of settings. Whatever is wrong with the given values is a ConfigError of one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as exc:
+            raise ConfigError(_message(type(self), exc)) from exc
+
+    @classmethod
+    @cache
+    def settings(cls) -> dict[str, Setting]:
+        """All settings by name, in the order of their declaration."""
+        return {name: _setting_of(name, info) for name, info in cls.model_fields.items()}
+
+    @classmethod
+    def check_setting(cls, name: str, value: Any) -> None:
+        """Raise ConfigError if this setting can't have that value, whatever the others are."""
+        try:
+            cls(**{name: value})
+        except ConfigError as exc:
+            cause = exc.__cause__
+            if not isinstance(cause, ValidationError) or cause.errors()[0]["loc"]:
+                raise
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with these values changed, and checked."""
+        return type(self)(**(dict(self) | changes))
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not at their defaults."""
+        return {name: getattr(self, name) for name, one in self.settings().items() if getattr(self, name) != one.default}
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_mapping` reads back to an equal config."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """A JSON object whose values make an equal config."""
+        return self.model_dump(mode="json")
+
+    def to_toml(self) -> str:
+        """A config file of the settings that are not at their defaults, for `--config`."""
+        values = self.model_dump(mode="json", include=set(self.changed()))
+        return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
+
+    def to_arguments(self) -> list[str]:
+        """The command-line options that make this config. One word each, since a value may begin with a dash."""
+        words = []
+        for name, value in self.changed().items():
+            one = self.settings()[name]
+            parts = [one.format((part,)) for part in value] if one.is_list and one.separator != "," else [one.format(value)]
+            words += [f"{one.option}={part}" for part in parts]
+        return words
 
 
-def from_mapping(values: Mapping[str, Any], base: TrainConfig | None = None) -> TrainConfig:
-    """A config of these values over `base` (default: the defaults). Unknown names are a ConfigError that lists the known."""
-    return replace(base or TrainConfig(), **_cleaned(values))
+def _setting_of(name: str, info: FieldInfo) -> Setting:
+    declared, annotation, limits = info.json_schema_extra, info.annotation, list(info.metadata)
+    assert isinstance(declared, Setting), f"{name} is not declared with setting()"
+    is_optional = NoneType in get_args(annotation)
+    if is_optional:
+        annotation = next(one for one in get_args(annotation) if one is not NoneType)
+    is_list = get_origin(annotation) is tuple
+    if is_list:
+        annotation, limits = get_args(annotation)[0], []
+        if get_origin(annotation) is Annotated:
+            annotation, *extra = get_args(annotation)
+            limits = [limit for one in extra for limit in getattr(one, "metadata", ())]
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return replace(
+        declared,
+        name=name,
+        label=declared.label or name.replace("_", " ").capitalize(),
+        help=" ".join((info.description or "").split()),
+        option=declared.option or "--" + name.replace("_", "-"),
+        kind="choice" if choices else {int: "integer", float: "number"}.get(annotation, "text"),  # type: ignore[arg-type]
+        is_list=is_list,
+        is_required=info.is_required(),
+        is_optional=is_optional,
+        default=None if info.is_required() else info.default,
+        choices=tuple(choice for choice in choices if choice),
+        low=next((limit.ge for limit in limits if hasattr(limit, "ge")), None),
+        high=next((limit.le for limit in limits if hasattr(limit, "le")), None),
+    )
 
 
-def _cleaned(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in the types of their fields: lists become tuples, whole numbers floats where floats are wanted."""
-    known = {field.name: field for field in fields(TrainConfig)}
-    clean: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"Unknown setting {name!r}: choose one of {', '.join(known)}")
-        default = known[name].default
-        if isinstance(default, tuple):
-            clean[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
-        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            clean[name] = float(value)
-        else:
-            clean[name] = value
-    return clean
+def _message(model: type[Settings], exc: ValidationError) -> str:
+    """The first problem in one line: which setting, the rule, what was given, what to do."""
+    known = model.settings()
+    problem = min(exc.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelled name comes first
+    if not problem["loc"]:
+        return str(problem["ctx"]["error"])
+    name, given = str(problem["loc"][0]), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return f"Unknown setting {name!r}: choose one of {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{name} is missing: give it with {known[name].option}"
+    if problem["type"] == "value_error":
+        return f"{name} {problem['ctx']['error']}"
+    if problem["type"] in ("too_short", "string_too_short"):
+        return f"{name} is empty: name at least one"
+    if problem["type"] == "too_long":
+        return f"{name} holds at most {problem['ctx']['max_length']} values: got {len(given)}; leave some out"
+    return known[name].error(given)
 
 
-def load_toml(path: Path) -> TrainConfig:
-    """A run config file (training/configs/*.toml)."""
-    return from_mapping(read_toml(path))
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"names a value twice: got {', '.join(map(_format, values))}; name each once")
+    return values
+
+
+Once = AfterValidator(_each_once)
+
+# Training
+
+
+LossType = Literal["sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "apo_zero", "sft"]
+"""TRL's names; see `biasdpo.rewards`. Left out: `nca_pair`, `bco_pair`, `aot` and others that make little difference here."""
+LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)
+Weight = Annotated[float, Field(ge=0, le=1000)]
+
+
+def _preference_losses(values: tuple[str, ...]) -> tuple[str, ...]:
+    if values == ("sft",):
+        raise ValueError("needs a preference loss beside 'sft': got sft alone; use e.g. sigmoid,sft")
+    return values
+
+
+def _no_lm_head(values: tuple[str, ...]) -> tuple[str, ...]:
+    if "lm_head" in values:
+        raise ValueError("can't include 'lm_head', since TRL computes its output without the adapter: leave it out")
+    return values
+
+
+def _positive(value: Any) -> bool:
+    """Whether a setting is above 0; a form may hold anything."""
+    try:
+        return float(value) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _zero(value: Any) -> bool:
+    return not _positive(value)
+
+
+_EVALUATED = {"held_out_share": _positive, "eval_every": _positive}
+
+
+class TrainConfig(Settings):
+    """Everything that determines a run's result, apart from its data."""
+
+    model: str = setting("", group="Model and data", metavar="ID|PATH")
+    """Base model: catalog id, Hub id, Hugging Face folder or .gguf file."""
+    datasets: ListOf[Name] = setting(
+        (), group="Model and data", option="--dataset", metavar="FILE|hub:OWNER/NAME|workspace", separator="\n"
+    )
+    """Preference pairs: a JSONL file with prompt, chosen and rejected, a Hub dataset, or the workspace's judgments.
+    Repeatable."""
+    dataset_weights: ListOf[Annotated[float, Field(ge=0.01, le=10)]] = setting((), group="Model and data")
+    """Times that each dataset's training pairs are seen per epoch, one weight per dataset. 2: twice; 0.5: a random half.
+    Default: 1 each. Held-out pairs are never repeated."""
+    learning_rate: float = setting(3e-5, range=(1e-9, 1), group="Essentials", affects_cost=False)
+    """Peak learning rate of AdamW."""
+    beta: float = setting(
+        0.1, range=(1e-4, 1000), unit="per nat (sigmoid_norm: per nat per token)", group="Essentials", affects_cost=False
+    )
+    """DPO's beta: a higher value keeps the policy closer to the reference model."""
+    epochs: float = setting(1.0, range=(1e-3, 1000), group="Essentials", when={"max_steps": _zero})
+    """Passes over the training pairs. Ignored when max_steps is set."""
+    max_steps: int = setting(0, range=(0, 10_000_000), unit="steps", group="Essentials")
+    """Optimizer steps. 0: as many as epochs requires."""
+    batch_size: int = setting(4, range=(1, 4096), unit="pairs", group="Essentials")
+    """Pairs per forward pass and process."""
+    gradient_accumulation: int = setting(2, range=(1, 4096), unit="batches", group="Essentials")
+    """Batches per optimizer step."""
+    max_length: int = setting(512, range=(16, 1_000_000), unit="tokens", group="Essentials")
+    """Tokens of prompt and completion together. Longer completions are truncated, pairs with longer prompts dropped; both are
+    counted."""
+    end_of_text: Literal["trained", "left_out"] = setting("trained", label="End-of-text token", group="Essentials")
+    """Whether the end-of-text token of a completion is trained on. left_out changes the length of completions less."""
+    held_out_share: float = setting(0.1, range=(0, 0.5), label="Held-out share", group="Essentials")
+    """Share of prompts held out from training."""
+    seed: int = setting(0, range=SEED_RANGE, label="Seed for shuffling and LoRA init", group="Essentials", affects_cost=False)
+    """Seed for shuffling, the held-out split and LoRA initialization."""
+    loss_type: Annotated[ListOf[LossType], Once, AfterValidator(_preference_losses)] = setting(
+        ("sigmoid",), min_length=1, label="Loss types", group="Loss"
+    )
+    """Loss functions, by TRL's names. Several are summed, weighted by loss_weights."""
+    loss_weights: ListOf[Weight] = setting((), group="Loss", when={"loss_type": lambda names: len(names or ()) > 1})
+    """One weight per loss type. Default: 1 each."""
+    label_smoothing: float = setting(
+        0.0, range=(0, 0.499), group="Loss", when={"loss_type": lambda names: "robust" in (names or ())}, affects_cost=False
+    )
+    """Assumed share of wrong labels. Used by loss type robust only."""
+    text_kl_weight: float = setting(0.0, range=(0, 1000), unit="per nat per token", label="Text KL weight", group="Loss")
+    """Weight of KL(base || policy) on plain text (prompts and chosen completions without the template). 0: off."""
+    counterfactual_weight: float = setting(0.0, range=(0, 1000), unit="per nat per token", group="Loss")
+    """Weight of KL(base averaged over two groups || policy) on built-in sentences in which the groups are swapped. 0: off."""
+    question_weight: float = setting(0.0, range=(0, 1000), group="Loss")
+    """Weight of a ranking loss on built-in questions, of which the text answers four in five. 0: off."""
+    ending_weight: float = setting(0.0, range=(0, 1000), unit="per nat per completion", group="Loss")
+    """Weight of KL(base || policy) of ending the completion, on completions sampled every fourth step; preserves the base
+    model's completion length. 0: off."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
+        "linear", group="Optimizer", affects_cost=False
+    )
+    """Learning rate schedule after warm-up."""
+    warmup_share: float = setting(
+        0.1,
+        range=(0, 1),
+        label="Warm-up share",
+        group="Optimizer",
+        when={"schedule": lambda name: name != "constant"},
+        affects_cost=False,
+    )
+    """Share of the steps over which the learning rate rises to its peak."""
+    max_grad_norm: float = setting(1.0, range=(1e-6, 1e6), label="Max gradient norm", group="Optimizer", affects_cost=False)
+    """Gradients are clipped to this norm."""
+    rank: int = setting(16, range=(1, 512), group="LoRA")
+    """Rank of the LoRA update."""
+    alpha: int = setting(32, range=(1, 4096), group="LoRA", affects_cost=False)
+    """LoRA alpha: the update is scaled by alpha / rank."""
+    target_modules: Annotated[ListOf[Name], AfterValidator(_no_lm_head)] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, group="LoRA"
+    )
+    """Names of the linear layers that LoRA adapts."""
+    strength: float = setting(1.0, range=(0.01, STRENGTH_RANGE[1]), label="Saved strength", group="LoRA", affects_cost=False)
+    """The trained update is multiplied by this when it is saved. 1: as trained."""
+    adapter_dtype: Literal["float16", "float32"] = setting("float16", group="LoRA", affects_cost=False)
+    """Data type of the saved adapter."""
+    eval_every: int = setting(
+        0,
+        range=(0, 10_000_000),
+        unit="steps",
+        label="Evaluate every",
+        group="Evaluation and probes",
+        when={"held_out_share": _positive},
+    )
+    """Steps between evaluations on the held-out pairs; the last step is always evaluated. 0: no evaluation during
+    training."""
+    early_stopping: int = setting(
+        0, range=(0, 10_000), unit="evaluations", group="Evaluation and probes", when=_EVALUATED, affects_cost=False
+    )
+    """Stop after this many evaluations in a row without a better held-out reward accuracy. 0: never."""
+    keep: Literal["best", "last"] = setting(
+        "best", label="Adapter to keep", group="Evaluation and probes", when=_EVALUATED, affects_cost=False
+    )
+    """Which adapter to save: that of the best evaluation (highest held-out reward accuracy; ties: larger reward margin, then
+    earlier step), or that of the last step. Without evaluations: the last."""
+    probe_every: int = setting(0, range=(0, 10_000_000), unit="steps", group="Evaluation and probes")
+    """Steps between probes: completions of probe_prompts by the base model and by the current policy. 0: none."""
+    probe_prompts: ListOf[Name] = setting(
+        (),
+        max_length=3,
+        label="Probe prompts (one per line)",
+        group="Evaluation and probes",
+        when={"probe_every": _positive},
+        separator="\n",
+    )
+    """Up to three prompts to probe with. Default: one each on gender, race and religion."""
+    logging_steps: int = setting(
+        1, range=(1, 10_000_000), unit="steps", label="Log every", group="Evaluation and probes", affects_cost=False
+    )
+    """Steps between lines of metrics.jsonl."""
+    save_steps: int = setting(
+        50, range=(0, 10_000_000), unit="steps", label="Checkpoint every", group="Evaluation and probes", affects_cost=False
+    )
+    """Steps between checkpoints, a multiple of logging_steps. 0: only when the run ends or is stopped."""
+    precision: Literal["fp32", "bf16"] = setting("fp32", group="Hardware")
+    """Precision of training. bf16 uses autocast; on a GPU the frozen weights are bf16, too."""
+    threads: int = setting(0, range=(0, 1024), label="CPU threads", group="Hardware")
+    """CPU threads per process. 0: all available cores, divided among the processes."""
+    num_processes: int = setting(1, range=(1, 1024), label="Processes", group="Hardware")
+    """Training processes (data parallel)."""
+    accelerate: Literal["auto", "cpu", "one_gpu", "multi_gpu", "fsdp"] = setting(
+        "auto", label="Accelerate config", group="Hardware"
+    )
+    """Accelerate config: one of training/accelerate/*.yaml. auto: by the hardware."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        """Refuse settings that contradict each other."""
+        for name, of, one in (("dataset_weights", "datasets", "dataset"), ("loss_weights", "loss_type", "loss type")):
+            weights, names = getattr(self, name), getattr(self, of)
+            if weights and len(weights) != len(names):
+                raise ValueError(f"{name} needs one weight per {one}: got {len(weights)} for {len(names)}; give as many, or none")
+        if self.label_smoothing and "robust" not in self.loss_type:
+            raise ValueError(
+                f"label_smoothing is used by loss type 'robust' only: got {self.label_smoothing} with "
+                f"{', '.join(self.loss_type)}; use 'robust', or set label_smoothing to 0"
+            )
+        if self.early_stopping and not self.eval_every:
+            raise ValueError(f"early_stopping needs evaluations: got {self.early_stopping} with eval_every 0; set eval_every")
+        if self.accelerate in ("multi_gpu", "fsdp") and self.num_processes < 2:
+            raise ValueError(
+                f"accelerate '{self.accelerate}' is for several processes: got num_processes {self.num_processes}; set "
+                "num_processes to the number of GPUs, or accelerate to 'auto'"
+            )
+        if self.save_steps % self.logging_steps:
+            near = max(1, round(self.save_steps / self.logging_steps)) * self.logging_steps
+            raise ValueError(
+                f"save_steps must be a multiple of logging_steps: got {self.save_steps} and {self.logging_steps}; use {near}"
+            )
+        return self
+
+    def cost_settings(self) -> dict[str, Any]:
+        """The settings that the time or memory of a run depends on."""
+        return {name: getattr(self, name) for name, one in self.settings().items() if one.affects_cost}
+
+
+# Evaluation
+
+
+BackendName = Literal["llamacpp", "transformers", "transformers-8bit", "transformers-4bit"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+Backend = Literal["auto", "llamacpp", "transformers", "transformers-8bit", "transformers-4bit"]
+BenchmarkName = Literal[
+    "preference",
+    "crows_pairs",
+    "stereoset",
+    "bbq",
+    "winobias",
+    "truthfulqa",
+    "utility",
+    "perplexity",
+    "bold",
+    "real_toxicity_prompts",
+    "utility_generation",
+]
+BENCHMARKS: tuple[BenchmarkName, ...] = get_args(BenchmarkName)
+
+
+class EvaluationConfig(Settings):
+    """One evaluation: a base model and an adapter on the same items of several benchmarks."""
+
+    model: str = setting("auto", min_length=1, metavar="ID|PATH|auto")
+    """Base model: catalog id, Hub id, Hugging Face folder or .gguf file."""
+    adapter: str = setting("", metavar="ID|PATH|none")
+    """Adapter: its id, a run's id, a PEFT folder, or none for the base model alone. Default: the model's shipped adapter."""
+    backend: Backend = setting("auto")
+    """Engine that runs the model. auto: by the model's files and the hardware."""
+    benchmarks: Annotated[ListOf[BenchmarkName], Once] = setting(..., min_length=1, option="--benchmark", metavar="NAME[,NAME]")
+    """Benchmarks, separated by commas. utility stands for perplexity and utility_generation."""
+    limit: int | None = setting(None, range=(1, 10**9), unit="items")
+    """Items per benchmark, sampled with the seed. Default: all."""
+    seed: int = setting(0, range=SEED_RANGE)
+    """Seed for sampling items, for generation and for the bootstrap."""
+    strengths: Annotated[ListOf[Annotated[float, Field(ge=STRENGTH_RANGE[0], le=STRENGTH_RANGE[1])]], Once] = setting(
+        (1.0,), min_length=1, max_length=16
+    )
+    """Adapter strengths, separated by commas; several give the curve of bias against perplexity. 1: as trained."""
+    data_dir: str = setting("", metavar="DIR")
+    """Folder that holds one folder per benchmark, in its upstream format. Default: download from the Hub."""
+    dataset: str = setting("", metavar="FILE|workspace|run")
+    """For preference: the file that was trained on, workspace, or run (the adapter's own run). Its held-out pairs are
+    scored."""
+    samples: int | None = setting(None, range=(1, 4096), unit="completions")
+    """Completions per prompt of real_toxicity_prompts. Default: 5."""
+    max_new_tokens: int | None = setting(None, range=(1, 4096), unit="tokens")
+    """Tokens per completion. Default: each benchmark's own."""
+    toxicity_scorer: str = setting("", metavar="NAME")
+    """profanity_check, or a classifier from the Hub as hub:OWNER/NAME. Default: profanity_check."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if len(self.strengths) > 1 and self.adapter == "none":
+            raise ValueError("strengths apply to an adapter: got several with adapter none; name an adapter, or leave them out")
+        if "preference" in self.benchmarks and not self.dataset:
+            raise ValueError("preference needs pairs: give --dataset the file that was trained on, workspace or run")
+        return self
+
+
+# Export
+
+
+ExportFormat = Literal["lora", "merged"]
+ExportSource = Literal["auto", "hf", "gguf"]
+DEFAULT_QUANTIZATION = "Q8_0"
+
+
+class ExportConfig(Settings):
+    """One export: an adapter, or a model with an adapter merged into it, as a GGUF file."""
+
+    out: Annotated[Path, Field(strict=False)] = setting(..., metavar="FILE")
+    """File to write. FILE.json beside it is its record."""
+    format: ExportFormat = setting(...)
+    """lora: the adapter alone; merged: one complete model that includes the adapter."""
+    run: str = setting("", metavar="ID")
+    """Finished run whose adapter is exported. Give this or --adapter."""
+    adapter: str = setting("", metavar="ID|PATH|none")
+    """Adapter: its id, a PEFT folder, or none for the model alone. Give this or --run."""
+    model: str = setting("", metavar="ID|PATH")
+    """Base model. Default: the one that the adapter names."""
+    quantization: Literal["", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0", "keep"] = setting("")
+    """Quantization of a merged file. keep: as in the base GGUF. Default: Q8_0."""
+    source: ExportSource = setting("auto")
+    """What a merged file is made from: the Hugging Face folder (hf) or the base GGUF. auto: the first one present."""
+    pairs: int = setting(64, range=(0, 10**9), unit="pairs")
+    """Held-out pairs scored before and after the export. 0: none."""
+    threads: int | None = setting(None, range=(1, 1024))
+    """CPU threads. Default: all cores."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_quantization(cls, values: Any) -> Any:
+        """A merged file always has a quantization."""
+        if isinstance(values, dict) and values.get("format") == "merged" and not values.get("quantization"):
+            return values | {"quantization": DEFAULT_QUANTIZATION}
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if bool(self.run) == bool(self.adapter):
+            raise ValueError("An export needs either a run or an adapter: give --run, --adapter, or --adapter none with --model")
+        if self.adapter == "none" and self.format == "lora":
+            raise ValueError("format lora needs an adapter: got none; name one with --adapter or --run")
+        if self.adapter == "none" and not self.model:
+            raise ValueError("adapter none exports a model alone: name it with --model")
+        if self.format == "lora" and self.quantization:
+            raise ValueError(f"A LoRA GGUF is not quantized: got {self.quantization}; leave it out, or export merged")
+        if self.quantization == "keep" and self.source == "hf":
+            raise ValueError("quantization keep needs a base GGUF: got source hf; choose another quantization or source")
+        return self
+
+
+# The app
+
+
+class ServeConfig(Settings):
+    """What app.py serves, and where."""
+
+    model: str = setting("auto", metavar="ID|PATH|auto")
+    """Model to open: catalog id, Hub id, Hugging Face folder or .gguf file."""
+    backend: Backend = setting("auto")
+    """Engine that runs the model. auto: by the model's files and the hardware."""
+    workspace: str = setting("", metavar="DIR")
+    """Workspace folder. Default: $BIASDPO_WORKSPACE, else ./workspace."""
+    data_dir: str = setting("", metavar="DIR")
+    """Folder of benchmark files: the Evaluate tab scores them, and pairs that repeat their items are reported."""
+    host: str = setting("", metavar="ADDRESS")
+    """Address to serve on. Default: 127.0.0.1, on a Hugging Face Space 0.0.0.0."""
+    port: int = setting(7860, range=(1, 65535))
+    """Port to serve on."""
+    allowed_hosts: ListOf[Name] = setting((), option="--allowed-host", metavar="NAME")
+    """Another host name to answer to, such as a reverse proxy's or this machine's on the network. Repeatable."""
+
+    @property
+    def address(self) -> str:
+        """The address to serve on."""
+        return self.host or ("0.0.0.0" if is_public_space() else "127.0.0.1")
+
+
+# Files and the command line
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings that a run config file holds, unchecked."""
+    """The settings in a config file, unchecked."""
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
     except FileNotFoundError as exc:
         raise ConfigError(f"No config file {path}: see training/configs/ for the shipped ones") from exc
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"Can't read {path} as TOML: {exc}; mend it") from exc
+        raise ConfigError(f"Can't read {path} as TOML: {exc}; correct it") from exc
 
 
 def load_json(path: Path) -> TrainConfig:
     """A run's saved config.json."""
     try:
-        return from_mapping(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise ConfigError(f"Can't read the run's config {path}: {exc}; restore it, or start a new run") from exc
+    if not isinstance(values, dict):
+        raise ConfigError(f"The run's config {path} is not a JSON object: restore it, or start a new run")
+    return TrainConfig(**values)
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """`key=value` strings to values. A value is read as TOML (0.1, true, ["a", "b"]), else taken as text."""
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """The values of `key=value` texts. A value is read as TOML (0.1, ["a", "b"]), else taken as text."""
     values: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
+    for text in texts:
+        name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise ConfigError(f"--set wants key=value: got {setting!r}; write e.g. --set beta=0.2")
+            raise ConfigError(f"--set needs key=value: got {text!r}; write e.g. --set beta=0.2")
         try:
-            values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
+            values[name.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            values[name.strip()] = text.strip()
+            values[name.strip()] = value.strip()
     return values
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A shipped run config. `id`: its file's name; `values`: what it sets, over the defaults."""
+    """A shipped training config. `id`: its file's name; `values`: what it sets, over the defaults."""
 
     id: str
     title: str
@@ -338,37 +657,18 @@ class Preset:
 
 
 def presets() -> list[Preset]:
-    """The configs of training/configs: by model in the catalog's order of the file names, the quickest first. A file's first
-    comment line is its title, the comment lines after it its description."""
+    """The configs in training/configs, by model, the quickest first.
+
+    A file's first comment line is its title, the comment lines after it its description.
+    """
     found = []
     for path in CONFIGS.glob("*.toml"):
+        comment = []
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if not line.startswith("#"):
+                break
+            comment.append(line.removeprefix("#").strip())
         values = read_toml(path)
-        lines = path.read_text(encoding="utf-8").split("\n")
-        comment = [
-            line.removeprefix("#").strip() for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))]
-        ]
-        found.append(Preset(path.stem, comment[0], values.get("model", ""), " ".join(comment[1:]), values))
+        found.append(Preset(path.stem, comment[0], values["model"], " ".join(comment[1:]), values))
     paces = ("quick", "standard", "thorough")
-    order = {pace: i for i, pace in enumerate(paces)}
-    return sorted(
-        found, key=lambda preset: (preset.model != "smollm2", preset.model, order.get(preset.id.split("-")[-1], len(paces)))
-    )
-
-
-def explained() -> dict[str, str]:
-    """One line a setting, from TrainConfig's docstring."""
-    lines: dict[str, str] = {}
-    name = ""
-    for line in (TrainConfig.__doc__ or "").split("\n")[1:]:
-        if match := re.match(r" {4}(\w+) +(\S.*)", line):
-            name = match[1]
-            lines[name] = match[2]
-        elif name and line.strip():
-            lines[name] += " " + line.strip()
-    return lines
-
-
-def check_setting(name: str, value: Any) -> None:
-    """Raise ConfigError where a value can't be that setting's, whatever the others are."""
-    clean = _cleaned({name: value})
-    CHECKS[name](name, clean[name])
+    return sorted(found, key=lambda one: (one.model != "smollm2", one.model, paces.index(one.id.rpartition("-")[2])))

@@ -126,6 +126,17 @@ class EnginePool:
         """Close every engine that nobody uses at this moment; return the models' titles. For any thread, at any time."""
         return self._release(lambda _engine: True)
 
+    def release(self, device: Literal["cpu", "gpu"]) -> bool:
+        """Close the engines on a device that nobody uses at this moment, so that a job has the memory; whether none is left."""
+
+        def is_there(engine: Engine) -> bool:
+            return engine.backend.device.startswith("CPU") == (device == "cpu")
+
+        with self._changed:
+            self._release(is_there)
+            loading = [one for one in self._engines.values() if not one.done]  # these have a device soon
+            return not loading and not any(one.engine is not None and is_there(one.engine) for one in self._engines.values())
+
     def close(self) -> None:
         """Close every engine that nobody uses, and forget failed and unfinished loads."""
         self.release_idle()
@@ -143,19 +154,6 @@ class EnginePool:
         engine.backend.close()
         log.info("closed %s on %s", engine.spec.id, engine.backend.device)
         return engine.spec.title
-
-    def release(self, device: Literal["cpu", "gpu"]) -> bool:
-        """Close the engines on a device that nobody uses at this moment, so that a job has the memory; whether none is left."""
-        with self._changed:
-            left = False
-            for key, loading in list(self._engines.items()):
-                if loading.engine is None:
-                    left |= loading.error is None  # it is loading, and then has a device
-                elif loading.engine.backend.device.startswith("CPU") == (device == "cpu"):
-                    left |= loading.leases > 0
-                    if loading.leases == 0:
-                        self._close(key)
-            return not left
 
     def _open(self, key: EngineKey, loading: Loading) -> None:
         try:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from biasdpo.config import EvaluationConfig
 from biasdpo.jobs.job import Job
-from biasdpo.jobs.requests import EvaluationConfig
 
 
 def write_items(data_dir: Path, pairs: int) -> Path:

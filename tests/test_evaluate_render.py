@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from biasdpo.config import EvaluationConfig
 from biasdpo.errors import ConfigError, EvaluationError
 from biasdpo.evaluation.results import CurvePoint, Flip, flips, table
 from biasdpo.jobs.job import Job, JobFolder, JobRecord, Progress, Status
-from biasdpo.jobs.requests import EvaluationConfig
 from biasdpo.ui import charts, evaluate
 from biasdpo.ui.components import decimals, interval, number, p_value
 from biasdpo.ui.evaluate import STRENGTHS, About, missing, requests_of
@@ -31,7 +31,7 @@ def text_of(html: str) -> str:
 
 
 def evaluation(job_id: str = "one", state: Any = "running", **status: Any) -> Job:
-    config = EvaluationConfig("smollm2", "none", benchmarks=("crows_pairs", "utility"), limit=50)
+    config = EvaluationConfig(model="smollm2", adapter="none", benchmarks=("crows_pairs", "utility"), limit=50)
     folder = JobFolder(Path("/w/evaluations") / job_id)
     return Job(folder, "evaluate", config, Status(state, **status), JobRecord(id=job_id, kind="evaluate"))
 

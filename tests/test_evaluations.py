@@ -6,7 +6,6 @@ import csv
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import pytest
 from biasdpo import models
 from biasdpo.__main__ import build_parser
 from biasdpo.cli_evaluate import _request
+from biasdpo.config import EvaluationConfig
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.data.splits import split
 from biasdpo.errors import ConfigError, DatasetError, EvaluationError, RefusedError
 from biasdpo.evaluation import report, results, run
 from biasdpo.evaluation.results import TableRow, compare, group_table, table
-from biasdpo.jobs.requests import EvaluationConfig
 from biasdpo.workspace import ASSETS, sha256_of
 from tests.lora_factory import write_lora
 from tests.run_folders import write_run
@@ -120,15 +119,15 @@ def test_a_request_becomes_the_command_that_means_it_and_json_that_gives_it_back
     assert (args.out, args.workspace) == (tmp_path / "out.json", str(tmp_path))
     adapter = models.AdapterSpec("-mine", tmp_path, "smollm2")
     assert _request(args, "smollm2", adapter) == wanted
-    assert EvaluationConfig.from_json(json.loads(json.dumps(wanted.to_json()))) == wanted
+    assert EvaluationConfig(**json.loads(json.dumps(wanted.to_json()))) == wanted
     with pytest.raises(ConfigError, match="Not an evaluation's request"):
         EvaluationConfig.from_json({"a": 1})
 
 
 def test_the_names_of_a_result():
-    asked = EvaluationConfig("smollm2", benchmarks=("perplexity", "bbq"))
+    asked = EvaluationConfig(model="smollm2", benchmarks=("perplexity", "bbq"))
     assert asked.parts() == ["utility", "bbq"]
-    assert replace(asked, benchmarks=("utility",)).parts() == ["utility", "utility_generation"]
+    assert asked.replace(benchmarks=("utility",)).parts() == ["utility", "utility_generation"]
 
 
 def test_pairs_of_the_adapters_own_run_or_of_the_workspace(workspace):
@@ -329,7 +328,7 @@ def test_csv_has_the_table_and_the_groups(tmp_path):
 
 
 def test_a_report_says_what_was_measured_and_what_it_may_be_compared_with():
-    command = EvaluationConfig("/home/me/base.gguf", data_dir="/home/me/data", benchmarks=("bbq",)).command()
+    command = EvaluationConfig(model="/home/me/base.gguf", data_dir="/home/me/data", benchmarks=("bbq",)).command()
     text = report.markdown(a_result(), command)
     lines = text.split("\n")
     assert lines[0] == "# Evaluation of mine on smollm2"

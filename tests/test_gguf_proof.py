@@ -294,15 +294,18 @@ def test_what_a_run_held_out(workspace: Workspace) -> None:
     assert held_out_pairs(replace(adapter, folder=elsewhere), workspace) == []
 
 
-def test_what_a_shipped_adapter_never_saw(smollm2: ModelSpec, workspace: Workspace, tmp_path: Path, monkeypatch) -> None:
+def test_what_a_shipped_adapter_never_saw(
+    smollm2: ModelSpec, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shipped = models.find_adapter("", smollm2, workspace)
-    seed = splits.load_file(export_proof.ASSETS / "seed_pairs.jsonl")
+    assert shipped is not None
+    seed = splits.load_file(models.ASSETS / "seed_pairs.jsonl")
     pairs = held_out_pairs(shipped, workspace)
     assert len(pairs) == 64
     assert set(pairs) <= set(seed)
     assert {pair.category for pair in pairs} == {pair.category for pair in seed}
     # One that was trained on the seed set: what its run held out.
-    monkeypatch.setattr(export_proof, "ASSETS", tmp_path)
+    monkeypatch.setattr(splits, "ASSETS", tmp_path)
     (tmp_path / "seed_pairs.jsonl").write_bytes((models.ASSETS / "seed_pairs.jsonl").read_bytes())
     folder = tmp_path / "adapters" / "x"
     write_json(folder / "provenance.json", {"dataset_files": ["seed_pairs.jsonl"]})

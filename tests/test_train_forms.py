@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_fields_bring_back_the_config_that_they_show():
 def test_every_shipped_preset_can_be_filled_in(preset):
     config = run_config.from_mapping(preset.values)
     values = train.to_values(page_of(config))
-    assert run_config.from_mapping(values | {"model": config.model}) == replace(config, datasets=(), dataset_weights=())
+    assert run_config.from_mapping(values | {"model": config.model}) == config.replace(datasets=(), dataset_weights=())
 
 
 def test_settings_without_an_effect_are_hidden_and_at_their_defaults():

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,8 +116,8 @@ def test_retry_says_what_it_can_not_take_over(tab, tmp_path):
     assert "7 sources and there is room for 5 here: f.jsonl, g.jsonl left out" in shown[tab.new_notice]
     assert shown[tab.shown_sources] == 5
     files[1].unlink()
-    shown = tab.fill_from(replace(config, datasets=config.datasets[:2], dataset_weights=(1.0, 2.0)), "snapshot.jsonl")
+    shown = tab.fill_from(config.replace(datasets=config.datasets[:2], dataset_weights=(1.0, 2.0)), "snapshot.jsonl")
     assert "b.jsonl: not there any more" in shown[tab.new_notice]
     assert "weights are lost (a.jsonl 1, b.jsonl 2)" in shown[tab.new_notice]
-    shown = tab.fill_from(replace(config, datasets=config.datasets[:1], dataset_weights=()), "snapshot.jsonl")
+    shown = tab.fill_from(config.replace(datasets=config.datasets[:1], dataset_weights=()), "snapshot.jsonl")
     assert shown[tab.new_notice] == ""

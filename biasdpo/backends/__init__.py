@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 from biasdpo.backends.base import Backend
+from biasdpo.config import BACKENDS, BackendName
 from biasdpo.errors import BackendError, ConfigError
 from biasdpo.models import AdapterSpec, ModelSpec, free_gpu_memory_gb
 from biasdpo.workspace import Workspace
-
-BackendName = Literal["llamacpp", "transformers", "transformers-8bit", "transformers-4bit"]
-BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 Progress = Callable[[float, str], None]
 """Called with the completed share (0 to 1) and the current activity."""

@@ -28,9 +28,10 @@ from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, LikelihoodBenchmark
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.chat import BARE
+from biasdpo.config import RUN, WORKSPACE
 from biasdpo.data import splits
 from biasdpo.data.pairs import PreferencePair, derive
-from biasdpo.data.splits import WORKSPACE, held_out_pairs
+from biasdpo.data.splits import held_out_pairs
 from biasdpo.engines import Engine
 from biasdpo.errors import ConfigError, DatasetError, PromptError
 from biasdpo.evaluation import stats
@@ -676,10 +677,6 @@ def _sha256_of_files(files: Sequence[Path], workspace: Workspace | None) -> str:
 # The pairs of the benchmark `preference`: those the adapter's training held out
 
 
-RUN = "run"
-"""Names, in place of a file, the dataset the adapter was trained on."""
-
-
 def preference_benchmark(source: str, adapter: AdapterSpec | None, workspace: Workspace) -> Preference:
     """The held-out pairs of a JSONL file, of the `workspace`, or of the adapter's `run`.
 
@@ -702,8 +699,8 @@ def preference_benchmark(source: str, adapter: AdapterSpec | None, workspace: Wo
     held_out = splits.unseen(pairs, adapter, workspace)
     if not held_out:
         raise DatasetError(
-            f"No pairs to score: none of the {len(pairs)} in {Path(source).name} was held out of the adapter's training, and "
-            "those it was trained on prove nothing; train again with held_out_share 0.1 or more, or score another benchmark"
+            f"No pairs to score: of the {len(pairs)} in {Path(source).name} the run held none out, and those it was trained on "
+            "prove nothing; train again with held_out_share 0.1 or more, or score another benchmark"
         )
     return Preference(held_out, _sha256_of_pairs(held_out) if source == WORKSPACE else sha256_of(Path(source)))
 

@@ -24,14 +24,12 @@ import psutil
 
 from biasdpo import models
 from biasdpo.backends import choose_backend
-from biasdpo.config import TrainConfig
-from biasdpo.data.importing import HUB
-from biasdpo.data.splits import WORKSPACE
+from biasdpo.config import EvaluationConfig, TrainConfig
+from biasdpo.data import importing, splits
 from biasdpo.errors import BiasDPOError, EvaluationError, RunError
 from biasdpo.jobs.job import ROOT, last_error
 from biasdpo.jobs.memory import request_memory
-from biasdpo.jobs.requests import EvaluationConfig
-from biasdpo.jobs.resolve import device_of_training, resolve_evaluation, threads_of, training_environment
+from biasdpo.jobs.resolve import absolute, device_of_training, parts, resolve_evaluation, threads_of, training_environment
 from biasdpo.jobs.worker import build_benchmarks, jobs_on
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
@@ -43,12 +41,6 @@ if TYPE_CHECKING:
 FORMAT = 1  # of a remembered estimate; raise it where the cost of training changes
 _SPEED_FORMAT = 1  # the same for scoring
 _POLL_SECONDS = 0.1
-
-# Settings that a step's time and memory do not depend on.
-_IRRELEVANT = (
-    "beta", "label_smoothing", "learning_rate", "schedule", "warmup_share", "max_grad_norm", "alpha", "strength", "adapter_dtype",
-    "keep", "logging_steps", "save_steps", "seed", "early_stopping",
-)  # fmt: skip
 
 
 # A training run
@@ -94,6 +86,7 @@ def estimate_training(config: TrainConfig, workspace: Workspace, *, cancelled: C
     """Measure what a run will take, unless it is known. Raises what `start_training` would, RunError where it fails or is
     cancelled."""
     refuse_on_public_space("Training")
+    config = absolute(config)
     remembered = known_estimate(config, workspace)
     if remembered is not None:
         return remembered
@@ -201,7 +194,7 @@ def _estimate_file(config: TrainConfig, workspace: Workspace) -> Path:
     spec = models.find(config.model)
     key = {
         "format": FORMAT,
-        "config": {name: value for name, value in config.to_json().items() if name not in _IRRELEVANT},
+        "config": config.cost_settings(),
         "data": [_identity_of_source(source, workspace) for source in config.datasets],
         "model": _identity_of_model(spec, gguf=spec.hf_folder is None),
         "machine": [platform.node(), platform.machine(), os.cpu_count(), device_of_training(config), threads_of(config)],
@@ -210,9 +203,9 @@ def _estimate_file(config: TrainConfig, workspace: Workspace) -> Path:
 
 
 def _identity_of_source(source: str, workspace: Workspace) -> list[Any]:
-    if source.startswith(HUB):
+    if source.startswith(importing.HUB):
         return [source]
-    return _identity(workspace.preferences if source == WORKSPACE else Path(source).expanduser())
+    return _identity(workspace.preferences if source == splits.WORKSPACE else Path(source).expanduser())
 
 
 def _why_it_ended(status: int, log: str) -> str:
@@ -246,7 +239,7 @@ class Speed:
 
 
 def known_seconds(config: EvaluationConfig, workspace: Workspace) -> dict[str, float | None]:
-    """Remembered seconds by benchmark (`EvaluationConfig.parts`); None where it was not measured yet. Measures nothing.
+    """Remembered seconds by benchmark (`parts`); None where it was not measured yet. Measures nothing.
 
     Raises ModelError or AdapterError where what is named is not here.
     """
@@ -255,7 +248,7 @@ def known_seconds(config: EvaluationConfig, workspace: Workspace) -> dict[str, f
     spec = models.find(models.choose_auto()[0].id if config.model == "auto" else config.model)
     adapter = models.find_adapter(config.adapter, spec, workspace)
     rounds = 0 if adapter is None else len(run.strength_order(config.strengths))
-    speeds = {name: _remembered_speed(_speed_file(config, name, workspace)) for name in config.parts()}
+    speeds = {name: _remembered_speed(_speed_file(config, name, workspace)) for name in parts(config)}
     return {name: None if speed is None else speed.seconds(config.limit, rounds) for name, speed in speeds.items()}
 
 
@@ -272,7 +265,7 @@ def estimate_evaluation(
     unknown = [name for name, seconds in known_seconds(config, workspace).items() if seconds is None]
     if unknown:
         missing = tuple("perplexity" if name == "utility" else name for name in unknown)  # which stands for that one alone
-        for name, speed in _measured(replace(config, benchmarks=missing), workspace, cancelled).items():
+        for name, speed in _measured(config.replace(benchmarks=missing), workspace, cancelled).items():
             write_json(_speed_file(config, name, workspace), asdict(speed))
     return {name: seconds or 0.0 for name, seconds in known_seconds(config, workspace).items()}
 
@@ -397,7 +390,7 @@ def main(arguments: Sequence[str]) -> int:
     request, answer, root = map(Path, arguments)
     workspace = Workspace(root)
     try:
-        config = EvaluationConfig.from_json(read_json(request))
+        config = EvaluationConfig(**read_json(request))
         adapter = models.find_adapter(config.adapter, models.find(config.model), workspace)
         benchmarks = build_benchmarks(config, adapter, workspace)
         engine = open_engine(EngineKey(config.model, config.adapter, config.backend), workspace)

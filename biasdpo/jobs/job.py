@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from biasdpo import __version__
-from biasdpo import config as configs
+from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
 from biasdpo.errors import ConfigError, JobError
 from biasdpo.workspace import Workspace, as_json, replacing, write_json
 
@@ -39,6 +39,7 @@ State = Literal["queued", "running", "stopping", "stopped", "finished", "failed"
 Device = Literal["cpu", "gpu"]
 KINDS: tuple[Kind, ...] = ("train", "evaluate", "export")
 FOLDERS: dict[Kind, str] = {"train": "runs", "evaluate": "evaluations", "export": "exports"}
+_CONFIGS: dict[Kind, Any] = {"train": TrainConfig, "evaluate": EvaluationConfig, "export": ExportConfig}
 NOUNS: dict[Kind, str] = {"train": "run", "evaluate": "evaluation", "export": "export"}
 ACTIVE: tuple[State, ...] = ("queued", "running", "stopping")
 
@@ -266,14 +267,10 @@ class JobFolder:
 
     def read_config(self) -> Any:
         """The TrainConfig, EvaluationConfig or ExportConfig in config.json. Raises JobError."""
-        from biasdpo.jobs import requests
-
         values = _validated(_OBJECT, self.config)
         try:
-            if self.kind == "train":
-                return configs.from_mapping(values)
-            return (requests.EvaluationConfig if self.kind == "evaluate" else requests.ExportConfig).from_json(values)
-        except (TypeError, ValueError, ConfigError) as exc:
+            return _CONFIGS[self.kind](**values)
+        except (TypeError, ConfigError) as exc:
             reason = " ".join(str(exc).split())[:300]
             raise JobError(f"{self.config} is damaged ({reason}): restore it, or start a new {NOUNS[self.kind]}") from exc
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from biasdpo import models, prompts
+from biasdpo import benchmarks, models, prompts
 from biasdpo.backends import choose_backend
-from biasdpo.config import TrainConfig
+from biasdpo.config import RUN, WORKSPACE, EvaluationConfig, ExportConfig, TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.splits import RunData
 from biasdpo.errors import ConfigError, ModelError
 from biasdpo.gguf.write import source_path
 from biasdpo.jobs.job import Device, Resolved
-from biasdpo.jobs.requests import RUN, WORKSPACE, EvaluationConfig, ExportConfig
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.workspace import Workspace
 
@@ -35,10 +35,15 @@ def resolve_training(config: TrainConfig, workspace: Workspace) -> ResolvedTrain
     if not config.model:
         raise ConfigError("No model to train: name one with --model, e.g. smollm2")
     spec = models.find(config.model)
-    config = replace(config, model=models.absolute_name(config.model), datasets=tuple(map(_absolute_source, config.datasets)))
+    config = absolute(config)
     data = splits.resolve(config, workspace)
     origin = {**data.provenance(), "probe_prompts": prompts.probe_prompts(config)}
     return ResolvedTraining(config, spec, data, Resolved(model=config.model, device=device_of_training(config), data=origin))
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The config as a process with another working folder must be given it."""
+    return config.replace(model=models.absolute_name(config.model), datasets=tuple(map(_absolute_source, config.datasets)))
 
 
 def resolve_evaluation(config: EvaluationConfig, workspace: Workspace) -> tuple[EvaluationConfig, Resolved]:
@@ -46,7 +51,6 @@ def resolve_evaluation(config: EvaluationConfig, workspace: Workspace) -> tuple[
 
     Raises ConfigError, ModelError or AdapterError for what can't be evaluated. Faults in the data show when they are read.
     """
-    config.check()
     name = models.choose_auto()[0].id if config.model == "auto" else config.model
     spec = models.find(name)
     adapter = models.find_adapter(config.adapter, spec, workspace)
@@ -59,13 +63,12 @@ def resolve_evaluation(config: EvaluationConfig, workspace: Workspace) -> tuple[
     if data_dir is not None and not data_dir.is_dir():
         raise ConfigError(f"No folder {data_dir}: name with --data-dir the one that holds a folder a benchmark, or leave it out")
     is_file = config.dataset not in ("", RUN, WORKSPACE)
-    config = replace(
-        config,
+    config = config.replace(
         model=models.absolute_name(name),
         adapter=adapter_name,
         data_dir="" if data_dir is None else str(data_dir),
         dataset=str(Path(config.dataset).expanduser().resolve()) if is_file else config.dataset,
-    ).check()
+    )
     data = {"data_dir": config.data_dir, "dataset": config.dataset}
     return config, Resolved(model=config.model, adapter=adapter_name, device=device_of_evaluation(config), data=data)
 
@@ -75,12 +78,13 @@ def resolve_export(config: ExportConfig, workspace: Workspace) -> tuple[ExportCo
 
     Raises ConfigError, ModelError or AdapterError for what can't be exported.
     """
-    config = replace(
-        config,
+    if config.out.is_dir():
+        raise ConfigError(f"An export is one file: got the folder {config.out}; name a file in it, e.g. model.gguf")
+    config = config.replace(
         out=config.out.expanduser().resolve(),
         model=_absolute_path(config.model) if config.model not in models.catalog() else config.model,
         adapter=_absolute_path(config.adapter) if "/" in config.adapter or config.adapter.startswith("~") else config.adapter,
-    ).checked()
+    )
     if config.run:
         adapter: AdapterSpec | None = models.from_run(workspace, config.run)
     else:
@@ -141,3 +145,19 @@ def threads_of(config: TrainConfig) -> int:
 
 def training_environment(threads: int) -> dict[str, str]:
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
+
+
+# What else follows from a config
+
+
+def parts(config: EvaluationConfig) -> list[str]:
+    """An evaluation's benchmarks as its result names them: `utility` stands for two, `perplexity` for its quick half."""
+    return ["utility" if name == "perplexity" else name for name in benchmarks.expand(config.benchmarks)]
+
+
+def command_of(config: EvaluationConfig | ExportConfig, out: Path | None = None, workspace: Path | None = None) -> list[str]:
+    """The foreground command that does the same, with this very Python. An evaluation's `out` None: result.json."""
+    given = config.to_arguments() + ([] if workspace is None else [f"--workspace={workspace}"])
+    if isinstance(config, ExportConfig):
+        return [sys.executable, "-m", "biasdpo", "export", *given]
+    return [sys.executable, "-m", "biasdpo", "evaluate", *given, f"--out={out or 'result.json'}"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from biasdpo.config import TrainConfig
+from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
 from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError, JobError, WorkspaceError
 from biasdpo.jobs import estimate
 from biasdpo.jobs.job import (
@@ -39,8 +39,7 @@ from biasdpo.jobs.job import (
     resume_command,
     shared_folder,
 )
-from biasdpo.jobs.requests import EvaluationConfig, ExportConfig
-from biasdpo.jobs.resolve import device_of, resolve_evaluation, resolve_export, resolve_training
+from biasdpo.jobs.resolve import device_of, parts, resolve_evaluation, resolve_export, resolve_training
 from biasdpo.jobs.worker import UNFINISHED, join_queue
 from biasdpo.workspace import Workspace, locked, refuse_on_public_space, replacing, write_json
 
@@ -91,7 +90,7 @@ def start_evaluation(config: EvaluationConfig, workspace: Workspace, job_id: str
     seconds = estimate.known_seconds(config, workspace)
     expected = {name: each for name, each in seconds.items() if each is not None}
     progress = {
-        "progress": tuple(Progress(name, 0, 0) for name in config.parts()),
+        "progress": tuple(Progress(name, 0, 0) for name in parts(config)),
         "expected": expected,
         "eta_seconds": sum(expected.values()) if len(expected) == len(seconds) else None,
     }
@@ -115,7 +114,7 @@ def start_export(config: ExportConfig, workspace: Workspace, job_id: str = "", c
     resolved = Resolved(model=config.model, adapter="none" if adapter is None else config.adapter or config.run)
     with _one_at_a_time(workspace):
         job_id = job_id or config.out.stem
-        config = replace(config, out=Path(config.out.name))
+        config = config.replace(out=Path(config.out.name))
         return _launch(_create("export", job_id, config, workspace, command, lambda _folder: resolved))
 
 
@@ -247,10 +246,10 @@ def list_jobs(workspace: Workspace, kind: Kind | None = None) -> list[Job]:
 
 def find_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> Job:
     """The job of an id, or of KIND/ID (e.g. train/first), as it is now. Raises JobError where there is none, or several."""
-    prefix, slash, rest = job_id.partition("/")
-    if slash:
-        kind = next((each for each in KINDS if prefix in (each, FOLDERS[each], NOUNS[each])), kind)
-        job_id = rest
+    prefix, _, rest = job_id.partition("/")
+    for each in KINDS:
+        if rest and prefix in (each, FOLDERS[each], NOUNS[each]):
+            kind, job_id = each, rest
     found = [job for each in KINDS if kind in (None, each) for job in _jobs_of(workspace, each, job_id)]
     if len(found) > 1:
         raise JobError(f"{job_id!r} is the id of several jobs: name one of {', '.join(f'{job.kind}/{job.id}' for job in found)}")
@@ -427,6 +426,8 @@ def delete_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> N
             trash = Path(tempfile.mkdtemp(prefix=".deleted-", dir=job.folder.path.parent))
             job.folder.path.rename(trash / job.id)  # at once, whatever becomes of its files
         shutil.rmtree(trash)
+        for left in trash.parent.glob(".deleted-*"):  # by a process that was killed meanwhile
+            shutil.rmtree(left, ignore_errors=True)
     except OSError as exc:
         raise WorkspaceError(f"Can't delete {job.file}: {exc.strerror or exc}; make it writable, then try again") from exc
 

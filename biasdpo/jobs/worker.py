@@ -52,9 +52,8 @@ from biasdpo.workspace import Workspace, locked, replacing, write_json
 if TYPE_CHECKING:
     from biasdpo.benchmarks.base import Benchmark
     from biasdpo.benchmarks.toxicity import ToxicityScorer
-    from biasdpo.config import TrainConfig
+    from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
     from biasdpo.gguf.export import ExportRecord
-    from biasdpo.jobs.requests import EvaluationConfig, ExportConfig
     from biasdpo.models import AdapterSpec
 
 _WAIT_SECONDS = 0.2
@@ -229,7 +228,8 @@ def launch_command(folder: JobFolder, config: TrainConfig, device: Device, threa
 def _work(folder: JobFolder) -> int:
     faulthandler.enable()  # the reason for a library's abort or segmentation fault, in the log
     config = folder.read_config()
-    status = replace(folder.read_status(), state="running", phase="starting", memory_kills=memory_kills())
+    device = folder.read_record().resolved.device
+    status = replace(folder.read_status(), state="running", phase="starting", device=device, memory_kills=memory_kills())
     folder.write_status(status)
     _mark_start(folder.kind)
     progress = JobProgress(folder, status)
@@ -240,7 +240,7 @@ def _work(folder: JobFolder) -> int:
             stopped = bool(result["provenance"]["interrupted"])
             write_json(folder.result, result)
         else:
-            config = replace(config, out=folder.path / config.out.name)
+            config = config.replace(out=folder.path / config.out.name)
             run_export(config, folder.workspace, progress.share, folder.read_record().command)
     except Exception:
         if not progress.should_stop():

@@ -21,6 +21,7 @@ from typing import Any
 import gradio as gr
 
 from biasdpo import labeling, models
+from biasdpo.config import RUN, WORKSPACE, EvaluationConfig
 from biasdpo.engines import EnginePool
 from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError
 from biasdpo.evaluation import report
@@ -29,7 +30,7 @@ from biasdpo.evaluation.results import Ci, ComparedRow, Flip, TableRow, compare,
 from biasdpo.jobs import store as jobs_store
 from biasdpo.jobs.estimate import estimate_evaluation, known_seconds
 from biasdpo.jobs.job import Job, Progress
-from biasdpo.jobs.requests import RUN, WORKSPACE, EvaluationConfig
+from biasdpo.jobs.resolve import command_of, parts
 from biasdpo.labeling import BlindPair
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.prompts import CATEGORIES, Prompt
@@ -99,7 +100,7 @@ def requests_of(
             strengths=STRENGTHS if is_curve else (1.0,),
             data_dir=text(folder),
             dataset=text(pairs) if "preference" in names else "",
-        ).check()
+        )
         for name in named
     ]
 
@@ -326,7 +327,7 @@ class Results:
         """What was asked for; of a result without a request, what it says itself."""
         if one.config is not None:
             asked = one.config
-            return About(asked.model, asked.adapter, tuple(asked.parts()), asked.limit, len(asked.strengths))
+            return About(asked.model, asked.adapter, tuple(parts(asked)), asked.limit, len(asked.strengths))
         name = (one.file, version(one))
         if name not in self._about:
             try:
@@ -784,7 +785,7 @@ def _made_by(one: Job) -> str:
     """The command that does the same."""
     if one.config is None:
         return ""
-    command = f"python {shlex.join(one.config.command()[1:])}"
+    command = f"python {shlex.join(command_of(one.config)[1:])}"
     return (
         f'<div class="bd-command"><span>The same by command:</span><code>{escape(command)}</code><button type="button" '
         f'class="bd-copy" data-text="{escape(command)}" aria-label="Copy the command">Copy</button></div>'
@@ -1097,7 +1098,7 @@ class EvaluationActions(EvaluationsView):
             refuse_on_public_space("Writing a card")
             one = self.one(evaluation_id)
             result = self.results.of(one)
-            report.add_to_card(result, self.workspace, one.config.command() if one.config is not None else ())
+            report.add_to_card(result, self.workspace, command_of(one.config) if one.config is not None else ())
         except BiasDPOError as exc:
             return {self.notice: components.error(str(exc))}
         return {self.notice: components.note(f"The card (README.md) of {setup(result)[1]} now has the section “Evaluation”.")}
@@ -1183,7 +1184,7 @@ class EvaluationActions(EvaluationsView):
         (one, result), *others = found
         name = one.id if not others else f"{one.id}-and-{len(others)}-more"
         if kind == "md":
-            command = one.config.command() if one.config is not None and not is_public_space() else ()
+            command = command_of(one.config) if one.config is not None and not is_public_space() else ()
             labelled = [(other.id, its) for other, its in found]
             text = report.markdown(labelled) if others else report.markdown(result, command)
         elif kind == "csv":

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from biasdpo import models
+from biasdpo.config import DEFAULT_QUANTIZATION, ExportConfig
 from biasdpo.errors import BiasDPOError, ConfigError, ExportError
 from biasdpo.gguf import export as serving
 from biasdpo.gguf import quantize, write
@@ -21,7 +21,6 @@ from biasdpo.gguf.proof import MAX_DROP, MAX_KL_NATS, ExportProof
 from biasdpo.gguf.quantize import KEEP
 from biasdpo.jobs import store as jobs_store
 from biasdpo.jobs.job import Job
-from biasdpo.jobs.requests import DEFAULT_QUANTIZATION, MOST_PAIRS, ExportConfig
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.ui import components
 from biasdpo.ui.components import Store, own_choices, pasted
@@ -453,7 +452,7 @@ class NewExportPanel(ExportsView):
                                    elem_classes="bd-cards")  # fmt: skip
             with gr.Row():
                 self.pairs = gr.Number(
-                    MOST_PAIRS,
+                    ExportConfig.settings()["pairs"].default,
                     precision=0,
                     label="Held-out pairs",
                     info="at most; reward accuracy is measured on them before and after. 0: not at all",
@@ -628,11 +627,11 @@ class NewExportPanel(ExportsView):
     ) -> ExportConfig:
         found = self._found(_text(adapter))
         is_run = found is not None and self._is_run(found)
-        request = ExportConfig(
-            Path(_text(name)), format, adapter="" if is_run else _text(adapter), run=_text(adapter) if is_run else ""
-        )
-        return replace(
-            request,
+        return ExportConfig(
+            out=Path(_text(name)),
+            format=format,
+            adapter="" if is_run else _text(adapter),
+            run=_text(adapter) if is_run else "",
             model=_text(model),
             quantization=_text(quantization) if format == "merged" else "",
             source=origin if format == "merged" else "auto",

@@ -13,19 +13,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
 from biasdpo import config as train_config
 from biasdpo import models
-from biasdpo.config import Preset, TrainConfig
+from biasdpo.config import Preset, Setting, TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.importing import HUB
 from biasdpo.data.splits import WORKSPACE, Mixture
@@ -135,15 +135,8 @@ def source_title(source: str) -> str:
 
 def differing(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     """The settings that are not the same in all of these configs: {setting: {run: value}}."""
-    names = [field.name for field in fields(TrainConfig)]
-    table = {name: {run: getattr(config, name) for run, config in configs.items()} for name in names}
+    table = {name: {run: getattr(config, name) for run, config in configs.items()} for name in TrainConfig.settings()}
     return {name: values for name, values in table.items() if len({repr(value) for value in values.values()}) > 1}
-
-
-def changed(config: TrainConfig) -> dict[str, Any]:
-    """The settings of a config that are not the defaults."""
-    default = TrainConfig()
-    return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)}
 
 
 def size_of(folder: Path) -> int:
@@ -362,7 +355,7 @@ def details(run: SeenRun) -> str:
         warnings = [("Warning", escape(str(line))) for line in confounds.get("warnings") or ()]
         text += f"<h4>Confounds of the rows that an epoch sees</h4>{_list(_named(confounds) + warnings)}"
     if run.config is not None:
-        own = changed(run.config)
+        own = run.config.changed()
         settings = [
             (f"<b>{escape(name)}</b>" if name in own else escape(name), escape(shown_value(value)))
             for name, value in run.config.to_json().items()
@@ -501,182 +494,56 @@ def field_errors(lines: Iterable[str]) -> str:
     return f'<div class="bd-error" role="alert"><b>Not started.</b><ul>{items}</ul></div>' if items else ""
 
 
-# --- train settings: The settings of a run as fields of the page: which there are, in which group, when they have an
+# The settings of a run as fields of the form, generated from TrainConfig
 
 
-Kind = Literal["integer", "number", "choice", "choices", "names", "numbers", "lines"]
-Values = Mapping[str, Any]
-
-DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
-
-
-def _always(_values: Values) -> bool:
-    return True
+GROUPS: dict[str, list[Setting]] = {}
+for _one in TrainConfig.settings().values():
+    if _one.group != "Model and data":  # these have pickers of their own
+        GROUPS.setdefault(_one.group, []).append(_one)
+SETTINGS: tuple[Setting, ...] = tuple(one for group in GROUPS.values() for one in group)
+DECIDING = tuple(dict.fromkeys(name for one in SETTINGS for name in one.when))  # a change of these shows and hides fields
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One field. `matters`: whether it has an effect beside these other values; where it has none it is hidden, and its default
-    is used."""
-
-    name: str
-    title: str
-    kind: Kind
-    choices: tuple[str, ...] = ()
-    matters: Callable[[Values], bool] = _always
-
-    @property
-    def depends(self) -> bool:
-        """Whether its effect hangs on others (those of DECIDING)."""
-        return self.matters is not _always
-
-    @property
-    def elem_id(self) -> str:
-        return f"train-{self.name.replace('_', '-')}"
-
-
-def _evaluates(values: Values) -> bool:
-    return _number_or_zero(values["held_out_share"]) > 0 and _number_or_zero(values["eval_every"]) > 0
-
-
-def _number_or_zero(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return 0.0
-
-
-GROUPS: dict[str, tuple[Setting, ...]] = {
-    "Essentials": (
-        Setting("learning_rate", "Learning rate", "number"),
-        Setting("beta", "Beta", "number"),
-        Setting("epochs", "Epochs", "number", matters=lambda v: _number_or_zero(v["max_steps"]) == 0),
-        Setting("max_steps", "Steps (0: by epochs)", "integer"),
-        Setting("batch_size", "Batch size", "integer"),
-        Setting("gradient_accumulation", "Batches a step", "integer"),
-        Setting("max_length", "Max length", "integer"),
-        Setting("end_of_text", "End of text", "choice", train_config.ENDS),
-        Setting("held_out_share", "Held-out share", "number"),
-        Setting("seed", "Seed", "integer"),
-    ),
-    "Loss": (
-        Setting("loss_type", "Loss types", "choices", train_config.LOSS_TYPES),
-        Setting("loss_weights", "Loss weights", "numbers", matters=lambda v: len(v["loss_type"] or ()) > 1),
-        Setting("label_smoothing", "Label smoothing", "number", matters=lambda v: "robust" in (v["loss_type"] or ())),
-        Setting("text_kl_weight", "Text KL weight", "number"),
-        Setting("counterfactual_weight", "Counterfactual weight", "number"),
-        Setting("question_weight", "Question weight", "number"),
-        Setting("ending_weight", "Ending weight", "number"),
-    ),
-    "Optimizer": (
-        Setting("schedule", "Schedule", "choice", train_config.SCHEDULES),
-        Setting("warmup_share", "Warm-up share", "number", matters=lambda v: v["schedule"] != "constant"),
-        Setting("max_grad_norm", "Gradient norm", "number"),
-    ),
-    "LoRA": (
-        Setting("rank", "Rank", "integer"),
-        Setting("alpha", "Alpha", "integer"),
-        Setting("target_modules", "Target modules", "names"),
-        Setting("strength", "Strength baked in", "number"),
-        Setting("adapter_dtype", "Saved as", "choice", train_config.ADAPTER_DTYPES),
-    ),
-    "Evaluation and probes": (
-        Setting("eval_every", "Evaluate every", "integer", matters=lambda v: _number_or_zero(v["held_out_share"]) > 0),
-        Setting("early_stopping", "Early stopping", "integer", matters=_evaluates),
-        Setting("keep", "Adapter kept", "choice", train_config.KEEPS, matters=_evaluates),
-        Setting("probe_every", "Probe every", "integer"),
-        Setting("probe_prompts", "Probe prompts, one a line", "lines", matters=lambda v: _number_or_zero(v["probe_every"]) > 0),
-        Setting("logging_steps", "Log every", "integer"),
-        Setting("save_steps", "Checkpoint every", "integer"),
-    ),
-    "Machine": (
-        Setting("precision", "Precision", "choice", train_config.PRECISIONS),
-        Setting("threads", "CPU threads", "integer"),
-        Setting("num_processes", "Processes", "integer"),
-        Setting("accelerate", "Accelerate config", "choice", train_config.ACCELERATE_CONFIGS),
-    ),
-}
-SETTINGS: tuple[Setting, ...] = tuple(setting for group in GROUPS.values() for setting in group)
-
-# What others' effect hangs on: a change of these shows and hides fields.
-DECIDING = ("max_steps", "loss_type", "schedule", "held_out_share", "eval_every", "probe_every")
-
-
-def build_field(setting: Setting, explanation: str) -> gr.components.Component:
-    """The field, at its default. Text and number boxes show a validator's line themselves, so bounds need no slider."""
+def build_field(setting: Setting, value: Any, visible: bool) -> gr.components.Component:
+    """The field of one setting. Text and number boxes show a validator's message themselves, so the range needs no slider."""
+    limits = f" Range: {setting.range} {setting.unit}".rstrip() + "." if setting.kind in ("integer", "number") else ""
     shown: dict[str, Any] = {
-        "label": setting.title,
-        "info": explanation,
-        "elem_id": setting.elem_id,
+        "label": setting.label,
+        "info": setting.help + limits,
+        "elem_id": f"train-{setting.name.replace('_', '-')}",
         "min_width": 190,
-        "value": to_field(setting, DEFAULTS[setting.name]),
-        "visible": setting.matters(DEFAULTS),
+        "value": value,
+        "visible": visible,
     }
-    if setting.kind == "integer":
-        return gr.Number(**shown)
     if setting.kind == "choice":
-        return gr.Dropdown(list(setting.choices), **shown)
-    if setting.kind == "choices":
-        return gr.Dropdown(list(setting.choices), multiselect=True, **shown)
-    lines = 3 if setting.kind == "lines" else 1
-    return gr.Textbox(lines=lines, max_lines=max(lines, 1), **shown)
+        return gr.Dropdown(list(setting.choices), multiselect=setting.is_list or None, **shown)
+    if setting.kind == "integer" and not setting.is_list:
+        return gr.Number(**shown)
+    lines = 3 if setting.separator == "\n" else 1
+    return gr.Textbox(lines=lines, max_lines=lines, **shown)
 
 
 def to_field(setting: Setting, value: Any) -> Any:
-    """A config's value as the field shows it."""
-    if setting.kind == "choices":
-        return list(value)
-    if setting.kind == "lines":
-        return "\n".join(value)
-    if setting.kind == "names":
-        return ", ".join(value)
-    if setting.kind == "numbers":
-        return ", ".join(_written(number) for number in value)
-    if setting.kind == "number":
-        return _written(value)
-    return value
-
-
-def _written(number: float) -> str:
-    """As people write it: 0.1, and 0.0001 as 1e-4."""
-    if 0 < abs(number) < 1e-3:
-        digits, _, power = f"{number:e}".partition("e")
-        return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
-    return f"{number:g}"
+    """A config's value as its field shows it."""
+    if setting.kind == "choice":
+        return list(value) if setting.is_list else value
+    return value if setting.kind == "integer" and not setting.is_list else setting.format(value)
 
 
 def from_field(setting: Setting, value: Any) -> Any:
-    """A field's value as the config takes it. What can't be read at all is a ConfigError; bounds are `config`'s."""
-    if setting.kind == "integer":
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        return value
-    if setting.kind == "number":
-        return _number(setting, value)
-    if setting.kind == "choices":
-        return tuple(value or ())
-    if setting.kind in ("names", "numbers", "lines"):
-        if not isinstance(value, str | None):
-            raise ConfigError(f"{setting.name} must be text: got {value!r}")
-        separator = "\n" if setting.kind == "lines" else ","
-        parts = tuple(part.strip() for part in (value or "").split(separator) if part.strip())
-        return tuple(_number(setting, part) for part in parts) if setting.kind == "numbers" else parts
-    return value
-
-
-def _number(setting: Setting, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value.strip().replace("−", "-"))
-    except ValueError:
-        raise ConfigError(f"{setting.name} must be a number: got {value[:40]!r}; write one such as 0.1 or 5e-5") from None
+    """A field's value as the config takes it; the config checks it."""
+    if setting.kind == "choice" or not isinstance(value, str):
+        if setting.is_list and value is None:
+            return ()
+        return int(value) if setting.kind == "integer" and isinstance(value, float) and value.is_integer() else value
+    return setting.parse(value)
 
 
 def problem(setting: Setting, value: Any) -> str:
-    """What is wrong with a field's value by itself, in one line; "" where nothing is."""
+    """What is wrong with a field's value by itself, in one line; "" if nothing is."""
     try:
-        train_config.check_setting(setting.name, from_field(setting, value))
+        TrainConfig.check_setting(setting.name, from_field(setting, value))
     except ConfigError as exc:
         return str(exc)
     return ""
@@ -688,20 +555,20 @@ def field_values(given: Sequence[Any]) -> dict[str, Any]:
 
 
 def problems(given: Sequence[Any]) -> list[str]:
-    """One line (or "") a field; a field without effect has no problem."""
+    """One line (or "") per field; a field without effect has no problem."""
     values = field_values(given)
-    return [problem(s, values[s.name]) if s.matters(values) else "" for s in SETTINGS]
+    return [problem(one, values[one.name]) if one.has_effect(values) else "" for one in SETTINGS]
 
 
 def to_values(given: Sequence[Any]) -> dict[str, Any]:
-    """The config's values; those without effect at their defaults. ConfigError for the first that can't be read."""
+    """The config's values; settings without effect are at their defaults."""
     values = field_values(given)
-    return {s.name: from_field(s, values[s.name]) if s.matters(values) else DEFAULTS[s.name] for s in SETTINGS}
+    return {s.name: from_field(s, values[s.name]) if s.has_effect(values) else s.default for s in SETTINGS}
 
 
-def effects(values: Values) -> dict[str, bool]:
-    """By name: whether each field has an effect, where these are the values of DECIDING."""
-    return {setting.name: setting.matters(values) for setting in SETTINGS}
+def effects(values: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each setting has an effect, by name; `values`: those of DECIDING at least."""
+    return {setting.name: setting.has_effect(values) for setting in SETTINGS}
 
 
 def from_config(config: TrainConfig) -> list[Any]:
@@ -852,7 +719,7 @@ class DataActions:
             values = {"held_out_share": held_out_share, "seed": seed}
             read = {s.name: from_field(s, values[s.name]) for s in SETTINGS if s.name in values}
             rows = read_rows(given[: 2 * shown])
-            config = train_config.from_mapping(read | config_values(rows))
+            config = TrainConfig(**read | config_values(rows))
             yield mixture(splits.resolve(config, self.store.workspace).mixture())
         except Exception as exc:
             yield components.error(told(exc, "The data could not be read"))
@@ -1324,7 +1191,7 @@ class StartActions(DataActions):
         return self._filled(next((p for p in presets_of(str(model)) if p.id == preset_id), None))
 
     def _filled(self, preset: Preset | None) -> Updates:
-        config = train_config.from_mapping({**preset.values, "model": ""} if preset else {})
+        config = TrainConfig(**preset.values | {"model": ""} if preset else {})
         return {self.preset_text: _preset_fn(preset), self.estimate_view: ""} | self._fields_of(config)
 
     def _fields_of(self, config: TrainConfig) -> Updates:
@@ -1379,7 +1246,7 @@ class StartActions(DataActions):
     def show_effects(self, *deciding: Any) -> list[Any]:
         """Only settings that have an effect are shown."""
         effects = _effects_fn(dict(zip(DECIDING, deciding, strict=True)))
-        return [gr.update(visible=effects[setting.name]) for setting in SETTINGS if setting.depends]
+        return [gr.update(visible=effects[setting.name]) for setting in SETTINGS if setting.when]
 
     def checking(self, setting: Setting) -> Callable[[Any], Any]:
         """The validator of one field, for when it is left."""
@@ -1410,8 +1277,16 @@ class StartActions(DataActions):
         sources, fields = rest[: 2 * MOST_SOURCES], rest[2 * MOST_SOURCES :]
         rows = read_rows(sources[: 2 * shown])
         values = to_values(fields) | config_values(rows)
-        config = train_config.from_mapping(values | {"model": models.absolute_name(pasted(model))})
+        config = TrainConfig(**values | {"model": models.absolute_name(pasted(model))})
         return config, run_id.strip() if isinstance(run_id, str) else ""
+
+    def show_config(self, *given: Any) -> str:
+        """The config file that makes `train --config` start the same run."""
+        try:
+            refuse_on_public_space("Training")
+            return self._config(given)[0].to_toml()
+        except BiasDPOError as exc:
+            return f"# {exc}"
 
     # Estimate and start
 
@@ -1484,7 +1359,9 @@ class NewRunPanel(StartActions):
     def build_new(self) -> None:
         """Lay the panel out, with the first preset of the first model filled in."""
         preset = first_preset(FIRST_MODEL)
-        values = from_config(train_config.from_mapping(preset.values if preset else {}))
+        config = TrainConfig(**preset.values if preset else {})
+        values = dict(zip(SETTINGS, from_config(config), strict=True))
+        visible = _effects_fn(dict(config))
         with gr.Row(elem_id="train-what"):
             here = "catalog id" if is_public_space() else "catalog id, Hub id, HF folder or .gguf"
             self.model = gr.Dropdown(
@@ -1504,20 +1381,19 @@ class NewRunPanel(StartActions):
             )
         self.preset_text = gr.HTML(_preset_fn(preset), js_on_load=None, elem_id="train-preset-text")
         self._build_data()
-        explained = train_config.explained()
         self.fields: list[Any] = []
         self.groups: list[gr.Accordion] = []
         for group, settings in GROUPS.items():
             slug = group.split()[0].lower()
             with (
-                gr.Accordion(group, open=group == "Essentials", elem_id=f"train-group-{slug}") as box,
+                gr.Accordion(group, open=not settings[0].is_advanced, elem_id=f"train-group-{slug}") as box,
                 gr.Row(elem_classes="bd-fields"),
             ):
                 self.groups.append(box)
-                self.fields += [build_field(setting, explained[setting.name]) for setting in settings]
-        effects = _effects_fn(_field_values_fn(values)).values()
-        for field, value, effect in zip(self.fields, values, effects, strict=True):
-            field.value, field.visible = value, effect
+                self.fields += [build_field(one, values[one], visible[one.name]) for one in settings]
+        with gr.Accordion("Config file", open=False, elem_id="train-config-file"):
+            self.config_button = gr.Button("Show the config file of these settings", size="sm", elem_id="train-config-show")
+            self.config_view = gr.Code("", language=None, label="For python -m biasdpo train --config FILE", interactive=False)
         self.estimate_view = gr.HTML("", js_on_load=None, elem_id="train-estimate-view")
         with gr.Row(elem_id="train-start-row"):
             self.run_id = gr.Textbox("", label="Name of the run", max_lines=1, elem_id="train-run-id", min_width=180, scale=2)
@@ -1601,7 +1477,7 @@ class NewRunPanel(StartActions):
             [by_name[name].change for name in DECIDING],
             self.show_effects,
             [by_name[name] for name in DECIDING],
-            [field for setting, field in zip(SETTINGS, self.fields, strict=True) if setting.depends],
+            [field for setting, field in zip(SETTINGS, self.fields, strict=True) if setting.when],
             trigger_mode="always_last",
             **filling,
         )
@@ -1614,7 +1490,7 @@ class NewRunPanel(StartActions):
             api_visibility="private",
         )
         for setting, field in zip(SETTINGS, self.fields, strict=True):
-            if setting.kind not in ("choice", "choices"):  # a list offers nothing wrong
+            if setting.kind != "choice":  # a list offers nothing wrong
                 field.blur(_checked, field, None, validator=self.checking(setting), concurrency_limit=None, **raw)
 
         rows = [self.shown_sources, *self.source_fields]
@@ -1636,6 +1512,7 @@ class NewRunPanel(StartActions):
         checked = {"validator": self.check_everything, **raw}
         # A validator speaks at the field, which may lie in a folded group: say it here, too, and unfold that group.
         # First, since Gradio leaves out what comes after a validator's no.
+        self.config_button.click(self.show_config, everything, self.config_view, **quick)
         both = [self.start_button.click, self.estimate_button.click]
         gr.on(both, self.point_out, everything, [self.trouble, *self.groups], **quick)
         outcome = [self.new_notice, self.estimate_view, self.estimate_button, self.cancel_button]

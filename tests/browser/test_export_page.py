@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from biasdpo.config import ExportConfig
 from biasdpo.jobs import store
-from biasdpo.jobs.requests import ExportConfig
 from biasdpo.jobs.worker import run_export
 from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import Workspace, sha256_of
@@ -138,7 +138,7 @@ def test_a_run_is_exported_merged_proven_downloaded_used_and_deleted(exporter, l
 
 def test_a_lora_file_opens_its_base_model_with_the_adapter(exporter, library, tiny_llama_gguf):
     out = library.root / "exports" / "mine.gguf"
-    run_export(ExportConfig(out, "lora", run="first", model=str(tiny_llama_gguf), threads=1), library, lambda *_: None)
+    run_export(ExportConfig(out=out, format="lora", run="first", model=str(tiny_llama_gguf), threads=1), library, lambda *_: None)
     page = exporter.open().page
     exporter.wait_state("mine.gguf", "finished")
     assert "--lora" in page.inner_text("#gguf-elsewhere")

@@ -49,9 +49,9 @@ def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine
     known = estimate.known_estimate(config, command_line.workspace)
     assert known is not None
     assert known.to_json() == found
-    assert estimate.known_estimate(replace(config, learning_rate=0.5, seed=3), command_line.workspace) == known
-    assert estimate.known_estimate(replace(config, batch_size=4), command_line.workspace) is None
-    assert estimate.known_estimate(replace(config, datasets=("nowhere.jsonl",)), command_line.workspace) is None
+    assert estimate.known_estimate(config.replace(learning_rate=0.5, seed=3), command_line.workspace) == known
+    assert estimate.known_estimate(config.replace(batch_size=4), command_line.workspace) is None
+    assert estimate.known_estimate(config.replace(datasets=("nowhere.jsonl",)), command_line.workspace) is None
 
     # What is remembered not to fit is refused at once, unless memory has come free.
     path = estimate._estimate_file(config, command_line.workspace)
@@ -152,9 +152,9 @@ def test_oversized_weights_are_refused_unmeasured(workspace: Workspace, monkeypa
     on_gpu = TrainConfig(model="phi-2", precision="bf16")  # 2 bytes each: 5.6 GB
     estimate.refuse_oversized_weights(on_gpu, phi, workspace)
     with pytest.raises(RunError, match="of GPU memory are free"):
-        estimate.refuse_oversized_weights(replace(on_gpu, precision="fp32"), phi, workspace)
+        estimate.refuse_oversized_weights(on_gpu.replace(precision="fp32"), phi, workspace)
     with pytest.raises(RunError, match=r"44\.5 GB \(4 bytes each, 4 times\)"):
-        estimate.refuse_oversized_weights(replace(config, num_processes=4), phi, workspace)
+        estimate.refuse_oversized_weights(config.replace(num_processes=4), phi, workspace)
 
 
 def test_the_line_through_two_timed_batches() -> None:

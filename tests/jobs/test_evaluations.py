@@ -8,17 +8,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from biasdpo.config import EvaluationConfig
 from biasdpo.errors import AdapterError, ConfigError, EvaluationError, JobError, ModelError, RefusedError
 from biasdpo.evaluation.results import table
 from biasdpo.jobs import store
 from biasdpo.jobs.estimate import estimate_evaluation, known_seconds
 from biasdpo.jobs.job import Job, Progress
-from biasdpo.jobs.requests import EvaluationConfig
+from biasdpo.jobs.resolve import command_of
 from biasdpo.workspace import Workspace
 from tests import evaluating
 from tests.evaluating import under_way
@@ -57,7 +57,7 @@ def signal_process(job: Job, sent: signal.Signals) -> None:
 
 
 def test_an_evaluation_from_start_to_end(asked, workspace, monkeypatch):
-    started = store.start_evaluation(replace(asked, benchmarks=("crows_pairs", "perplexity"), limit=20), workspace)
+    started = store.start_evaluation(asked.replace(benchmarks=("crows_pairs", "perplexity"), limit=20), workspace)
     assert (started.id, started.state, started.status.phase) == ("tiny-llama-lora-1", "queued", "starting")
     assert started.status.progress == (Progress("crows_pairs", 0, 0), Progress("utility", 0, 0))
     with pytest.raises(EvaluationError, match="is queued and has no result"):
@@ -80,7 +80,7 @@ def test_an_evaluation_from_start_to_end(asked, workspace, monkeypatch):
         store.resume_job(done.id, workspace)
     # The shown command is the one that did it: it gives the same result, which is listed where it is written.
     by_hand = workspace.root / "evaluations" / "by-hand.json"
-    command = done.config.command(by_hand, workspace.root)
+    command = command_of(done.config, by_hand, workspace.root)
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
     assert json.loads(by_hand.read_text()) == result
     listed = store.find_job("by-hand", workspace)
@@ -151,15 +151,15 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(asked, 
         ({"adapter": "no-such"}, AdapterError, "Unknown adapter"),
         ({"adapter": str(tiny_phi_adapter)}, AdapterError, "made for another base model"),
         ({"data_dir": str(tmp_path / "none")}, ConfigError, "No folder .*none"),
-        ({"benchmarks": ()}, ConfigError, "No benchmark is named"),
+        ({"benchmarks": ()}, ConfigError, "benchmarks is empty"),
     ):
         with pytest.raises(error, match=words):
-            store.start_evaluation(replace(asked, **changes), workspace)
+            store.start_evaluation(asked.replace(**changes), workspace)
     assert store.list_jobs(workspace) == []
 
 
 def test_missing_data_fail_with_one_line(asked, workspace):
-    failed = wait_for(store.start_evaluation(replace(asked, benchmarks=("bbq",)), workspace).folder, ended)
+    failed = wait_for(store.start_evaluation(asked.replace(benchmarks=("bbq",)), workspace).folder, ended)
     assert failed.state == "failed"
     assert failed.error.startswith(f"No items of bbq: no folder {asked.data_dir}/bbq; get oskarvanderwal/bbq from the Hub")
     assert "\n" not in failed.error
@@ -181,7 +181,7 @@ def test_other_files_are_listed_as_what_they_are(workspace):
         store.load_result(store.find_job("else", workspace))
     with pytest.raises(JobError, match="has no config to resume with"):
         store.resume_job("partial", workspace)
-    for bad in ("../evaluations/whole", "none", "", "evaluate/../whole", "\0", "x" * 300):
+    for bad in ("../evaluations/whole", "none", "", "evaluate/../whole", "other/whole", "\0", "x" * 300):
         with pytest.raises(JobError, match=r"No .*: there are"):
             store.find_job(bad, workspace)
 
@@ -193,22 +193,23 @@ def test_an_estimate_is_measured_once_and_then_known(asked, workspace):
     seconds = estimate_evaluation(asked, workspace)
     assert 0 < seconds["crows_pairs"] < 60
     assert known_seconds(asked, workspace) == seconds
-    half = known_seconds(replace(asked, limit=20), workspace)["crows_pairs"]
+    half = known_seconds(asked.replace(limit=20), workspace)["crows_pairs"]
     assert half == pytest.approx(seconds["crows_pairs"] / 2)  # 20 of 40 items
-    base = known_seconds(replace(asked, adapter="none"), workspace)["crows_pairs"]
+    base = known_seconds(asked.replace(adapter="none"), workspace)["crows_pairs"]
     assert 0 < base <= seconds["crows_pairs"]
-    curve = known_seconds(replace(asked, strengths=(0.0, 0.5, 1.0)), workspace)["crows_pairs"]
+    curve = known_seconds(asked.replace(strengths=(0.0, 0.5, 1.0)), workspace)["crows_pairs"]
     assert curve == pytest.approx(base + 2 * (seconds["crows_pairs"] - base))  # base once, tuned twice; 0 is base
     assert not (workspace.cache / "scores").exists()  # measured items are no evaluation's
     assert list((workspace.cache / "evaluation_speeds").glob(".measuring-*")) == []
     with pytest.raises(EvaluationError, match="Nothing could be measured: No items of bbq"):
-        estimate_evaluation(replace(asked, benchmarks=("bbq",)), workspace)
+        estimate_evaluation(asked.replace(benchmarks=("bbq",)), workspace)
 
 
 def test_starting_needs_no_engine_in_this_process(asked, workspace):
     script = (
-        "import sys, json; from biasdpo.jobs import store, estimate, requests; from biasdpo.workspace import open_workspace\n"
-        "config = requests.EvaluationConfig.from_json(json.loads(sys.argv[1]))\n"
+        "import sys, json; from biasdpo.jobs import store, estimate; from biasdpo.workspace import open_workspace\n"
+        "from biasdpo.config import EvaluationConfig\n"
+        "config = EvaluationConfig(**json.loads(sys.argv[1]))\n"
         "estimate.known_seconds(config, open_workspace(sys.argv[2]))\n"
         "print(sorted({'torch', 'llama_cpp', 'transformers', 'peft'} & set(sys.modules)))"
     )

@@ -19,10 +19,10 @@ from typing import Any
 import psutil
 import pytest
 
+from biasdpo.config import EvaluationConfig, ExportConfig
 from biasdpo.errors import JobError
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Job, JobFolder, State, Status, read_job
-from biasdpo.jobs.requests import EvaluationConfig, ExportConfig
 from biasdpo.jobs.worker import jobs_ahead, jobs_on, join_queue
 from biasdpo.workspace import Workspace
 from tests import evaluating
@@ -60,7 +60,7 @@ def evaluation(workspace: Workspace, tiny_llama_gguf: Path, tmp_path: Path) -> I
 def lora(tiny_llama_gguf: Path, tiny_llama_adapter: Path) -> ExportConfig:
     """An adapter as a LoRA GGUF, the quickest export there is."""
     adapter, model = str(tiny_llama_adapter), str(tiny_llama_gguf)
-    return ExportConfig(Path("tiny.gguf"), "lora", adapter=adapter, model=model, pairs=0, threads=1)
+    return ExportConfig(out=Path("tiny.gguf"), format="lora", adapter=adapter, model=model, pairs=0, threads=1)
 
 
 def test_jobs_of_all_kinds_wait_in_one_queue(workspace: Workspace, evaluation: EvaluationConfig, lora: ExportConfig) -> None:
