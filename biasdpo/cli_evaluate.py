@@ -151,7 +151,7 @@ def _request(args: argparse.Namespace) -> EvaluationConfig:
         model=args.model,
         adapter=args.adapter,
         backend=args.backend,
-        benchmarks=tuple(args.benchmark.split(",")),
+        benchmarks=tuple(name.strip() for name in args.benchmark.split(",")),
         limit=args.limit,
         seed=args.seed,
         strengths=tuple(args.strengths or [args.strength]),
