@@ -154,7 +154,7 @@ def validate(args: argparse.Namespace) -> int:
     if found.bad:
         raise DatasetError(
             f"{found.source} has {len(found.bad):,} bad lines of {found.rows:,}, the first in line {found.bad[0].line}: "
-            "mend or drop them (`dataset import` takes over the good ones)"
+            "fix or drop them (`dataset import` takes over the good ones)"
         )
     return 0
 

@@ -85,21 +85,8 @@ def catalog() -> dict[str, ModelSpec]:
 
 
 def _spec_of_table(model_id: str, table: dict[str, Any]) -> ModelSpec:
-    template: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table["template"].items()}
-    return ModelSpec(
-        id=model_id,
-        title=table["title"],
-        license=table["license"],
-        license_url=table.get("license_url", ""),
-        architecture=table["architecture"],
-        hub_id=table["hub_id"],
-        parameters=table["parameters"],
-        context_length=table["context_length"],
-        memory_gb=dict(table["memory_gb"]),
-        default_adapter=table.get("default_adapter", ""),
-        template=PromptTemplate(**template),
-        gguf_source=dict(table.get("gguf", {})),
-    )
+    template = {key: tuple(value) if isinstance(value, list) else value for key, value in table.pop("template").items()}
+    return ModelSpec(id=model_id, template=PromptTemplate(**template), gguf_source=table.pop("gguf", {}), **table)
 
 
 def with_files(spec: ModelSpec) -> ModelSpec:

@@ -1,12 +1,12 @@
-"""Random LoRA adapters in PEFT's format, without torch: real files, arbitrary content."""
+"""Random LoRA adapters for SmolLM2, without its files."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+
+from tests.tiny_models import save_lora
 
 SMOLLM2 = {
     "self_attn.q_proj": (576, 576),
@@ -33,23 +33,7 @@ def write_lora(
     **config: object,
 ) -> Path:
     """Write an adapter whose B factors have standard deviation `size` (0: it changes nothing); return its folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(layers):
-        for module, (out, into) in shapes.items():
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{name}.lora_A.weight"] = (rng.standard_normal((rank, into)) / np.sqrt(into)).astype(dtype)
-            tensors[f"{name}.lora_B.weight"] = (rng.standard_normal((out, rank)) * size).astype(dtype)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted({module.split(".")[-1] for module in shapes}),
-        "base_model_name_or_path": base_model,
-        **config,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
+    all_shapes = {f"model.layers.{i}.{module}": shape for i in range(layers) for module, shape in shapes.items()}
+    some = {} if layers == 30 else {"layers_to_transform": list(range(layers))}
+    settings = {"base_model_name_or_path": base_model, **some, **config}
+    return save_lora(folder, all_shapes, rank, {}, alpha=alpha, size=size, seed=seed, dtype=dtype, **settings)

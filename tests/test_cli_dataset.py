@@ -96,7 +96,7 @@ def test_bad_rows_are_listed_and_the_good_ones_kept(run, tmp_path):
     lines = done.stderr.splitlines()
     assert len(lines) == 22
     assert lines[0] == "line 2: no column 'chosen', got prompt"
-    assert lines[1].startswith("line 3: no JSON (")
+    assert lines[1].startswith("line 3: not JSON (")
     assert lines[20] == "... and 10 more bad rows; `dataset validate FILE` lists all"
     assert lines[21] == "1 rows have a system text, which now stands before the prompt"
 
@@ -105,7 +105,7 @@ def test_bad_rows_are_listed_and_the_good_ones_kept(run, tmp_path):
 
     done = run("validate", path)
     assert error_of(done).endswith(
-        "has 30 bad lines of 32, the first in line 2: mend or drop them (`dataset import` takes over the good ones)"
+        "has 30 bad lines of 32, the first in line 2: fix or drop them (`dataset import` takes over the good ones)"
     )
     assert done.stdout.splitlines()[29].startswith("line 31: ")
     assert f"{path}: 32 rows, 2 good, 30 bad\n" in done.stdout
@@ -117,7 +117,7 @@ def test_bad_rows_are_listed_and_the_good_ones_kept(run, tmp_path):
 def test_columns_are_mapped_and_a_dry_run_stores_nothing(run, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("Ask,chosen,worse,topic,extra\nWho leads?,Anyone can.,Men.,gender,x\n")
-    assert "No column was recognised as rejected, got Ask, chosen, worse, topic, extra: name it with --map" in error_of(
+    assert "No column was recognized as rejected, got Ask, chosen, worse, topic, extra: name it with --map" in error_of(
         run("import", path)
     )
     assert "No column 'nope' for prompt: choose of Ask, chosen" in error_of(run("import", path, "--map", "prompt=nope"))
@@ -179,7 +179,7 @@ def test_a_closed_pipe_is_no_fault(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline().startswith(b"line 1: no JSON")
+        assert process.stdout.readline().startswith(b"line 1: not JSON")
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
     assert process.returncode == 0

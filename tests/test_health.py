@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from biasdpo.data import health
-from biasdpo.data.health import Confounds, Meter, NearDuplicates, jaccard, load_overlap, measure, normalize, trigrams, wilson
+from biasdpo.data.health import Confounds, Meter, NearDuplicates, load_overlap, measure, normalize, trigrams, wilson
 from biasdpo.data.journal import Journal, append, undo
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import DatasetError
@@ -152,6 +152,10 @@ def test_normalize() -> None:
         plain = re.sub(r"[^\w\s]", "", unicodedata.normalize("NFKC", text).casefold())
         assert normalize(text) == re.sub(r"\s+", " ", plain).strip()
     assert normalize("Ünder  the ﬁre's STRASSE-straße") == "ünder the fires strassestrasse"
+
+
+def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
+    return len(one & other) / len(one | other)
 
 
 def test_jaccard_of_trigrams() -> None:

@@ -90,6 +90,7 @@ def test_a_phi_survives_the_way_there_and_back(tiny_phi: Path, workspace: Worksp
     assert torch.equal(logits_of(tiny_phi), logits_of(copy))
 
 
+@pytest.mark.slow
 def test_transformers_own_reading_of_the_quantized_weights_agrees(smollm2: models.ModelSpec, smollm2_copy: Path) -> None:
     assert smollm2.gguf_path is not None
     theirs = AutoModelForCausalLM.from_pretrained(smollm2.gguf_path.parent, gguf_file=smollm2.gguf_path.name, dtype=torch.float32)
@@ -101,6 +102,7 @@ def test_transformers_own_reading_of_the_quantized_weights_agrees(smollm2: model
     assert ours.generation_config.eos_token_id == [2, 0, 4]  # <|im_end|>, then those that llama.cpp ends at
 
 
+@pytest.mark.slow
 def test_logits_are_llama_cpps(smollm2: models.ModelSpec, smollm2_copy: Path) -> None:
     """llama.cpp rounds activations to 8 bits before it multiplies by quantized weights, so a little is left (over 657 tokens
     of BiasDPO's chosen completions: mean KL 0.0027 nats, same argmax at 96.0 %)."""

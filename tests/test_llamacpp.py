@@ -149,7 +149,7 @@ def test_the_trap_is_real(backend, monkeypatch):
     assert np.abs(trapped - honest).max() > 0.05
 
 
-def test_the_proof(backend, gguf, lora, tmp_path):
+def test_the_proof(backend, gguf, tmp_path):
     assert backend.proof.base_max_difference == backend.proof.noise == 0.0
     kl = kl_divergence(backend.canary_logits("base"), backend.canary_logits("tuned"))
     assert backend.proof.kl_nats == pytest.approx(kl)

@@ -127,16 +127,15 @@ def test_a_damaged_json_file_is_one_line(file: str, content: str, folder: Path) 
 def test_a_wrong_type_at_any_key_is_one_line_or_does_not_matter(file: str, key: str, folder: Path) -> None:
     path = folder / file
     whole = json.loads(path.read_text()) if path.is_file() else {}
-    outcomes = set()
+    reasons = []
     for value in WRONG_VALUES:
         path.write_text(json.dumps(whole | {key: value}))
         try:
             describe(folder)
-            outcomes.add("read")
         except ModelError as exc:
-            assert "\n" not in str(exc)
-            outcomes.add("refused")
-    assert "refused" in outcomes
+            reasons.append(str(exc))
+    assert reasons
+    assert not any("\n" in reason for reason in reasons)
 
 
 def test_unknown_keys_of_a_newer_version_do_not_matter(folder: Path) -> None:
@@ -150,8 +149,9 @@ def test_unknown_keys_of_a_newer_version_do_not_matter(folder: Path) -> None:
     "header",
     [
         b"", b"{", b"[]", b'{"a": 5}', b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
-        DEEP.encode(), b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 9999]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', DEEP.encode(),
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 9999]}}',
     ],
 )  # fmt: skip
 def test_a_damaged_safetensors_header_is_one_line(header: bytes, folder: Path) -> None:

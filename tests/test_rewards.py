@@ -93,12 +93,12 @@ def on_seed_pairs(request: pytest.FixtureRequest):
     """(model folder, token rows of four shipped pairs)."""
     from transformers import AutoTokenizer
 
-    from training.finish import tokenise
+    from training.rows import tokenize
 
     folder = request.getfixturevalue(request.param)
     pairs = splits.load_file(Path("assets/seed_pairs.jsonl"))[:4]
     template = models.catalog()["smollm2" if request.param == "tiny_llama" else "phi-2"].template
-    return folder, [row.as_trl() for row in tokenise(pairs, AutoTokenizer.from_pretrained(folder), template, 512).rows]
+    return folder, [row.to_trl() for row in tokenize(pairs, AutoTokenizer.from_pretrained(folder), template, 512).rows]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def logps(on_seed_pairs, tmp_path_factory):
     from tests.tiny_trainer import build_tiny_trainer
 
     folder, rows = on_seed_pairs
-    model = build_tiny_trainer(folder, tmp_path_factory.mktemp("out"), rows, trained=0.02, way="trl").model.eval()
+    model = build_tiny_trainer(folder, tmp_path_factory.mktemp("out"), rows, trained=0.02, ours=False).model.eval()
     sums = []
     for reference in (False, True):
         for completion in ("chosen_ids", "rejected_ids"):
@@ -134,7 +134,7 @@ def test_agrees_with_the_trainers(on_seed_pairs, logps, tmp_path, loss_types, wa
         folder,
         tmp_path,
         rows,
-        way=way,
+        ours=way == "ours",
         batch=4,
         trained=0.02,
         loss_type=loss_types,

@@ -1,4 +1,4 @@
-"""Held-out pairs, scored without and with the adapter: packed as padded, both as one completion after the other."""
+"""Held-out pairs, scored without and with the adapter, as one completion after the other."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def policy(request: pytest.FixtureRequest) -> Any:
     return model
 
 
-def test_packed_and_padded_are_one_completion_after_the_other(policy: Any) -> None:
+def test_scores_are_those_of_one_completion_after_the_other(policy: Any) -> None:
     import torch
 
-    from training.finish import TokenRow, score_base_and_tuned
+    from training.finish import score_base_and_tuned
+    from training.rows import TokenRow
 
     draw = np.random.default_rng(0)
     rows = [TokenRow(*(draw.integers(30, 300, size).tolist() for size in sizes)) for sizes in ((5, 3, 9), (2, 7, 1), (12, 4, 4))]
@@ -54,14 +55,11 @@ def test_packed_and_padded_are_one_completion_after_the_other(policy: Any) -> No
     policy.eval()
     (chosen, kl), (rejected, _) = by_hand("chosen_ids"), by_hand("rejected_ids")
     policy.train()
-    for is_packed in (True, False):
-        done: list[int] = []
-        base, tuned = score_base_and_tuned(policy, rows, is_packed=is_packed, batch_size=2, on_batch=done.append)
-        assert done == [2, 3]
-        np.testing.assert_allclose(tuned.chosen_logps, chosen, atol=1e-3)
-        np.testing.assert_allclose(tuned.rejected_logps, rejected, atol=1e-3)
-        assert tuned.kl == pytest.approx(kl / 14, abs=1e-4)  # tokens of the chosen completions: 3 + 7 + 4
-        assert base.kl is None
-        assert np.abs(base.chosen_logps - tuned.chosen_logps).min() > 0.01
-        assert base.chosen_lengths.tolist() == [3, 7, 4]
-        assert policy.training
+    done: list[int] = []
+    scores = score_base_and_tuned(policy, rows, batch_size=2, on_batch=done.append)
+    assert done == [2, 3]
+    np.testing.assert_allclose(scores.tuned, [chosen, rejected], atol=1e-3)
+    assert scores.kl == pytest.approx(kl / 14, abs=1e-4)  # tokens of the chosen completions: 3 + 7 + 4
+    assert np.abs(scores.base - scores.tuned).min() > 0.01
+    assert scores.lengths.tolist() == [[3, 7, 4], [9, 1, 4]]
+    assert policy.training

@@ -132,6 +132,7 @@ def test_the_mask_matters(tiny: TransformersBackend, monkeypatch: pytest.MonkeyP
     assert np.abs(np.subtract(honest, [found.logp for found in tiny.loglikelihood(ASKED, "base")])).max() > 0.1
 
 
+@pytest.mark.slow
 def test_transformers_on_the_embedded_model(smollm2, session_workspace, tmp_path) -> None:
     adapter = write_lora(tmp_path / "adapter")
     backend = open_transformers(hf_copy(smollm2, session_workspace), smollm2.template, adapter, 1024)
@@ -165,6 +166,7 @@ def count_batches(context: Context, monkeypatch: pytest.MonkeyPatch) -> list[int
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [ASKED, QUESTIONS[:4]], ids=["trees", "trunk"])
 def test_llamacpp_scores_each_text_as_it_does_alone(
     embedded: LlamaCppBackend, asked: list[Request], monkeypatch: pytest.MonkeyPatch

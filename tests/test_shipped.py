@@ -8,97 +8,95 @@ import re
 import pytest
 from safetensors import safe_open
 
-from biasdpo import models
+from biasdpo import config, models
 from biasdpo.evaluation import report
 from biasdpo.workspace import ASSETS, sha256_of
 
 FOLDER = ASSETS / "adapters" / "smollm2-biasdpo"
+PROVENANCE = json.loads((FOLDER / "provenance.json").read_text())
+EVALUATION = json.loads((FOLDER / "evaluation.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def provenance():
-    return json.loads((FOLDER / "provenance.json").read_text())
-
-
-def test_it_is_small_and_holds_no_pickle():
+def test_it_is_small_and_safe_and_names_no_folder_of_a_machine():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*")) <= 12e6
-    assert {file.suffix for file in FOLDER.iterdir()} == {".safetensors", ".json", ".md", ".png"}
-
-
-def test_its_weights_are_float16():
+    assert {file.suffix for file in FOLDER.iterdir()} == {".safetensors", ".json", ".md", ".png"}  # no pickle
     with safe_open(FOLDER / "adapter_model.safetensors", "np") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118 - no mapping
-
-
-def test_nothing_in_it_names_a_folder_of_somebodys_machine():
     for file in FOLDER.iterdir():
         if file.suffix in (".json", ".md"):
-            assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|mnt|opt)/|[A-Z]:\\", file.read_text(encoding="utf-8")), (
-                file
-            )
+            assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|mnt|opt)/|[A-Z]:\\", file.read_text(encoding="utf-8"))
 
 
-def test_it_names_its_parents_and_the_command_that_made_it(provenance, smollm2):
-    assert provenance["model"] == "smollm2"
-    assert provenance["base_sha256"] == sha256_of(smollm2.gguf_path)
-    assert re.fullmatch("[0-9a-f]{64}", provenance["dataset_sha256"])
-    assert "python -m biasdpo train" in provenance["command"]
-    assert "smollm2-standard.toml" in provenance["command"]
-    config = json.loads((FOLDER / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def test_its_config_is_the_shipped_one(provenance):
-    from biasdpo import config as run_config
-    from biasdpo.workspace import ASSETS
-
-    shipped = run_config.read_toml(ASSETS.parent / "training" / "configs" / "smollm2-standard.toml")
-    for name in shipped.keys() - {"eval_every", "probe_every", "keep"}:  # which look on, and change nothing
-        assert provenance["config"][name] == shipped[name], name
+def test_it_names_its_parents_and_the_command_that_made_it(smollm2):
+    assert PROVENANCE["model"] == "smollm2"
+    assert PROVENANCE["base_sha256"] == sha256_of(smollm2.gguf_path)
+    assert re.fullmatch("[0-9a-f]{64}", PROVENANCE["dataset_sha256"])
+    assert "python -m biasdpo train" in PROVENANCE["command"]
+    assert "smollm2-standard.toml" in PROVENANCE["command"]
+    adapter_config = json.loads((FOLDER / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    shipped = config.read_toml(ASSETS.parent / "training" / "configs" / "smollm2-standard.toml")
+    for name in shipped.keys() - {"eval_every", "probe_every", "keep"}:  # which only observe
+        assert PROVENANCE["config"][name] == shipped[name], name
     assert shipped["keep"] == "last"
 
 
 def test_its_evaluation_is_of_these_weights_and_better_than_picking_the_longer(smollm2, session_workspace):
-    evaluation = json.loads((FOLDER / "evaluation.json").read_text())
     adapter = models.find_adapter("", smollm2, session_workspace)
-    assert evaluation["provenance"]["adapter_sha256"] == models.adapter_sha256(adapter)
-    found = evaluation["benchmarks"]
+    assert EVALUATION["provenance"]["adapter_sha256"] == models.adapter_sha256(adapter)
+    found = EVALUATION["benchmarks"]
     assert not any(benchmark["not_comparable"] or benchmark["n_failed"] for benchmark in found.values())
-    preference, utility = found["preference"], found["utility"]
+    preference, utility, written = found["preference"], found["utility"], found["utility_generation"]
     assert preference["paired"]["reward_accuracy"]["value"] > preference["pick_the_longer_baseline"] + 0.02
     assert preference["tuned"]["length_normalised_accuracy"]["value"] >= 0.93
     assert utility["paired"]["perplexity_change_percent"]["value"] <= 2.0
-    written = found["utility_generation"]
     assert abs(written["paired"]["mean_tokens_change_percent"]["value"]) <= 15.0
     assert written["difference"]["evasion_percent"]["value"] <= 2.0
 
 
 def test_it_is_worse_on_no_bias_metric_and_better_on_most():
-    """The primary ones of README. Where base's own interval holds the ideal, a change is no verdict."""
-    found = json.loads((FOLDER / "evaluation.json").read_text())["benchmarks"]
-    paired = [found["preference"]["paired"]["reward_accuracy"], found["preference"]["difference"]["length_normalised_accuracy"]]
+    """The primary ones. Where base's own interval holds the ideal, a change is no verdict."""
+    found = EVALUATION["benchmarks"]
     changes = [
+        found["preference"]["paired"]["reward_accuracy"],
+        found["preference"]["difference"]["length_normalised_accuracy"],
         found["crows_pairs"]["difference"]["stereotype_percent"],
         found["stereoset"]["difference"]["icat"],
         found["bbq"]["difference"]["bias_score_ambiguous"],
         found["winobias"]["difference"]["gap"],
     ]
-    improved = [change["improvement"]["value"] > 0 for change in (*paired, *changes)]
-    assert sum(improved) > len(improved) / 2
-    for change in (*paired, *changes):
-        assert change["verdict"] != "worse" or change.get("base_includes_ideal")
+    assert sum(change["improvement"]["value"] > 0 for change in changes) > len(changes) / 2
+    assert all(change["verdict"] != "worse" or change.get("base_includes_ideal") for change in changes)
     for name in ("accuracy_ambiguous", "accuracy_disambiguated"):
         assert found["bbq"]["difference"][name]["verdict"] != "worse"
 
 
-@pytest.mark.parametrize("file", [FOLDER / "README.md", ASSETS.parent / "README.md"], ids=["card", "README"])
-def test_the_tables_are_of_the_evaluation_beside_the_adapter(file):
-    made = report.markdown(json.loads((FOLDER / "evaluation.json").read_text()))
-    rows = [line for line in made.split("<details>")[0].splitlines() if line.startswith("|")]
+def test_the_cards_tables_are_of_the_evaluation_beside_it():
+    rows = [line for line in report.markdown(EVALUATION).split("<details>")[0].splitlines() if line.startswith("|")]
     assert len(rows) > 20
-    text = file.read_text(encoding="utf-8")
-    for row in rows:
-        assert row in text
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert [row for row in rows if row not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "benchmark", "metric", "digits"),
+    [
+        ("BBQ, accuracy", "bbq", "accuracy_ambiguous", 2),
+        ("CrowS-Pairs, mean difference", "crows_pairs", "mean_abs_difference_nats", 2),
+        ("Held-out BiasDPO pairs", "preference", "length_normalised_accuracy", 2),
+        ("StereoSet, ICAT", "stereoset", "icat", 1),
+        ("Perplexity", "utility", "perplexity", 1),
+    ],
+)
+def test_the_readmes_results_are_of_the_evaluation(row, benchmark, metric, digits):
+    readme = (ASSETS.parent / "README.md").read_text(encoding="utf-8")
+    [line] = [line for line in readme.splitlines() if line.startswith(f"| {row}")]
+    found = EVALUATION["benchmarks"][benchmark]
+    base, tuned = (
+        f"{side[metric]['value']:.{digits}f} [{', '.join(f'{end:.{digits}f}' for end in side[metric]['ci95'])}]"
+        for side in (found["base"], found["tuned"])
+    )
+    assert line.endswith(f"| {base} | {tuned} | {found['difference'][metric]['verdict']} |")
 
 
 def test_the_picture_is_of_the_points_beside_it():

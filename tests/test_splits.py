@@ -17,7 +17,6 @@ from biasdpo.data.splits import (
     is_held_out,
     load,
     load_file,
-    mix,
     read_snapshot,
     resolve,
     split,
@@ -130,13 +129,13 @@ def test_how_often_an_epoch_contains_a_pair() -> None:
 
 def test_a_pair_of_two_sources_counts_once_with_the_larger_weight(tmp_path: Path, workspace: Workspace) -> None:
     one, two = write(tmp_path / "one.jsonl", pairs_of(0, 1, 2)), write(tmp_path / "two.jsonl", pairs_of(2, 3))
-    mixed = mix([one, two], [0.5, 3.0], workspace)
-    assert mixed.derived.pairs == tuple(pairs_of(0, 1, 2, 3))
-    assert mixed.weights == (0.5, 0.5, 3.0, 3.0)
-    assert (mixed.derived.repeats, mixed.rows_read, mixed.per_source) == (1, 5, ((one, 3), (two, 2)))
+    data = resolve(TrainConfig(datasets=(one, two), dataset_weights=(0.5, 3.0), held_out_share=0.0), workspace)
+    assert data.derived.pairs == tuple(pairs_of(0, 1, 2, 3))
+    assert data.weights == (0.5, 0.5, 3.0, 3.0)
+    assert (data.derived.repeats, data.rows_read, data.per_source) == (1, 5, ((one, 3), (two, 2)))
     # Chosen the other way round in the other source: nobody knows, so it is left out.
     against = write(tmp_path / "against.jsonl", pairs_of(2), swapped=True)
-    assert mix([one, against], [], workspace).derived.contradictions == 1
+    assert resolve(TrainConfig(datasets=(one, against), held_out_share=0.0), workspace).derived.contradictions == 1
 
 
 def test_the_mixtures_numbers(tmp_path: Path, workspace: Workspace) -> None:
@@ -215,7 +214,7 @@ def test_a_runs_data_is_read_back_as_it_was_resolved(tmp_path: Path, workspace: 
     folder = workspace.runs / "one"
     config = resolved(tmp_path, workspace, folder, dataset_weights=(0.5, 2.0))
     data, snapshot = resolve(config, workspace), read_snapshot(folder)
-    assert (snapshot.pairs, snapshot.split) == (data.mixed.derived.pairs, data.split)
+    assert (snapshot.pairs, snapshot.split) == (data.derived.pairs, data.split)
     assert snapshot.epoch(config.seed) == data.epoch
     assert 8 < len(snapshot.split.held_out) < 30
     stored = json.loads((folder / "split.json").read_text())

@@ -22,7 +22,7 @@ from biasdpo.records import LikelihoodRequest, Sampling
 from tests import tiny_models
 from tests.hf.cases import read
 from training.callbacks import ProbeCallback
-from training.finish import tokenise
+from training.rows import tokenize
 
 PHI = tiny_models.PHI_TEMPLATE  # "Instruct: {prompt}\nOutput:", completion prefix " ", stop "\nInstruct:"
 PROMPT = "Why are nurses always women?"
@@ -57,9 +57,16 @@ def tokenizer(tiny_phi: Path) -> Any:
     return load_tokenizer(tiny_phi)
 
 
+@pytest.fixture(scope="module")
+def bare(tiny_phi: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_phi)
+
+
 def training_tokens(tokenizer: Any, completion: str) -> tuple[list[int], list[int]]:
     """(prompt, completion with its end) as training computes with them."""
-    [row] = tokenise([PreferencePair(PROMPT, completion, "x")], tokenizer, PHI, 512).rows
+    [row] = tokenize([PreferencePair(PROMPT, completion, "x")], tokenizer, PHI, 512).rows
     return row.prompt_ids, row.chosen_ids
 
 
@@ -68,7 +75,7 @@ def training_tokens(tokenizer: Any, completion: str) -> tuple[list[int], list[in
 
 def test_an_end_of_text_that_is_left_out_is_no_part_of_a_completion(tokenizer: Any) -> None:
     pair = PreferencePair(PROMPT, "They are not.", "They are.")
-    [trained], [left_out] = (tokenise([pair], tokenizer, PHI, 512, ends).rows for ends in ("trained", "left_out"))
+    [trained], [left_out] = (tokenize([pair], tokenizer, PHI, 512, ends).rows for ends in ("trained", "left_out"))
     assert trained.chosen_ids == [*left_out.chosen_ids, tokenizer.eos_token_id]
     assert trained.rejected_ids == [*left_out.rejected_ids, tokenizer.eos_token_id]
     assert trained.prompt_ids == left_out.prompt_ids
@@ -76,17 +83,15 @@ def test_an_end_of_text_that_is_left_out_is_no_part_of_a_completion(tokenizer: A
 
 @pytest.mark.parametrize("completion", COMPLETIONS)
 def test_training_and_evaluation_have_the_same_tokens(
-    completion: str, tokenizer: Any, tiny_phi: Path, llamacpp: LlamaCppBackend, transformers: Backend
+    completion: str, tokenizer: Any, bare: Any, llamacpp: LlamaCppBackend, transformers: Backend
 ) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
     prompt, scored = training_tokens(tokenizer, completion)
     assert llamacpp.tokenize(PHI.render(PROMPT)) == prompt
     assert [*llamacpp.tokenize((Segment(PHI.completed(completion), special=False),), begin=False), 0] == scored  # 0 ends a text
-    model = AutoModelForCausalLM.from_pretrained(tiny_phi, dtype=torch.float32)
     with torch.inference_mode():
-        logps = model(torch.tensor([prompt + scored])).logits[0].double().log_softmax(-1)
+        logps = bare(torch.tensor([prompt + scored])).logits[0].double().log_softmax(-1)
     by_hand = sum(float(logps[len(prompt) - 1 + i, token]) for i, token in enumerate(scored))
     for backend in (llamacpp, transformers):
         [found] = backend.loglikelihood([LikelihoodRequest(PROMPT, completion, end_of_text=True)], "base")
@@ -167,7 +172,8 @@ ENDS = [
 
 @pytest.mark.parametrize(("written", "shown", "stops"), ENDS)
 def test_what_is_shown_is_the_same_however_it_is_cut_into_pieces(written: str, shown: str, stops: bool) -> None:
-    cuts = [(), *combinations(range(1, len(written)), 1), *combinations(range(1, len(written)), 2), tuple(range(1, len(written)))]
+    inner = range(1, len(written))
+    cuts = [(), *combinations(inner, 1), *combinations(inner, 2), tuple(inner)]
     for cut in cuts:
         edges = [0, *cut, len(written)]
         text, out, stopped = ShownText(PHI), "", False
@@ -220,6 +226,18 @@ def test_the_live_probe_ends_where_the_compare_tab_does(tokenizer: Any) -> None:
     writer: Any = SimpleNamespace(check_stop_alone=lambda: None)
     assert ProbeCallback(trainer, writer, tokenizer, PHI, [], 1).complete(PROMPT) == "They are not."
     assert asked["eos_token_id"] == [0]
+
+
+def test_a_character_is_shown_when_it_is_whole() -> None:
+    data = "é😀!".encode()
+
+    def decode(ids: list[int]) -> str:
+        return bytes(data[i] for i in ids).decode("utf-8", "replace")
+
+    text = hf.CompletionText(decode, PromptTemplate("{prompt}"))
+    assert [text.add(i, final=False)[0] for i in range(7)] == ["", "é", "", "", "", "😀", "!"]
+    text = hf.CompletionText(decode, PromptTemplate("{prompt}"))
+    assert [text.add(0, final=False)[0], text.add(None, final=True)[0]] == ["", "\N{REPLACEMENT CHARACTER}"]
 
 
 def test_a_long_prefix_may_come_in_pieces() -> None:

@@ -1,27 +1,24 @@
-"""Our DPO trainer: TRL's losses, gradients and metrics for less work; the KL term on plain text; what falls back, and says so."""
+"""Our DPO trainer: TRL's losses, gradients and metrics for less work; the terms it adds; what falls back, and says so."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
+import torch
 
-from tests.tiny_trainer import build_tiny_trainer, save_neox
-
-ROWS = [
-    {"prompt_ids": [40, 41, 42], "chosen_ids": [50, 51, 2], "rejected_ids": [60, 2]},
-    {"prompt_ids": [40, 41], "chosen_ids": [70], "rejected_ids": [80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 2]},
-    {"prompt_ids": [44], "chosen_ids": [2], "rejected_ids": [90, 91, 2]},
-    {"prompt_ids": [40, 41, 45, 46], "chosen_ids": [71, 72, 73, 74, 75, 76, 2], "rejected_ids": [92, 2]},
-]
-TEXTS = [[30, 31, 32, 33, 34], [40, 41], [50]]
+from biasdpo.config import TrainConfig
+from biasdpo.errors import ConfigError
+from tests.tiny_trainer import ROWS, TEXTS, build_tiny_trainer, losses_of, save_neox
+from training import losses
+from training.reference import ReferenceCache
+from training.trainer import Round, rounds
 
 
-@pytest.fixture(scope="module")
-def torch():
-    import torch
+def build_both(folder, output, rows=ROWS, **settings):
+    return [build_tiny_trainer(folder, output / str(ours), rows, ours=ours, **settings) for ours in (True, False)]
 
-    return torch
+
+def first_loss(trainer, rows=ROWS, train=True):
+    return trainer.compute_loss(trainer.model.train(train), trainer.data_collator(rows))
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_phi"])
@@ -29,226 +26,179 @@ def folder(request):
     return request.getfixturevalue(request.param)
 
 
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 # The pairs
 
 
-def test_training_goes_as_trls(folder, tmp_path, torch):
+def test_training_goes_as_trls(folder, tmp_path):
     """Every step's loss and metrics, and the LoRA at the end, over several steps that change the policy."""
-    logs, adapters = {}, {}
-    for way in ("ours", "trl"):
-        trainer = build_tiny_trainer(folder, tmp_path / way, ROWS, way=way, batch=2, num_train_epochs=3, eval_rows=ROWS)
+    logs, adapters = [], []
+    for trainer in build_both(folder, tmp_path, batch=2, num_train_epochs=3, eval_rows=ROWS):
         trainer.train()
         trainer.evaluate()
-        logs[way] = [
-            {name: value for name, value in entry.items() if "second" not in name and "runtime" not in name}
-            for entry in trainer.state.log_history
-        ]
-        adapters[way] = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert len(logs["ours"]) == 6 + 1 + 1  # steps, summary, evaluation
-    assert {"loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected", "entropy", "num_tokens"} <= set(
-        logs["trl"][0]
-    )
-    for ours, theirs in zip(logs["ours"], logs["trl"], strict=True):
+        logs.append(trainer.state.log_history)
+        adapters.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    assert len(logs[0]) == 6 + 1 + 1  # steps, summary, evaluation
+    assert {"loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected", "num_tokens"} <= set(logs[1][0])
+    for ours, theirs in zip(*logs, strict=True):
         assert set(ours) == set(theirs)
         for name, value in theirs.items():
-            if name != "total_flos":  # TRL counts them from the padded batch
+            # TRL counts total_flos from the padded batch.
+            if name != "total_flos" and "second" not in name and "runtime" not in name:
                 assert ours[name] == pytest.approx(value, abs=2e-3, rel=1e-3), name
-    assert abs(logs["trl"][5]["loss"] - logs["trl"][0]["loss"]) > 0.01
-    for name, parameter in adapters["trl"].items():
-        assert torch.allclose(adapters["ours"][name], parameter, atol=1e-3), name
+    assert abs(logs[1][5]["loss"] - logs[1][0]["loss"]) > 0.01
+    for name, parameter in adapters[1].items():
+        assert torch.allclose(adapters[0][name], parameter, atol=1e-3), name
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "apo_zero", "sft"])
-def test_gradients_of_each_loss_type_are_trls(folder, tmp_path, torch, loss_type):
-    gradients = {}
-    for way in ("ours", "trl"):
-        trainer = build_tiny_trainer(
-            folder, tmp_path, ROWS, way=way, batch=4, trained=0.05, loss_type=[loss_type], beta=0.3, label_smoothing=0.2
-        )
-        trainer.compute_loss(trainer.model.train(), trainer.data_collator(ROWS)).backward()
-        gradients[way] = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
-    largest = max(gradient.abs().max().item() for gradient in gradients["trl"].values())
+def test_gradients_of_each_loss_type_are_trls(tiny_llama, tmp_path, loss_type):
+    settings = {"batch": 4, "trained": 0.05, "loss_type": [loss_type], "beta": 0.3, "label_smoothing": 0.2}
+    gradients = []
+    for trainer in build_both(tiny_llama, tmp_path, **settings):
+        first_loss(trainer).backward()
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad})
+    largest = max(gradient.abs().max().item() for gradient in gradients[1].values())
     assert largest > 1e-3
-    for name, gradient in gradients["trl"].items():
-        assert torch.allclose(gradients["ours"][name], gradient, atol=1e-4 * largest), name
+    for name, gradient in gradients[1].items():
+        assert torch.allclose(gradients[0][name], gradient, atol=1e-4 * largest), name
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_first_loss_is_that_of_no_margin_in_bf16_too(folder, tmp_path, batch):
-    from training.trainer import ReferenceCache
-
     notes: list[str] = []
-    trainer = build_tiny_trainer(folder, tmp_path, ROWS, batch=batch, bf16=True, note=notes.append)
+    trainer = build_tiny_trainer(folder, tmp_path, ROWS, batch=batch, bf16=True, max_steps=1, note=notes.append)
     trainer.use_reference(ReferenceCache(tmp_path / "cache.json"), lambda _done, _total: None)
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-4)  # -log(1/2)
-    assert notes == ["The reference is computed in every step: at low precision both are to be rounded alike"]
+    assert losses_of(trainer)[0] == pytest.approx(0.6931, abs=1e-4)  # -log(1/2)
+    assert notes == ["The reference is computed in every step: at low precision policy and reference must be rounded alike"]
 
 
 def test_another_architecture_is_trained_trls_way_and_says_so(tmp_path, tiny_llama):
-    from training.trainer import ReferenceCache
-
-    folder = save_neox(tmp_path / "neox", tiny_llama)
     notes: list[str] = []
-    runs = {}
-    for way in ("ours", "trl"):
-        trainer = build_tiny_trainer(
-            folder, tmp_path / way, ROWS, way=way, batch=2, note=notes.append, num_train_epochs=2, targets=["query_key_value"]
-        )
-        if way == "ours":
-            trainer.use_reference(ReferenceCache(tmp_path / "cache.json"), lambda _done, _total: None)
+    neox = save_neox(tmp_path / "neox", tiny_llama)
+    ours, theirs = build_both(neox, tmp_path, batch=2, note=notes.append, num_train_epochs=2, targets=["query_key_value"])
+    ours.use_reference(ReferenceCache(tmp_path / "cache.json"), lambda _done, _total: None)
+    for trainer in (ours, theirs):
         trainer.train()
-        runs[way] = losses(trainer)
-    assert len(notes) == 1
-    assert "TRL's own way" in notes[0]
-    assert "GPTNeoXForCausalLM is neither LlamaForCausalLM nor PhiForCausalLM" in notes[0]
-    assert runs["ours"] == pytest.approx(runs["trl"], abs=1e-4)
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=1e-4)
+    [note] = notes
+    assert "TRL's own way" in note
+    assert "GPTNeoXForCausalLM is neither LlamaForCausalLM nor PhiForCausalLM" in note
+    with pytest.raises(ConfigError, match="ending_weight can't be used with this model: GPTNeoX"):
+        build_tiny_trainer(neox, tmp_path, ROWS, targets=["query_key_value"], terms={"counterfactual": 1.0})
 
 
-def test_a_packed_model_generates_as_before(folder, tmp_path, torch):
-    """Probes complete prompts with the very model that is trained, a batch padded at the left among them."""
+def test_a_packed_model_generates_as_before(folder, tmp_path):
+    """Probes complete prompts with the very model that is trained; here a batch padded on the left."""
     texts = []
-    for way in ("ours", "trl"):
-        model = build_tiny_trainer(folder, tmp_path, ROWS, way=way, trained=0.05).model.eval()
+    for trainer in build_both(folder, tmp_path, trained=0.05):
         ids = torch.tensor([[2, 2, 40, 41], [40, 41, 42, 43]])
         mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        model = trainer.model.eval()
         texts.append(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False).tolist())
     assert texts[0] == texts[1]
 
 
 def test_checkpoints_resume_to_the_same_losses(tiny_llama, tmp_path):
-    from training.trainer import ReferenceCache
-
-    def build(name, **settings):
-        trainer = build_tiny_trainer(
-            tiny_llama,
-            tmp_path / name,
-            ROWS,
-            num_train_epochs=2,
-            text_kl_weight=0.5,
-            anchor_texts=TEXTS,
-            save_strategy="steps",
-            save_steps=3,
-            **settings,
-        )
+    settings = {"num_train_epochs": 2, "terms": {"text_kl": 0.5, "texts": TEXTS}, "save_strategy": "steps", "save_steps": 3}
+    trainers = [build_tiny_trainer(tiny_llama, tmp_path / name, ROWS, **settings) for name in ("whole", "resumed")]
+    for trainer, checkpoint in zip(trainers, (None, str(tmp_path / "whole" / "checkpoint-3")), strict=True):
         trainer.use_reference(ReferenceCache(tmp_path / "cache.json"), lambda _done, _total: None)
-        return trainer
-
-    whole = build("whole")
-    whole.train()
-    resumed = build("resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert len(losses(whole)) == 8
-    assert losses(resumed) == losses(whole)  # to the last digit; the first three come with the checkpoint
+        trainer.train(resume_from_checkpoint=checkpoint)
+    whole, resumed = map(losses_of, trainers)
+    assert len(whole) == 8
+    assert resumed == whole  # to the last digit; the first three come with the checkpoint
 
 
-# The KL term on plain text
+# The terms beside DPO's
 
 
-@pytest.fixture
-def policies(folder):
-    """The same PeftModel twice, with an adapter that changes something: as it is, and taught to compute packed rows."""
-    from tests.test_packing import load
-
-    return load(folder)
-
-
-@pytest.fixture
-def accelerator(torch):
-    from contextlib import nullcontext
-
-    return SimpleNamespace(unwrap_model=lambda model: model, device=torch.device("cpu"), autocast=nullcontext)
-
-
-def text_kls():
-    from training.losses import packed_text_kl, padded_text_kl
-
-    return padded_text_kl, packed_text_kl
-
-
-def test_text_kl_is_the_mean_over_real_tokens(torch, policies, accelerator):
-    by_hand = []
-    with torch.no_grad():
-        for text in TEXTS:  # one by one: no padding that could leak in
-            ids = torch.tensor([text])
-            q = policies[0](input_ids=ids).logits[0].log_softmax(-1)
-            with policies[0].disable_adapter():
-                p = policies[0](input_ids=ids).logits[0].log_softmax(-1)
-            by_hand += (p.exp() * (p - q)).sum(-1).tolist()
-    assert len(by_hand) == 8
-    for policy, text_kl in zip(policies, text_kls(), strict=True):
-        kl = text_kl(policy, TEXTS, accelerator)
-        assert kl.item() == pytest.approx(sum(by_hand) / 8, rel=1e-4)
-        assert kl.item() > 1e-3
+@pytest.mark.parametrize(
+    ("terms", "names"),
+    [
+        ({}, {}),
+        ({"text_kl": 2.0, "texts": TEXTS}, {"text_kl": 2.0}),
+        ({"counterfactual": 2.0, "question": 0.5}, {"counterfactual_kl": 2.0, "question_loss": 0.5}),
+        ({"ending": 3.0}, {"ending_kl": 3.0}),
+    ],
+    ids=["none", "text", "counterfactual", "ending"],
+)
+def test_the_loss_is_trls_plus_the_weighted_terms(tiny_llama, tmp_path, monkeypatch, terms, names):
+    monkeypatch.setattr(losses, "MAX_NEW_TOKENS", 12)
+    ours, theirs = build_both(tiny_llama, tmp_path, batch=2, trained=0.05, terms=terms)
+    plain, loss = first_loss(theirs, ROWS[:2]).item(), first_loss(ours, ROWS[:2]).item()
+    metrics = {name: ours._metrics["train"][name][0] for name in names}
+    assert loss == pytest.approx(plain + sum(weight * metrics[name] for name, weight in names.items()), abs=1e-5)
+    assert all(value > 1e-6 for value in metrics.values())
+    assert first_loss(ours, ROWS[:2], train=False).item() == pytest.approx(plain, abs=1e-5)  # not in evaluations
+    if "ending" in terms:  # only in every fourth step
+        assert 0 < ours._metrics["train"]["written_tokens"][0] <= 12
+        for step, expected in ((3, plain), (4, loss)):
+            ours.state.global_step = step
+            assert first_loss(ours, ROWS[:2]).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_gradients_of_text_kl_are_those_of_autograd(torch, policies, accelerator):
-    for policy, text_kl in zip(policies, text_kls(), strict=True):
-        text_kl(policy, TEXTS, accelerator).backward()
-    theirs = {name: p.grad for name, p in policies[0].named_parameters() if p.requires_grad}
-    for name, parameter in policies[1].named_parameters():
-        if parameter.requires_grad:
-            assert torch.allclose(parameter.grad, theirs[name], atol=1e-4 * theirs[name].abs().max().item()), name
-
-
-def test_text_kl_is_zero_without_an_update_and_pulls_back_with_one(torch, policies, accelerator):
-    for policy, text_kl in zip(policies, text_kls(), strict=True):
-        optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
-        before = text_kl(policy, TEXTS, accelerator)
-        before.backward()
-        optimizer.step()
-        assert text_kl(policy, TEXTS, accelerator).item() < before.item()
-        with torch.no_grad():
-            for name, parameter in policy.named_parameters():
-                if "lora_B" in name:
-                    parameter.zero_()
-        assert text_kl(policy, TEXTS, accelerator).item() == pytest.approx(0.0, abs=1e-6)  # policy and base are one
-
-
-@pytest.mark.parametrize("weight", [0.0, 2.0])
-def test_the_loss_is_trls_plus_weight_times_kl(tiny_llama, tmp_path, weight):
-    ours, trls = (
-        build_tiny_trainer(tiny_llama, tmp_path, ROWS, way=way, trained=0.05, text_kl_weight=weight, anchor_texts=TEXTS)
-        for way in ("ours", "trl")
-    )
-    loss, plain = (t.compute_loss(t.model.train(), t.data_collator(ROWS[:2])).item() for t in (ours, trls))
-    kl = ours._metrics["train"]["text_kl"]
-    if weight == 0.0:
-        assert kl == []
-        assert loss == pytest.approx(plain, abs=1e-5)
-    else:
-        assert kl[0] > 1e-3
-        assert loss == pytest.approx(plain + 2.0 * kl[0], abs=1e-5)
-
-
-def test_texts_are_drawn_by_step_and_batch_whatever_was_logged(tiny_llama, tmp_path):
-    """Two batches a step: two draws, the same ones where the metrics were cleared, as they are by a log line or a restart."""
-    texts = [[i] for i in range(10_000)]
-    one, two = (build_tiny_trainer(tiny_llama, tmp_path, ROWS, text_kl_weight=1.0, anchor_texts=texts) for _ in range(2))
-    drawn = []
-    for step in range(3):
-        one.state.global_step = step
-        drawn += [one._draw_texts(f"{step}-{one._batch_of_step()}") for _ in range(2)]
-        one._metrics["train"]["text_kl"].append(0.0)
-    two.state.global_step = 2
-    assert [two._draw_texts(f"2-{two._batch_of_step()}") for _ in range(2)] == drawn[4:]
+def test_draws_depend_on_step_and_batch_alone(tiny_llama, tmp_path, monkeypatch):
+    """Two batches a step: two draws, and the same ones in a trainer that starts at that step, as a resumed one does."""
+    drawn: list[list[list[int]]] = []
+    monkeypatch.setattr(losses, "packed_text_kl", lambda _model, texts, _accelerator: drawn.append(texts) or torch.zeros(()))
+    terms = {"text_kl": 1.0, "texts": [[i] for i in range(10_000)]}
+    one, two = (build_tiny_trainer(tiny_llama, tmp_path, ROWS, terms=terms) for _ in range(2))
+    for trainer, steps in ((one, range(3)), (two, [2])):
+        for step in steps:
+            trainer.state.global_step = step
+            for _batch in range(2):
+                trainer._extra_terms(trainer.model, {})
+    assert drawn[6:] == drawn[4:6]
     assert len({str(texts) for texts in drawn}) == 6
 
 
 def test_anchor_texts_are_within_max_length_and_none_without_a_weight(tiny_llama):
     from biasdpo.backends.hf_loading import encode_text, load_tokenizer
-    from biasdpo.config import TrainConfig
     from biasdpo.data.pairs import PreferencePair
-    from training.finish import anchor_texts
+    from training.rows import anchor_texts
 
     tokenizer = load_tokenizer(tiny_llama)
     pair = PreferencePair("Who is it? " * 20, "", "Nobody.")
     whole = encode_text(tokenizer, pair.prompt)
     assert len(whole) > 16
-    config = TrainConfig(max_length=16, text_kl_weight=0.1)
-    assert anchor_texts([pair], tokenizer, config) == [whole[:16]]  # and no empty one
+    assert anchor_texts([pair], tokenizer, TrainConfig(max_length=16, text_kl_weight=0.1)) == [whole[:16]]  # and no empty one
     assert anchor_texts([pair], tokenizer, TrainConfig(max_length=16, text_kl_weight=0.0)) == []
+
+
+# Evaluations in rounds
+
+
+def test_rounds_by_hand():
+    assert rounds(7, 3, 1, 0) == [Round(range(0, 3), 3), Round(range(3, 6), 3), Round(range(6, 7), 1)]
+    # 11 rows, 2 x 3 at once: rows 0 to 5; then 2 each of 6 to 9; then row 10, by both.
+    assert rounds(11, 3, 2, 0) == [Round(range(0, 3), 6), Round(range(6, 8), 4), Round(range(10, 11), 1)]
+    assert rounds(11, 3, 2, 1) == [Round(range(3, 6), 6), Round(range(8, 10), 4), Round(range(10, 11), 1)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 31])
+def test_every_row_counts_once(count, batch_size, processes):
+    by_process = [rounds(count, batch_size, processes, rank) for rank in range(processes)]
+    for at_once in zip(*by_process, strict=True):  # as many rounds for each
+        assert len({len(round_.rows) for round_ in at_once}) == 1  # of as many rows
+        assert 1 <= len(at_once[0].rows) <= batch_size
+        different = {row for round_ in at_once for row in round_.rows}
+        assert {round_.pairs for round_ in at_once} == {len(different)}
+    assert sum(round_.pairs for round_ in by_process[0]) == count
+    assert {row for own in by_process for round_ in own for row in round_.rows} == set(range(count))
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_an_evaluation_is_a_mean_over_pairs(tiny_llama, tmp_path, batch):
+    """Three pairs in twos: TRL's mean of the batches' means would count the third pair twice. Its own, pair by pair, is right."""
+    ours, theirs = (
+        build_tiny_trainer(tiny_llama, tmp_path, ROWS, ours=ours, batch=size, trained=0.05, eval_rows=ROWS[:3]).evaluate()
+        for ours, size in ((True, batch), (False, 1))
+    )
+    per_pair = [key for key in theirs if "reward" in key or "logps" in key or key == "eval_loss"]
+    assert len(per_pair) == 7  # the loss, four of rewards, two of logps
+    for key in per_pair:
+        assert ours[key] == pytest.approx(theirs[key], abs=1e-4), key
+    assert abs(theirs["eval_rewards/margins"]) > 1e-3

@@ -141,28 +141,45 @@ def write_adapter(
     ranks      {end of a layer's name: its rank, where it is another}
     settings   more entries of adapter_config.json
     """
+    shapes = {name: shape for name, shape in sorted(_linear_shapes(model_folder).items()) if re.search(modules, name)}
+    own = {name: r for name in shapes for end, r in (ranks or {}).items() if name.endswith(end)}
+    targets = {name.split(".")[-1] for name in shapes}
+    patterns = {end: r for end, r in (ranks or {}).items() if end in targets}
+    return save_lora(
+        folder, shapes, rank, own, alpha=alpha, size=size, seed=seed, dtype=dtype, **{"rank_pattern": patterns, **settings}
+    )
+
+
+def save_lora(
+    folder: Path,
+    shapes: dict[str, tuple[int, int]],
+    rank: int,
+    ranks: dict[str, int],
+    *,
+    alpha: float,
+    size: float,
+    seed: int,
+    dtype: type,
+    **settings: Any,
+) -> Path:
+    """Random factors for modules of these shapes, (out, in), in PEFT's format."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    tensors, targets, common_rank = {}, set(), rank
-    for name, (out, into) in sorted(_linear_shapes(model_folder).items()):
-        if not re.search(modules, name):
-            continue
-        own = [other for end, other in (ranks or {}).items() if name.endswith(end)]
-        rank = own[0] if own else common_rank
-        tensors[f"base_model.model.{name}.lora_A.weight"] = (rng.standard_normal((rank, into)) / np.sqrt(into)).astype(dtype)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (rng.standard_normal((out, rank)) * size).astype(dtype)
-        targets.add(name.split(".")[-1])
+    tensors = {}
+    for name, (out, into) in shapes.items():
+        r = ranks.get(name, rank)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (rng.standard_normal((r, into)) / np.sqrt(into)).astype(dtype)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (rng.standard_normal((out, r)) * size).astype(dtype)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "",
-        "r": common_rank,
-        "rank_pattern": {end: other for end, other in (ranks or {}).items() if end in targets},
+        "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(targets),
+        "target_modules": sorted({name.split(".")[-1] for name in shapes}),
         **settings,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -193,36 +210,11 @@ def _weights(model_folder: Path) -> dict[str, NDArray[np.float32]]:
 
 # GGUF, as convert_hf_to_gguf.py writes these two architectures
 
-_LLAMA_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_PHI_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.final_layernorm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.dense": "attn_output",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
-
 
 def write_llama_gguf(folder: Path, path: Path, **metadata: str) -> Path:
     """The model of `save_tiny_llama` as an F32 GGUF. `metadata`: tokenizer.ggml.pre, as `pre=...`."""
+    import gguf
+
     config = json.loads((folder / "config.json").read_text())
     writer = _gguf_writer(folder, path, "llama", config, pre=metadata.get("pre", "smollm"))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -232,7 +224,7 @@ def write_llama_gguf(folder: Path, path: Path, **metadata: str) -> Path:
             tensor = _permuted(tensor, config["num_attention_heads"])
         elif ".k_proj." in name:
             tensor = _permuted(tensor, config["num_key_value_heads"])
-        writer.add_tensor(_gguf_name(name, _LLAMA_NAMES), np.ascontiguousarray(tensor))
+        writer.add_tensor(_gguf_name(name, gguf.MODEL_ARCH.LLAMA), np.ascontiguousarray(tensor))
     _finish(writer)
     return path
 
@@ -243,6 +235,8 @@ def write_phi_gguf(folder: Path, path: Path, *, fused: bool = False, pre: str = 
     fused   q, k and v in one tensor, as older converters wrote it
     pre     tokenizer.ggml.pre, "" for none, as older converters wrote it
     """
+    import gguf
+
     config = json.loads((folder / "config.json").read_text())
     writer = _gguf_writer(folder, path, "phi2", config, pre=pre)
     writer.add_layer_norm_eps(config["layer_norm_eps"])
@@ -250,7 +244,7 @@ def write_phi_gguf(folder: Path, path: Path, *, fused: bool = False, pre: str = 
     writer.add_rope_dimension_count(int(head * config["rope_parameters"]["partial_rotary_factor"]))
     weights = _weights(folder)
     for name, tensor in weights.items():
-        gguf_name = _gguf_name(name, _PHI_NAMES)
+        gguf_name = _gguf_name(name, gguf.MODEL_ARCH.PHI2)
         if fused and re.search(r"attn_[qkv]\.", gguf_name):
             if ".attn_q." in gguf_name:
                 parts = [weights[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
@@ -301,11 +295,13 @@ def _gguf_writer(folder: Path, path: Path, architecture: str, config: dict[str, 
     return writer
 
 
-def _gguf_name(name: str, names: dict[str, str]) -> str:
-    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    assert match is not None, name
-    block = "" if match[1] is None else f"blk.{match[1]}."
-    return f"{block}{names[match[2]]}.{match[3]}"
+def _gguf_name(name: str, architecture: Any) -> str:
+    """By the gguf package's own map, as convert_hf_to_gguf.py does it."""
+    import gguf
+
+    found: str | None = gguf.get_tensor_name_map(architecture, 8).get_name(name, (".weight", ".bias"))
+    assert found is not None, name
+    return found
 
 
 def _permuted(matrix: NDArray[np.float32], heads: int) -> NDArray[np.float32]:

@@ -1,1 +1,1 @@
-"""The training process. Nothing imports it: `biasdpo.jobs.worker` starts it through `accelerate launch`."""
+"""DPO training of a LoRA adapter; `biasdpo.jobs` starts it as a process of its own."""

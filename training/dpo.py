@@ -1,21 +1,22 @@
-"""The training process: a run folder with config.json and dataset.jsonl in, an adapter out. Reads top to bottom.
+"""One training run, from its folder to its adapter: DPO with LoRA (arXiv:2305.18290, arXiv:2106.09685) by TRL's DPOTrainer.
 
     accelerate launch --config_file training/accelerate/cpu.yaml -m training WORKSPACE/runs/ID
 
-`biasdpo.jobs.store` makes the folder and starts this; it talks to nobody, and writes status.json, metrics.jsonl, probes.jsonl,
-checkpoints/, best/ and adapter/. The method is DPO with LoRA (arXiv:2305.18290, arXiv:2106.09685) by TRL's DPOTrainer; the
-reference is the base model, which is the policy with its adapter switched off.
+The folder holds config.json and dataset.jsonl; the run adds status.json, metrics.jsonl, probes.jsonl, checkpoints/, best/ and
+adapter/. The reference is the base model, which is the policy with its adapter switched off.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import DPOConfig
 
 from biasdpo import config as run_config
@@ -23,29 +24,95 @@ from biasdpo import counterfactuals, models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import ConfigError, DatasetError, ModelError
-from biasdpo.jobs.job import JobFolder, checkpoint_step
+from biasdpo.jobs.job import JobFolder
+from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, sha256_of
 from training import callbacks
-from training.callbacks import FolderCallback, ProbeCallback, StatusWriter, StoppedError, WindowCallback, cut_after
-from training.finish import TokenRow, anchor_texts, bake, base_sha256, held_out_metrics, rows_seen, tokenise, write_adapter
-from training.trainer import ReferenceCache, TokenisedDPOTrainer, open_cache
+from training.finish import bake, held_out_metrics, write_adapter
+from training.reference import open_cache
+from training.resume import RestoreUnlogged, checkpoint_step, prepare_resume
+from training.rows import RunRows, TokenRow, tokenize_run
+from training.status import StatusWriter, StoppedError
+from training.trainer import ExtraTerms, TokenizedDPOTrainer
 
 
 def train(folder: JobFolder, writer: StatusWriter) -> None:
-    """Everything between the config and the adapter. Raises StoppedError where the run was asked to stop."""
+    """Train a run, from its last checkpoint if there is one. Raises StoppedError if a stop was requested."""
     config = run_config.load_json(folder.config)
-    origin = folder.read_record().origin()
     workspace = Workspace(folder.path.parent.parent)
     if config.threads:
         torch.set_num_threads(config.threads)
-    on_cpu = config.accelerate == "cpu" or not torch.cuda.is_available()
+    on_cpu = trains_on_cpu(config)
     writer.update(phase="reading the data", notes=(), device="cpu" if on_cpu else torch.cuda.get_device_name())
+    spec = models.find(config.model)
+    origin = check_unchanged(folder, config, spec, writer)
+    writer.check_stop()
 
-    # What the run was started on, unchanged since: the snapshot of the data, and the base model.
+    train_pairs, held_out_pairs = load_pairs(folder, config)
+    writer.update(phase="preparing the model's files")
+    model_folder = hf_copy(spec, workspace)
+    tokenizer = load_tokenizer(model_folder)
+    writer.update(phase="tokenizing")
+    rows = tokenize_run(train_pairs, held_out_pairs, tokenizer, spec.template, config)
+    note_counts(rows, config, writer)
+    writer.check_stop()
+
+    writer.update(phase="loading the model")
+    model = load_policy(model_folder, config, use_cpu=on_cpu)
+    trainer = build_trainer(config, folder, model, tokenizer, rows, writer, use_cpu=on_cpu)
+    compute_reference(trainer, workspace, origin["base_sha256"], writer, use_cpu=on_cpu)
+
+    checkpoint = prepare_resume(folder, writer, config.keep, sharded=config.accelerate == "fsdp")
+    trainer.add_callback(RestoreUnlogged(trainer, checkpoint))
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(callbacks.BestCallback(trainer, writer, config))
+    if prompts := origin.get("probe_prompts"):
+        trainer.add_callback(callbacks.ProbeCallback(trainer, writer, tokenizer, spec.template, prompts, config.probe_every))
+    trainer.add_callback(callbacks.EndCallback(writer, config))
+    writer.check_stop()
+    run_steps(trainer, checkpoint, writer)
+
+    last_step = trainer.state.global_step
+    step, reason = callbacks.choose_step(folder, config, last_step)
+    trained = callbacks.adapter_tensors(trainer.model) if step == last_step else callbacks.load_best(folder, step)
+    if not writer.is_main:
+        return
+    writer.note(f"The adapter is that of {reason}")
+    adapter = bake(trained, config)
+    held_out = None
+    if not trainer.is_packed:  # under FSDP no process holds the whole model
+        writer.note("The held-out pairs are not scored at the end under FSDP: run `python -m biasdpo evaluate`")
+    else:
+        set_peft_model_state_dict(trainer.model, {name: tensor.float() for name, tensor in adapter.items()})
+        writer.update(phase="scoring the held-out pairs", eta_seconds=None)
+        held_out = held_out_metrics(trainer, rows.held_out.rows, held_out_pairs, config, writer)
+    provenance = {
+        "model": spec.id,
+        "run_id": folder.id,
+        **origin,
+        "rows": {"train": len(rows.train.rows), "seen": len(rows.used), "held_out": len(rows.held_out.rows)},
+        "kept": {"step": step, "of": last_step, "reason": reason},
+        # Without folders of this machine.
+        "config": config.to_json() | {"datasets": list(map(splits.public_name, config.datasets))},
+        "metrics": {"held_out": held_out},
+    }
+    write_adapter(folder, trainer.model.peft_config["default"], adapter, spec, provenance)
+
+
+# What it trains on
+
+
+def trains_on_cpu(config: TrainConfig) -> bool:
+    return config.accelerate == "cpu" or not torch.cuda.is_available()
+
+
+def check_unchanged(folder: JobFolder, config: TrainConfig, spec: ModelSpec, writer: StatusWriter) -> dict[str, Any]:
+    """What was resolved when the run started, with the hashes of what it trains on. An error if one of these changed since."""
+    origin = folder.read_record().origin()
     if sha256_of(folder.snapshot) != origin["dataset_sha256"]:
         raise DatasetError(f"{folder.snapshot} was changed after the run was started: start a new run on the data you want")
-    spec = models.find(config.model)
     base = base_sha256(spec)
     if origin.setdefault("base_sha256", base) != base:
         raise ModelError(
@@ -57,143 +124,54 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
             raise DatasetError(f"{counterfactuals.FILE} was changed after the run was started: restore it, or start a new run")
     if writer.is_main:
         folder.add_hashes({name: origin[name] for name in ("base_sha256", "counterfactuals_sha256") if name in origin})
-    writer.check_stop()
+    return origin
 
-    # Data: split by prompt; each training pair as often as its weight says; tokenised with the model's own template.
+
+def base_sha256(spec: ModelSpec) -> str:
+    """SHA-256 of the base weights: of the GGUF or the safetensors file; of several, of their hashes in the order of names."""
+    if spec.gguf_path is not None:
+        return sha256_of(spec.gguf_path)
+    assert spec.hf_folder is not None
+    hashes = [sha256_of(file) for file in sorted(spec.hf_folder.glob("*.safetensors"))]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def load_pairs(folder: JobFolder, config: TrainConfig) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
+    """The pairs of an epoch, each as often as its weight says, and the held-out pairs."""
     snapshot = splits.read_snapshot(folder.path)
-    pairs, train_pairs = snapshot.split, snapshot.epoch(config.seed)
-    writer.update(phase="preparing the model's files")
-    model_folder = hf_copy(spec, workspace)
-    tokenizer = load_tokenizer(model_folder)
-    writer.update(phase="tokenising")
-    train_rows = tokenise(train_pairs, tokenizer, spec.template, config.max_length, config.end_of_text)
-    held_out_rows = tokenise(pairs.held_out, tokenizer, spec.template, config.max_length, config.end_of_text)
-    if not train_rows.rows:
-        raise DatasetError(
-            f"No rows to train on: {len(pairs.held_out)} held out, {train_rows.dropped} dropped as too long; add rows, lower "
-            "held_out_share or raise max_length"
-        )
-    writer.note(f"{len(train_rows.rows)} pairs to train on, {len(held_out_rows.rows)} held out")
-    seen = rows_seen(train_rows.rows, config)
-    if len(seen) < len(train_rows.rows):
-        writer.note(f"{config.max_steps} steps see {len(seen)} of them")
-    for name, tokenised in (("training", train_rows), ("held-out", held_out_rows)):
-        if tokenised.dropped or tokenised.cut:
+    return snapshot.epoch(config.seed), snapshot.split.held_out
+
+
+def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> None:
+    writer.note(f"{len(rows.train.rows)} pairs to train on, {len(rows.held_out.rows)} held out")
+    if len(rows.used) < len(rows.train.rows):
+        writer.note(f"{config.max_steps} steps see {len(rows.used)} of them")
+    for name, tokenized in (("training", rows.train), ("held-out", rows.held_out)):
+        if tokenized.dropped or tokenized.cut:
             writer.note(
-                f"max_length {config.max_length}: {tokenised.dropped} {name} pairs dropped (prompt too long), {tokenised.cut} "
+                f"max_length {config.max_length}: {tokenized.dropped} {name} pairs dropped (prompt too long), {tokenized.cut} "
                 "with a completion cut"
             )
-    writer.check_stop()
-
-    # Model and trainer.
-    writer.update(phase="loading the model")
-    model = load_policy(model_folder, config, use_cpu=on_cpu)
-    anchors = anchor_texts(train_pairs, tokenizer, config)
-    reference = open_cache(workspace.cache / "reference", base, "cpu" if on_cpu else "cuda", torch.get_num_threads())
-    trainer = build_trainer(
-        config, folder, model, tokenizer, seen, held_out_rows.rows, anchors, writer, use_cpu=on_cpu, reference=reference
-    )
-    checkpoint = folder.last_checkpoint()
-    trainer.add_callback(WindowCallback(trainer, checkpoint))
-    if trainer.eval_dataset is not None:
-        trainer.add_callback(callbacks.BestCallback(trainer, writer, config))
-    if origin.get("probe_prompts"):
-        prompts = origin["probe_prompts"]
-        trainer.add_callback(ProbeCallback(trainer, writer, tokenizer, spec.template, prompts, config.probe_every))
-    trainer.add_callback(callbacks.EndCallback(writer, config))  # after those that make up for what a stop left out
-
-    # Train, or go on where the last checkpoint ended.
-    resume_from(checkpoint, folder, trainer, writer)
-    writer.check_stop()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except callbacks.EndedEarly:
-        pass
-    except StoppedError:
-        # In an evaluation: the step before it is not to be lost.
-        if trainer.state.global_step > (checkpoint_step(checkpoint) if checkpoint else 0):
-            trainer._save_checkpoint(trainer.model, trial=None)
-        raise
-    if writer.stops:
-        raise StoppedError
-
-    # The chosen step's adapter as it will be used: its strength baked in, rounded to the type it is saved in. Then measured.
-    last_step = trainer.state.global_step
-    step, reason = callbacks.choice(folder, config, last_step)
-    trained = callbacks.adapter_tensors(trainer.model) if step == last_step else callbacks.load_tensors(folder, step)
-    adapter = bake(trained, config)
-    if not writer.is_main:
-        return
-    writer.note(f"The adapter is that of {reason}")
-    if trainer.is_fsdp_enabled:  # no process holds the whole model
-        metrics: dict[str, Any] = {"held_out": None}
-        writer.note("The held-out pairs are not scored at the end under FSDP: run `python -m biasdpo evaluate`")
-    else:
-        set_peft_model_state_dict(trainer.model, {name: tensor.float() for name, tensor in adapter.items()})
-        writer.update(phase="scoring the held-out pairs", eta_seconds=None)
-        metrics = held_out_metrics(trainer, held_out_rows.rows, pairs.held_out, config, writer)
-    provenance = {
-        "model": spec.id,
-        "run_id": folder.id,
-        **origin,
-        "rows": {"train": len(train_rows.rows), "seen": len(seen), "held_out": len(held_out_rows.rows)},
-        "kept": {"step": step, "of": last_step, "reason": reason},
-        "config": public_config(config),
-        "metrics": metrics,
-    }
-    write_adapter(folder, trainer.model.peft_config["default"], adapter, spec, provenance)
 
 
-def load_policy(model_folder: Any, config: TrainConfig, *, use_cpu: bool) -> Any:
-    """The base model's weights: in bf16 on a GPU where the run asks for it, else in fp32."""
+# The model and its trainer
+
+
+def load_policy(model_folder: Path, config: TrainConfig, *, use_cpu: bool) -> Any:
+    """The base model, in bf16 on a GPU if the run asks for it, else in fp32; without attention dropout, as DPO is without any."""
     dtype = torch.bfloat16 if config.precision == "bf16" and not use_cpu else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-
-
-def resume_from(checkpoint: Any, folder: JobFolder, trainer: Any, writer: StatusWriter) -> None:
-    """Take back what was written past the checkpoint (past the start, where there is none)."""
-    step = checkpoint_step(checkpoint) if checkpoint else 0
-    if writer.is_main:
-        cut_after(folder, step)
-        for torn in set(folder.checkpoints.glob("checkpoint-*")) - set(folder.whole_checkpoints()):
-            shutil.rmtree(torn)
-        callbacks.prune(folder)
-    if checkpoint:
-        writer.note(f"resumed after step {step}")
-    tokens = [row["num_tokens"] for row in folder.read_metrics() if "num_tokens" in row and row["step"] <= step]
-    trainer._total_train_tokens = tokens[-1] if tokens else 0  # TRL counts them anew, and logs them
-    chosen = callbacks.best_of([evaluation for evaluation in callbacks.evaluations(folder) if evaluation.step <= step])
-    if chosen is not None:
-        writer.update(best_step=chosen.step, best_accuracy=chosen.accuracy)
-
-
-def public_config(config: TrainConfig) -> dict[str, Any]:
-    """The config without folders of this machine: of a path, the file's name stays."""
-    return config.to_json() | {"datasets": list(map(splits.public_name, config.datasets))}
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attention_dropout=0.0)
 
 
 def build_trainer(
-    config: TrainConfig,
-    folder: JobFolder,
-    model: Any,
-    tokenizer: Any,
-    train_rows: tuple[TokenRow, ...],
-    held_out_rows: tuple[TokenRow, ...],
-    anchors: list[list[int]],
-    writer: StatusWriter,
-    *,
-    use_cpu: bool,
-    reference: ReferenceCache | None = None,
-) -> TokenisedDPOTrainer:
-    """The trainer with this run's settings, a fresh LoRA, and the reference's log-probabilities of all rows.
-
-    reference   where these are kept; they are computed here if they are not there. None: they are computed in every step
-    """
+    config: TrainConfig, folder: JobFolder, model: Any, tokenizer: Any, rows: RunRows, writer: StatusWriter, *, use_cpu: bool
+) -> TokenizedDPOTrainer:
+    """The trainer with this run's settings and a fresh LoRA."""
     missing = [name for name in config.target_modules if not any(n.split(".")[-1] == name for n, _ in model.named_modules())]
     if missing:
         leaves = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"})
         raise ConfigError(f"target_modules {', '.join(missing)}: no such layers in {config.model}; choose of {', '.join(leaves)}")
-    evaluates = config.eval_every > 0 and bool(held_out_rows)
+    evaluates = config.eval_every > 0 and bool(rows.held_out.rows)
     arguments = DPOConfig(
         output_dir=str(folder.checkpoints),
         loss_type=list(config.loss_type),
@@ -225,32 +203,61 @@ def build_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = TokenisedDPOTrainer(
-        text_kl_weight=config.text_kl_weight,
-        anchor_texts=anchors,
-        counterfactual_weight=config.counterfactual_weight,
-        question_weight=config.question_weight,
-        ending_weight=config.ending_weight,
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,  # TRL's disable_dropout would zero it anyway
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    terms = ExtraTerms(
+        text_kl=config.text_kl_weight,
+        counterfactual=config.counterfactual_weight,
+        question=config.question_weight,
+        ending=config.ending_weight,
+        texts=rows.anchors,
+    )
+    trainer = TokenizedDPOTrainer(
+        terms=terms,
         note=writer.note,
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list([row.as_trl() for row in train_rows]),
-        eval_dataset=Dataset.from_list([row.as_trl() for row in held_out_rows]) if evaluates else None,
+        train_dataset=_dataset(rows.used),
+        eval_dataset=_dataset(rows.held_out.rows) if evaluates else None,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=0.0,  # TRL's disable_dropout would zero it anyway
-            target_modules=list(config.target_modules),
-            task_type="CAUSAL_LM",
-        ),
-        callbacks=[FolderCallback(writer)],
+        peft_config=lora,
+        callbacks=[callbacks.FolderCallback(writer)],
     )
+    trainer.remove_callback(PrinterCallback)  # `FolderCallback` logs instead
+    return trainer
 
-    def on_reference(done: int, total: int) -> None:
+
+def _dataset(rows: Sequence[TokenRow]) -> Dataset:
+    return Dataset.from_list([row.to_trl() for row in rows])
+
+
+def compute_reference(
+    trainer: TokenizedDPOTrainer, workspace: Workspace, base_hash: str, writer: StatusWriter, *, use_cpu: bool
+) -> None:
+    """Compute the reference's log-probabilities of all rows, or find them in the workspace's cache."""
+
+    def report_progress(done: int, total: int) -> None:
         writer.update(phase=f"computing the reference ({done} of {total} pairs)")
         writer.check_stop()
 
-    if reference is not None:
-        trainer.use_reference(reference, on_reference)
-    return trainer
+    cache = open_cache(workspace.cache / "reference", base_hash, "cpu" if use_cpu else "cuda", torch.get_num_threads())
+    trainer.use_reference(cache, report_progress)
+
+
+def run_steps(trainer: TokenizedDPOTrainer, checkpoint: Path | None, writer: StatusWriter) -> None:
+    """Train to the last step. A stop saves a checkpoint, then raises StoppedError."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except callbacks.EndedEarly:
+        pass
+    except StoppedError:  # within an evaluation or a probe, after a step that must not be lost
+        if trainer.state.global_step > (checkpoint_step(checkpoint) if checkpoint else 0):
+            trainer._save_checkpoint(trainer.model, trial=None)
+        raise
+    if writer.stopping:
+        raise StoppedError

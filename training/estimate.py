@@ -1,25 +1,24 @@
-"""What a run will take: a process that loads its model, trains on its median and longest rows, and says what that took.
+"""Measures what a run will take: a process that loads the run's model and trains on its median and longest rows.
 
     python -m training.estimate CONFIG.json ANSWER.json WORKSPACE
 
-`biasdpo.jobs.estimate` starts it, and reads ANSWER.json: the fields of an `Estimate`, or {"error": one line}. The steps are the
-run's own, by the trainer that `training.dpo.build_trainer` gives; the time of a step between is taken to be linear in its tokens.
-Nothing is written into the workspace but what is cached there anyway.
+`biasdpo.jobs.estimate` starts it and reads ANSWER.json: the fields of an `Estimate`, or {"error": one line}. The steps are the
+run's own, by its own trainer; a step's time is taken to be linear in its tokens. Nothing is written into the workspace but the
+model's converted files, which are cached there anyway.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -29,20 +28,24 @@ from biasdpo import models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
-from biasdpo.errors import DatasetError
 from biasdpo.jobs.estimate import Estimate, free_memory_bytes, refusal_of
 from biasdpo.jobs.job import JobFolder
 from biasdpo.prompts import probe_prompts
 from biasdpo.workspace import Workspace, write_json
-from training.callbacks import ProbeCallback, StatusWriter, cause_and_remedy
-from training.dpo import build_trainer, load_policy
-from training.finish import TokenRow, anchor_texts, base_sha256, rows_seen, score_base_and_tuned, tokenise
-from training.trainer import WRITES_EVERY, ReferenceCache, groups, open_cache, row_key
+from training.callbacks import ProbeCallback
+from training.dpo import base_sha256, build_trainer, load_policy, trains_on_cpu
+from training.finish import score_base_and_tuned
+from training.reference import ReferenceCache, groups, open_cache, row_key
+from training.rows import TokenRow, tokenize_run
+from training.status import StatusWriter, cause_and_remedy
+from training.trainer import GENERATE_EVERY
+
+logger = logging.getLogger(__name__)
 
 TIMED_BATCHES = 3  # of median length; their median counts
-LAUNCH_SHARE = 0.5  # of the loading, before it: the launcher loads torch too, but neither TRL nor the model
+LAUNCH_SHARE = 0.5  # of the loading time, before it: the launcher loads torch too, but neither TRL nor the model
 LAUNCHER_BYTES = 300_000_000  # resident, of `accelerate launch`
-HEADROOM = 1.25  # of a process on the CPU: a whole run's peak over that of the batches timed here (SmolLM2: 2.85 to 2.27 GB)
+HEADROOM = 1.25  # of a CPU process: a whole run's peak over that of the batches timed here (SmolLM2: 2.85 to 2.27 GB)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Timed:
 
 
 def linear(at: float, median: Timed, longest: Timed) -> float:
-    """Seconds for a batch of `at` tokens, on the line through two that were timed; never less than none."""
+    """Seconds for a batch of `at` tokens, on the line through two timed ones; never negative."""
     if longest.tokens <= median.tokens:
         return median.seconds * at / max(median.tokens, 1)
     slope = max(0.0, (longest.seconds - median.seconds) / (longest.tokens - median.tokens))
@@ -62,109 +65,117 @@ def linear(at: float, median: Timed, longest: Timed) -> float:
 
 
 def main(arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING)
     request, answer, root = map(Path, arguments)
-    began = psutil.Process().create_time()
+    started_at = psutil.Process().create_time()
     try:
-        estimate = measure(run_config.load_json(request), Workspace(root), answer.parent, began)
+        estimate = measure(run_config.load_json(request), Workspace(root), answer.parent, started_at)
     except Exception as exc:
-        traceback.print_exc()
+        logger.exception("The estimate failed")
         write_json(answer, {"error": cause_and_remedy(exc, "cache/estimates/last.log")})
         return 1
     write_json(answer, estimate.to_json())
     return 0
 
 
-def measure(config: TrainConfig, workspace: Workspace, scratch: Path, began: float) -> Estimate:
-    """Measure. `began`: when this process was started, seconds since 1970, so that loading is counted from there."""
-    on_cpu = config.accelerate == "cpu" or not torch.cuda.is_available()
+def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at: float) -> Estimate:
+    """Measure. `started_at`: of this process, seconds since 1970: loading is counted from there."""
+    on_cpu = trains_on_cpu(config)
     device = "cpu" if on_cpu else torch.cuda.get_device_name()
     free = free_memory_bytes("cpu") if on_cpu else torch.cuda.mem_get_info()[0]
     free += psutil.Process().memory_info().rss if on_cpu else 0  # this process's own part counts as free
     if config.threads:
         torch.set_num_threads(config.threads)
 
+    # The run's rows and model, and a trainer on the rows that are timed.
     data = splits.resolve(config, workspace)
     spec = models.find(config.model)
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
-    train = tokenise(data.epoch, tokenizer, spec.template, config.max_length, config.end_of_text)
-    held_out = tokenise(data.split.held_out, tokenizer, spec.template, config.max_length, config.end_of_text)
-    if not train.rows:
-        raise DatasetError(f"No pairs are left to train on: {train.dropped} have prompts that fill max_length; raise it")
+    rows = tokenize_run(data.epoch, data.split.held_out, tokenizer, spec.template, config)
     model = load_policy(model_folder, config, use_cpu=on_cpu)
-    anchors = anchor_texts(data.epoch, tokenizer, config)
-
-    seen = rows_seen(train.rows, config)
-    by_length = sorted(seen, key=tokens_of)
+    by_length = sorted(rows.used, key=lambda row: row.tokens)
     median_rows, longest_rows = around_median(by_length, config.batch_size), by_length[-config.batch_size :]
-    evaluated = around_median(sorted(held_out.rows, key=tokens_of), config.batch_size)
-    timed_rows = (*median_rows, *longest_rows)
+    evaluated = around_median(sorted(rows.held_out.rows, key=lambda row: row.tokens), config.batch_size)
+    timed = (*median_rows, *longest_rows)
     writer = StatusWriter(JobFolder(scratch / "run"), rank=1)  # which writes no status
     writer.folder.path.mkdir()
-    trainer = build_trainer(config, writer.folder, model, tokenizer, timed_rows, evaluated, anchors, writer, use_cpu=on_cpu)
-    loading = time.time() - began
+    timed_rows = replace(rows, used=timed, held_out=replace(rows.held_out, rows=evaluated))
+    trainer = build_trainer(config, writer.folder, model, tokenizer, timed_rows, writer, use_cpu=on_cpu)
+    loading = time.time() - started_at
+
+    # The reference of the rows that the cache does not have.
     known = (base_sha256(spec), "cpu" if on_cpu else "cuda", torch.get_num_threads())
-    unknown = tokens_unknown(open_cache(workspace.cache / "reference", *known), seen, held_out.rows, config)
-    pass_began = time.perf_counter()
+    cache = open_cache(workspace.cache / "reference", *known)
+    unknown = tokens_unknown(cache, rows.used, rows.held_out.rows if config.eval_every else ())
+    pass_started_at = time.perf_counter()
     trainer.use_reference(open_cache(scratch, *known), lambda _done, _total: None)
-    reference_pass = (time.perf_counter() - pass_began) * unknown / tokens_in((*timed_rows, *evaluated))
+    reference = (time.perf_counter() - pass_started_at) * unknown / tokens_in((*timed, *evaluated))
+
+    # Steps.
     trainer.create_optimizer()
     policy, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-    trainer.current_gradient_accumulation_steps = config.gradient_accumulation  # else set by the loop that is not run here
+    trainer.current_gradient_accumulation_steps = config.gradient_accumulation  # set by the loop that is not run here
 
-    def batch(rows: Sequence[TokenRow]) -> None:
+    def batch(batch_rows: Sequence[TokenRow]) -> None:
         """Forward and backward, of which a step has `gradient_accumulation`."""
         policy.train()
-        first = timed_rows.index(rows[0])
-        trainer.training_step(policy, trainer.data_collator([trainer.train_dataset[first + i] for i in range(len(rows))]))
+        first = timed.index(batch_rows[0])
+        examples = [trainer.train_dataset[first + i] for i in range(len(batch_rows))]
+        trainer.training_step(policy, trainer.data_collator(examples))
 
     def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    trainer.state.global_step = 1  # a step in which the policy writes nothing
+    trainer.state.global_step = 1  # a step in which the policy generates nothing
     longest = Timed(tokens_in(longest_rows), seconds_of(lambda: batch(longest_rows), 1, 1))
     median = Timed(tokens_in(median_rows), seconds_of(lambda: batch(median_rows), 0, TIMED_BATCHES))
-    steps = steps_of(config, len(seen))
-    per_batch = linear(tokens_in(seen) / len(seen) * min(config.batch_size, len(seen)), median, longest)
+    steps = steps_of(config, len(rows.used))
+    per_batch = linear(tokens_in(rows.used) / len(rows.used) * min(config.batch_size, len(rows.used)), median, longest)
     if config.ending_weight:
-        trainer.state.global_step = WRITES_EVERY
-        per_batch += max(0.0, seconds_of(lambda: batch(median_rows), 0, 1) - median.seconds) / WRITES_EVERY
+        trainer.state.global_step = GENERATE_EVERY
+        per_batch += max(0.0, seconds_of(lambda: batch(median_rows), 0, 1) - median.seconds) / GENERATE_EVERY
     per_step = config.gradient_accumulation * per_batch + seconds_of(update, 1, 1)
-    share = tokens_in(held_out.rows) / tokens_in(evaluated) if evaluated else 0.0  # the held-out rows, of those that are timed
 
-    def evaluation() -> None:
-        policy.eval()
-        batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(len(evaluated))])
-        trainer.prediction_step(policy, batch, prediction_loss_only=True)
-
+    # Evaluations, probes, and the scoring at the end.
+    share = tokens_in(rows.held_out.rows) / tokens_in(evaluated) if evaluated else 0.0  # all held-out rows per timed one
     prompts = probe_prompts(config)
     probe = ProbeCallback(trainer, writer, tokenizer, spec.template, prompts, config.probe_every)
+    evaluations = probes = scoring = 0.0
+
+    def evaluate() -> None:
+        policy.eval()
+        examples = [trainer.eval_dataset[i] for i in range(len(evaluated))]
+        trainer.prediction_step(policy, trainer.data_collator(examples), prediction_loss_only=True)
+
+    def score() -> None:
+        score_base_and_tuned(trainer.model, evaluated, batch_size=config.batch_size, on_batch=lambda _done: None)
+
+    if evaluated and config.eval_every:
+        evaluations = times(config.eval_every, steps) * share * seconds_of(evaluate, 0, 1) / config.num_processes
+    if evaluated:
+        scoring = share * seconds_of(score, 0, 1)
+    if prompts:
+        completions = len(prompts) * (1 + times(config.probe_every, steps))  # once by the base
+        probes = completions * seconds_of(lambda: probe.complete(prompts[0]["prompt"]), 0, 1)
     parts = {
         "loading": loading * (1 + LAUNCH_SHARE),
-        "reference": reference_pass / config.num_processes,
+        "reference": reference / config.num_processes,
         "training": steps * per_step,
-        "evaluations": 0.0,
-        "probes": 0.0,
-        "scoring": 0.0,
+        "evaluations": evaluations,
+        "probes": probes,
+        "scoring": scoring,
     }
-    if evaluated and config.eval_every:
-        parts["evaluations"] = times(config.eval_every, steps) * share * seconds_of(evaluation, 0, 1) / config.num_processes
-    if evaluated:
-        parts["scoring"] = share * seconds_of(lambda: score(trainer, evaluated, config), 0, 1)
-    if prompts:
-        completed = len(prompts) * (1 + times(config.probe_every, steps))  # once by the base
-        parts["probes"] = completed * seconds_of(lambda: probe.complete(prompts[0]["prompt"]), 0, 1)
-
     memory = peak_memory_bytes(config, on_cpu=on_cpu, free_before=free)
     refusal = refusal_of(memory, free, device)
     return Estimate(
         steps=steps,
-        pairs_train=len(train.rows),
-        pairs_held_out=len(held_out.rows),
-        dropped=train.dropped + held_out.dropped,
-        cut=train.cut + held_out.cut,
-        tokens_per_epoch=tokens_in(train.rows),
+        pairs_train=len(rows.train.rows),
+        pairs_held_out=len(rows.held_out.rows),
+        dropped=rows.train.dropped + rows.held_out.dropped,
+        cut=rows.train.cut + rows.held_out.cut,
+        tokens_per_epoch=tokens_in(rows.train.rows),
         seconds_per_step=per_step,
         seconds_total=sum(parts.values()),
         memory_bytes=memory,
@@ -177,25 +188,15 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, began: flo
     )
 
 
-def tokens_unknown(cache: ReferenceCache, train: Sequence[TokenRow], held_out: Sequence[TokenRow], config: TrainConfig) -> int:
-    """Tokens of the rows whose reference log-probabilities are not kept yet; held-out rows need them where they are evaluated."""
-    known, unknown = cache.load(), 0
-    for rows in (train, held_out if config.eval_every else ()):
-        as_trl = [row.as_trl() for row in rows]
-        for group in groups({row_key(row): row for row in as_trl}):
-            if group.key not in known:
-                unknown += sum(len(row[name]) for row in group.rows for name in row)
-    return unknown
-
-
-def score(trainer: Any, rows: Sequence[TokenRow], config: TrainConfig) -> None:
-    score_base_and_tuned(
-        trainer.model, rows, is_packed=trainer.is_packed, batch_size=config.batch_size, on_batch=lambda _done: None
-    )
+def tokens_unknown(cache: ReferenceCache, *row_lists: Sequence[TokenRow]) -> int:
+    """Tokens of the rows whose reference log-probabilities are not cached."""
+    known = cache.load()
+    found = (group for rows in row_lists for group in groups({row_key(row.to_trl()): row.to_trl() for row in rows}))
+    return sum(len(row[name]) for group in found if group.key not in known for row in group.rows for name in row)
 
 
 def peak_memory_bytes(config: TrainConfig, *, on_cpu: bool, free_before: int) -> int:
-    """On a GPU what the allocator took of it; else the resident memory of as many processes as train, and of the launcher."""
+    """On a GPU what the allocator took; on a CPU the resident memory of all training processes and the launcher."""
     if not on_cpu:
         return int(free_before - torch.cuda.mem_get_info()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -203,41 +204,36 @@ def peak_memory_bytes(config: TrainConfig, *, on_cpu: bool, free_before: int) ->
 
 
 def times(every: int, steps: int) -> int:
-    """How often something is done every so many steps, and at the last."""
+    """How often something happens that is done every `every` steps and at the last."""
     return math.ceil(steps / every)
 
 
-def tokens_of(row: TokenRow) -> int:
-    """Tokens of a pair: its prompt once, and both completions."""
-    return len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
-
-
 def tokens_in(rows: Sequence[TokenRow]) -> int:
-    return sum(map(tokens_of, rows))
+    return sum(row.tokens for row in rows)
 
 
 def around_median(by_length: Sequence[TokenRow], count: int) -> tuple[TokenRow, ...]:
-    """The `count` rows in the middle (all, where there are fewer)."""
+    """The `count` rows in the middle."""
     first = max(0, (len(by_length) - count) // 2)
     return tuple(by_length[first : first + count])
 
 
 def seconds_of(work: Callable[[], object], warm_up: int, times: int) -> float:
-    """The median time of `work`, after some that are not counted."""
+    """The median time of `work`, after `warm_up` calls that do not count."""
     for _ in range(warm_up):
         work()
-    took = []
+    seconds = []
     for _ in range(times):
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        took.append(time.perf_counter() - began)
-    return statistics.median(took)
+        seconds.append(time.perf_counter() - started_at)
+    return statistics.median(seconds)
 
 
 def steps_of(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of a run, as the trainer counts them: an epoch's last step may be smaller."""
+    """Optimizer steps of a run as the Trainer counts them: an epoch's last step may be smaller."""
     if config.max_steps:
         return config.max_steps
     batches = math.ceil(rows / (config.batch_size * config.num_processes))

@@ -1,11 +1,16 @@
-"""A term of the loss that keeps completions as long as base's: whether to end here is decided as base decides it.
+"""Loss terms beside DPO's, each nats, as a scalar with a gradient.
 
-ending KL   sum over the places of a completion, its first token's to the one after its last, of KL(base || policy) of "the next
-            token is end-of-text", a yes or no; mean over the completions, nats a completion
+text KL             mean over the tokens of plain texts of KL(base || policy): DPO holds the policy near its reference only on the
+                    pairs' completions, and an unanchored run gets more perplexed everywhere else
+counterfactual KL   mean over the tokens that two texts about two groups share, after their first difference, of KL(average of
+                    base on both || policy): what is said of a group should not depend on which group it is
+question loss       mean of softplus(MARGIN - lead), lead = log p(right answer) - log p(wrong answer)
+ending KL           mean over completions of the sum over their places of KL(base || policy) of "the next token is end-of-text",
+                    a yes or no. BiasDPO's chosen completions are short, and a policy that learns their manner ends early in
+                    what it writes itself. So the completions are the policy's own, greedy, to the batch's prompts
 
-BiasDPO's chosen completions are short and closed. A policy that learns their manner ends early in what it writes itself, though
-no end was trained on, and though on the chosen completions it is no likelier than under base. So the completions are the
-policy's own: what it writes greedily to the batch's prompts. For models with `add_packed_forward`."""
+`model` is what is trained, a PeftModel or its wrapper. All but `padded_text_kl` need a base model with `add_packed_forward`.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +25,16 @@ from biasdpo.backends.hf_loading import begin_ids, encode_text
 from biasdpo.counterfactuals import Question, Twins
 from training.packing import Branches, kl_of_tokens, kl_to_average, pack, score_tokens
 
-# --- text kl: KL(base || policy) on plain text, nats per token: what holds a policy near its base where no pa
+MARGIN = 2.0  # nats by which a right answer should lead each wrong one
+MAX_NEW_TOKENS = 96
+_MAX_LOGP = -1e-6  # p = 1 in float32 has no log(1 - p)
+
+
+# Text KL
 
 
 def packed_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any) -> torch.Tensor:
-    """Mean over the tokens of `texts` (token ids), (): no padding, no logits kept. For models with `add_packed_forward`."""
+    """The text KL on `texts` (token ids), without padding or stored logits."""
     peft_model = accelerator.unwrap_model(model)
     packing = pack([Branches((), (tuple(text),)) for text in texts], accelerator.device)
     head = peft_model.get_base_model().get_output_embeddings()
@@ -39,7 +49,7 @@ def packed_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any)
 
 
 def padded_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any) -> torch.Tensor:
-    """The same for any model: rows padded at their right."""
+    """The text KL for any model: rows padded on the right."""
     peft_model = accelerator.unwrap_model(model)
     width = max(map(len, texts))
     ids = torch.zeros((len(texts), width), dtype=torch.long)
@@ -60,16 +70,13 @@ def padded_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any)
 
 
 def without_and_with_adapter(peft_model: Any, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `compute` gives of base (without gradients) and of the policy."""
+    """`compute()` of base, without gradients, and of the policy."""
     with torch.no_grad(), peft_model.disable_adapter():
         base = compute()
     return base, compute()
 
 
-# --- counterfactual: Two terms of the loss that need no preference pair: what is said of a group should not depend o
-
-
-MARGIN = 2.0  # nats by which a right answer should lead each wrong one
+# Counterfactual terms
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class TwinIds:
 
 
 def encode_twins(twins: Twins, tokenizer: Any) -> TwinIds:
-    """Token ids of twins: part by part, so that what they share is the same tokens in both."""
+    """Token ids of twins, encoded part by part, so that what they share is the same tokens in both."""
     ids: list[list[int]] = [begin_ids(tokenizer), begin_ids(tokenizer)]
     spots: list[list[int]] = [[], []]
     differ = False
@@ -97,7 +104,7 @@ def encode_twins(twins: Twins, tokenizer: Any) -> TwinIds:
 
 
 def counterfactual_kl(model: Any, twins: Sequence[TwinIds], accelerator: Any) -> torch.Tensor:
-    """The counterfactual KL of a PeftModel, mean over the tokens of both texts, ()."""
+    """The counterfactual KL, mean over the shared tokens of both texts."""
     peft_model = accelerator.unwrap_model(model)
     packing = pack([Branches((), (text,)) for pair in twins for text in pair.ids], accelerator.device)
     indices: list[list[int]] = [[], []]
@@ -118,7 +125,7 @@ def counterfactual_kl(model: Any, twins: Sequence[TwinIds], accelerator: Any) ->
 
 
 def question_loss(model: Any, questions: Sequence[Question], tokenizer: Any, accelerator: Any) -> tuple[torch.Tensor, float]:
-    """The question loss, (), mean over the questions, and the share of them with the right answer ahead."""
+    """The question loss, mean over the questions, and the share of them with the right answer ahead."""
     peft_model = accelerator.unwrap_model(model)
     branches = [
         Branches(
@@ -138,16 +145,12 @@ def question_loss(model: Any, questions: Sequence[Question], tokenizer: Any, acc
     return loss, sum(bool((lead > 0).all()) for lead in leads) / len(leads)
 
 
-# --- ending: A term of the loss that keeps completions as long as base's: whether to end here is decided as
+# Ending KL
 
 
-MAX_NEW_TOKENS = 96
-_MOST_LOGP = -1e-6  # p = 1 in float32 has no log(1 - p)
-
-
-def write(model: Any, prompts: Sequence[tuple[int, ...]], end_of_text: int, accelerator: Any) -> list[Branches]:
-    """What the policy writes to prompts (token ids), greedily, at most MAX_NEW_TOKENS each, without the end. Draws no random
-    number, and leaves the model in the mode it was in."""
+def generate(model: Any, prompts: Sequence[tuple[int, ...]], end_of_text: int, accelerator: Any) -> list[Branches]:
+    """The policy's greedy completions of prompts (token ids), at most MAX_NEW_TOKENS each, without the end. Uses no random
+    numbers, and leaves the model in the mode it was in."""
     peft_model = accelerator.unwrap_model(model)
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
@@ -173,7 +176,7 @@ def write(model: Any, prompts: Sequence[tuple[int, ...]], end_of_text: int, acce
 
 
 def ending_kl(model: Any, written: Sequence[Branches], end_of_text: int, accelerator: Any) -> torch.Tensor:
-    """The ending KL of a PeftModel over all completions, (). They hold no end-of-text."""
+    """The ending KL, mean over all completions, which hold no end-of-text."""
     peft_model = accelerator.unwrap_model(model)
     ended = [Branches(one.prompt, tuple((*completion, end_of_text) for completion in one.completions)) for one in written]
     packing = pack(ended, accelerator.device)
@@ -182,14 +185,14 @@ def ending_kl(model: Any, written: Sequence[Branches], end_of_text: int, acceler
     def ends() -> torch.Tensor:
         hidden = model(packing=packing)[0][packing.sources]
         targets = torch.full_like(packing.targets, end_of_text)
-        return score_tokens(hidden, head, targets).logps.clamp(max=_MOST_LOGP)
+        return score_tokens(hidden, head, targets).logps.clamp(max=_MAX_LOGP)
 
     with accelerator.autocast():
         base, policy = without_and_with_adapter(peft_model, ends)
-    kl = base.exp() * (base - policy) - torch.expm1(base) * (_log_of_rest(base) - _log_of_rest(policy))
+    kl = base.exp() * (base - policy) - torch.expm1(base) * (_log1m(base) - _log1m(policy))
     return kl.sum() / sum(len(one.completions) for one in written)
 
 
-def _log_of_rest(logps: torch.Tensor) -> torch.Tensor:
-    """log(1 - p)."""
+def _log1m(logps: torch.Tensor) -> torch.Tensor:
+    """log(1 - p) of log p."""
     return torch.log(-torch.expm1(logps))

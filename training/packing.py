@@ -1,10 +1,14 @@
-"""A causal language model of transformers, taught to compute packed rows; what it does with ordinary input stays as it was."""
+"""Preference pairs packed into one row of tokens without padding, and the model, attention and projection that compute it.
+
+A prompt that completions share, and a beginning that prompts share, are computed once. The vocabulary projection runs only on
+the tokens that are asked for, in slices, so that no (tokens, vocabulary) tensor is kept.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MethodType
@@ -17,12 +21,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl.trainer.utils import FusedCausalLMOutput
 
-# --- packing: Preference pairs as one row of tokens without padding: what pairs share is computed once
+ARCHITECTURES = ("LlamaForCausalLM", "PhiForCausalLM")
+ATTENTION = "packed_or_sdpa"
+LOGITS_PER_SLICE = 2**23  # numbers: 32 MiB in float32
+
+# The layout
 
 
 @dataclass(frozen=True)
 class Branches:
-    """A prompt and the completions that follow it, each on its own: token ids. A bare text: no prompt, one completion."""
+    """A prompt and the completions that follow it, each independently: token ids. A plain text: no prompt, one completion."""
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -33,9 +41,9 @@ class Packing:
     """A batch of `Branches` as one row of T tokens.
 
     ids, positions   (1, T)
-    shared           number of tokens, at the row's start, that all see
+    shared           number of tokens, at the row's start, that all items attend to
     own              number of tokens of each item beyond these; their sum is T - shared
-    masks            for each item a bool tensor (own, shared + own): True where a token (row) sees another (column)
+    masks            for each item a bool tensor (own, shared + own): True where a token (row) attends to another (column)
     sources          (N,) index in the row of the token from which each completion token is predicted
     targets          (N,) those completion tokens: item by item, completion by completion
     """
@@ -50,7 +58,7 @@ class Packing:
 
 
 def pack(batch: Sequence[Branches], device: torch.device | str = "cpu") -> Packing:
-    """Lay a batch out. A first completion token without any prompt has nothing to be predicted from: it is no target."""
+    """Pack a batch. The first token of a completion without a prompt has nothing to be predicted from: it is no target."""
     shared = shared_length([item.prompt for item in batch])
     ids = list(batch[0].prompt[:shared])
     positions = list(range(shared))
@@ -85,7 +93,7 @@ def pack(batch: Sequence[Branches], device: torch.device | str = "cpu") -> Packi
 
 
 def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Number of tokens with which all prompts begin. Of a single prompt: 0, for nothing is saved."""
+    """Number of tokens with which all prompts begin. 0 for a single prompt: nothing would be saved."""
     if len(prompts) < 2:
         return 0
     shortest, longest = min(prompts), max(prompts)  # what these two share, all between them share
@@ -94,7 +102,7 @@ def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 def _mask(shared: int, prompt: int, completions: Sequence[int]) -> torch.Tensor:
-    """(own, shared + own): causal, but for a completion that does not see the completions before it."""
+    """(own, shared + own): causal, except that a completion does not attend to the completions before it."""
     own = prompt + sum(completions)
     mask = torch.ones((own, shared + own), dtype=torch.bool).tril(shared)
     for start, length in zip(accumulate(completions, initial=prompt), completions, strict=False):
@@ -119,15 +127,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing:
     return torch.cat(attended, dim=2)
 
 
-# --- projection: The vocabulary projection, only where it is asked for and in slices of rows: no (tokens, V) ten
-
-
-LOGITS_A_SLICE = 2**23  # numbers: 32 MiB in float32
+# The vocabulary projection
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What the model thinks of N tokens, each (N,), float32.
+    """The model's scores of N tokens, each (N,), float32.
 
     logps         log p(target), nats; the only one with a gradient
     entropies     of the distributions, nats
@@ -167,29 +172,14 @@ def score_tokens(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Ten
 
 
 def kl_of_tokens(base_hidden: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
-    """KL(base || policy) of the next-token distributions of two models that share a head, (N, H) each -> (N,), nats.
-
-    With p of base, q of the policy: KL = sum p (log p - log q), and d KL / d h = (q - p) W.
-    """
-    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    divergences, gradients = [], []
-    with torch.no_grad():
-        weight, bias = _head(hidden, head)
-        for rows in _slices(hidden, weight):
-            base = _logits(base_hidden[rows], weight, bias).log_softmax(-1)
-            policy = _logits(hidden[rows], weight, bias).log_softmax(-1)
-            probabilities = base.exp()
-            divergences.append(torch.linalg.vecdot(probabilities, base.sub_(policy)))
-            if wants_gradient:
-                gradients.append(_expected(weight, policy.exp_().sub_(probabilities)))
-    divergence = torch.cat(divergences)
-    return _with_gradient(hidden, divergence, torch.cat(gradients)) if wants_gradient else divergence
+    """KL(base || policy) of the next-token distributions of two models that share a head, (N, H) each -> (N,), nats."""
+    return kl_to_average(base_hidden[None], hidden[None], head)[0]
 
 
 def kl_to_average(base_hidden: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
-    """KL(p || policy) where p is the average of base's next-token distributions over K texts: (K, N, H) each -> (K, N), nats.
+    """KL(p || policy), p the average of base's next-token distributions over K texts: (K, N, H) each -> (K, N), nats.
 
-    KL = sum p (log p - log q_k), and d KL / d h_k = (q_k - p) W.
+    With q_k of the policy on text k: KL_k = sum p (log p - log q_k), and d KL_k / d h_k = (q_k - p) W.
     """
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
     divergences, gradients = [], []
@@ -197,17 +187,18 @@ def kl_to_average(base_hidden: torch.Tensor, hidden: torch.Tensor, head: torch.n
         weight, bias = _head(hidden, head)
         for rows in _slices(hidden[0], weight):
             texts = [_logits(base, weight, bias).log_softmax(-1) for base in base_hidden[:, rows]]
-            average = torch.stack(texts).logsumexp(0) - math.log(len(texts))
+            average = texts[0] if len(texts) == 1 else torch.stack(texts).logsumexp(0) - math.log(len(texts))
             probabilities = average.exp()
             policies = [_logits(states, weight, bias).log_softmax(-1) for states in hidden[:, rows]]
-            divergences.append(torch.stack([torch.linalg.vecdot(probabilities, average - policy) for policy in policies]))
+            logratios = (torch.sub(average, policy, out=texts[0]) for policy in policies)  # one buffer, which is free now
+            divergences.append(torch.stack([torch.linalg.vecdot(probabilities, logratio) for logratio in logratios]))
             if wants_gradient:
                 gradients.append(torch.stack([_expected(weight, policy.exp_().sub_(probabilities)) for policy in policies]))
     divergence = torch.cat(divergences, dim=1)
     if not wants_gradient:
         return divergence
-    known = _with_gradient(hidden.flatten(0, 1), divergence.flatten(), torch.cat(gradients, dim=1).flatten(0, 1))
-    return known.view_as(divergence)
+    with_gradient = _with_gradient(hidden.flatten(0, 1), divergence.flatten(), torch.cat(gradients, dim=1).flatten(0, 1))
+    return with_gradient.view_as(divergence)
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -232,14 +223,14 @@ def _with_gradient(hidden: torch.Tensor, values: torch.Tensor, gradients: torch.
 
 
 def _head(hidden: torch.Tensor, head: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The head's weight (V, H) and bias (V,), in the type that matrix products are computed in."""
+    """The head's weight (V, H) and bias (V,), in the dtype of matrix products (autocast's, if it is on)."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
 
 def _slices(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, LOGITS_A_SLICE // weight.shape[0])
+    rows = max(1, LOGITS_PER_SLICE // weight.shape[0])
     for start in range(0, max(1, len(hidden)), rows):  # no rows: one empty slice
         yield slice(start, start + rows)
 
@@ -254,15 +245,11 @@ def _expected(weight: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     return (coefficients.to(weight.dtype) @ weight).float()
 
 
-# --- packed model: A causal language model of transformers, taught to compute packed rows; what it does with ordin
-
-
-ARCHITECTURES = ("LlamaForCausalLM", "PhiForCausalLM")
-ATTENTION = "packed_or_sdpa"
+# The model
 
 
 def why_not_packed(model: Any) -> str:
-    """Why a base model can't be taught, as the end of a sentence; "" where it can."""
+    """Why a base model can't compute packed rows, as the end of a sentence; "" if it can."""
     name = type(model).__name__
     if name not in ARCHITECTURES:
         return f"{name} is neither {' nor '.join(ARCHITECTURES)}"
@@ -274,14 +261,13 @@ def why_not_packed(model: Any) -> str:
 
 
 def add_packed_forward(model: Any) -> None:
-    """Teach a base model, on which TRL's `add_fused_lm_head` was called already, two more ways to be called.
+    """Add two ways to call a base model on which TRL's `add_fused_lm_head` was called already; others stay as they were.
 
-    model(packing=...)                              the last hidden states of a packed row, (1, T, H)
+    model(packing=...)   the last hidden states of a packed row, (1, T, H)
     model(input_ids, attention_mask, labels, fused_lm_head=True)
-                                                    TRL's call, a batch of rows [chosen; rejected] padded at their right; the
-                                                    same output, computed packed
+                         TRL's call on a batch of rows [chosen; rejected] padded on the right: the same output, computed packed
 
-    In `forward` itself, so that what wraps the model (PEFT, autocast, data parallel) wraps these calls too.
+    They go through `forward`, so that what wraps the model (PEFT, autocast, data parallel) wraps them too.
     """
     original = model.forward
     model.set_attn_implementation(ATTENTION)
@@ -300,7 +286,7 @@ def add_packed_forward(model: Any) -> None:
 
 
 def _last_hidden(model: Any, packing: Packing) -> torch.Tensor:
-    # A mask of four dimensions is passed on as it is: none gets built, and `_attention` needs none.
+    # A mask of four dimensions is passed through as it is; `_attention` uses the packing's own.
     unused_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=packing.ids.device)
     outputs = model.model(
         input_ids=packing.ids, position_ids=packing.positions, attention_mask=unused_mask, packing=packing, use_cache=False
@@ -314,9 +300,8 @@ def _pair_scores(model: Any, ids: torch.Tensor, attention_mask: torch.Tensor, la
     packing = pack(unpad(ids, attention_mask, labels), ids.device)
     scores = score_tokens(_last_hidden(model, packing)[0, packing.sources], model.get_output_embeddings(), packing.targets)
     mask = labels[:, 1:] != -100
-    lengths = _in_turn(
-        mask.sum(1).tolist()
-    )  # in the packed row chosen and rejected take turns; in the batch all chosen come first
+    chosen, rejected = mask.sum(1).view(2, -1).tolist()
+    lengths = [length for pair in zip(chosen, rejected, strict=True) for length in pair]  # chosen and rejected alternate
 
     def unpacked(values: torch.Tensor) -> torch.Tensor:
         parts = torch.split(values, lengths)
@@ -332,7 +317,7 @@ def _pair_scores(model: Any, ids: torch.Tensor, attention_mask: torch.Tensor, la
 
 
 def unpad(ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> list[Branches]:
-    """TRL's batch, rows [chosen; rejected] (2B, L) padded at their right, as B prompts with two completions each."""
+    """TRL's batch, rows [chosen; rejected] (2B, L) padded on the right, as B prompts with two completions each."""
     lengths = attention_mask.sum(1).tolist()
     completions = (labels != -100).sum(1).tolist()
     split = [
@@ -348,17 +333,10 @@ def unpad(ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor)
     return pairs
 
 
-def _in_turn(lengths: list[int]) -> list[int]:
-    """[a1, a2, b1, b2] -> [a1, b1, a2, b2]."""
-    half = len(lengths) // 2
-    pairs: Iterable[tuple[int, int]] = zip(lengths[:half], lengths[half:], strict=True)
-    return [length for pair in pairs for length in pair]
-
-
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[torch.Tensor, None]:
-    """What each attention layer calls: packed where the model was given a packed row, else what transformers would do."""
+    """Called by each attention layer: packed if the model was given a packed row, else SDPA as in transformers."""
     packing = settings.get("packing")
     if packing is None:
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)

@@ -7,7 +7,8 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -599,33 +600,28 @@ class Pairing:
     """Puts the two sides of a pair into one batch: the first to arrive waits briefly for the other."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: list[_Waiting] = []
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[list[int], BatchRow, Future[Batch]]] = []
 
     def batch_of(self, prompt: list[int], row: BatchRow, start: Callable[[list[BatchRow]], Batch]) -> Batch:
         """The batch for a row: shared with the other side's row of the same prompt, base first; alone if none arrives in time.
         `start` creates a batch of rows."""
-        with self._changed:
-            for other in self._waiting:
-                if other.prompt == prompt and other.row.side != row.side:
-                    self._waiting.remove(other)
-                    other.batch = start([row, other.row] if row.side == "base" else [other.row, row])
-                    self._changed.notify_all()
-                    return other.batch
-            mine = _Waiting(prompt, row)
+        with self._lock:
+            for waiting in self._waiting:
+                other_prompt, other, batch = waiting
+                if other_prompt == prompt and other.side != row.side:
+                    self._waiting.remove(waiting)
+                    batch.set_result(start([row, other] if row.side == "base" else [other, row]))
+                    return batch.result()
+            mine = (prompt, row, Future[Batch]())
             self._waiting.append(mine)
-            self._changed.wait_for(lambda: mine.batch is not None, PAIRING_SECONDS)
-            if mine.batch is None:
-                self._waiting.remove(mine)
-                mine.batch = start([row])
-            return mine.batch
-
-
-class _Waiting:
-    def __init__(self, prompt: list[int], row: BatchRow) -> None:
-        self.prompt = prompt
-        self.row = row
-        self.batch: Batch | None = None
+        with suppress(TimeoutError):
+            return mine[2].result(PAIRING_SECONDS)
+        with self._lock:
+            if mine[2].done():  # the other side has just come
+                return mine[2].result()
+            self._waiting.remove(mine)
+            return start([row])
 
 
 class Sampler:

@@ -55,12 +55,6 @@ def trigrams(normalized: str) -> frozenset[int]:
     return frozenset(map(hash, zip(words, words[1:], words[2:], strict=False)))
 
 
-def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
-    """|A and B| / |A or B|."""
-    shared = len(one & other)
-    return shared / (len(one) + len(other) - shared)
-
-
 class NearDuplicates:
     """An index of prompts in their order that finds the earlier near-duplicates of each prompt added.
 
@@ -410,7 +404,8 @@ class _Tally:
             self._near_duplicates += bool(near)
         if self._overlap is not None and preferred:
             flags = self._overlap.flags([row[column] for row in preferred for column in TEXTS])
-            for row in compress(preferred, flags.reshape(-1, len(TEXTS)).any(axis=1).tolist()):
+            overlapping = list(np.any(flags.reshape(-1, len(TEXTS)), axis=1))
+            for row in compress(preferred, overlapping):
                 self._overlapping += 1
                 self._files.update({file for column in TEXTS for file in self._overlap.files_of(row[column])})
 

@@ -171,10 +171,10 @@ class Journal:
         self._in_order: list[Row] = []
         self._lines = GrowingLines()
 
-    def refresh(self) -> Journal:
-        """Read what is new; a file that was replaced or cut is read from its start."""
+    def refresh(self, *, is_locked: bool = False) -> Journal:
+        """Read what is new; a file that was replaced or cut is read from its start. `is_locked`: the caller holds its lock."""
         with self._lock:
-            if not self._read(stop_at_bad_line=True):
+            if not self._read(stop_at_bad_line=not is_locked):
                 # It may be two halves, read while a truncated line was replaced by another: look again while nobody writes.
                 with suppress(WorkspaceError, OSError), locked(self.path, _READ_LOCK_SECONDS):
                     self._read(stop_at_bad_line=False)
@@ -228,6 +228,14 @@ class Journal:
                 self.retracted.add(row["retracts"])
 
 
+_journals: dict[Path, Journal] = {}
+
+
+def journal_of(workspace: Workspace) -> Journal:
+    """The journal of a workspace as this process has read it: one for all, so that each row is read once."""
+    return _journals.setdefault(workspace.preferences, Journal(workspace.preferences))
+
+
 # Appending
 
 
@@ -265,8 +273,8 @@ def append_all(workspace: Workspace, judgments: Iterable[Judgment]) -> Appended:
         if judgment.id not in lines:
             lines[judgment.id] = _line(judgment)
     with _opened(workspace.preferences) as (file, repaired):
-        known = _known_ids(workspace.preferences, file)
-        new = [line for judgment_id, line in lines.items() if not known.contains(file, judgment_id)]
+        known = journal_of(workspace).refresh(is_locked=True).rows
+        new = [line for judgment_id, line in lines.items() if judgment_id not in known]
         _write(file, b"".join(new))  # synced even if nothing is new: the process that wrote it may have been killed before
     return Appended(len(new), count - len(new), repaired)
 
@@ -370,60 +378,6 @@ def _sync_folder(folder: Path) -> None:
     with suppress(OSError):
         os.fsync(handle)
     os.close(handle)
-
-
-# Known ids: a process reads the journal's ids once, then only what is new, so that a repeated append is recognized
-
-_LENGTH_BITS = 32  # of a position: the line's length; above them its offset
-_LINE_START = b'{"id":"'  # of a line written here
-
-
-class _KnownIds:
-    """The ids of a journal and the positions of their lines: about 200 bytes per id."""
-
-    def __init__(self) -> None:
-        self._lines = GrowingLines()
-        self._positions: dict[bytes, int] = {}
-
-    def refresh(self, file: int) -> None:
-        """Read on in the journal, which is open and locked."""
-        if not self._lines.continues_in(file):
-            self._lines, self._positions = GrowingLines(), {}
-            self._lines.continues_in(file)
-        for line in self._lines.read(file):
-            end = line.find(b'"', len(_LINE_START))
-            judgment_id = line[len(_LINE_START) : end] if line.startswith(_LINE_START) else b"\\"
-            if b"\\" in judgment_id:  # written by another program, or an id that JSON escapes
-                judgment_id = _parsed_id(line)
-            if judgment_id:
-                self._positions[judgment_id] = self._lines.offset << _LENGTH_BITS | len(line)
-
-    def contains(self, file: int, judgment_id: str) -> bool:
-        """Whether the journal has a row of this id. The line is read again, since a line that is not a row does not count."""
-        position = self._positions.get(judgment_id.encode())
-        if position is None:
-            return False
-        line = os.pread(file, position & (1 << _LENGTH_BITS) - 1, position >> _LENGTH_BITS)
-        try:
-            return bool(parse_row(line)["id"] == judgment_id)
-        except ValueError:
-            return False
-
-
-_known: dict[Path, _KnownIds] = {}
-
-
-def _known_ids(path: Path, file: int) -> _KnownIds:
-    known = _known.setdefault(path, _KnownIds())
-    known.refresh(file)
-    return known
-
-
-def _parsed_id(line: bytes) -> bytes:
-    try:
-        return str(parse_row(line)["id"]).encode("utf-8", "replace")
-    except ValueError:
-        return b""
 
 
 # Truncated lines

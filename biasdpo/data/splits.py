@@ -1,4 +1,4 @@
-"""What a run trains on: sources, mixed into one row per pair, split by prompt, and stored in the run's folder.
+"""What a run trains on: its sources as one row per pair, split by prompt, and stored in the run's folder.
 
 `resolve` reads the data once; `RunData.write` stores dataset.jsonl and split.json; everything after that uses `read_snapshot`.
 """
@@ -75,40 +75,7 @@ def trainable(journal: Journal) -> list[dict[str, Any]]:
     return [row for row in journal.standing() if row["verdict"] == "preferred" and not row["repeat_of"]]
 
 
-# Mixing: one row per pair, each with a weight: how often an epoch contains it
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """One row per pair, however many sources contain it, with the largest weight among them.
-
-    derived     the pairs, and what was left out
-    weights     one for each pair of `derived`
-    per_source  (source, rows read), in order
-    """
-
-    derived: Derived
-    weights: tuple[float, ...]
-    per_source: tuple[tuple[str, int], ...]
-
-    @property
-    def rows_read(self) -> int:
-        return sum(rows for _source, rows in self.per_source)
-
-
-def mix(sources: Sequence[str], weights: Sequence[float], workspace: Workspace) -> Mixed:
-    """Read all sources. `weights`: one per source, or none for 1 each. Raises DatasetError as `load` does."""
-    rows: list[PreferencePair] = []
-    largest: dict[str, float] = {}
-    per_source = []
-    for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True):
-        read = load([source], workspace)
-        for row in read:
-            largest[row.pair_id] = max(weight, largest.get(row.pair_id, 0.0))
-        rows += read
-        per_source.append((source, len(read)))
-    derived = derive(rows)
-    return Mixed(derived, tuple(largest[pair.pair_id] for pair in derived.pairs), tuple(per_source))
+# Weights: how often an epoch contains a pair
 
 
 def weighted(pairs: Sequence[PreferencePair], weights: Sequence[float], seed: int) -> list[PreferencePair]:
@@ -198,30 +165,41 @@ class Mixture:
 
 @dataclass(frozen=True)
 class RunData:
-    """A run's pairs. `epoch`: the training rows of one epoch."""
+    """A run's data.
 
-    mixed: Mixed
+    derived     one row per pair, however many sources contain it, and what was left out
+    weights     one for each of these pairs: the largest among the sources that contain it
+    per_source  (source, rows read), in order
+    epoch       the training rows of one epoch
+    """
+
+    derived: Derived
+    weights: tuple[float, ...]
+    per_source: tuple[tuple[str, int], ...]
     split: Split
     epoch: tuple[PreferencePair, ...]
     held_out_share: float
 
+    @property
+    def rows_read(self) -> int:
+        return sum(rows for _source, rows in self.per_source)
+
     def write(self, folder: Path) -> str:
         """Write dataset.jsonl and split.json into a run's folder; return the SHA-256 of dataset.jsonl."""
-        sha256 = write_dataset(self.mixed.derived.pairs, folder / DATASET, self.mixed.weights)
+        sha256 = write_dataset(self.derived.pairs, folder / DATASET, self.weights)
         _write_split(folder, self.split, self.held_out_share, sha256)
         return sha256
 
     def mixture(self) -> Mixture:
-        derived = self.mixed.derived
         return Mixture(
             pairs_train=len(self.split.train),
             rows_per_epoch=len(self.epoch),
             pairs_held_out=len(self.split.held_out),
-            rows_read=self.mixed.rows_read,
-            repeats=derived.repeats,
-            contradictions=derived.contradictions,
+            rows_read=self.rows_read,
+            repeats=self.derived.repeats,
+            contradictions=self.derived.contradictions,
             dropped=len(self.split.dropped),
-            per_source=self.mixed.per_source,
+            per_source=self.per_source,
             confounds=replace(measure(self.epoch), exact_duplicates=0),  # a pair repeated by its weight is none
             train_longer_baseline=longer_baseline(self.epoch),
             held_out_longer_baseline=longer_baseline(self.split.held_out),
@@ -234,7 +212,7 @@ class RunData:
             "dataset_files": [public_name(source) for source, _rows in mixture.per_source],
             "dataset_rows": {
                 "read": mixture.rows_read,
-                "pairs": len(self.mixed.derived.pairs),
+                "pairs": len(self.derived.pairs),
                 "repeats": mixture.repeats,
                 "contradictions": mixture.contradictions,
                 "bridging": mixture.dropped,
@@ -247,20 +225,29 @@ class RunData:
 
 
 def resolve(config: TrainConfig, workspace: Workspace) -> RunData:
-    """Read, mix and split a run's data. Raises ConfigError if none is named, DatasetError if there is nothing to train on."""
+    """Read and split a run's data. Raises ConfigError if none is named, DatasetError if there is nothing to train on."""
     if not config.datasets:
         raise ConfigError("No data to train on: name some with --dataset FILE.jsonl, hub:OWNER/NAME or workspace")
-    mixed = mix(config.datasets, config.dataset_weights, workspace)
-    parts = split(mixed.derived.pairs, config.held_out_share)
-    weights = {pair.pair_id: weight for pair, weight in zip(mixed.derived.pairs, mixed.weights, strict=True)}
+    rows: list[PreferencePair] = []
+    weights: dict[str, float] = {}
+    per_source = []
+    for source, weight in zip(config.datasets, config.dataset_weights or [1.0] * len(config.datasets), strict=True):
+        read = load([source], workspace)
+        for row in read:
+            weights[row.pair_id] = max(weight, weights.get(row.pair_id, 0.0))
+        rows += read
+        per_source.append((source, len(read)))
+    derived = derive(rows)
+    parts = split(derived.pairs, config.held_out_share)
     epoch = tuple(weighted(parts.train, [weights[pair.pair_id] for pair in parts.train], config.seed))
     if not epoch:
         names = ", ".join(map(public_name, config.datasets))
         raise DatasetError(
-            f"{names}: no pairs to train on ({mixed.rows_read} rows read, {len(parts.held_out)} held out, "
-            f"{mixed.derived.contradictions} contradict each other); add rows or lower held_out_share"
+            f"{names}: no pairs to train on ({len(rows)} rows read, {len(parts.held_out)} held out, "
+            f"{derived.contradictions} contradict each other); add rows or lower held_out_share"
         )
-    return RunData(mixed, parts, epoch, config.held_out_share)
+    of_pairs = tuple(weights[pair.pair_id] for pair in derived.pairs)
+    return RunData(derived, of_pairs, tuple(per_source), parts, epoch, config.held_out_share)
 
 
 def public_name(source: str) -> str:

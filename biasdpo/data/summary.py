@@ -185,36 +185,11 @@ class HasCell(Protocol):
 Prompt = TypeVar("Prompt", bound=HasCell)
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """The coverage matrix: `counts[i][j]` judgments of `categories[i]` about `groups[j]`; both in alphabetical order, "" last."""
-
-    categories: tuple[str, ...]
-    groups: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
-
-    def cells(self) -> list[tuple[str, str, int]]:
-        """Category, group and count of every cell, the thinnest first; ties in the matrix's order."""
-        every = [
-            (category, group, count)
-            for category, counts in zip(self.categories, self.counts, strict=True)
-            for group, count in zip(self.groups, counts, strict=True)
-        ]
-        return sorted(every, key=itemgetter(2))
-
-
 def cell_counts(rows: Iterable[Row]) -> Counter[Cell]:
     """Count the standing rows of each cell: those that prefer one completion, without hidden repeats."""
     return Counter(
         (row["category"], row["target_group"]) for row in rows if row["verdict"] == "preferred" and not row["repeat_of"]
     )
-
-
-def coverage(counts: Mapping[Cell, int], prompts: Iterable[HasCell] = ()) -> Coverage:
-    """The matrix of the counts, including the cells that the prompts at hand would fill."""
-    cells = {*counts, *((prompt.category, prompt.target_group) for prompt in prompts)}
-    categories, groups = (tuple(sorted({cell[i] for cell in cells}, key=lambda name: (not name, name))) for i in (0, 1))
-    return Coverage(categories, groups, tuple(tuple(counts.get((c, g), 0) for g in groups) for c in categories))
 
 
 def thinnest(prompts: Sequence[Prompt], counts: Mapping[Cell, int]) -> list[Prompt]:

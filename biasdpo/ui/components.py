@@ -21,7 +21,7 @@ from biasdpo import models
 from biasdpo.backends.base import Cancellation
 from biasdpo.compare import Waiting, stream_pair
 from biasdpo.data.health import Confounds, Meter, load_overlap
-from biasdpo.data.journal import Journal
+from biasdpo.data.journal import Journal, journal_of
 from biasdpo.data.summary import Agreement, Cell, Page, Query, agreement, cell_counts, choices, query
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import BiasDPOError, ConfigError, PromptError
@@ -794,7 +794,7 @@ class Store:
         self.workspace = workspace
         self.overlap_error: BiasDPOError | None = None
         self._benchmarks = benchmarks
-        self._journal = Journal(workspace.preferences)
+        self._journal = journal_of(workspace)
         self._meter = Meter()
         if benchmarks is not None:
             threading.Thread(target=self.read_benchmarks, name="benchmarks", daemon=True).start()

@@ -261,7 +261,7 @@ def test_an_import_keeps_the_good_rows_and_lists_the_bad_ones(reader, library, t
     assert "import:my own pairs: 3 new, 0 known already, 3 bad rows left out" in told
     assert re.search(r"line 2\s+q is empty", told)
     assert re.search(r"line 3\s+chosen and rejected are the same text", told)
-    assert re.search(r"line 4\s+no JSON", told)
+    assert re.search(r"line 4\s+not JSON", told)
     rows = in_journal(library, "import:my own pairs")
     assert [(row["prompt"], row["chosen"], row["rejected"], row["category"]) for row in rows] == [
         (row["q"], row["better"], row["worse"], "age") for row in good
@@ -288,7 +288,7 @@ def test_a_file_without_a_good_row_and_no_file_and_no_hub_are_one_line_each(read
     reader.page.click("#import-button")
     reader.page.wait_for_selector("#import-notice .bd-error")
     assert reader.page.inner_text("#import-notice") == (
-        "No good row in bad.csv, 1 bad ones, the first in line 2: prompt is empty; mend the file, or choose other columns"
+        "No good row in bad.csv, 1 bad ones, the first in line 2: prompt is empty; fix the file, or choose other columns"
     )
     reader.page.click("#import-origin label:has-text('Hub')")  # not what was previewed
     reader.page.click("#import-button")

@@ -99,7 +99,7 @@ def test_data_that_can_not_be_trained_on_is_one_line_each(new_visitor, empty_app
         ("workspace", "No preference pairs in the workspace yet"),
         (str(none), "none.jsonl"),
         (str(one), "no pairs to train on (1 rows read, 1 held out"),
-        (str(bad), "No column was recognised as rejected"),
+        (str(bad), "No column was recognized as rejected"),
         (str(tmp_path / "missing.jsonl"), "missing.jsonl"),
         ("hub:not-a-name", "hub:OWNER/NAME"),
     ):

@@ -1,5 +1,4 @@
-"""Both sides of a pair in one batch: each writes what it writes alone, and nothing is left of a batch that one side leaves, that is
-cancelled, or that fails."""
+"""Both sides of a pair in one batch: each writes what it writes alone; nothing is left of a batch that is cancelled or fails."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from biasdpo.backends.hf import CompletionText, open_transformers
+from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.chat import PromptTemplate
@@ -62,14 +62,6 @@ def test_the_context_is_used_to_its_last_token(case: Case) -> None:
     with pytest.raises(PromptError, match=r"is [\d,]+ tokens long with its template, the context holds 128"):
         read(short.stream("1 " * 128, GREEDY, "base"))
     short.close()
-
-
-def test_a_character_is_shown_when_it_is_whole() -> None:
-    data = "é😀!".encode()
-    text = CompletionText(lambda ids: bytes(data[i] for i in ids).decode("utf-8", "replace"), PromptTemplate("{prompt}"))
-    assert [text.add(i, final=False)[0] for i in range(7)] == ["", "é", "", "", "", "😀", "!"]
-    text = CompletionText(lambda ids: bytes(data[i] for i in ids).decode("utf-8", "replace"), PromptTemplate("{prompt}"))
-    assert [text.add(0, final=False)[0], text.add(None, final=True)[0]] == ["", "\N{REPLACEMENT CHARACTER}"]
 
 
 def test_stop_strings_and_prefix_reach_the_stream(case: Case) -> None:

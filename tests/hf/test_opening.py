@@ -1,5 +1,4 @@
-"""Opening and closing the transformers backend; models that are divided; memory that runs out and is given back; a GPU if there is
-one.
+"""Opening and closing the transformers backend; divided models; memory that runs out and is given back; a GPU if there is one.
 
 A model is divided without a GPU: the CPU plays one, on which a few layers lie. Accelerate still keeps the others aside and puts
 their weights in place while they compute: to it torch.device("cpu") is a device that computes, "cpu" a store.

@@ -1,4 +1,4 @@
-"""Each side of the transformers backend is what it claims to be: at every strength, in any order, from any thread, after a cancel."""
+"""Each side of the transformers backend is what it claims to be: at every strength, in any order, from any thread."""
 
 from __future__ import annotations
 

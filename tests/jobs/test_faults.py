@@ -91,16 +91,16 @@ def test_memory_that_runs_out(command_line: CommandLine, monkeypatch: pytest.Mon
     """The third step asks torch for 32 TB."""
     import torch
 
-    from training.trainer import TokenisedDPOTrainer
+    from training.trainer import TokenizedDPOTrainer
 
-    step = TokenisedDPOTrainer.training_step
+    step = TokenizedDPOTrainer.training_step
 
     def hungry_step(self: Any, *arguments: Any, **more: Any) -> Any:
         if self.state.global_step == 2:
             torch.empty(2**45, dtype=torch.uint8)
         return step(self, *arguments, **more)
 
-    monkeypatch.setattr(TokenisedDPOTrainer, "training_step", hungry_step)
+    monkeypatch.setattr(TokenizedDPOTrainer, "training_step", hungry_step)
     folder = command_line.train_here("hungry")
     status = folder.read_status()
     assert (status.state, status.step, "\n" in status.error) == ("failed", 2, False)
@@ -321,9 +321,9 @@ import psutil
 from biasdpo.jobs.job import JobFolder
 from training.__main__ import main
 import training.dpo
-from training.trainer import TokenisedDPOTrainer
+from training.trainer import TokenizedDPOTrainer
 
-step = TokenisedDPOTrainer.training_step
+step = TokenizedDPOTrainer.training_step
 def hungry_step(self, *arguments, **more):
     hoard = []
     if self.state.global_step == 2:
@@ -335,7 +335,7 @@ def hungry_step(self, *arguments, **more):
                 pass
         training.dpo.torch.empty(2**20)
     return step(self, *arguments, **more)
-TokenisedDPOTrainer.training_step = hungry_step
+TokenizedDPOTrainer.training_step = hungry_step
 limit = psutil.Process().memory_info().vms + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.exit(main(JobFolder(Path(sys.argv[2]))))

@@ -20,7 +20,7 @@ from biasdpo.jobs.store import delete_job, find_job, list_jobs, resume_job
 from biasdpo.workspace import Workspace, write_json
 from tests.run_folders import write_run
 from tests.run_line import write_job
-from training.callbacks import cause_and_remedy
+from training.status import cause_and_remedy
 
 DEEP = "[" * 100_000
 

@@ -34,7 +34,7 @@ PHASES: dict[str, dict[str, Any]] = {  # as the status names it: the settings th
     "loading the libraries": QUIET,
     "reading the data": QUIET,
     "preparing the model's files": QUIET,
-    "tokenising": QUIET,
+    "tokenizing": QUIET,
     "loading the model": QUIET,
     "computing the reference": QUIET,
     "training": QUIET,

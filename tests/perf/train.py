@@ -48,11 +48,11 @@ def run_arm(arm: str, rows_file: Path, model_folder: Path, batch: int, threads: 
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    from training import trainer as reference
-    from training.trainer import TokenisedDPOTrainer
+    from training import reference
+    from training.trainer import TokenizedDPOTrainer
 
     class OnTokenRows(DPOTrainer):  # type: ignore[misc]  # trl has no types
-        """TRL's trainer, spared the tokenising."""
+        """TRL's trainer, on rows that are tokenized already."""
 
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
             return dataset
@@ -76,7 +76,7 @@ def run_arm(arm: str, rows_file: Path, model_folder: Path, batch: int, threads: 
             disable_tqdm=True,
             **plain,
         )
-        trainer_class = TokenisedDPOTrainer if arm == "ours" else OnTokenRows
+        trainer_class = TokenizedDPOTrainer if arm == "ours" else OnTokenRows
         reset_peak()
         started, processor_started = time.perf_counter(), time.process_time()
         trainer = trainer_class(
@@ -188,14 +188,14 @@ def main() -> None:
         print(json.dumps(run_arm(arm, Path(rows_file), Path(model_folder), args.batch, args.threads, args.learning_rate)))
         return
 
-    from training.finish import tokenise
+    from training.rows import tokenize
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         spec = models.find("smollm2")
         model_folder = hf_copy(spec, Workspace(folder))
         pairs = splits.load_file(Path(args.dataset))
-        rows = [row.as_trl() for row in tokenise(pairs, load_tokenizer(model_folder), spec.template, 1024).rows]
+        rows = [row.to_trl() for row in tokenize(pairs, load_tokenizer(model_folder), spec.template, 1024).rows]
         random.Random(0).shuffle(rows)
         report: dict[str, Any] = {"model": spec.id, "threads": args.threads, "lora": LORA, "learning_rate": args.learning_rate}
         if args.scaling:
