@@ -30,7 +30,7 @@ def text_of(html: str) -> str:
 
 
 def evaluation(**changes: Any) -> Evaluation:
-    request = EvaluationConfig("smollm2", "none", benchmarks=("crows_pairs", "utility"), limit=50)
+    request = EvaluationConfig(model="smollm2", adapter="none", benchmarks=("crows_pairs", "utility"), limit=50)
     values: dict[str, Any] = {"id": "one", "folder": Path("/w"), "request": request, "state": "running"}
     return Evaluation(**values | changes)
 

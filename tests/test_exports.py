@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from biasdpo import exports, models
-from biasdpo.__main__ import build_parser
+from biasdpo.cli import main
 from biasdpo.errors import AdapterError, ConfigError, ExportError, ModelError, RefusedError
 from biasdpo.exports import ExportConfig, jobs
 from biasdpo.exports.record import load_record
@@ -66,16 +66,16 @@ def alive(status: ExportStatus) -> bool:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": "gguf"}, "format is lora or merged: got 'gguf'"),
-        ({"source": "web"}, "source is auto, hf, gguf: got 'web'"),
-        ({"run": "first"}, "of a run or of an adapter: name one"),
-        ({"adapter": ""}, "of a run or of an adapter: name one"),
-        ({"adapter": "none"}, "--format lora needs an adapter, got none"),
+        ({"format": "gguf"}, "format must be one of lora, merged: got 'gguf'"),
+        ({"source": "web"}, "source must be one of auto, hf, gguf: got 'web'"),
+        ({"run": "first"}, "needs either a run or an adapter"),
+        ({"adapter": ""}, "needs either a run or an adapter"),
+        ({"adapter": "none"}, "format lora needs an adapter: got none"),
         ({"adapter": "none", "format": "merged", "model": ""}, "name it with --model"),
         ({"quantization": "F16"}, "A LoRA GGUF is not quantized: got F16"),
-        ({"format": "merged", "quantization": "Q3"}, "Unknown quantization 'Q3': choose one of F32,"),
-        ({"format": "merged", "quantization": "keep", "source": "hf"}, "'keep' needs a base GGUF"),
-        ({"pairs": -1}, "pairs must be a whole number from 0: got -1"),
+        ({"format": "merged", "quantization": "Q3"}, "quantization must be one of F32, .*got 'Q3'"),
+        ({"format": "merged", "quantization": "keep", "source": "hf"}, "quantization keep needs a base GGUF"),
+        ({"pairs": -1}, "pairs must be a whole number from 0 to 1000000000: got -1"),
         ({"threads": 0}, "threads must be a whole number from 1 to 1024: got 0"),
     ],
 )
@@ -102,13 +102,14 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(lora,
     assert leftovers(lora) == []
 
 
-def test_a_request_becomes_the_command_that_means_it(lora, workspace):
+def test_a_request_becomes_the_command_that_means_it(lora, workspace, monkeypatch):
     wanted = lora.replace(format="merged", quantization="Q4_K_M", source="gguf", pairs=7, threads=3)
     command = wanted.command(workspace)
-    args = build_parser().parse_args(command[3:])
-    assert args.workspace == str(workspace.root)
-    told = {name: getattr(args, name) for name in ("out", "format", "run", "adapter", "model", "quantization", "source", "pairs")}
-    assert ExportConfig(**told, threads=args.threads) == wanted
+    asked: list[object] = []
+    monkeypatch.setattr(exports, "export", lambda config, at, _show: asked.append((config, at.root)) or exit(0))
+    with pytest.raises(SystemExit):
+        main(command[3:])
+    assert asked == [(wanted, workspace.root)]
 
 
 def test_only_paths_are_made_absolute(monkeypatch, tmp_path):

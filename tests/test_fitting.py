@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from biasdpo import engines, models
-from biasdpo.__main__ import main
+from biasdpo.cli import main
 from biasdpo.engines import EngineKey, open_engine
 from biasdpo.errors import AdapterError
 from biasdpo.models import AdapterSpec, ModelSpec

@@ -390,11 +390,8 @@ def preference(source: str, adapter: AdapterSpec | None, workspace: Workspace) -
         return _of_run(adapter, workspace)
     rows = data.load([WORKSPACE], workspace) if source == WORKSPACE else data.load_jsonl(Path(source))
     pairs = data.derive(rows).pairs
-    share = (
-        TrainConfig.settings()["held_out_share"].default
-        if adapter is None or adapter.held_out_share is None
-        else adapter.held_out_share
-    )
+    trained = None if adapter is None else adapter.held_out_share
+    share = TrainConfig.settings()["held_out_share"].default if trained is None else trained
     held_out = data.split(pairs, share).held_out
     if not held_out:
         raise DatasetError(
