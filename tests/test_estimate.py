@@ -146,7 +146,7 @@ def test_weights_that_can_not_fit_are_refused_unmeasured(monkeypatch: pytest.Mon
     on_gpu = TrainConfig(model="phi-2", precision="bf16")  # 2 bytes each: 5.6 GB
     run_estimate.refuse_weights_that_can_not_fit(on_gpu, phi)
     with pytest.raises(RunError, match="of GPU memory are free"):
-        run_estimate.refuse_weights_that_can_not_fit(replace(on_gpu, precision="fp32"), phi)
+        run_estimate.refuse_weights_that_can_not_fit(on_gpu.replace(precision="fp32"), phi)
     with pytest.raises(RunError, match=r"44\.5 GB \(4 bytes each, 4 times\)"):
         run_estimate.refuse_weights_that_can_not_fit(config.replace(num_processes=4), phi)
 

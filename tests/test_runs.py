@@ -131,7 +131,7 @@ def test_strength_is_baked_into_the_adapter(command_line: CommandLine) -> None:
         (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--num-processes", "0"), "num_processes must be"),
         (("--run-id", "x", "--resume"), "No run 'x'"),
         (("--model", "MODEL", "--dataset", "ROWS"), "A run needs a name"),
-        (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--set", "dataset_weights=[1, 2]"), "one weight a dataset"),
+        (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--set", "dataset_weights=[1, 2]"), "one weight per dataset"),
     ],
 )
 def test_wrong_use_is_one_line_and_makes_no_run(command_line: CommandLine, arguments: tuple[str, ...], reason: str) -> None:

@@ -9,7 +9,6 @@ from biasdpo import models
 from biasdpo.config import TrainConfig
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError
-from biasdpo.runs import Estimate
 from biasdpo.ui import train
 from biasdpo.ui.train import DECIDING, SETTINGS, first_preset, presets_of
 from biasdpo.workspace import Workspace
@@ -145,46 +144,6 @@ def test_sources_with_weights():
 def test_rows_that_name_no_source(given, line):
     with pytest.raises(ConfigError, match=line):
         train.read_rows(given)
-
-
-# In words
-
-
-def estimate(**changes: object) -> Estimate:
-    values: dict[str, object] = {
-        "steps": 120,
-        "pairs_train": 232,
-        "pairs_held_out": 26,
-        "dropped": 1,
-        "cut": 2,
-        "tokens_per_epoch": 52_110,
-        "seconds_per_step": 1.31,
-        "seconds_total": 200.0,
-        "memory_bytes": 1_500_000_000,
-        "memory_free_bytes": 6_000_000_000,
-        "fits": True,
-        "refusal": "",
-        "device": "cpu",
-        "measured_at": "2026-11-25T01:10:00+00:00",
-        "parts": {"loading": 12.0, "training": 157.0, "probes": 0.0},
-    }
-    return Estimate(**values | changes)  # type: ignore[arg-type]
-
-
-def test_an_estimate_in_words():
-    html = train.estimate(estimate())
-    for part in ("<b>3 min</b>", "120 of 1.3 s", "52,110", "<b>1.5 GB</b> at the peak, of 6 GB free", "1 pairs dropped, 2 cut"):
-        assert part in html
-    assert "width: 25.0%" in html  # 1.5 of 6 GB
-    assert "loading 12 s · training 3 min" in html
-    assert "bd-error" not in html
-
-
-def test_an_estimate_that_can_not_fit_is_an_error_line():
-    html = train.estimate(estimate(memory_bytes=9_000_000_000, fits=False, refusal="Needs <9> GB: lower batch_size"))
-    assert '<div class="bd-error" role="alert">Needs &lt;9&gt; GB: lower batch_size</div>' in html
-    assert "width: 100.0%" in html
-    assert "left: 66.7%" in html  # 6 of 9 GB
 
 
 # Room on the GPU
