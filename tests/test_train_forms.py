@@ -9,10 +9,7 @@ from biasdpo import models
 from biasdpo.config import TrainConfig
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError
-<<<<<<< HEAD
 from biasdpo.jobs.estimate import Estimate
-=======
->>>>>>> config
 from biasdpo.ui import train
 from biasdpo.ui.train import DECIDING, SETTINGS, first_preset, presets_of
 from biasdpo.workspace import Workspace
@@ -150,7 +147,6 @@ def test_rows_that_name_no_source(given, line):
         train.read_rows(given)
 
 
-<<<<<<< HEAD
 # In words
 
 
@@ -192,9 +188,6 @@ def test_an_estimate_that_can_not_fit_is_an_error_line():
 
 
 # Room for a job
-=======
-# Room on the GPU
->>>>>>> config
 
 
 class Stub:

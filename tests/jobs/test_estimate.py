@@ -152,11 +152,7 @@ def test_oversized_weights_are_refused_unmeasured(workspace: Workspace, monkeypa
     on_gpu = TrainConfig(model="phi-2", precision="bf16")  # 2 bytes each: 5.6 GB
     estimate.refuse_oversized_weights(on_gpu, phi, workspace)
     with pytest.raises(RunError, match="of GPU memory are free"):
-<<<<<<< HEAD:tests/jobs/test_estimate.py
         estimate.refuse_oversized_weights(on_gpu.replace(precision="fp32"), phi, workspace)
-=======
-        run_estimate.refuse_weights_that_can_not_fit(on_gpu.replace(precision="fp32"), phi)
->>>>>>> config:tests/test_estimate.py
     with pytest.raises(RunError, match=r"44\.5 GB \(4 bytes each, 4 times\)"):
         estimate.refuse_oversized_weights(config.replace(num_processes=4), phi, workspace)
 
