@@ -223,12 +223,12 @@ def test_fields_come_to_requests():
     ("place", "value", "line"),
     [
         (3, [], "No benchmark is ticked"),
-        (3, ["no such"], "Unknown benchmark 'no such'"),
+        (3, ["no such"], "benchmarks must be one of preference, .*got 'no such'"),
         (7, "many", "Items of each benchmark must be a whole number"),
         (7, -3, "limit must be a whole number from 1"),
         (8, 0.5, "Seed must be a whole number"),
         (1, ["a"] * 7, "At most 6 adapters"),
-        (0, {"path": "x"}, "No model to evaluate"),
+        (0, {"path": "x"}, "model is empty"),
     ],
 )
 def test_posted_nonsense_is_one_line(place, value, line):

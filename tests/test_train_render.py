@@ -115,7 +115,7 @@ def test_a_probe_marks_the_words_of_one_side():
 def test_what_differs_between_configs():
     configs = {"a": TrainConfig(beta=0.1, rank=8), "b": TrainConfig(beta=0.3, rank=8)}
     assert train.differing(configs) == {"beta": {"a": 0.1, "b": 0.3}}
-    assert train.changed(TrainConfig(beta=0.3)) == {"beta": 0.3}
+    assert TrainConfig(beta=0.3).changed() == {"beta": 0.3}
 
 
 def test_runs_compared(tmp_path):
