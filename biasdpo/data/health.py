@@ -403,7 +403,7 @@ class _Tally:
             self._near_duplicates += bool(near)
         if self._overlap is not None and preferred:
             flags = self._overlap.flags([row[column] for row in preferred for column in TEXTS])
-            for row in compress(preferred, flags.reshape(-1, len(TEXTS)).any(axis=1).tolist()):
+            for row in compress(preferred, np.any(flags.reshape(-1, len(TEXTS)), axis=1).tolist()):
                 self._overlapping += 1
                 self._files.update({file for column in TEXTS for file in self._overlap.files_of(row[column])})
 
