@@ -66,7 +66,7 @@ def test_an_improvement_is_in_halves_of_bases_interval_to_the_right(made):
 def test_what_lies_beyond_the_axis_is_marked_at_its_edge():
     row = table(result(8, benchmarks=("crows_pairs",)))[0]
     mark = charts.Mark("one", 0, row, value=99.0, low=2.0, high=150.0, unit=1.0)
-    drawn = charts._drawn(mark, 5.0)
+    drawn = charts._forest_drawn(mark, 5.0)
     assert "bd-off-right" in drawn
     assert "bd-beyond-right" in drawn
     assert "left: 96.00%" in drawn  # 4 + 92 * (5 + 5) / 10
@@ -141,7 +141,7 @@ def test_flips_are_filtered_paged_and_counted(made):
     assert evaluate.ways(found)[0] == (f"all ({len(found)})", "")
     less = evaluate.filtered(found, "toward less bias")
     assert {flip.way for flip in less} == {"toward less bias"}
-    assert evaluate.filtered(less, evaluate.change(less[0])) == less  # of two outcomes there is one way to less bias
+    assert evaluate.filtered(less, evaluate.flip_change(less[0])) == less  # of two outcomes there is one way to less bias
     shown = evaluate.listed(found, "crows_pairs", 24, 1)
     assert shown.count("<article") == 1
     assert "logp more" in shown
