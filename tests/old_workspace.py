@@ -21,16 +21,8 @@ from tests.lora_factory import write_lora
 
 DEAD = {"pid": 2**31 - 2, "pid_created": 1.0}
 AT = "2026-11-30T09:22:51+00:00"
-PAIRS = [
-    {
-        "category": "gender",
-        "chosen": f"Neither of the {i}.",
-        "pair_id": "",
-        "prompt": f"Is a{i} more b{i} than c{i}?",
-        "rejected": f"They are worse {i}!",
-    }
-    for i in range(40)
-]
+TEXTS = [(f"Is a{i} more b{i} than c{i}?", f"Neither of the {i}.", f"They are worse {i}!") for i in range(40)]
+PAIRS = [{"category": "gender", "prompt": p, "chosen": c, "rejected": r} for p, c, r in TEXTS]
 SHA256 = "c" * 64  # of the data, where nothing reads it
 
 

@@ -41,7 +41,7 @@ def jobs_of(workspace: Workspace) -> dict[str, Job]:
 
 
 def test_everything_is_there_afterwards(old: Path, caplog: pytest.LogCaptureFixture) -> None:
-    before = tree(old)
+    before, split = tree(old), splits.read_snapshot(old / "runs" / "done").split  # derived as version 0.1 did it
     with caplog.at_level(logging.WARNING):
         workspace = open_workspace(old)
     assert json.loads((old / "version.json").read_text()) == {"format": 2}
@@ -67,6 +67,9 @@ def test_everything_is_there_afterwards(old: Path, caplog: pytest.LogCaptureFixt
         assert find_job(name, workspace).id == job.id
     assert (old / "preferences.jsonl").read_bytes() == before["preferences.jsonl"]
     assert found["train/done"].record.origin() == json.loads(before["runs/done/origin.json"] or b"")
+    assert (old / "runs" / "done" / "split.json").is_file()
+    assert splits.read_snapshot(old / "runs" / "done").split == split
+    assert 0 < len(split.held_out) < 20
     assert found["train/done"].to_json()["note"] == "the good one"
     assert found["train/halted"].log_tail(9).startswith(START_MARK)
     assert load_result(found["evaluate/crows-1"])["provenance"]["code_version"] == "0.1.0"
@@ -91,14 +94,6 @@ def test_everything_is_there_afterwards(old: Path, caplog: pytest.LogCaptureFixt
     for name in ("runs/done/origin.json", "evaluations/crows-1.status.json", "evaluations/crows-2.request.json"):
         assert (backup / name).read_bytes() == before[name]
     assert not [*backup.rglob("*.gguf"), *backup.rglob("*.safetensors")]
-
-
-def test_the_split_is_that_of_the_run(old: Path) -> None:
-    expected = splits.read_snapshot(old / "runs" / "done")  # derived as version 0.1 did it
-    open_workspace(old)
-    assert (old / "runs" / "done" / "split.json").is_file()
-    assert splits.read_snapshot(old / "runs" / "done").split == expected.split
-    assert 0 < len(expected.split.held_out) < 20
 
 
 def test_opened_again_nothing_changes_and_two_at_once_upgrade_once(old: Path) -> None:
