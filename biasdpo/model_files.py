@@ -21,6 +21,7 @@ from pydantic_core import from_json
 
 from biasdpo.chat import PromptTemplate, template_from_chat
 from biasdpo.errors import BiasDPOError, ModelError
+from biasdpo.workspace import MAX_JSON_BYTES
 
 # GGUF's names of the Hugging Face architectures that this project trains and exports.
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "PhiForCausalLM": "phi2"}
@@ -101,7 +102,11 @@ class ForeignJson(BaseModel):
 def read_json_as(file: Path, model: type[_Model], error: type[BiasDPOError] = ModelError) -> _Model:
     """Read a JSON object and check its types; raise `error` with one line if it is missing, damaged or of another form."""
     try:
-        return model.model_validate_json(file.read_bytes())
+        with file.open("rb") as opened:
+            content = opened.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise error(f"{file} can't be used: it has more than {MAX_JSON_BYTES // 2**20} MiB; fetch it again")
+        return model.model_validate_json(content)
     except OSError as exc:
         raise error(f"Can't read {file}: {exc.strerror or exc}; check the path, or restore the file from a copy") from exc
     except ValidationError as exc:
