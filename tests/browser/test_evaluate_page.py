@@ -10,6 +10,7 @@ import pytest
 from biasdpo.jobs import store
 from tests.browser.conftest import App, Visitor
 from tests.evaluation_results import result, with_curve, write_result
+from tests.run_line import kill_jobs
 
 
 class Evaluator:
@@ -57,9 +58,7 @@ def drawn() -> dict[str, object]:
 def evaluator(new_visitor, app: App) -> Iterator[Evaluator]:
     """Afterwards no evaluation is left, so that the next test finds the tab empty."""
     yield Evaluator(new_visitor())
-    for one in store.list_jobs(app.workspace, "evaluate"):
-        if one.is_active:
-            store.stop_job(one.id, app.workspace, "evaluate")
+    kill_jobs(app.workspace)
     for one in store.list_jobs(app.workspace, "evaluate"):
         store.delete_job(one.id, app.workspace, "evaluate")
 

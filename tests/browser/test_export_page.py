@@ -13,6 +13,7 @@ from biasdpo.jobs import store
 from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import sha256_of
 from tests.browser.conftest import App, Visitor
+from tests.run_line import kill_jobs
 
 
 class Exporter:
@@ -54,6 +55,7 @@ class Exporter:
 def exporter(new_visitor, app: App) -> Iterator[Exporter]:
     """Afterwards no export is left, so that the next test finds the tab empty."""
     yield Exporter(new_visitor())
+    kill_jobs(app.workspace)
     for export in store.list_jobs(app.workspace, "export"):
         store.delete_job(export.id, app.workspace, "export")
 
@@ -143,7 +145,9 @@ def test_what_can_not_be_exported_is_one_line(exporter, tiny_run, tiny_phi_adapt
     visitor.wait("#gguf-plan", "About")
     page.click("#gguf-start")
     visitor.wait("#gguf-new-notice .bd-error", "was made for another base model")
-    page.fill("#gguf-name :is(input, textarea)", "../../x.gguf")
+    exporter.new("none", format="Merged")
+    exporter.wait_name("smollm2-Q8_0")
+    page.fill("#gguf-name :is(input, textarea)", "no name.gguf")
     page.click("#gguf-start")
     visitor.wait("#gguf-new-notice .bd-error", "An export's name is")
     assert page.locator("#gguf-list").count() == 0

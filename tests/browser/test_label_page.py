@@ -228,18 +228,6 @@ def test_an_own_list_two_samples_of_base_and_the_length_guard(new_annotator):
     assert ivy.page.inner_text("#label-prompt").strip() == "Who drives?"
 
 
-def test_templates_times_groups(new_annotator):
-    bay = new_annotator("bay").agree()
-    bay.pick("prompt-kind", "Template × groups")
-    bay.page.wait_for_selector("#template-box")
-    bay.begin()
-    assert re.search(r"\d+ prompts", bay.page.inner_text("#source-notice"))
-    bay.press("3")
-    row = bay.rows()[0]
-    assert row["target_group"]
-    assert row["category"] == "gender"
-
-
 def test_a_pasted_pair_is_text_never_markup(new_annotator):
     fig = new_annotator("fig").agree()
     fig.visitor.unfold("paste")

@@ -205,21 +205,6 @@ def test_a_run_whose_process_is_gone_is_interrupted(new_visitor, library):
 # A new run
 
 
-def test_only_settings_that_have_an_effect_are_shown(new_visitor):
-    trainer = Trainer(new_visitor()).open_new()
-    visitor, page = trainer.visitor, trainer.page
-    visitor.set("train-max-steps", "0")
-    page.wait_for_selector("#train-epochs")
-    visitor.set("train-max-steps", "9")
-    visitor.wait_gone("#train-epochs")
-    visitor.unfold("train-group-loss")
-    assert page.locator("#train-label-smoothing").count() == page.locator("#train-loss-weights").count() == 0
-    page.click("#train-loss-type input")
-    page.locator("#train-loss-type").get_by_role("option", name="robust").click()
-    page.wait_for_selector("#train-label-smoothing")
-    page.wait_for_selector("#train-loss-weights")
-
-
 def test_settings_out_of_range_are_named_at_the_field_and_nothing_starts(new_visitor, app):
     trainer = Trainer(new_visitor()).open_new()
     visitor = trainer.visitor

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.browser.conftest import Visitor
 
 # Settings of the folded groups, by the end of the group's element id.
-GROUPS = {"lora": {"rank", "target_modules"}, "evaluation": {"eval_every", "probe_every", "save_steps"}, "machine": {"threads"}}
+GROUPS = {"lora": {"rank", "target_modules"}, "evaluation": {"eval_every", "probe_every", "save_steps"}, "hardware": {"threads"}}
 
 
 class Trainer:
