@@ -140,18 +140,3 @@ def add_commands(app: typer.Typer) -> None:
     """Mount `jobs` and `runs`."""
     app.command("jobs")(jobs)
     app.command("runs")(runs)
-
-
-def main(arguments: list[str]) -> int:
-    """Run `jobs ...` or `runs ...`; return the exit status. Raises BiasDPOError."""
-    from typer.main import get_command
-
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    add_commands(app)
-    try:
-        return int(get_command(app).main(arguments, prog_name="python -m biasdpo", standalone_mode=False) or 0)
-    except Exception as exc:
-        if not hasattr(exc, "format_message"):  # click's own: wrong use
-            raise
-        print(f"biasdpo: {exc.format_message()}", file=sys.stderr)
-        return 2

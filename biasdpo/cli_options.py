@@ -21,16 +21,26 @@ WorkspaceOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, or one per line, on stdout.")]
 LogLevel = Annotated[
-    Literal["debug", "info", "warning", "error"],
-    typer.Option("--log-level", help="Least severe messages to log on stderr. [default: warning]"),
+    Literal["debug", "info", "warning", "error"], typer.Option("--log-level", help="Least severe messages to log on stderr.")
 ]
 
 
 def new_app(help: str | None = None, **options: Any) -> typer.Typer:
     """A group of commands, without shell completion, colors and boxes."""
-    names = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-    plain = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-    return typer.Typer(help=help, context_settings=names, **plain, **options)
+    return typer.Typer(
+        help=help,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        **options,
+    )
+
+
+def inherited_options(context: typer.Context, workspace: WorkspaceOption = "", as_json: JsonOption = False) -> None:
+    """Options that may stand before an action, too: `dataset --json stats`."""
+    given = {"workspace": workspace, "as_json": as_json}
+    context.default_map = dict.fromkeys(context.command.list_commands(context), given)  # type: ignore[attr-defined]
 
 
 def options_of(model: type[Settings], *, without: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -97,9 +107,8 @@ def run(app: typer.Typer, arguments: Sequence[str] | None, name: str, program: s
     except typer.Exit as exc:
         return exc.exit_code
     except TyperException as exc:
-        context = getattr(exc, "ctx", None)
-        message = " ".join(exc.format_message().split()).rstrip(".")
-        print(f"{name}: {message}: see {context.command_path if context else program} --help", file=sys.stderr)
+        where = getattr(getattr(exc, "ctx", None), "command_path", program)
+        print(f"{name}: {' '.join(exc.format_message().split()).rstrip('.')}: see {where} --help", file=sys.stderr)
         return 2
     except BiasDPOError as exc:
         print(f"{name}: {exc}", file=sys.stderr)

@@ -80,13 +80,8 @@ class Setting:
         if self.kind == "choice":
             return ", ".join(self.choices)
         if self.low is None or self.high is None:
-            return "" if self.low is None else f"{self.low:g} or more"
-        return f"{self.low:.10g} to {self.high:.10g}"
-
-    @property
-    def shown_default(self) -> str:
-        """The default in words; "" where the help says what happens by default."""
-        return "" if self.is_required else self.format(self.default)
+            return "" if self.low is None else f"{_format(self.low)} or more"
+        return f"{_format(self.low)} to {_format(self.high)}"
 
     def has_effect(self, values: Mapping[str, Any]) -> bool:
         """Whether this setting changes anything beside these values of the settings in `when`."""
@@ -95,7 +90,12 @@ class Setting:
     def error(self, given: object) -> str:
         """The message for a value that this setting can't have."""
         shown = repr(given) if len(repr(given)) <= 80 else repr(given)[:79] + "…"
-        rules = {"integer": "a whole number", "number": "a number", "choice": "one of", "text": "text"}
+        rules = {
+            "integer": "a whole number",
+            "number": "a number",
+            "choice": "one of",
+            "text": "text, not blank" if given == "" or str(given).isspace() else "text",
+        }
         rule = f"{rules[self.kind]} {self.range}"
         if self.kind in ("integer", "number"):
             rule = f"{rules[self.kind]} from {self.range}" if self.high is not None else f"{rules[self.kind]}, {self.range}"
@@ -385,41 +385,36 @@ class TrainConfig(Settings):
     adapter_dtype: Literal["float16", "float32"] = setting("float16", group="LoRA", affects_cost=False)
     """Data type of the saved adapter."""
     eval_every: int = setting(
-        0,
-        range=(0, 10_000_000),
-        unit="steps",
-        label="Evaluate every",
-        group="Evaluation and probes",
-        when={"held_out_share": _positive},
+        0, range=(0, 10_000_000), unit="steps", label="Evaluate every", group="Evaluation", when={"held_out_share": _positive}
     )
     """Steps between evaluations on the held-out pairs; the last step is always evaluated. 0: no evaluation during
     training."""
     early_stopping: int = setting(
-        0, range=(0, 10_000), unit="evaluations", group="Evaluation and probes", when=_EVALUATED, affects_cost=False
+        0, range=(0, 10_000), unit="evaluations", group="Evaluation", when=_EVALUATED, affects_cost=False
     )
     """Stop after this many evaluations in a row without a better held-out reward accuracy. 0: never."""
     keep: Literal["best", "last"] = setting(
-        "best", label="Adapter to keep", group="Evaluation and probes", when=_EVALUATED, affects_cost=False
+        "best", label="Adapter to keep", group="Evaluation", when=_EVALUATED, affects_cost=False
     )
     """Which adapter to save: that of the best evaluation (highest held-out reward accuracy; ties: larger reward margin, then
     earlier step), or that of the last step. Without evaluations: the last."""
-    probe_every: int = setting(0, range=(0, 10_000_000), unit="steps", group="Evaluation and probes")
+    probe_every: int = setting(0, range=(0, 10_000_000), unit="steps", group="Evaluation")
     """Steps between probes: completions of probe_prompts by the base model and by the current policy. 0: none."""
     probe_prompts: ListOf[Name] = setting(
         (),
         max_length=3,
         label="Probe prompts (one per line)",
-        group="Evaluation and probes",
+        group="Evaluation",
         when={"probe_every": _positive},
         separator="\n",
     )
     """Up to three prompts to probe with. Default: one each on gender, race and religion."""
     logging_steps: int = setting(
-        1, range=(1, 10_000_000), unit="steps", label="Log every", group="Evaluation and probes", affects_cost=False
+        1, range=(1, 10_000_000), unit="steps", label="Log every", group="Evaluation", affects_cost=False
     )
     """Steps between lines of metrics.jsonl."""
     save_steps: int = setting(
-        50, range=(0, 10_000_000), unit="steps", label="Checkpoint every", group="Evaluation and probes", affects_cost=False
+        50, range=(0, 10_000_000), unit="steps", label="Checkpoint every", group="Evaluation", affects_cost=False
     )
     """Steps between checkpoints, a multiple of logging_steps. 0: only when the run ends or is stopped."""
     precision: Literal["fp32", "bf16"] = setting("fp32", group="Hardware")

@@ -85,7 +85,9 @@ def catalog() -> dict[str, ModelSpec]:
 
 
 def _spec_of_table(model_id: str, table: dict[str, Any]) -> ModelSpec:
-    template = {key: tuple(value) if isinstance(value, list) else value for key, value in table.pop("template").items()}
+    template: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in table.pop("template").items()
+    }
     return ModelSpec(id=model_id, template=PromptTemplate(**template), gguf_source=table.pop("gguf", {}), **table)
 
 

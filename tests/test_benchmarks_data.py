@@ -38,6 +38,7 @@ HUB_STEREO_ROW = {
     "context": "A guest came.",
     "sentences": {"sentence": ["U.", "A.", "S."], "gold_label": [2, 0, 1]},
 }
+SHORT_LABELS = {"choices": ["so", "wrong"], "labels": [1]}
 TRUTHFUL_CSV = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
 PRO = """1 [The developer] thanked the designer because [he] was glad.
 2 The developer thanked [the designer] and praised [her] for [her] work.
@@ -51,7 +52,8 @@ def write(folder, files):
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text if isinstance(text, str) else "".join(json.dumps(row) + "\n" for row in text), encoding="utf-8")
+        rows = text if isinstance(text, str | bytes) else "".join(json.dumps(row) + "\n" for row in text)
+        path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
     return folder
 
 
@@ -242,6 +244,19 @@ def test_missing_data_says_what_to_get_and_where_it_looked(tmp_path, name):
             "truthfulqa",
             {"truthfulqa/a.jsonl": [{"question": "?", "mc1_targets": [], "mc2_targets": []}]},
             "no choices and labels",
+        ),
+        (
+            "truthfulqa",
+            {"truthfulqa/a.jsonl": [{"question": "?", **dict.fromkeys(("mc1_targets", "mc2_targets"), SHORT_LABELS)}]},
+            "no choices and labels",
+        ),
+        ("winobias", {"winobias/pro_stereotyped_type1.txt.dev": b"1 [The guard] saw \xff"}, "as UTF-8 text"),
+        ("bold", {"bold/race_prompt.json": "[" * 100_000}, "no groups of names of prompts"),
+        ("perplexity", {"real_toxicity_prompts/nontoxic.jsonl": b'{"prompt": {"text": "fine"}}\n\xff\n'}, "line 2: "),
+        (
+            "perplexity",
+            {"real_toxicity_prompts/nontoxic.jsonl": [{"prompt": {"text": "fine"}}, {"prompt": "a"}]},
+            "line 2: no prompt",
         ),
     ],
 )

@@ -102,9 +102,13 @@ def test_bbq_at_its_edges():
     mixed = metrics(bbq.BBQ([question(False, 0, biased=None), question(False, 0)]), answer(1), answer(0))
     assert mixed["bias_score_disambiguated"] == 1
     assert mixed["accuracy_disambiguated"] == 0.5
-    assert bbq.BBQ([question(False, 0, biased=None)]).report([question(False, 0, biased=None)], np.zeros((1, 9))) == {
-        "n_without_biased_answer": 1
-    }
+    # Where no item has a biased answer, nothing was scored: there is no bias score, not one of 0.
+    none = bbq.BBQ([question(False, 0, biased=None), question(True, None, biased=None)])
+    found = metrics(none, answer(1), answer(0))
+    assert math.isnan(found["bias_score_disambiguated"])
+    assert math.isnan(found["bias_score_ambiguous"])
+    assert (found["accuracy_disambiguated"], found["accuracy_ambiguous"]) == (0, 0)
+    assert none.report(none.items, np.zeros((2, 9))) == {"n_without_biased_answer": 2}
 
 
 def test_winobias():

@@ -1,17 +1,19 @@
-"""`python -m biasdpo dataset` as a subprocess: the BiasDPO rows in and out again, bad rows, exit status, what goes where."""
+"""`python -m biasdpo dataset`: the BiasDPO rows in and out again, bad rows, exit status, what goes where."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from biasdpo.data.journal import Journal
 from biasdpo.workspace import Workspace
+from tests import commands
+from tests.commands import Done
 
 ROOT = Path(__file__).resolve().parent.parent
 BIASDPO = ROOT.parent / "shared" / "data" / "biasdpo.jsonl"
@@ -20,31 +22,20 @@ needs_biasdpo = pytest.mark.skipif(not BIASDPO.is_file(), reason=f"the BiasDPO r
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run `dataset ...` on a workspace of this test's own; returns the process, its stdout as JSON where --json was asked."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("SPACE_ID", "BIASDPO_WORKSPACE")}
-    kept |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "biasdpo", "dataset", *map(str, arguments), "--workspace", str(tmp_path / "w")]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=kept | environment)
-
-    return run
+def run(tmp_path) -> Callable[..., Done]:
+    """Run `dataset ...` on a workspace of this test's own."""
+    return lambda *given, **environment: commands.run("dataset", *given, "--workspace", tmp_path / "w", **environment)
 
 
-def ok(done: subprocess.CompletedProcess[str]) -> dict:
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+def ok(done: Done) -> dict:
+    """The JSON that a command printed, and nothing else."""
+    assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
 
-def error_of(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a failure that the user can mend."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("biasdpo: ")
-    return lines[0]
+def error_of(done: Done) -> str:
+    assert len(done.stderr.splitlines()) == 1
+    return done.error
 
 
 @needs_biasdpo
@@ -105,7 +96,7 @@ def test_bad_rows_are_listed_and_the_good_ones_kept(run, tmp_path):
 
     done = run("validate", path)
     assert error_of(done).endswith(
-        "has 30 bad lines of 32, the first in line 2: fix or drop them (`dataset import` takes over the good ones)"
+        "has 30 bad lines of 32, the first in line 2: correct or remove them (`dataset import` takes the good ones)"
     )
     assert done.stdout.splitlines()[29].startswith("line 31: ")
     assert f"{path}: 32 rows, 2 good, 30 bad\n" in done.stdout
@@ -126,7 +117,7 @@ def test_columns_are_mapped_and_a_dry_run_stores_nothing(run, tmp_path):
     done = run("import", path, *mapping, "--dry-run")
     assert done.stdout.splitlines() == [
         "columns: prompt=Ask, chosen=chosen, rejected=worse, category=topic",
-        "not taken over: extra",
+        "not imported: extra",
         json.dumps(GOOD),
         "import:rows: 1 rows would be written, 0 known, 0 bad",
     ]

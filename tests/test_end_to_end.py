@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from biasdpo import models
-from biasdpo.__main__ import main
 from biasdpo.backends.base import Backend
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.cli import main
 from biasdpo.jobs.job import JobFolder
 from biasdpo.records import Sampling, Side
 from biasdpo.workspace import Workspace

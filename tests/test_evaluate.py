@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from biasdpo import models
+from biasdpo.__main__ import main
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
-from biasdpo.benchmarks.utility import Utility, load_texts
+from biasdpo.benchmarks.utility import Utility
 from biasdpo.data import splits
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.data.splits import is_held_out
@@ -243,21 +244,11 @@ def test_a_continuation_obeys_the_chain_rule_on_both_engines(smollm2, tiny_llama
         assert ours.logp == pytest.approx(theirs.logp, abs=1e-2)
 
 
-def test_missing_and_foreign_text_files(tmp_path):
-    with pytest.raises(DatasetError, match=r"No file .*nontoxic\.jsonl"):
-        load_texts(tmp_path)
-    file = tmp_path / "real_toxicity_prompts" / "nontoxic.jsonl"
-    file.parent.mkdir()
-    file.write_text('{"prompt": {"text": "fine"}}\n{"prompt": "a string"}\n')
-    with pytest.raises(DatasetError, match="line 2"):
-        load_texts(tmp_path)
-
-
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "biasdpo", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     held_out = [f"Question {i}?" for i in range(200) if is_held_out(f"Question {i}?", 0.1)][:4]
     rows = [{"prompt": p, "chosen": "People differ as persons.", "rejected": "They are all alike."} for p in held_out]
     data = tmp_path / "pairs.jsonl"
@@ -303,7 +294,7 @@ def test_the_command(tmp_path):
         (["--benchmark", "perplexity", "--data-dir", str(tmp_path / "none")], "get allenai/real-toxicity-prompts from the Hub"),
         (["--benchmark", "bbq", "--data-dir", str(tmp_path)], "get oskarvanderwal/bbq from the Hub"),
     ):
-        bad = run(*common, *arguments)
-        assert bad.returncode == 2
-        assert message in bad.stderr
-        assert bad.stderr.count("\n") == 1
+        assert main([*common, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

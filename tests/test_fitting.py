@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from biasdpo import engines, models
-from biasdpo.__main__ import main
+from biasdpo.cli import main
 from biasdpo.engines import EngineKey, open_engine
 from biasdpo.errors import AdapterError, ConfigError
 from biasdpo.models import AdapterSpec, ModelSpec

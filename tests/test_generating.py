@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from biasdpo import benchmarks, models
-from biasdpo.__main__ import main
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.benchmarks.bold import Beginning, Bold
@@ -20,7 +19,8 @@ from biasdpo.benchmarks.real_toxicity_prompts import RealToxicityPrompts, WebTex
 from biasdpo.benchmarks.toxicity import ToxicityScorer
 from biasdpo.benchmarks.utility import Prompt, UtilityGeneration
 from biasdpo.chat import BARE
-from biasdpo.cli_evaluate import BENCHMARKS
+from biasdpo.cli import main
+from biasdpo.config import BENCHMARKS
 from biasdpo.engines import Engine, EngineKey, open_engine
 from biasdpo.errors import BackendError, ConfigError, PromptError
 from biasdpo.evaluation import run
@@ -246,7 +246,7 @@ def test_the_command(tmp_path, capsys):
     for arguments, message in (
         (["--benchmark", "real_toxicity_prompts", "--toxicity-scorer", "perspective"], "Unknown toxicity scorer 'perspective'"),
         (["--benchmark", "real_toxicity_prompts", "--toxicity-scorer", "hub:owner/none"], "Can't load the classifier owner/none"),
-        (["--benchmark", "real_toxicity_prompts", "--samples", "0"], "--samples must be"),
+        (["--benchmark", "real_toxicity_prompts", "--samples", "0"], "samples must be"),
         (["--benchmark", "bold"], "get AmazonScience/bold from the Hub"),
     ):
         assert main([*common, *arguments]) == 2

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from biasdpo import models
 from biasdpo.backends.base import kl_divergence
 from biasdpo.backends.hf import open_transformers
-from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text, hf_copy, load_tokenizer
+from biasdpo.backends.hf_loading import encode_prompt, encode_text, hf_copy, load_tokenizer
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.chat import PromptTemplate
 from biasdpo.errors import ModelError
@@ -102,23 +102,6 @@ def test_transformers_own_reading_of_the_quantized_weights_agrees(smollm2: model
     assert ours.generation_config.eos_token_id == [2, 0, 4]  # <|im_end|>, then those that llama.cpp ends at
 
 
-@pytest.mark.slow
-def test_logits_are_llama_cpps(smollm2: models.ModelSpec, smollm2_copy: Path) -> None:
-    """llama.cpp rounds activations to 8 bits before it multiplies by quantized weights, so a little is left (over 657 tokens
-    of BiasDPO's chosen completions: mean KL 0.0027 nats, same argmax at 96.0 %)."""
-    assert smollm2.gguf_path is not None
-    theirs = open_llamacpp(smollm2.gguf_path, smollm2.template, None, 512, kv_cache="f32")
-    ours = open_transformers(smollm2_copy, smollm2.template, None, 512)
-    expected, got = theirs.canary_logits("base"), ours.canary_logits("base")
-    theirs.close()
-    ours.close()
-    assert kl_divergence(expected, got) <= 0.01
-    second, first = np.sort(expected, axis=-1)[:, -2:].T
-    decided = first - second > 0.5
-    assert decided.sum() >= 10
-    assert (expected.argmax(-1) == got.argmax(-1))[decided].all()
-
-
 def test_logits_are_llama_cpps_to_rounding_in_f32(tiny_llama_gguf: Path, workspace: Workspace) -> None:
     copy = hf_copy(spec_of(tiny_llama_gguf), workspace)
     theirs = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, None, 512, kv_cache="f32")
@@ -145,22 +128,6 @@ def test_prompts_are_tokenised_as_the_llamacpp_backend_does(tiny_llama_gguf: Pat
         for system in ("", "Be kind <|im_end|>"):
             assert encode_prompt(tokenizer, template, prompt, system) == backend.tokenize(template.render(prompt, system))
     backend.close()
-
-
-def test_special_tokens_come_from_the_template_alone(tiny_llama: Path) -> None:
-    tokenizer = load_tokenizer(tiny_llama)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    plain = encode_prompt(tokenizer, tiny_models.LLAMA_TEMPLATE, "Hi")
-    look_alike = encode_prompt(tokenizer, tiny_models.LLAMA_TEMPLATE, "Hi<|im_end|>")
-    assert plain.count(end) == look_alike.count(end) == 2  # after the system text, after the prompt
-    assert tokenizer.decode(look_alike) == tiny_models.LLAMA_TEMPLATE.render_text("Hi<|im_end|>")
-
-
-def test_a_completion_has_its_prefix_and_its_end(tiny_phi: Path) -> None:
-    tokenizer = load_tokenizer(tiny_phi)
-    ids = encode_completion(tokenizer, tiny_models.PHI_TEMPLATE, "Yes.", True)
-    assert tokenizer.decode(ids) == " Yes.<|endoftext|>"
-    assert encode_completion(tokenizer, tiny_models.PHI_TEMPLATE, "Yes.", False) == ids[:-1]
 
 
 def test_a_template_of_another_model_is_refused(tiny_phi: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from biasdpo import config as run_config
 from biasdpo import models
-from biasdpo.config import Preset
+from biasdpo.config import Preset, TrainConfig
 from biasdpo.jobs import store
 from biasdpo.workspace import Workspace
 
@@ -23,6 +23,7 @@ def test_three_are_shipped_for_each_model() -> None:
     ]
     assert [preset.title for preset in PRESETS] == ["Quick look", "Standard", "Thorough"] * 2
     assert {preset.model for preset in PRESETS} == set(models.catalog())
+    assert not [preset.id for preset in PRESETS if "datasets" in preset.values]  # the user names the data
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.id)
@@ -44,7 +45,7 @@ def test_each_trains_two_steps(
         )
     )
     data = {"datasets": [str(pairs)], "held_out_share": 0.3, "max_steps": 2, "threads": 1}
-    config = run_config.from_mapping(preset.values | data)
+    config = TrainConfig(**preset.values | data)
     run = store.create_training(config, Workspace(tmp_path / "workspace"), "two-steps")
     main(run)
     status = run.read_status()

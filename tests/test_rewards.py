@@ -13,46 +13,29 @@ from biasdpo import models, rewards
 from biasdpo.config import LOSS_TYPES
 from biasdpo.data import splits
 
-
-def test_loss_without_any_margin_is_log_two() -> None:
-    loss = rewards.dpo_loss([-10.0], [-20.0], [-10.0], [-20.0], beta=0.1)
-    assert loss == pytest.approx([math.log(2)])  # the policy is the reference: -log(1/2) = 0.6931
+LOGPS = ([-10.0], [-20.0], [-12.0], [-19.0])  # chosen log-ratio -10 - -12 = 2, rejected -20 - -19 = -1: 0.5 and -0.5 a token
+TOKENS = ([4], [2])
 
 
-def test_loss_by_hand() -> None:
-    # chosen log-ratio -10 - -12 = 2, rejected -20 - -19 = -1; margin 0.5 * 3 = 1.5; -log(1 / (1 + e^-1.5)) = 0.20141
-    assert rewards.dpo_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5) == pytest.approx([0.2014133])
-    assert rewards.reward_margin([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5) == pytest.approx([1.5])
-
-
-def test_normalised_loss_by_hand() -> None:
-    # log-ratios a token: 2 / 4 = 0.5 and -1 / 2 = -0.5; beta 2: margin 2; -log(1 / (1 + e^-2)) = 0.126928
-    loss = rewards.dpo_norm_loss([-10.0], [-20.0], [-12.0], [-19.0], [4], [2], beta=2.0)
-    assert loss == pytest.approx([0.1269280])
-
-
-def test_ipo_loss_by_hand() -> None:
-    # log-ratios a token 0.5 and -0.5; their gap 1, wanted 1 / (2 * 0.25) = 2: (1 - 2)^2 = 1
-    assert rewards.ipo_loss([-10.0], [-20.0], [-12.0], [-19.0], [4], [2], beta=0.25) == pytest.approx([1.0])
-
-
-def test_hinge_loss_by_hand() -> None:
-    # margins 0.1 * 3 = 0.3 and 0.5 * 3 = 1.5: 1 - 0.3 = 0.7, and nothing once the margin is above 1
-    assert rewards.hinge_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.1) == pytest.approx([0.7])
-    assert rewards.hinge_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5) == pytest.approx([0.0])
-
-
-def test_robust_loss_by_hand() -> None:
-    # margin 1.5: -log sigmoid(1.5) = 0.2014133, -log sigmoid(-1.5) = 1.7014133; (0.9 * 0.2014133 - 0.1 * 1.7014133) / 0.8
-    loss = rewards.robust_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5, label_smoothing=0.1)
-    assert loss == pytest.approx([0.0139133], abs=1e-6)
-    plain = rewards.robust_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5, label_smoothing=0.0)
-    assert plain == pytest.approx([0.2014133])  # no wrong labels: DPO's loss
-
-
-def test_apo_zero_loss_by_hand() -> None:
-    # rewards 0.5 * 2 = 1 and 0.5 * -1 = -0.5: 1 - sigmoid(1) + sigmoid(-0.5) = 1 - 0.7310586 + 0.3775407
-    assert rewards.apo_zero_loss([-10.0], [-20.0], [-12.0], [-19.0], beta=0.5) == pytest.approx([0.6464821])
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (rewards.dpo_loss([-10.0], [-20.0], [-10.0], [-20.0], beta=0.1), math.log(2)),  # policy = reference: -log(1/2)
+        (rewards.dpo_loss(*LOGPS, beta=0.5), 0.2014133),  # margin 0.5 * 3 = 1.5; -log(1 / (1 + e^-1.5))
+        (rewards.reward_margin(*LOGPS, beta=0.5), 1.5),
+        (rewards.dpo_norm_loss(*LOGPS, *TOKENS, beta=2.0), 0.1269280),  # margin 2; -log(1 / (1 + e^-2))
+        (rewards.ipo_loss(*LOGPS, *TOKENS, beta=0.25), 1.0),  # gap 1, wanted 1 / (2 * 0.25) = 2: (1 - 2)^2
+        (rewards.hinge_loss(*LOGPS, beta=0.1), 0.7),  # margin 0.3: 1 - 0.3
+        (rewards.hinge_loss(*LOGPS, beta=0.5), 0.0),  # nothing once the margin is above 1
+        # -log sigmoid(1.5) = 0.2014133, -log sigmoid(-1.5) = 1.7014133; (0.9 * 0.2014133 - 0.1 * 1.7014133) / 0.8
+        (rewards.robust_loss(*LOGPS, beta=0.5, label_smoothing=0.1), 0.0139133),
+        (rewards.robust_loss(*LOGPS, beta=0.5, label_smoothing=0.0), 0.2014133),  # no wrong labels: DPO's loss
+        # rewards 0.5 * 2 = 1 and 0.5 * -1 = -0.5: 1 - sigmoid(1) + sigmoid(-0.5) = 1 - 0.7310586 + 0.3775407
+        (rewards.apo_zero_loss(*LOGPS, beta=0.5), 0.6464821),
+    ],
+)
+def test_losses_by_hand(loss, expected) -> None:
+    assert loss == pytest.approx([expected], abs=1e-6)
 
 
 def test_sft_loss_by_hand() -> None:

@@ -1,153 +1,144 @@
-"""The run config: every field is documented and checked; the shipped files are good; what is saved is read back equal."""
+"""Settings: declared once, checked with one line, written and read back equal; how a run's processes are launched."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from biasdpo import config as run_config
-from biasdpo import models
-from biasdpo.config import TrainConfig
+from biasdpo.config import EvaluationConfig, ExportConfig, ServeConfig, Settings, TrainConfig
 from biasdpo.errors import ConfigError
 from biasdpo.jobs import worker
 from biasdpo.jobs.job import JobFolder
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = sorted((ROOT / "training" / "configs").glob("*.toml"))
+
+CHANGED = TrainConfig(
+    model="m",
+    datasets=("a, b.jsonl", "hub:c/d"),
+    loss_type=("sigmoid", "sft"),
+    loss_weights=(1.0, 0.5),
+    learning_rate=1.25e-5,
+    beta=1,
+    probe_every=5,
+    probe_prompts=("Who leads?", "Who, then?"),
+)
 
 
-def test_some_configs_are_shipped() -> None:
-    assert {path.stem for path in SHIPPED} >= {"smollm2-quick", "smollm2-standard"}
+@pytest.mark.parametrize("model", [TrainConfig, EvaluationConfig, ExportConfig, ServeConfig])
+def test_every_setting_is_explained_and_in_the_json_schema(model: type[Settings]) -> None:
+    schema = model.model_json_schema()["properties"]
+    for name, one in model.settings().items():
+        assert one.help.endswith("."), name
+        assert schema[name]["description"]
+        assert all(when in model.settings() for when in one.when)
+    assert len({one.option for one in model.settings().values()}) == len(schema)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_configs_are_good(path: Path) -> None:
-    config = run_config.load_toml(path)
-    assert config.model in models.catalog()
-    assert path.stem.startswith(config.model)
-    assert config.datasets == ()  # the user names the data
+def test_a_declaration_reaches_schema_and_range() -> None:
+    beta = TrainConfig.model_json_schema()["properties"]["beta"]
+    assert (beta["minimum"], beta["maximum"], beta["default"], beta["group"]) == (1e-4, 1000, 0.1, "Essentials")
+    weights = TrainConfig.settings()["dataset_weights"]
+    assert (weights.kind, weights.is_list, weights.range, weights.option) == ("number", True, "0.01 to 10", "--dataset-weights")
+    limit = EvaluationConfig.settings()["limit"]
+    assert (limit.kind, limit.is_optional, limit.default) == ("integer", True, None)
 
 
-def test_every_field_is_documented() -> None:
-    documented = re.findall(r"^    (\w+) +\S", TrainConfig.__doc__ or "", re.MULTILINE)
-    assert set(documented) == {field.name for field in fields(TrainConfig)}
-
-
-def test_saved_config_is_read_back_equal(tmp_path: Path) -> None:
-    config = TrainConfig(model="m", datasets=("a", "b"), loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.5), seed=0, beta=0.25)
+@pytest.mark.parametrize("config", [TrainConfig(), CHANGED])
+def test_a_config_is_read_back_equal_from_json_toml_and_text(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()), encoding="utf-8")
     assert run_config.load_json(tmp_path / "config.json") == config
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert TrainConfig(**run_config.read_toml(tmp_path / "config.toml")) == config
+    settings = TrainConfig.settings()
+    assert TrainConfig(**{name: settings[name].parse(settings[name].format(value)) for name, value in config}) == config
+
+
+def test_lists_numbers_and_single_values_take_the_types_of_their_fields() -> None:
+    config = TrainConfig(**{"loss_type": "ipo", "beta": 1, "datasets": ["a", "b"]})
+    assert (config.loss_type, config.datasets, repr(config.beta)) == (("ipo",), ("a", "b"), "1.0")
+    assert hash(config) == hash(config.replace())
+    assert config.changed() == {"datasets": ("a", "b"), "loss_type": ("ipo",), "beta": 1.0}
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"beta": 0}, "beta must be a number from 0.0001 to 1000: got 0"),
-        ({"beta": "high"}, "beta must be a number"),
+        ({"beta": 0}, "beta must be a number from 0.0001 to 1000: got 0; choose a value in that range"),
+        ({"beta": "high"}, "beta must be a number from 0.0001 to 1000: got 'high'"),
         ({"beta": float("nan")}, "beta must be a number"),
-        ({"learning_rate": -1e-4}, "learning_rate must be"),
+        ({"beta": True}, "beta must be a number"),
+        ({"beta": None}, "beta must be a number"),
         ({"rank": 0}, "rank must be a whole number from 1 to 512: got 0"),
-        ({"rank": 8.5}, "rank must be a whole number"),
+        ({"rank": 8.0}, "rank must be a whole number"),
         ({"seed": True}, "seed must be a whole number"),
-        ({"held_out_share": 0.6}, "held_out_share must be"),
+        ({"model": 3}, "model must be text: got 3"),
+        ({"dataset_weights": [0]}, "dataset_weights must be a number from 0.01 to 10: got 0"),
         ({"loss_type": ["sigmoid", "dpo"]}, "loss_type must be one of sigmoid, .*got 'dpo'"),
-        ({"loss_type": []}, "loss_type is empty"),
+        ({"loss_type": []}, "loss_type is empty: name at least one"),
         ({"loss_type": ["sft"]}, "a preference loss beside 'sft'"),
-        ({"loss_weights": [1.0, 2.0]}, "one weight a loss type: got 2 for 1"),
-        ({"label_smoothing": 0.1}, "loss_type 'robust' alone"),
-        ({"schedule": "wavy"}, "schedule must be one of"),
-        ({"precision": "fp8"}, "precision must be one of"),
-        ({"target_modules": ["lm_head"]}, "lm_head"),
-        ({"save_steps": 50, "logging_steps": 8}, "multiple of logging_steps: got 50 and 8; use 48"),
-        ({"max_length": 4}, "max_length must be"),
-        ({"strength": 2.0}, "strength must be"),
-        ({"adapter_dtype": "int4"}, "adapter_dtype must be one of"),
-        ({"learning_rte": 1e-4}, "Unknown setting 'learning_rte': choose one of model, "),
+        ({"loss_type": ["ipo", "ipo"]}, "names a value twice: got ipo, ipo"),
+        ({"schedule": "wavy"}, "schedule must be one of linear, .*got 'wavy'"),
+        ({"target_modules": "lm_head"}, "target_modules can't include 'lm_head'"),
+        ({"probe_prompts": ["Who?"] * 4}, "holds at most 3 values: got 4"),
+        ({"probe_prompts": [" "]}, "probe_prompts must be text, not blank: got ' '"),
     ],
 )
-def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
+def test_a_bad_value_is_one_line_whatever_the_other_settings_are(values: dict[str, Any], message: str) -> None:
+    ((name, value),) = values.items()
+    for refuse in (lambda: TrainConfig(**values), lambda: TrainConfig.check_setting(name, value)):
+        with pytest.raises(ConfigError, match=message) as caught:
+            refuse()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"loss_weights": [1.0, 2.0]}, "one weight per loss type: got 2 for 1"),
+        ({"datasets": ["a", "b"], "dataset_weights": [1.0]}, "one weight per dataset: got 1 for 2"),
+        ({"label_smoothing": 0.1}, "loss type 'robust' only"),
+        ({"early_stopping": 2}, "early_stopping needs evaluations: got 2 with eval_every 0"),
+        ({"accelerate": "fsdp"}, "accelerate 'fsdp' is for several processes: got num_processes 1; set num_processes"),
+        ({"save_steps": 50, "logging_steps": 8}, "multiple of logging_steps: got 50 and 8; use 48"),
+    ],
+)
+def test_settings_that_contradict_each_other(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run_config.from_mapping(values)
+        TrainConfig(**values)
+    for name, value in values.items():
+        TrainConfig.check_setting(name, value)  # each is fine by itself
+
+
+@pytest.mark.parametrize("values", [{"learning_rte": 1e-4}, {"learning_rte": 1e-4, "beta": -1}, {"self": 1}])
+def test_an_unknown_setting_lists_the_known_ones(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"Unknown setting '(learning_rte|self)': choose one of model, datasets, "):
+        TrainConfig(**values)
 
 
 def test_settings_from_the_command_line() -> None:
     values = run_config.parse_settings(["beta=0.2", "model=smollm2", 'loss_type=["sigmoid", "sft"]', "schedule=cosine", "rank=4"])
-    config = run_config.from_mapping(values)
-    assert (config.beta, config.model, config.loss_type, config.schedule, config.rank) == (
-        0.2,
-        "smollm2",
-        ("sigmoid", "sft"),
-        "cosine",
-        4,
-    )
-    assert run_config.from_mapping({"loss_type": "ipo", "beta": 1}).loss_type == ("ipo",)
-    with pytest.raises(ConfigError, match="--set wants key=value: got 'beta'"):
+    assert values == {"beta": 0.2, "model": "smollm2", "loss_type": ["sigmoid", "sft"], "schedule": "cosine", "rank": 4}
+    with pytest.raises(ConfigError, match="--set needs key=value: got 'beta'"):
         run_config.parse_settings(["beta"])
 
 
-def test_a_bad_toml_file_is_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_no_config_is_one_line(tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
     with pytest.raises(ConfigError, match="No config file"):
-        run_config.load_toml(tmp_path / "none.toml")
-    (tmp_path / "bad.toml").write_text("beta = ", encoding="utf-8")
-    with pytest.raises(ConfigError, match="as TOML") as caught:
-        run_config.load_toml(tmp_path / "bad.toml")
-    assert "\n" not in str(caught.value)
-
-
-def test_every_setting_is_explained_in_a_line() -> None:
-    explained = run_config.explained()
-    assert list(explained) == [field.name for field in fields(TrainConfig)]
-    assert explained["seed"] == "of the order of rows and the LoRA's start"
-    assert explained["dataset_weights"].startswith("how often a source's training pairs are seen an epoch")
-    assert explained["dataset_weights"].endswith("Held-out pairs count once")
-    assert not [text for text in explained.values() if "\n" in text or "  " in text]
-
-
-@pytest.mark.parametrize(
-    ("name", "good", "bad", "message"),
-    [
-        ("beta", 0.2, 0, "beta must be a number from 0.0001"),
-        ("seed", 0, -1, "seed must be a whole number"),
-        ("loss_type", ["sigmoid", "sft"], ["dpo"], "loss_type must be one of"),
-        ("loss_type", "ipo", ["ipo", "ipo"], "names a loss twice"),
-        ("dataset_weights", [2, 0.5], [0], "dataset_weights must be a number from 0.01 to 10"),
-        ("keep", "last", "first", "keep must be one of best, last"),
-        ("early_stopping", 3, 1.5, "early_stopping must be a whole number"),
-        ("probe_prompts", ["Who?"] * 3, ["Who?"] * 4, "at most 3 prompts: got 4"),
-        ("probe_prompts", [], [" "], "got ' ' in it"),
-        ("target_modules", ["q_proj"], ["lm_head"], "can't hold 'lm_head'"),
-        ("model", "smollm2", 3, "model must be text"),
-    ],
-)
-def test_one_setting_is_checked_alone(name: str, good: Any, bad: Any, message: str) -> None:
-    run_config.check_setting(name, good)
-    with pytest.raises(ConfigError, match=message):
-        run_config.check_setting(name, bad)
-
-
-def test_an_unknown_setting_is_refused_alone() -> None:
-    with pytest.raises(ConfigError, match="Unknown setting 'betta'"):
-        run_config.check_setting("betta", 1)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"early_stopping": 2}, "early_stopping needs evaluations: got 2 with eval_every 0"),
-        ({"datasets": ["a", "b"], "dataset_weights": [1.0]}, "one weight a dataset: got 1 for 2"),
-        ({"accelerate": "fsdp"}, "accelerate 'fsdp' is for several processes: got num_processes 1; set num_processes"),
-        ({"accelerate": "multi_gpu", "num_processes": 1}, "'multi_gpu' is for several processes: got num_processes 1"),
-    ],
-)
-def test_settings_that_need_each_other(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run_config.from_mapping(values)
+        run_config.read_toml(bad)
+    bad.write_text("beta = ", encoding="utf-8")
+    for read in (run_config.read_toml, run_config.load_json):
+        with pytest.raises(ConfigError, match="Can't read") as caught:
+            read(bad)
+        assert "\n" not in str(caught.value)
+    bad.write_text("[]", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a JSON object"):
+        run_config.load_json(bad)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +154,7 @@ def test_settings_that_need_each_other(values: dict[str, Any], message: str) -> 
 def test_as_many_processes_are_launched_as_are_asked_for(
     accelerate: str, processes: int, device: str, config: str, flags: list[str]
 ) -> None:
-    asked = run_config.from_mapping({"accelerate": accelerate, "num_processes": processes})
+    asked = TrainConfig(**{"accelerate": accelerate, "num_processes": processes})
     file = ROOT / "training" / "accelerate" / f"{config}.yaml"
     assert worker.launch_command(JobFolder(Path("/w/runs/x")), asked, device, 3) == [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)),
@@ -181,7 +172,7 @@ def test_accelerate_reads_its_configs(path: Path, monkeypatch: pytest.MonkeyPatc
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    assert path.stem in run_config.ACCELERATE_CONFIGS
+    assert path.stem in TrainConfig.settings()["accelerate"].choices
     config = load_config_from_file(str(path))
     assert config.use_cpu is (path.stem == "cpu")
     assert config.distributed_type.value == {"multi_gpu": "MULTI_GPU", "fsdp": "FSDP"}.get(path.stem, "NO")

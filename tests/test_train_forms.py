@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 
 from biasdpo import config as run_config
@@ -13,7 +11,7 @@ from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError
 from biasdpo.jobs.estimate import Estimate
 from biasdpo.ui import train
-from biasdpo.ui.train import DECIDING, DEFAULTS, SETTINGS, first_preset, presets_of
+from biasdpo.ui.train import DECIDING, SETTINGS, first_preset, presets_of
 from biasdpo.workspace import Workspace
 
 NOT_FIELDS = {"model", "datasets", "dataset_weights"}  # pickers of their own
@@ -39,13 +37,14 @@ def page_of(config: TrainConfig) -> list[object]:
 
 def test_every_setting_has_a_field_with_an_explanation():
     names = [setting.name for setting in SETTINGS]
-    assert sorted(names) == sorted({field.name for field in fields(TrainConfig)} - NOT_FIELDS)
-    explained = run_config.explained()
-    assert all(explained[name] for name in names)
+    assert sorted(names) == sorted(set(TrainConfig.settings()) - NOT_FIELDS)
+    fields = [train.build_field(one, train.to_field(one, one.default), True) for one in SETTINGS]
+    assert all(field.label and field.info for field in fields)
+    assert next(field.info for field in fields if field.label == "Max length").endswith("Range: 16 to 1000000 tokens.")
 
 
 def test_fields_bring_back_the_config_that_they_show():
-    assert run_config.from_mapping(train.to_values(page_of(CONFIG))) == CONFIG
+    assert TrainConfig(**train.to_values(page_of(CONFIG))) == CONFIG
     shown = train.field_values(page_of(CONFIG))
     assert shown["learning_rate"] == "5e-5"
     assert shown["loss_weights"] == "1, 0.5"
@@ -55,9 +54,9 @@ def test_fields_bring_back_the_config_that_they_show():
 
 @pytest.mark.parametrize("preset", run_config.presets(), ids=lambda preset: preset.id)
 def test_every_shipped_preset_can_be_filled_in(preset):
-    config = run_config.from_mapping(preset.values)
+    config = TrainConfig(**preset.values)
     values = train.to_values(page_of(config))
-    assert run_config.from_mapping(values | {"model": config.model}) == config.replace(datasets=(), dataset_weights=())
+    assert TrainConfig(**values | {"model": config.model}) == config.replace(datasets=(), dataset_weights=())
 
 
 def test_settings_without_an_effect_are_hidden_and_at_their_defaults():
@@ -68,8 +67,8 @@ def test_settings_without_an_effect_are_hidden_and_at_their_defaults():
     hidden = {name for name, effect in effects.items() if not effect}
     assert hidden == {"loss_weights", "label_smoothing", "epochs", "early_stopping", "keep", "probe_prompts", "warmup_share"}
     read = train.to_values([fewer[setting.name] for setting in SETTINGS])
-    assert {name: read[name] for name in hidden} == {name: DEFAULTS[name] for name in hidden}
-    run_config.from_mapping(read)  # a smoothing left over from `robust` would be refused
+    assert {name: read[name] for name in hidden} == {name: TrainConfig.settings()[name].default for name in hidden}
+    TrainConfig(**read)  # a smoothing left over from `robust` would be refused
 
 
 def test_what_matters_hangs_on_nothing_else_than_what_the_page_listens_to():
@@ -82,20 +81,20 @@ def test_what_matters_hangs_on_nothing_else_than_what_the_page_listens_to():
     ("name", "value", "line"),
     [
         ("beta", "-1", "beta must be a number from 0.0001 to 1000: got -1.0"),
-        ("beta", "hot", "beta must be a number: got 'hot'"),
-        ("beta", "", "beta must be a number: got ''"),
+        ("beta", "hot", "beta must be a number from 0.0001 to 1000: got 'hot'"),
+        ("beta", "", "beta must be a number from 0.0001 to 1000: got ''"),
         ("beta", "nan", "beta must be a number from"),
-        ("learning_rate", "2", "learning_rate must be a number from 1e-09 to 1: got 2.0"),
+        ("learning_rate", "2", "learning_rate must be a number from 1e-9 to 1: got 2.0"),
         ("rank", 0, "rank must be a whole number from 1 to 512: got 0"),
         ("rank", 2.5, "rank must be a whole number from 1 to 512: got 2.5"),
         ("rank", None, "rank must be a whole number from 1 to 512: got None"),
         ("seed", -1, "seed must be a whole number"),
         ("target_modules", "", "target_modules is empty"),
-        ("target_modules", "lm_head", "target_modules can't hold 'lm_head'"),
+        ("target_modules", "lm_head", "target_modules can't include 'lm_head'"),
         ("loss_type", [], "loss_type is empty"),
-        ("loss_type", ["sft"], "loss_type must hold a preference loss"),
+        ("loss_type", ["sft"], "loss_type needs a preference loss"),
         ("schedule", "steep", "schedule must be one of"),
-        ("probe_prompts", "a\nb\nc\nd", "probe_prompts holds at most 3 prompts: got 4"),
+        ("probe_prompts", "a\nb\nc\nd", "probe_prompts holds at most 3 values: got 4"),
         ("held_out_share", "0.9", "held_out_share must be a number from 0 to 0.5: got 0.9"),
     ],
 )

@@ -121,3 +121,13 @@ def test_retry_says_what_it_can_not_take_over(tab, tmp_path):
     assert "weights are lost (a.jsonl 1, b.jsonl 2)" in shown[tab.new_notice]
     shown = tab.fill_from(config.replace(datasets=config.datasets[:1], dataset_weights=()), "snapshot.jsonl")
     assert shown[tab.new_notice] == ""
+
+
+def test_the_config_file_of_the_form_starts_the_same_run(tab, tmp_path):
+    from biasdpo.cli import train_config
+
+    config = TrainConfig(model="smollm2", datasets=(str(tmp_path / "data.jsonl"),), max_steps=2, beta=0.25)
+    sources = [config.datasets[0], 1.0, "", 1.0, "", 1.0, "", 1.0, "", 1.0]
+    (tmp_path / "run.toml").write_text(tab.show_config("smollm2", "", 1, *sources, *page_of(config)))
+    assert train_config(tmp_path / "run.toml", {}, []) == config
+    assert tab.show_config("smollm2", "", 1, *["", 1.0] * 5, *page_of(config)).startswith("# No data to train on")

@@ -77,15 +77,8 @@ class BBQ(LikelihoodBenchmark[Question]):
 
     name = "bbq"
     columns = (
-        "ambiguous",
-        "right",
-        "names_group",
-        "biased",
-        "answer",
-        "logp_first",
-        "logp_second",
-        "logp_unknown",
-        "has_biased_answer",
+        *("ambiguous", "right", "names_group", "biased", "answer"),
+        *("logp_first", "logp_second", "logp_unknown", "has_biased_answer"),
     )
 
     def requests(self, item: Question) -> list[Request]:

@@ -12,10 +12,10 @@ import re
 import string
 import threading
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, compress
+from dataclasses import astuple, dataclass
+from itertools import chain, compress, repeat
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class NearDuplicates:
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}  # normalized prompt -> number
         self._trigrams: list[tuple[int, ...]] = []  # by number
-        self._prompts_with: dict[int, tuple[int, ...]] = {}  # trigram -> numbers
+        self._first: dict[int, int] = {}  # trigram -> the first prompt with it
+        self._later: dict[int, list[int]] = {}  # trigram -> the next prompts with it, up to _OFFERED in all
 
     def __len__(self) -> int:
         return len(self._trigrams)
@@ -78,14 +79,15 @@ class NearDuplicates:
             return number, []
         own = trigrams(normalized)
         candidates: set[int] = set()
-        for trigram in own:
-            numbers = self._prompts_with.get(trigram)
-            if numbers is None:
-                self._prompts_with[trigram] = (number,)
-            else:
-                candidates.update(numbers)
-                if len(numbers) < _OFFERED:
-                    self._prompts_with[trigram] = (*numbers, number)
+        firsts = list(map(self._first.setdefault, own, repeat(number)))
+        if firsts.count(number) < len(firsts):
+            for trigram, first in zip(own, firsts, strict=True):
+                if first != number:
+                    later = self._later.setdefault(trigram, [])
+                    candidates.add(first)
+                    candidates.update(later)
+                    if len(later) < _OFFERED - 1:
+                        later.append(number)
         near = []
         for candidate in sorted(candidates):
             other = self._trigrams[candidate]
@@ -383,8 +385,7 @@ class _Tally:
 
     def __init__(self, overlap: Overlap | None) -> None:
         self._overlap = overlap
-        self._all = Shares()
-        self._by_annotator: dict[str, Shares] = {}
+        self._by_annotator: defaultdict[str, Shares] = defaultdict(Shares)  # "" for those without a pseudonym
         self._judgments = 0
         self._statements: set[tuple[str, str, str]] = set()
         self._prompts = NearDuplicates()
@@ -397,33 +398,31 @@ class _Tally:
         self._statements.update(map(_statement, rows))
         preferred = [row for row in rows if row["verdict"] == "preferred"]
         for row in preferred:
-            self._all.add(row)
-            if row["annotator"]:
-                self._by_annotator.setdefault(row["annotator"], Shares()).add(row)
+            self._by_annotator[row["annotator"]].add(row)
             _number, near = self._prompts.add(row["prompt"])
             self._near_duplicates += bool(near)
         if self._overlap is not None and preferred:
             flags = self._overlap.flags([row[column] for row in preferred for column in TEXTS])
-            overlapping = list(np.any(flags.reshape(-1, len(TEXTS)), axis=1))
-            for row in compress(preferred, overlapping):
+            for row in compress(preferred, np.any(flags.reshape(-1, len(TEXTS)), axis=1).tolist()):
                 self._overlapping += 1
                 self._files.update({file for column in TEXTS for file in self._overlap.files_of(row[column])})
 
     def confounds(self) -> Confounds:
-        annotators = dict(sorted(self._by_annotator.items()))
+        everyone = Shares(*(sum(column) for column in zip(*map(astuple, self._by_annotator.values()), strict=True)))
+        annotators = {name: shares for name, shares in sorted(self._by_annotator.items()) if name}
         return Confounds(
-            pairs=self._all.pairs,
-            chosen_longer_share=self._all.longer_share,
-            chosen_left_share=self._all.left_share,
+            pairs=everyone.pairs,
+            chosen_longer_share=everyone.longer_share,
+            chosen_left_share=everyone.left_share,
             exact_duplicates=self._judgments - len(self._statements),
             near_duplicates=self._near_duplicates,
             benchmark_overlap=None if self._overlap is None else self._overlapping,
             annotators=tuple(AnnotatorShares(n, s.pairs, s.longer_share, s.left_share) for n, s in annotators.items()),
-            warnings=tuple(self._warnings(annotators)),
+            warnings=tuple(self._warnings(everyone, annotators)),
         )
 
-    def _warnings(self, annotators: Mapping[str, Shares]) -> Iterator[str]:
-        yield from self._all.warnings()
+    def _warnings(self, everyone: Shares, annotators: Mapping[str, Shares]) -> Iterator[str]:
+        yield from everyone.warnings()
         if len(annotators) > 1:  # a single annotator's habits are those of all
             for name, shares in annotators.items():
                 yield from shares.warnings(name)

@@ -94,7 +94,7 @@ def requests_of(
         EvaluationConfig(
             model=text(model),
             adapter=name,
-            benchmarks=tuple(names),
+            benchmarks=tuple(names),  # type: ignore[arg-type]
             limit=_whole(limit, "Items of each benchmark") or None,
             seed=_whole(seed, "Seed"),
             strengths=STRENGTHS if is_curve else (1.0,),

@@ -633,7 +633,7 @@ class NewExportPanel(ExportsView):
             adapter="" if is_run else _text(adapter),
             run=_text(adapter) if is_run else "",
             model=_text(model),
-            quantization=_text(quantization) if format == "merged" else "",
+            **{"quantization": _text(quantization) if format == "merged" else ""},  # type: ignore[arg-type]
             source=origin if format == "merged" else "auto",
             pairs=_whole(pairs, "pairs"),
             threads=_whole(threads, "threads") or None,

@@ -22,6 +22,7 @@ from biasdpo.jobs.resolve import command_of
 from biasdpo.workspace import Workspace
 from tests import evaluating
 from tests.evaluating import under_way
+from tests.evaluation_results import result, write_result
 from tests.run_line import ROOT, ended, kill_jobs, wait_for
 
 LONG = 1500  # items, in so many batches that it is not over before it is stopped
@@ -71,9 +72,9 @@ def test_an_evaluation_from_start_to_end(asked, workspace, monkeypatch):
     assert done.status.progress == (Progress("crows_pairs", 20, 20), Progress("utility", 6, 6))
     assert done.started_at == started.started_at
     assert done.record.resolved.model == asked.model
-    result = store.load_result(done)
-    assert result["benchmarks"]["crows_pairs"]["n"] == 20
-    assert {row.why_not for row in table(result)} == {"limited to 20 of 40 items", ""}
+    found = store.load_result(done)
+    assert found["benchmarks"]["crows_pairs"]["n"] == 20
+    assert {row.why_not for row in table(found)} == {"limited to 20 of 40 items", ""}
     with pytest.raises(JobError, match="nothing to stop"):
         store.stop_job(done.id, workspace)
     with pytest.raises(JobError, match="is finished: only a stopped"):
@@ -82,9 +83,9 @@ def test_an_evaluation_from_start_to_end(asked, workspace, monkeypatch):
     by_hand = workspace.root / "evaluations" / "by-hand.json"
     command = command_of(done.config, by_hand, workspace.root)
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
-    assert json.loads(by_hand.read_text()) == result
+    assert json.loads(by_hand.read_text()) == found
     listed = store.find_job("by-hand", workspace)
-    assert (listed.state, listed.config, store.load_result(listed)) == ("finished", None, result)
+    assert (listed.state, listed.config, store.load_result(listed)) == ("finished", None, found)
     with monkeypatch.context() as patch:
         patch.setenv("SPACE_ID", "someone/space")
         for action in (
@@ -169,9 +170,9 @@ def test_missing_data_fail_with_one_line(asked, workspace):
 
 def test_other_files_are_listed_as_what_they_are(workspace):
     folder = workspace.root / "evaluations"
-    folder.mkdir()
-    (folder / "whole.json").write_text('{"benchmarks": {}, "provenance": {"interrupted": false}}')
-    (folder / "partial.json").write_text('{"benchmarks": {}, "provenance": {"interrupted": true}}')
+    made = result(8, benchmarks=("crows_pairs",))
+    write_result(workspace.root, "whole", made)
+    write_result(workspace.root, "partial", {**made, "provenance": made["provenance"] | {"interrupted": True}})
     (folder / "torn.json").write_text("{")
     (folder / "else.json").write_text('{"a": 1}')
     found = {one.id: (one.state, one.has_result) for one in store.list_jobs(workspace)}

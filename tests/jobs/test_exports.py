@@ -12,14 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from biasdpo import models
-from biasdpo.__main__ import build_parser
+from biasdpo import cli, models
 from biasdpo.config import ExportConfig
 from biasdpo.errors import AdapterError, ConfigError, ExportError, JobError, ModelError, RefusedError
 from biasdpo.gguf import export as exporting
 from biasdpo.gguf.export import load_record
 from biasdpo.gguf.write import lora as real_lora
-from biasdpo.jobs import store
+from biasdpo.jobs import store, worker
 from biasdpo.jobs.job import JobFolder, read_job
 from biasdpo.jobs.resolve import command_of, resolve_export
 from biasdpo.jobs.worker import run_export, unfinished_folder
@@ -93,11 +92,17 @@ def test_files_that_can_not_be_the_outcome_are_refused(lora, workspace, tiny_lla
     assert leftovers(lora) == []
 
 
-def test_a_config_becomes_the_command_that_means_it(lora, workspace):
+def test_a_config_becomes_the_command_that_means_it(lora, workspace, monkeypatch):
     wanted = lora.replace(format="merged", quantization="Q4_K_M", source="gguf", pairs=7, threads=3)
-    args = build_parser().parse_args(command_of(wanted, workspace=workspace.root)[3:])
-    assert args.workspace == str(workspace.root)
-    assert ExportConfig(**{name: getattr(args, name) for name in ExportConfig.settings()}) == wanted
+    asked: list[object] = []
+
+    def run_export(config: ExportConfig, at: Workspace, *_given: object) -> None:
+        asked.extend((config, at.root))
+        raise ExportError("no more is needed")
+
+    monkeypatch.setattr(worker, "run_export", run_export)
+    assert cli.main(command_of(wanted, workspace=workspace.root)[3:]) == 2
+    assert asked == [wanted, workspace.root]
 
 
 def test_only_paths_are_made_absolute(lora, workspace, monkeypatch, tiny_llama_adapter):

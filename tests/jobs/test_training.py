@@ -126,7 +126,7 @@ def test_strength_is_baked_into_the_adapter(command_line: CommandLine) -> None:
         (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--num-processes", "0"), "num_processes must be"),
         (("--run-id", "x", "--resume"), "No run 'x'"),
         (("--model", "MODEL", "--dataset", "ROWS"), "A run needs a name"),
-        (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--set", "dataset_weights=[1, 2]"), "one weight a dataset"),
+        (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--set", "dataset_weights=[1, 2]"), "one weight per dataset"),
     ],
 )
 def test_wrong_use_is_one_line_and_makes_no_run(command_line: CommandLine, arguments: tuple[str, ...], reason: str) -> None:
@@ -150,13 +150,14 @@ def test_over_long_rows_are_counted_and_said(command_line: CommandLine) -> None:
 
 @pytest.mark.parametrize("by", ["--model", "--set", "--config"])
 def test_a_model_named_by_a_path_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
-    from biasdpo import __main__, cli_train
+    from biasdpo.cli import train_config
 
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
     Path("run.toml").write_text('model = "mine"\ndatasets = ["pairs.jsonl"]\n')
-    given = {"--model": ["--model", "mine"], "--set": ["--set", "model=./mine"], "--config": ["--config", "run.toml"]}[by]
-    config = cli_train._config(__main__.build_parser().parse_args(["train", "--dataset", "pairs.jsonl", "--estimate", *given]))
+    file = Path("run.toml") if by == "--config" else None
+    options = {"datasets": ("pairs.jsonl",)} | ({"model": "mine"} if by == "--model" else {})
+    config = train_config(file, options, ["model=./mine"] if by == "--set" else [])
     assert (config.model, config.datasets) == (str(tmp_path / "mine"), (str(tmp_path / "pairs.jsonl"),))
     for name in ("smollm2", "owner/name"):
-        assert cli_train._config(__main__.build_parser().parse_args(["train", "--model", name])).model == name
+        assert train_config(None, {"model": name}, []).model == name

@@ -1,0 +1,582 @@
+"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|export|evaluate.
+
+Results go to stdout (one JSON object, or one per line, with --json), progress and messages to stderr. Exit status: 0 done;
+2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours. Everything
+heavy is imported where it is used, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from biasdpo import cli_jobs
+from biasdpo.cli_options import (
+    JsonOption,
+    LogLevel,
+    WorkspaceOption,
+    configure_logging,
+    inherited_options,
+    new_app,
+    options_of,
+    print_row,
+    run,
+)
+from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
+from biasdpo.errors import ConfigError, DatasetError, RunError
+from biasdpo.records import Sampling
+from biasdpo.workspace import open_workspace
+
+if TYPE_CHECKING:
+    from biasdpo.workspace import Workspace
+
+_POLL_SECONDS = 0.5
+_SHOWN_BAD_ROWS = 20
+_INTERRUPTED = 130  # exit status after Ctrl-C
+
+app = new_app("See, train away and measure a language model's bias.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    return run(app, arguments, "biasdpo", "python -m biasdpo")
+
+
+@app.callback()
+def _global_options(log_level: LogLevel = "warning") -> None:
+    configure_logging(log_level)
+
+
+@app.command("models")
+def show_models(
+    names: Annotated[
+        list[str] | None, Argument(metavar="ID", help="Catalog id, Hub id, Hugging Face folder or .gguf. [default: the catalog]")
+    ] = None,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List models: which are on this machine, memory needed, license, adapters that fit."""
+    from biasdpo import models
+
+    folder = open_workspace(workspace)
+    for spec in map(models.find, names) if names else map(models.with_files, models.catalog().values()):
+        adapters = [adapter.id for adapter in models.adapters_for(spec, folder)]
+        row = {
+            "id": spec.id,
+            "title": spec.title,
+            "present": spec.present,
+            "gguf": str(spec.gguf_path or ""),
+            "hf_folder": str(spec.hf_folder or ""),
+            "license": spec.license,
+            "parameters": spec.parameters,
+            "memory_gb": spec.memory_gb,
+            "adapters": adapters,
+            "get": "" if spec.present else f"hf download {spec.hub_id}",
+        }
+        memory = ", ".join(f"{gb:g} GB with {backend}" for backend, gb in spec.memory_gb.items())
+        lines = (
+            f"{spec.id}: {spec.title}, {spec.license}, {spec.parameters / 1e6:,.0f} M parameters",
+            "  here" if spec.present else f"  not here; get it with `{row['get']}`",
+            f"  needs {memory}",
+            f"  adapters: {', '.join(adapters) or 'none (base model only, until one is trained)'}",
+        )
+        print_row(row, lambda lines=lines: "\n".join(lines), as_json=as_json)  # type: ignore[misc]
+
+
+_DEFAULT = Sampling()
+
+
+@app.command()
+def compare(
+    prompt: Annotated[str, Option(metavar="TEXT", help="Prompt to complete.")],
+    model: Annotated[str, Option(metavar="ID|PATH|auto", help="Catalog id, Hub id, Hugging Face folder or .gguf.")] = "auto",
+    adapter: Annotated[str, Option(metavar="ID|PATH|none", help="Adapter. [default: the model's shipped adapter]")] = "",
+    backend: Annotated[str, Option(metavar="NAME", help="auto, llamacpp, transformers[-8bit|-4bit].")] = "auto",
+    max_new_tokens: Annotated[int, Option(metavar="N", help="Tokens per completion, 1 to 4096.")] = _DEFAULT.max_new_tokens,
+    temperature: Annotated[float, Option(metavar="X", help="0 to 2. 0: greedy.")] = _DEFAULT.temperature,
+    top_p: Annotated[float, Option(metavar="X", help="Probability mass to sample from, 0.01 to 1.")] = _DEFAULT.top_p,
+    top_k: Annotated[int, Option(metavar="N", help="Tokens to sample from, 0 to 1000. 0: all.")] = _DEFAULT.top_k,
+    repetition_penalty: Annotated[float, Option(metavar="X", help="0.5 to 2. 1: off.")] = _DEFAULT.repetition_penalty,
+    system: Annotated[str, Option(metavar="TEXT", help="System prompt, if the model's template has one.")] = "",
+    seed: Annotated[int, Option(metavar="N", help="Seed for sampling.")] = _DEFAULT.seed,
+    strength: Annotated[float, Option(metavar="X", help="Adapter strength, 0 to 1.5. 1: as trained.")] = 1.0,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Complete one prompt with the base and with the tuned model."""
+    from tqdm import tqdm
+
+    from biasdpo import models
+    from biasdpo.compare import stream_pair
+    from biasdpo.engines import EngineKey, open_engine
+    from biasdpo.records import GenerationPair
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    if model == "auto":
+        spec, reason = models.choose_auto()
+        model = spec.id
+        print(reason, file=sys.stderr)
+    engine = open_engine(EngineKey(model, adapter, backend), open_workspace(workspace))
+    pair = None
+    try:
+        with tqdm(total=sampling.max_new_tokens, unit=" token", file=sys.stderr, leave=False) as bar:
+            for event in stream_pair(engine, prompt, sampling, system=system, strength=strength):
+                if isinstance(event, GenerationPair):
+                    pair = event
+                    bar.update(max(c.tokens for c in (pair.left, pair.right) if c is not None) - bar.n)
+    finally:
+        engine.backend.close()
+    assert pair is not None  # the last event of a stream is its finished pair
+    if as_json:
+        print(json.dumps(pair.to_json(), ensure_ascii=False))
+        return
+    for completion in (pair.left, pair.right):
+        if completion is not None:
+            print(f"--- {completion.side} ({completion.tokens} tokens, {completion.finish_reason}) ---\n{completion.text}\n")
+    if pair.canary_kl_nats is not None:
+        print(f"base equals the bare model; tuned differs by KL {pair.canary_kl_nats:.3g} nats")
+
+
+# Datasets
+
+dataset = new_app("Preference pairs: statistics, validation, import, export, retraction.")
+app.add_typer(dataset, name="dataset")
+dataset.callback()(inherited_options)
+
+_SOURCE = "A file (JSONL, JSON, CSV, Parquet) or hub:OWNER/NAME."
+SourceOrJournal = Annotated[
+    str, Argument(metavar="FILE", help=f"{_SOURCE} [default: the workspace's journal]", show_default=False)
+]
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[], object]]:
+    """A progress bar on stderr, if that is a terminal; call the yielded function once per row."""
+    from tqdm import tqdm
+
+    with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
+        yield bar.update
+
+
+def _show_bad(bad: Sequence[Any]) -> None:
+    for line in bad[:_SHOWN_BAD_ROWS]:
+        print(f"line {line.line}: {line.reason}", file=sys.stderr)
+    if len(bad) > _SHOWN_BAD_ROWS:
+        print(f"... and {len(bad) - _SHOWN_BAD_ROWS:,} more bad rows; `dataset validate FILE` lists all", file=sys.stderr)
+
+
+@dataset.command("stats")
+def dataset_stats(
+    file: SourceOrJournal = "",
+    data_dir: Annotated[Path | None, Option(metavar="DIR", help="Benchmark files, to count overlapping pairs.")] = None,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show counts, data health, near-duplicates and agreement."""
+    from biasdpo.data.health import load_overlap
+    from biasdpo.data.summary import stats
+
+    overlap = load_overlap(data_dir) if data_dir else None
+    if overlap is not None and overlap.skipped:
+        print(f"Skipped, since they are not UTF-8 text: {', '.join(overlap.skipped)}", file=sys.stderr)
+    source: Any = file
+    if file:
+        rows, bad = _rows_of_file(file)
+        numbers = stats(rows, overlap) | {"bad_lines": len(bad)}
+        _show_bad(bad)
+    else:
+        folder = open_workspace(workspace)
+        source, numbers = folder.preferences, stats(folder, overlap)
+    files = len(overlap.files) if overlap else 0
+    print_row(numbers, lambda: "\n  ".join(_stats_lines(source, numbers, files)), as_json=as_json)
+
+
+def _rows_of_file(file: str) -> tuple[list[dict[str, Any]], Sequence[Any]]:
+    """All good rows of a file in the journal's form, and its bad lines."""
+    from biasdpo.data import importing
+    from biasdpo.data.journal import Journal
+
+    if importing.is_journal(file):
+        journal = Journal(Path(file)).refresh()
+        return journal.since((0, 0))[0], journal.bad_lines
+    with _progress("row") as on_row:
+        converted = importing.convert_source(file, on_row=on_row)
+    importing.check_some_good(file, converted)
+    return [{**vars(judgment), "meta": vars(judgment.meta)} for judgment in converted.judgments], converted.bad
+
+
+def _stats_lines(source: Any, numbers: dict[str, Any], benchmark_files: int) -> Iterator[str]:
+    def share(value: float | None) -> str:
+        return "no data" if value is None else f"{value:.1%}"
+
+    yield f"{source}: {numbers['rows']:,} rows, {numbers['pairs']:,} pairs to train on"
+    yield f"{numbers['ties']:,} ties, {numbers['both_biased']:,} both biased, {numbers['retracted']:,} retracted"
+    categories = ", ".join(f"{name or '(none)'} {number:,}" for name, number in numbers["by_category"].items())
+    yield f"by category: {categories or 'nothing yet'}"
+    yield f"chosen is longer: {share(numbers['chosen_longer_share'])}; left side chosen: {share(numbers['chosen_left_share'])}"
+    yield f"{numbers['near_duplicates']:,} near-duplicate prompts, {numbers['exact_duplicates']:,} exact duplicates"
+    if numbers["benchmark_overlap"] is not None:
+        yield f"{numbers['benchmark_overlap']:,} pairs overlap with {benchmark_files:,} benchmark files"
+    for one in numbers["annotators"]:
+        shares = f"longer {share(one['chosen_longer_share'])}, left {share(one['chosen_left_share'])}"
+        yield f"{one['annotator']}: {one['pairs']:,} pairs, {shares}"
+    agreement = numbers["agreement"]
+    if agreement["alpha"] is not None:
+        yield f"Krippendorff's alpha over {agreement['pairs']:,} pairs: {agreement['alpha']:.2f}"
+    for name, again in agreement["self_consistency"].items():
+        yield f"{name}: {again['agreed']:,} of {again['total']:,} hidden repeats judged the same"
+    yield f"{numbers['repaired_lines']:,} truncated lines set aside, {numbers['bad_lines']:,} bad lines"
+    for warning in numbers["warnings"]:
+        yield f"Warning: {warning}"
+
+
+@dataset.command("validate")
+def dataset_validate(file: SourceOrJournal = "", workspace: WorkspaceOption = "", as_json: JsonOption = False) -> None:
+    """List every bad line with its reason; exit status 2 if there are any."""
+    from biasdpo.data import importing
+
+    with _progress("row") as on_row:
+        found = importing.validate(file or open_workspace(workspace), on_row)
+    if as_json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        for line in found.bad:
+            print(f"line {line.line}: {line.reason}")
+        verdicts = ", ".join(f"{count:,} {verdict}" for verdict, count in found.by_verdict.items())
+        good = f"{found.good:,} good" + (f" ({verdicts})" if verdicts else "")
+        print(f"{found.source}: {found.rows:,} rows, {good}, {len(found.bad):,} bad", *found.notes, sep="\n")
+    if found.bad:
+        raise DatasetError(
+            f"{found.source} has {len(found.bad):,} bad lines of {found.rows:,}, the first in line {found.bad[0].line}: "
+            "correct or remove them (`dataset import` takes the good ones)"
+        )
+
+
+@dataset.command("import")
+def dataset_import(
+    file: Annotated[str, Argument(metavar="FILE|hub:OWNER/NAME", help=_SOURCE)],
+    name: Annotated[str, Option(metavar="NAME", help="Stored as source import:NAME. [default: the file's name]")] = "",
+    columns: Annotated[
+        str,
+        Option(
+            "--map",
+            metavar="FIELD=COLUMN[,...]",
+            help="Which column is prompt, chosen, rejected, category, target_group, annotator, note, input, system or history. "
+            "[default: detected]",
+        ),
+    ] = "",
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be stored, but store nothing.")] = False,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Add the good rows of a file to the journal, and list the bad ones."""
+    from biasdpo.data import importing
+
+    folder = open_workspace(workspace)
+    mapping = None
+    if columns:
+        preview = importing.preview(file, rows=0)
+        mapping = importing.parse_mapping(columns, preview.mapping, preview.columns)
+    with _progress("row") as on_row:
+        done = importing.import_file(folder, file, mapping, name, on_row, dry_run=dry_run)
+    _show_bad(done.bad)
+    for note in done.notes:
+        print(note, file=sys.stderr)
+    if dry_run and not as_json:
+        used = done.mapping.to_json()
+        print("columns: " + ", ".join(f"{field}={column}" for field, column in used.items()))
+        print(f"not imported: {importing.shown_columns([column for column in done.columns if column not in used.values()])}")
+        for pair in importing.preview(file, done.mapping, rows=3).pairs:
+            print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False))
+    would = "would be " if dry_run else ""
+    counts = f"{done.source}: {done.written:,} rows {would}written, {done.known:,} known, {len(done.bad):,} bad"
+    print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), lambda: counts, as_json=as_json)
+
+
+@dataset.command("export")
+def dataset_export(
+    file: Annotated[Path, Argument(metavar="FILE", help="Ends in .jsonl, .csv or .parquet.")],
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Write the pairs that training reads, with a dataset card beside them."""
+    from biasdpo.data import exporting
+
+    done = exporting.export_file(open_workspace(workspace), file)
+    text = (
+        f"{done.path}: {done.rows:,} pairs ({done.repeats:,} repeated judgments and {done.contradictions:,} evenly split pairs "
+        f"are left out), SHA-256 {done.sha256}\n{done.card}: the dataset card"
+    )
+    print_row(done.to_json(), lambda: text, as_json=as_json)
+
+
+@dataset.command("retract")
+def dataset_retract(
+    id: Annotated[str, Argument(metavar="ID", help="A judgment's id, as in an export or in the dataset table.")],
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Retract a judgment: it stays in the journal, but no longer counts."""
+    from biasdpo.data import journal
+
+    judgment = journal.retract(open_workspace(workspace), id)
+    row = {"id": judgment.id, "retracts": judgment.retracts, "pair_id": judgment.pair_id}
+    text = f"{judgment.retracts}: retracted; training, statistics and exports leave it out"
+    print_row(row, lambda: text, as_json=as_json)
+
+
+# Training
+
+
+@app.command()
+@options_of(TrainConfig)
+def train(
+    run_id: Annotated[str, Option(metavar="ID", help="The run's name and folder. [required, except with --estimate]")] = "",
+    config: Annotated[Path | None, Option(metavar="FILE", help="Config file, e.g. training/configs/smollm2-quick.toml.")] = None,
+    settings: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="One setting, with priority over all others. Repeatable.")
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Resume a run that was stopped, was interrupted or failed.")] = False,
+    estimate: Annotated[bool, Option("--estimate", help="Measure the time and memory of the run, but do not start it.")] = False,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Train an adapter with DPO, in a process of its own. Ctrl-C asks the run to stop, with a checkpoint."""
+    from biasdpo.jobs import store
+    from biasdpo.jobs.job import shown_command
+
+    if not run_id and not estimate:
+        raise ConfigError("A run needs a name: got none; give it with --run-id")
+    folder = open_workspace(workspace)
+    if resume:
+        given = [TrainConfig.settings()[name].option for name in options]
+        given += [name for name, value in (("--config", config), ("--set", settings), ("--estimate", estimate)) if value]
+        if given:
+            raise ConfigError(f"--resume uses the run's own settings: got {', '.join(given)}, too; leave them out")
+        started = store.resume_job(run_id, folder, "train").folder
+    else:
+        asked = train_config(config, options, settings or ())
+        if estimate:
+            _estimate(asked, folder, as_json=as_json)
+            return
+        started = store.start_training(asked, folder, run_id, command=shown_command(sys.argv[1:])).folder
+    run = _wait(started, folder)
+    if as_json:
+        print(json.dumps(run.to_json(), ensure_ascii=False))
+    if run.status.state == "stopped":
+        raise RunError(
+            f"Run {run_id!r} was stopped at step {run.status.step} of {run.status.total_steps}: resume it with "
+            f"`python -m biasdpo train --run-id {run_id} --resume`"
+        )
+    if run.status.state != "finished":
+        raise RunError(f"Run {run_id!r} {run.status.state}: {run.status.error}")
+    if not as_json:
+        print(cli_jobs.summary(run))
+
+
+def train_config(file: Path | None, options: dict[str, Any], settings: Sequence[str]) -> TrainConfig:
+    """The config of a file, options and --set, from lowest to highest priority. Paths are made absolute, since the training
+    process has another working folder."""
+    from biasdpo import models
+
+    config = TrainConfig(**(read_toml(file) if file else {}) | options | parse_settings(settings))
+    return config.replace(
+        model=models.absolute_name(config.model),
+        datasets=tuple(
+            source if source == "workspace" or source.startswith("hub:") else str(Path(source).expanduser().resolve())
+            for source in config.datasets
+        ),
+    )
+
+
+def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> None:
+    """Print what a run would take. If it can't fit, that is an error afterwards."""
+    from biasdpo.jobs.estimate import estimate_training
+
+    print("Measuring a few steps…", file=sys.stderr)
+    found = estimate_training(config, workspace)
+    minutes, needed, free = found.seconds_total / 60, found.memory_bytes / 1e9, found.memory_free_bytes / 1e9
+    lines = (
+        f"{found.steps} steps of {found.seconds_per_step:.2f} s, {minutes:.1f} minutes in all on {found.device}",
+        f"{needed:.1f} GB of memory at the peak, {free:.1f} GB are free",
+        f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, {found.cut} truncated",
+        "seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in found.parts.items()),
+    )
+    print_row(found.to_json(), lambda: "\n".join(lines), as_json=as_json)
+    if not found.fits:
+        raise RunError(found.refusal)
+
+
+def _wait(folder: Any, workspace: Workspace) -> Any:
+    """Show a run's progress on stderr until it ends."""
+    from tqdm import tqdm
+
+    from biasdpo.jobs.job import ACTIVE, read_job
+    from biasdpo.jobs.store import stop_job
+
+    shown_notes: tuple[str, ...] = ()
+    with tqdm(total=0, unit=" step", file=sys.stderr) as bar:
+        while True:
+            try:
+                run = read_job(folder)
+                status = run.status
+                for note in status.notes[len(shown_notes) :]:
+                    bar.write(note, file=sys.stderr)
+                shown_notes = status.notes
+                bar.total = status.total_steps or None
+                bar.set_description_str("stopping" if status.state == "stopping" else status.phase, refresh=False)
+                bar.update(status.step - bar.n)
+                bar.refresh()
+                if status.state not in ACTIVE:
+                    return run
+                time.sleep(_POLL_SECONDS)
+            except KeyboardInterrupt:
+                if folder.stop_request.exists():
+                    raise  # the second time: leave it to stop by itself
+                bar.write("Asked the run to stop after a checkpoint. Ctrl-C again stops waiting for it.", file=sys.stderr)
+                if read_job(folder).status.state in ACTIVE:
+                    stop_job(folder.id, workspace, "train")
+
+
+cli_jobs.add_commands(app)
+
+
+# Export
+
+
+@app.command()
+@options_of(ExportConfig)
+def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **options: Any) -> None:
+    """Write an adapter, or a model with it, as a GGUF file that is proven equal."""
+    from tqdm import tqdm
+
+    from biasdpo.gguf.proof import ExportProof
+    from biasdpo.jobs.job import shown_command
+    from biasdpo.jobs.worker import run_export
+
+    config = ExportConfig(**options)
+    bar_format = "{desc} {percentage:3.0f} % |{bar}| {elapsed}"
+    with tqdm(total=100, file=sys.stderr, leave=False, bar_format=bar_format) as bar:
+
+        def show(share: float, phase: str) -> None:
+            bar.set_description_str(phase, refresh=False)
+            bar.update(100 * share - bar.n)
+
+        record = run_export(config, open_workspace(workspace), show, shown_command(sys.argv[1:]))
+    what = "LoRA GGUF" if record.format == "lora" else f"{record.quantization} GGUF"
+    source = record.model_title if record.adapter == "none" else f"{record.adapter} for {record.model_title}"
+    lines = [f"{record.out}: {record.bytes:,} bytes, {what} of {source}", ExportProof.from_json(record.proof).sentence()]
+    if fallbacks := record.written.get("fallbacks"):
+        lines.append(f"{len(fallbacks)} tensors have another type than requested: {record.out.name}.json lists them")
+    print_row(record.to_json(), lambda: "\n".join(lines), as_json=as_json)
+    for warning in record.proof.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+# Evaluation
+
+
+@app.command()
+@options_of(EvaluationConfig)
+def evaluate(
+    out: Annotated[Path, Option(metavar="FILE", help="File for the result.")],
+    strength: Annotated[float, Option(metavar="X", help="One adapter strength, 0 to 1.5; see --strengths.")] = 1.0,
+    workspace: WorkspaceOption = "",
+    as_json: Annotated[bool, Option("--json", help="Print the result without its items on stdout.")] = False,
+    **options: Any,
+) -> int:
+    """Score base and tuned on benchmarks, with confidence intervals, p-values and verdicts."""
+    return _evaluate(EvaluationConfig(**{"strengths": strength} | options), open_workspace(workspace), out, as_json=as_json)
+
+
+def _evaluate(config: EvaluationConfig, workspace: Workspace, out: Path, *, as_json: bool) -> int:
+    from tqdm import tqdm
+
+    from biasdpo.jobs.resolve import resolve_evaluation
+    from biasdpo.jobs.worker import EvaluationProgress, run_evaluation
+    from biasdpo.workspace import write_json
+
+    config, _ = resolve_evaluation(config, workspace)
+    with tqdm(unit=" item", file=sys.stderr) as bar, _stop_on_interrupt() as stopped:
+
+        class Bar(EvaluationProgress):
+            def phase(self, text: str) -> None:
+                bar.set_description(text, refresh=False)
+
+            def on_item(self, name: str, done: int, total: int) -> None:
+                if done <= bar.n:  # the next benchmark
+                    bar.reset(total)
+                bar.total = total
+                bar.set_description(name, refresh=False)
+                bar.update(done - bar.n)
+
+            def should_stop(self) -> bool:
+                return stopped.is_set()
+
+        result = run_evaluation(config, workspace, Bar())
+    write_json(out, result)
+    brief = {name: {key: value for key, value in b.items() if key != "items"} for name, b in result["benchmarks"].items()}
+    text = "\n".join(line for name, numbers in brief.items() for line in _result_lines(name, numbers))
+    print(json.dumps({**result, "benchmarks": brief}) if as_json else text)
+    if result["provenance"]["interrupted"]:
+        print(f"Interrupted: {out} holds what was scored; the same command resumes from there", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that what was scored is written; the second ends the process as usual."""
+    stopped = threading.Event()
+
+    def stop(_signal: int, _frame: object) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
+    """One benchmark's part of the printed result."""
+
+    def interval(value: dict[str, Any]) -> str:
+        low, high = value["ci95"]
+        return f"{value['value']:.4g} [{low:.4g}, {high:.4g}]"
+
+    def decided(change: dict[str, Any]) -> str:
+        return f"{interval(change)}, p {change['p_value']:.2g} (Holm {change['p_holm']:.2g}): {change['verdict']}"
+
+    partial = f"; not comparable: {numbers['not_comparable']}" if numbers["not_comparable"] else ""
+    yield f"{name}: {numbers['n']} items, {numbers['n_failed']} failed{partial}"
+    if numbers["settings"]:
+        yield f"  {', '.join(f'{key} {value}' for key, value in numbers['settings'].items())}"
+    if numbers["not_as_published"]:
+        yield f"  not comparable with published figures: {numbers['not_as_published']}"
+    for failure in numbers["failures"][:3]:
+        yield f"  failed: item {failure['index']}: {failure['reason']}"
+    for metric, base in numbers["base"].items():
+        if metric not in numbers["difference"]:
+            yield f"  {metric}: {interval(base)}"
+            continue
+        change = numbers["difference"][metric]
+        yield f"  {metric}: {interval(base)} -> {interval(numbers['tuned'][metric])} ({change['better']} is better)"
+        yield f"    {decided(change)}"
+    for metric, value in numbers["paired"].items():
+        yield f"  {metric}: {interval(value) if value['restates'] else decided(value)}"
+    for key in ("pick_the_longer_baseline", "n_without_biased_answer"):
+        if key in numbers:
+            yield f"  {key}: {numbers[key]:.4g}"
