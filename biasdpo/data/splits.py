@@ -16,9 +16,10 @@ from typing import Any
 import orjson
 
 from biasdpo.config import TrainConfig
-from biasdpo.data.health import Confounds, NearDuplicates, measure, normalize
+from biasdpo.data.health import Confounds, measure
 from biasdpo.data.importing import HUB, convert_source
 from biasdpo.data.journal import Journal
+from biasdpo.data.near_duplicates import NearDuplicates, normalize
 from biasdpo.data.pairs import Derived, PreferencePair, derive, longer_baseline, pair_of_row
 from biasdpo.errors import ConfigError, DatasetError
 from biasdpo.models import AdapterSpec
@@ -115,9 +116,7 @@ def split(rows: Sequence[PreferencePair], held_out_share: float = 0.1) -> Split:
     """
     sides: list[bool | None] = []  # by prompt number: held out; None is dropped
     parts: tuple[list[PreferencePair], list[PreferencePair], list[PreferencePair]] = ([], [], [])
-    index = NearDuplicates()
-    for row in rows:
-        number, near = index.add(row.prompt)
+    for row, (number, near) in zip(rows, NearDuplicates().add_all([row.prompt for row in rows]), strict=True):
         if number == len(sides):
             near_sides = {sides[other] for other in near} - {None}
             hashed = not near_sides and is_held_out(row.prompt, held_out_share)
