@@ -159,11 +159,11 @@ _NAMED_FILES = 3  # benchmark files named in a warning
 
 @dataclass
 class Shares:
-    """Sums over judgments that prefer one completion, of one annotator or of all."""
+    """Sums over judgments that prefer one completion, of one annotator or of all; `with_sides` of them record the sides."""
 
     pairs: int = 0
     longer: float = 0.0
-    with_sides: int = 0  # that record on which side the chosen one was
+    with_sides: int = 0
     left: int = 0
 
     def add(self, row: Row) -> None:

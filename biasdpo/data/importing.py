@@ -375,9 +375,8 @@ def detect(columns: Sequence[str], sample_rows: Sequence[Any]) -> ColumnMapping:
         return next((name if name in columns else folded[name] for name in names if name in columns or name in folded), "")
 
     found = {field: first_of(names) for field, names in _NAMES.items()}
-    prompts = [name for name in (first_of([name]) for name in _NAMES["prompt"]) if name]
-    whole = {name for name in prompts if name.casefold() == "messages" and _holds_completions(name, sample_rows)}
-    found["prompt"] = next((name for name in prompts if name not in whole), "")
+    prompts = filter(None, (first_of([name]) for name in _NAMES["prompt"]))
+    found["prompt"] = next((n for n in prompts if n.casefold() != "messages" or not _holds_completions(n, sample_rows)), "")
     if found["prompt"].casefold() != "instruction":  # elsewhere, `input` and `history` are not Alpaca's
         found["input"] = found["history"] = ""
     return ColumnMapping(**found)
@@ -416,8 +415,8 @@ def shown_columns(columns: Iterable[Any]) -> str:
 
 # Conversion of a row
 
-MAX_LABEL_CHARACTERS = 200  # of a category, group or pseudonym
-MAX_NOTE_CHARACTERS = 10_000
+LABELS = {"category": 200, "target_group": 200, "annotator": 200, "note": 10_000}
+"""The texts beside a pair, with the most characters of each."""
 
 
 @dataclass(frozen=True)
@@ -453,16 +452,8 @@ def convert(row: Any, mapping: ColumnMapping) -> ForeignPair:
     for text, column in ((prompt, mapping.prompt or "prompt"), (chosen, mapping.chosen), (rejected, mapping.rejected)):
         if fault := text_fault(text, column):
             raise ValueError(fault)
-    return ForeignPair(
-        prompt,
-        chosen,
-        rejected,
-        category=_label(row, mapping.category),
-        target_group=_label(row, mapping.target_group),
-        annotator=_label(row, mapping.annotator),
-        note=_label(row, mapping.note, MAX_NOTE_CHARACTERS),
-        has_system=bool(system),
-    )
+    labels = {field: _label(row, getattr(mapping, field), most) for field, most in LABELS.items()}
+    return ForeignPair(prompt, chosen, rejected, **labels, has_system=bool(system))
 
 
 def _value(row: dict[str, Any], column: str) -> Any:
@@ -525,7 +516,7 @@ def _system_and_prompt(row: dict[str, Any], mapping: ColumnMapping, turns: list[
     return next(iter(given.values()), ""), prompt
 
 
-def _label(row: dict[str, Any], column: str, longest: int = MAX_LABEL_CHARACTERS) -> str:
+def _label(row: dict[str, Any], column: str, longest: int) -> str:
     """A short text beside the pair; a number as its digits, a list of strings joined by ", ", nothing as ""."""
     value = row.get(column) if column else None
     if value is None or value == "" or value != value:  # NaN is how pandas writes nothing
@@ -569,13 +560,11 @@ def convert_source(
     """
     imported_at = now()
     rows = rows_of(source)
-    head = list(_head(rows))
-    columns, mapping = _columns_and_mapping(head, mapping)
-    for field, column in (("chosen", mapping.chosen), ("rejected", mapping.rejected)) if columns else ():
-        if not column:
-            raise DatasetError(
-                f"No column was recognized as {field}, got {shown_columns(columns)}: name it with --map {field}=COLUMN"
-            )
+    head, columns, mapping = _read_head(rows, mapping)
+    for field in ("chosen", "rejected") if columns else ():
+        if not getattr(mapping, field):
+            known = shown_columns(columns)
+            raise DatasetError(f"No column was recognized as {field}, got {known}: name it with --map {field}=COLUMN")
     judgments: list[tuple[str, Judgment]] = []  # with the id that the row had in a foreign journal
     bad: list[BadLine] = []
     left_out: Counter[str] = Counter()
@@ -603,16 +592,18 @@ def convert_source(
         with_system += pair.has_system
         texts = (pair.prompt, pair.chosen, pair.rejected)
         pair_id = pair_id_of(*texts)
-        repeats[*texts, pair.annotator] += 1
+        said = (*texts, pair.annotator)
+        repeats[said] += 1
+        own_id = row.value.get("id")
+        if not isinstance(own_id, str) or not _OWN_ID.fullmatch(own_id) or row.value.get("pair_id") != pair_id:
+            content = "\0".join(("import", *said, str(repeats[said])))  # the texts have no NUL characters
+            own_id = hashlib.sha256(content.encode()).hexdigest()[:32]
         judgment = Judgment(
-            _own_id(row.value, pair_id) or _id_of(*texts, pair.annotator, str(repeats[*texts, pair.annotator])),
+            own_id,
             extra.pop("created_at", imported_at),
             pair_id,
             *texts,
-            category=pair.category,
-            target_group=pair.target_group,
-            annotator=pair.annotator,
-            note=pair.note,
+            **{field: getattr(pair, field) for field in LABELS},
             source=f"import:{name}",
             **extra,
         )
@@ -646,29 +637,16 @@ def is_journal_row(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() >= _JOURNAL_COLUMNS
 
 
-def _head(rows: Iterator[Read]) -> Iterator[Read]:
-    """The first rows, until SAMPLE_ROWS of them are objects."""
-    objects = 0
-    while objects < SAMPLE_ROWS and (row := next(rows, None)) is not None:
-        objects += isinstance(row, SourceRow) and isinstance(row.value, dict)
-        yield row
-
-
-def _columns_and_mapping(head: Sequence[Read], mapping: ColumnMapping | None) -> tuple[tuple[str, ...], ColumnMapping]:
-    values = [row.value for row in head if isinstance(row, SourceRow)]
-    columns = tuple(dict.fromkeys(str(column) for value in values if isinstance(value, dict) for column in value))
-    return columns, mapping or detect(columns, values)
-
-
-def _own_id(row: dict[str, Any], pair_id: str) -> str:
-    """The id that a row brings along, if BiasDPO made it; else ""."""
-    own = row.get("id")
-    return own if isinstance(own, str) and _OWN_ID.fullmatch(own) and row.get("pair_id") == pair_id else ""
-
-
-def _id_of(*parts: str) -> str:
-    """32 hex digits that depend on texts without NUL characters."""
-    return hashlib.sha256("\0".join(("import", *parts)).encode()).hexdigest()[:32]
+def _read_head(rows: Iterator[Read], mapping: ColumnMapping | None) -> tuple[list[Read], tuple[str, ...], ColumnMapping]:
+    """Read rows until SAMPLE_ROWS of them are objects; return them, their columns, and the mapping as given or guessed."""
+    head: list[Read] = []
+    objects: list[dict[str, Any]] = []
+    while len(objects) < SAMPLE_ROWS and (row := next(rows, None)) is not None:
+        head.append(row)
+        if isinstance(row, SourceRow) and isinstance(row.value, dict):
+            objects.append(row.value)
+    columns = tuple(dict.fromkeys(str(column) for value in objects for column in value))
+    return head, columns, mapping or detect(columns, objects)
 
 
 def _journal_columns(row: Row, imported_at: str) -> dict[str, Any]:
@@ -731,8 +709,7 @@ class Imported:
 def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int = 5) -> Preview:
     """Return a source's columns and its first `rows` pairs and bad rows; store nothing. Refused on a public Space."""
     refuse_on_public_space("Import")
-    head = list(_head(rows_of(source)))
-    columns, mapping = _columns_and_mapping(head, mapping)
+    head, columns, mapping = _read_head(rows_of(source), mapping)
     pairs: list[ForeignPair] = []
     bad: list[BadLine] = []
     for row in head if mapping.chosen and mapping.rejected else ():
