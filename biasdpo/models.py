@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -141,21 +141,21 @@ def find(name: str) -> ModelSpec:
     )
 
 
-def list_models(names: Iterable[str] = ()) -> list[ModelSpec]:
-    """The catalog, then the named models, one row each. A row whose files are damaged says why in `problem`."""
+def list_models(names: Sequence[str] = ()) -> list[ModelSpec]:
+    """The named models, by default the catalog, one row each. One that can't be used says why in `problem`."""
     rows = []
-    for spec in map(with_files, catalog().values()):
+    for name in names or catalog():
+        spec = ModelSpec(name, Path(name).name, "unknown", "", "", 0, 0, BARE)
         try:
-            for path in filter(None, (spec.gguf_path, spec.hf_folder)):
-                model_files.describe(path)
-            rows.append(spec)
+            if names:
+                spec = find(name)
+            else:
+                spec = with_files(catalog()[name])
+                for path in filter(None, (spec.gguf_path, spec.hf_folder)):
+                    model_files.describe(path)
         except ModelError as exc:
-            rows.append(replace(spec, problem=str(exc)))
-    for name in names:
-        try:
-            rows.append(find(name))
-        except ModelError as exc:
-            rows.append(ModelSpec(name, Path(name).name, "unknown", "", "", 0, 0, BARE, problem=str(exc)))
+            spec = replace(spec, problem=str(exc))
+        rows.append(spec)
     return rows
 
 

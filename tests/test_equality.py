@@ -20,8 +20,9 @@ from biasdpo.records import LikelihoodRequest, Side
 from biasdpo.workspace import ASSETS
 from tests import tiny_models
 
-PAIRS = [json.loads(line) for line in (ASSETS / "seed_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:40]]
-REQUESTS = [LikelihoodRequest(pair["prompt"], pair["chosen"]) for pair in PAIRS]
+PAIRS = [json.loads(line) for line in (ASSETS / "seed_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+PAIRS.sort(key=lambda pair: len(pair["chosen"]), reverse=True)  # the longest have most positions for one prompt
+REQUESTS = [LikelihoodRequest(pair["prompt"], pair["chosen"]) for pair in PAIRS[:30]]
 
 
 class Agreement(NamedTuple):

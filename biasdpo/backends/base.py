@@ -100,7 +100,7 @@ class Ticket:
 class VisitorQueue:
     """First-come, first-served queue of one engine; whoever waits knows how many are ahead.
 
-    A prefetch (a pair generated before anyone waits for it) stays behind all visitors, and is cancelled if one arrives while it
+    A prefetch (a pair generated before anyone asks for it) stays behind all visitors, and is cancelled if one arrives while it
     runs.
     """
 

@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,7 +91,7 @@ def open_transformers(
     threads: int | None = None,
     batch_sides: bool | None = None,
     bits: Bits | None = None,
-    on_progress: Callable[[float, str], None] | None = None,
+    on_progress: Callable[[float, str], None] = lambda _share, _what: None,
 ) -> TransformersBackend:
     """Load a Hugging Face folder and optionally a PEFT adapter, and prove the two sides (ProofError).
 
@@ -101,21 +101,27 @@ def open_transformers(
     batch_sides   compute both sides of a pair in one batch; default: on a GPU
     bits          quantize the weights with bitsandbytes (GPU only)
     """
-    report = on_progress or (lambda _share, _what: None)
+    if threads is not None:
+        torch.set_num_threads(threads)
     with released_errors(), foreign_errors():
-        backend = TransformersBackend(folder, template, context_length, device, threads, batch_sides, bits, report)
+        on_progress(0.0, "reading the tokenizer")
+        tokenizer = load_tokenizer(folder)
+        shared = SharedModel(folder, choose_placement(folder, device, context_length, bits), bits, on_progress)
+        backend = TransformersBackend(shared, tokenizer, template, context_length, batch_sides)
         try:
-            report(0.7, "proving the comparison")
+            on_progress(0.7, "proving the comparison")
             bare = [backend.canary_logits("base")]
             if adapter_folder is not None:
                 if backend.batches_sides:
                     bare.append(backend.canary_logits_in_one_batch()[0])
-                backend.add_adapter(adapter_folder)
+                modules = check_fits_file(AdapterSpec(adapter_folder.name, adapter_folder, ""), folder)
+                shared.add_adapter(adapter_folder, modules, mix_rows=backend.batches_sides)
+                backend.has_adapter = True
             backend.proof = backend.prove(bare)
         except BaseException:
             backend.close()
             raise
-    report(1.0, "ready")
+    on_progress(1.0, "ready")
     return backend
 
 
@@ -125,46 +131,28 @@ class TransformersBackend:
     proof: Proof
 
     def __init__(
-        self,
-        folder: Path,
-        template: PromptTemplate,
-        context_length: int,
-        device: str,
-        threads: int | None,
-        batch_sides: bool | None,
-        bits: Bits | None,
-        report: Callable[[float, str], None],
+        self, shared: SharedModel, tokenizer: Any, template: PromptTemplate, context_length: int, batch_sides: bool | None
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.name = "transformers" if bits is None else f"transformers-{bits}bit"
+        self.name = "transformers" if shared.bits is None else f"transformers-{shared.bits}bit"
+        self.device = shared.placement.describe()
         self.template = template
-        self.queue = VisitorQueue()
+        self.context_length = min(context_length, int(shared.model.config.max_position_embeddings))
         self.has_adapter = False
-        self._folder = folder
-        self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
-        self._pairing = Pairing()
-        report(0.0, "reading the tokenizer")
-        self._tokenizer = load_tokenizer(folder)
-        self._shared = SharedModel(folder, choose_placement(folder, device, context_length, bits), bits, report)
-        self.device = self._shared.placement.describe()
+        self.queue = VisitorQueue()
         # LLM.int8() picks the columns it keeps in 16 bits from all rows of a batch (bitsandbytes, MatMul8bitLt): the tuned row
         # would change the base row.
-        self.batches_sides = bits != 8 and (self._shared.device.type == "cuda" if batch_sides is None else batch_sides)
-        self.context_length = min(context_length, int(self._shared.model.config.max_position_embeddings))
-        self._ends = end_tokens(self._shared.model, self._tokenizer, template)
-
-    def add_adapter(self, folder: Path) -> None:
-        """Load a PEFT adapter; AdapterError if it does not fit the model."""
-        modules = check_fits_file(AdapterSpec(folder.name, folder, ""), self._folder)
-        self._shared.add_adapter(folder, modules, mix_rows=self.batches_sides)
-        self.has_adapter = True
+        self.batches_sides = shared.bits != 8 and (shared.device.type == "cuda" if batch_sides is None else batch_sides)
+        self._shared = shared
+        self._tokenizer = tokenizer
+        self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
+        self._pairing = Pairing()
+        self._ends = end_tokens(shared.model, tokenizer, template)
 
     def prove(self, bare: Sequence[NDArray[np.float32]]) -> Proof:
-        """Compare both sides as they are served with the bare model (see `backends.base.prove`): each alone, then in one batch if
+        """Compare both sides with the bare model as they are served (see `backends.base.prove`): each alone; then in one batch if
         that is how pairs are computed, whose measurements are returned.
 
-        bare    logits of the model without its adapter: `canary_logits("base")`, base row of `canary_logits_in_one_batch()`
+        bare    the bare model's `canary_logits("base")`, then the base row of its `canary_logits_in_one_batch()`
         """
         base = self.canary_logits("base")
         tuned = self.canary_logits("tuned") if self.has_adapter else None
@@ -259,15 +247,12 @@ class TransformersBackend:
         strength, paths = _row_strength(side, strength), sort_paths(pairs)
         logps = [0.0] * len(pairs)
         with released_errors():
-            sharing = self._shared.compute(strength, lambda model, _device: shares_beginnings(model))
+            sharing = self._shared.compute(strength, shares_beginnings)
             trunk_tokens, rows = plan_rows(paths, sharing=sharing)
-            trunk: Trunk | None = None
-            if trunk_tokens:
-                beginning = paths[0].tokens[:trunk_tokens]
-                trunk = self._shared.compute(strength, lambda model, device: compute_trunk(model, device, beginning))
-            roomy = (
-                self._shared.device.type == "cuda" and self._shared.placement.whole
-            )  # a full GPU has no room for large batches
+            beginning = paths[0].tokens[:trunk_tokens]
+            trunk = self._shared.compute(strength, partial(compute_trunk, tokens=beginning)) if beginning else None
+            # A full GPU, whose other layers are in CPU memory, has no room for large batches.
+            roomy = self._shared.device.type == "cuda" and self._shared.placement.whole
             for batch in batches(rows, _BATCH_TOKENS["gpu" if roomy else "cpu"]):
                 for index, logp in self._shared.compute(strength, partial(score_rows, rows=batch, trunk=trunk)):
                     logps[index] = logp
@@ -325,6 +310,7 @@ class SharedModel:
         self._lock = threading.Lock()  # held during every computation
         self._cancel_hook = _CancelHook()
         self._adapter: Adapter | None = None
+        self.bits = bits
         self.model: Any  # None once closed
         self.model, self.placement = load_model(folder, placement, bits, report)
         self.device = self.placement.device
@@ -377,11 +363,8 @@ class SharedModel:
                 raise missing_side("base", closed=True)
             self._cancel_hook.cancellations = cancellations
             try:
-                if self._adapter is None:
+                with self._adapter.active(strengths) if self._adapter is not None else nullcontext():
                     yield self.model
-                else:
-                    with self._adapter.active(strengths):
-                        yield self.model
             finally:
                 self._cancel_hook.cancellations = ()
 
@@ -488,17 +471,13 @@ Step = Callable[[Sequence[list[int]], Any, Sequence["BatchRow"]], Any]
 
 
 class BatchRow:
-    """One completion in progress.
-
-    strength   of the adapter: 0 for the base side
-    limit      tokens left to sample
-    """
+    """One completion in progress."""
 
     def __init__(self, side: Side, strength: float, sampler: Sampler, limit: int, cancellation: Cancellation) -> None:
         self.side = side
-        self.strength = strength
+        self.strength = strength  # of the adapter: 0 for the base side
         self.cancellation = cancellation
-        self.limit = limit
+        self.limit = limit  # tokens left to sample
         self.unread: deque[int] = deque()  # sampled tokens that the reader hasn't taken
         self.done = False  # nothing more is computed
         self.failure = ""  # why the reader gets no more tokens
@@ -564,17 +543,12 @@ class Batch:
 
     def _advance(self) -> None:
         """Sample one token for every unfinished row."""
-        if self._prompt:
-            for begin in range(0, len(self._prompt), PREFILL_CHUNK):
-                if not self._drop_finished_rows():
-                    return
-                chunk = self._prompt[begin : begin + PREFILL_CHUNK]
-                logits = self._step([chunk] * len(self._rows), self._cache, self._rows)
-            self._prompt = []
-        else:
+        for begin in range(0, len(self._prompt) or 1, PREFILL_CHUNK):
             if not self._drop_finished_rows():
                 return
-            logits = self._step([[row.last] for row in self._rows], self._cache, self._rows)
+            chunk = self._prompt[begin : begin + PREFILL_CHUNK]
+            logits = self._step([chunk or [row.last] for row in self._rows], self._cache, self._rows)
+        self._prompt = []
         for row, row_logits in zip(self._rows, logits, strict=True):
             row.take(row_logits, self._ends)
 
@@ -685,8 +659,8 @@ class CompletionText:
 
 # Likelihood: rows of tokens that share their beginnings (see `prefixes`)
 
-# Models whose attention takes any mask and any positions, and whose layers mix tokens in no other way (tests compare the results
-# with those of one text at a time). In other models every text gets a row.
+# Models whose attention takes any mask and any positions, and whose layers mix tokens in no other way. In others every text gets
+# a row.
 _SHARING = ("LlamaForCausalLM", "PhiForCausalLM")
 _MIN_TRUNK = 16  # tokens; a shorter common beginning is not worth a computation of its own
 _LOGIT_ROWS = 256  # positions whose logits over the vocabulary are held at a time
@@ -705,7 +679,7 @@ class Trunk:
         return torch.cat((first_keys, keys), dim=2), torch.cat((first_values, values), dim=2)
 
 
-def shares_beginnings(model: Any) -> bool:
+def shares_beginnings(model: Any, _device: object = None) -> bool:
     """Whether texts in one row can share their beginnings in this model."""
     return type(model).__name__ in _SHARING and model.config._attn_implementation == "sdpa"
 
@@ -841,8 +815,7 @@ def open_classifier(name: str) -> ToxicityScorer:
 
 
 def _choose_label(labels: list[str], wanted: str, hub_id: str) -> str:
-    names = [wanted.casefold()] if wanted else list(_TOXIC_LABELS)
-    found = [label for label in labels if label.casefold() in names]
+    found = [label for label in labels if label.casefold() in ((wanted.casefold(),) if wanted else _TOXIC_LABELS)]
     if len(found) != 1:
         raise ConfigError(
             f"{hub_id} has the labels {', '.join(labels)}: name the toxic one, as in --toxicity-scorer hub:{hub_id}#LABEL"

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from biasdpo.chat import PromptTemplate
 from biasdpo.errors import BackendError, ModelError, WorkspaceError
-from biasdpo.model_files import END_TOKENS
+from biasdpo.model_files import END_TOKENS, read_header
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, locked, sha256_of
 
@@ -48,8 +48,7 @@ def hf_copy(spec: ModelSpec, workspace: Workspace) -> Path:
 
     gguf_path = spec.require_files().gguf_path
     assert gguf_path is not None
-    if not gguf_path.is_file():
-        raise ModelError(f"No model file {gguf_path}: check the path, or fetch the file again")
+    read_header(gguf_path)  # checks it before it is hashed
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", gguf_path.stem)
     folder = workspace.cache / "hf" / f"{name}-{sha256_of(gguf_path)[:12]}"
     with locked(folder, _LOCK_SECONDS):
@@ -198,14 +197,11 @@ def check_cpu_memory(weights: int) -> None:
 
 def check_bits(bits: Bits | None, device: torch.device) -> None:
     """Raise BackendError if bitsandbytes can't run."""
+    name = f"transformers-{bits}bit"
     if bits is not None and device.type != "cuda":
-        raise BackendError(
-            f"transformers-{bits}bit needs an NVIDIA GPU, none is here: use --backend llamacpp with a quantized GGUF"
-        )
+        raise BackendError(f"{name} needs an NVIDIA GPU, none is here: use --backend llamacpp with a quantized GGUF")
     if bits is not None and find_spec("bitsandbytes") is None:
-        raise BackendError(
-            f"transformers-{bits}bit needs bitsandbytes: `pip install bitsandbytes`, or use --backend transformers"
-        )
+        raise BackendError(f"{name} needs bitsandbytes: `pip install bitsandbytes`, or use --backend transformers")
 
 
 def choose_device(name: str) -> torch.device:
