@@ -454,9 +454,7 @@ def load_adapter(model: Any, folder: Path, modules: Collection[str]) -> Adapter:
         raise AdapterError(f"PEFT can't load the adapter {folder}: {reason[:300]}; train or fetch it again") from exc
     layers = {name.removeprefix("base_model.model.") for name, m in peft_model.named_modules() if isinstance(m, LoraLayer)}
     if layers != set(modules):
-        raise AdapterError(
-            f"PEFT adapts {len(layers)} layers of {folder}, whose file holds {len(modules)}: train or fetch it again"
-        )
+        raise AdapterError(f"PEFT adapts {len(layers)} layers of {folder}, whose file holds {len(modules)}: train it again")
     peft_model.eval()
     return Adapter(peft_model)
 
@@ -793,9 +791,7 @@ def open_classifier(name: str) -> ToxicityScorer:
         classify: Any = pipeline("text-classification", model=hub_id, device="cpu", dtype=torch.float32)
     except Exception as exc:  # the Hub, safetensors, the tokenizer: all raise their own
         reason = str(exc).strip().split("\n")[0][:160] or type(exc).__name__
-        raise BackendError(
-            f"Can't load the classifier {hub_id}: {reason}; check its name and the network, or use the local profanity_check"
-        ) from exc
+        raise BackendError(f"Can't load the classifier {hub_id}: {reason}; check its name, or use profanity_check") from exc
     config = classify.model.config
     label = _choose_label([str(label) for label in config.id2label.values()], wanted, hub_id)
     multi_label = config.problem_type == "multi_label_classification" or len(config.id2label) == 1
@@ -817,7 +813,5 @@ def open_classifier(name: str) -> ToxicityScorer:
 def _choose_label(labels: list[str], wanted: str, hub_id: str) -> str:
     found = [label for label in labels if label.casefold() in ((wanted.casefold(),) if wanted else _TOXIC_LABELS)]
     if len(found) != 1:
-        raise ConfigError(
-            f"{hub_id} has the labels {', '.join(labels)}: name the toxic one, as in --toxicity-scorer hub:{hub_id}#LABEL"
-        )
+        raise ConfigError(f"{hub_id} has the labels {', '.join(labels)}: name the toxic one, as in hub:{hub_id}#LABEL")
     return found[0]

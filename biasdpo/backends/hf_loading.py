@@ -189,10 +189,8 @@ def check_cpu_memory(weights: int) -> None:
     """Raise BackendError if the weights exceed the free CPU memory: the system would kill the process."""
     available = int(psutil.virtual_memory().available)
     if weights > available:
-        raise BackendError(
-            f"The model's weights take {weights / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: close other "
-            "programs, or use --backend llamacpp with a quantized GGUF"
-        )
+        sizes = f"take {weights / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+        raise BackendError(f"The model's weights {sizes}: close other programs, or use --backend llamacpp with a quantized GGUF")
 
 
 def check_bits(bits: Bits | None, device: torch.device) -> None:
@@ -330,8 +328,7 @@ def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str, system:
             token = tokenizer.convert_tokens_to_ids(segment.text)
             if token is None or tokenizer.convert_ids_to_tokens(token) != segment.text:
                 raise ModelError(
-                    f"The prompt template has the special token {segment.text!r}, which the model's tokenizer lacks: correct "
-                    "the template in assets/models.toml"
+                    f"The tokenizer lacks {segment.text!r}, a special token of the prompt template: correct the template"
                 )
             ids.append(token)
         else:

@@ -301,9 +301,7 @@ class Model:
         """Load a LoRA GGUF made for this model. AdapterError if llama.cpp refuses it."""
         self.adapter = llama_cpp.llama_adapter_lora_init(self.pointer, str(lora).encode())
         if not self.adapter:  # a null pointer object: falsy, but not None
-            raise AdapterError(
-                f"llama.cpp refused the adapter {lora}: it is damaged or made for another base model; build it again"
-            )
+            raise AdapterError(f"llama.cpp refused the adapter {lora}: it is damaged or made for another model; build it again")
 
     def close(self) -> None:
         """Free the weights and the adapter. Close every context first."""

@@ -330,9 +330,7 @@ def compare_logits(original: TransformersBackend, exported: LlamaCppBackend, sid
         ours = exported.logits(request, side)
         theirs = original.logits(request, "tuned" if original.has_adapter else "base")
         if ours.shape != theirs.shape:
-            raise ModelError(
-                f"The file has {ours.shape[1]:,} tokens, the model it was made from {theirs.shape[1]:,}: export it again"
-            )
+            raise ModelError(f"The file has {ours.shape[1]:,} tokens, its original {theirs.shape[1]:,}: export it again")
         numbers = np.isfinite(ours).all(axis=-1)
         not_numbers += int((~numbers).sum())
         ours, theirs = ours[numbers], theirs[numbers]

@@ -155,9 +155,7 @@ def decode(stored: NDArray[Any], kind: Any, name: str) -> NDArray[np.float32]:
     try:
         return np.asarray(dequantize(stored, kind), np.float32)
     except NotImplementedError as exc:
-        raise ModelError(
-            f"{name} is stored as {kind.name}, which the gguf package can't decode: use another quantization of the model"
-        ) from exc
+        raise ModelError(f"{name} is stored as {kind.name}, which can't be decoded: use another quantization") from exc
 
 
 def encode(values: NDArray[np.float32], kind: Any, name: str) -> NDArray[Any]:

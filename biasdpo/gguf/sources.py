@@ -117,9 +117,9 @@ def _open_gguf(path: Path) -> Source:
     if gguf_value(reader, "general.type", "model") != "model":
         raise ModelError(f"{path} is a GGUF, but no model (type {gguf_value(reader, 'general.type')!r}): choose a model's file")
     if architecture not in MODULES:
+        known = " and ".join(MODULES)
         raise ModelError(
-            f"{path.name} has the architecture {architecture!r}; adapters can be merged into {' and '.join(MODULES)} only: "
-            "export a LoRA GGUF"
+            f"{path.name} has the architecture {architecture!r}; adapters can be merged into {known} only: export a LoRA"
         )
     if int(gguf_value(reader, "split.count", 1)) > 1:
         raise ModelError(f"{path.name} is one part of several: join them with llama.cpp's llama-gguf-split --merge first")
@@ -324,9 +324,7 @@ def _check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tu
         raise ModelError(f"{folder} lacks {missing[0]}{others}: fetch all of the model's files")
     for name, tensor in stored.items():
         if name in expected and tensor.shape != expected[name]:
-            raise ModelError(
-                f"{folder}: {name} is {list(tensor.shape)}, by config.json {list(expected[name])}; fetch the model again"
-            )
+            raise ModelError(f"{folder}: {name} is {list(tensor.shape)}, by config.json {list(expected[name])}; fetch it again")
         is_tied_head = tied and name == "lm_head.weight"  # the embeddings once more
         if name not in expected and not is_tied_head and not _DERIVED.fullmatch(name):
             raise ModelError(f"{folder} holds {name}, which has no place in the GGUF: convert it with convert_hf_to_gguf.py")
@@ -379,9 +377,7 @@ def _tokenizer_keys(folder: Path, config: _HfConfig) -> dict[str, Any]:
 
 
 def _unsupported(folder: Path, what: str) -> ModelError:
-    return ModelError(
-        f"The tokenizer of {folder} {what}: export a LoRA GGUF, or merge into a GGUF of the model with --source gguf"
-    )
+    return ModelError(f"The tokenizer of {folder} {what}: export a LoRA GGUF, or merge into a GGUF with --source gguf")
 
 
 # Text that the known pre-tokenizers split differently from each other and from most others.

@@ -312,11 +312,9 @@ def source_path(spec: ModelSpec, quantization: str, source: SourceName) -> Path:
     path = spec.hf_folder if source == "hf" else spec.gguf_path
     if path is not None:
         return path
-    raise ModelError(
-        f"{spec.title} has no Hugging Face folder here: get it with `hf download`, or use --source gguf"
-        if source == "hf"
-        else f"{spec.title} has no GGUF file here: choose a .gguf with --model, or use --source hf"
-    )
+    if source == "hf":
+        raise ModelError(f"{spec.title} has no Hugging Face folder here: get it with `hf download`, or use --source gguf")
+    raise ModelError(f"{spec.title} has no GGUF file here: choose a .gguf with --model, or use --source hf")
 
 
 # About what a GGUF's header takes for a token with its merge, for a tensor, and for all other keys.
@@ -456,7 +454,5 @@ def _verified_types(file: Path, opened: Source) -> dict[str, str]:
 
 def _cannot_write(out: Path, exc: OSError) -> ExportError:
     existing = next(folder for folder in out.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    return ExportError(
-        f"Can't write {out}: {exc.strerror or exc} ({free / 1e9:.1f} GB are free there); make room or choose another folder"
-    )
+    why = f"{exc.strerror or exc} ({shutil.disk_usage(existing).free / 1e9:.1f} GB are free there)"
+    return ExportError(f"Can't write {out}: {why}; make room or choose another folder")

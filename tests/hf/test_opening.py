@@ -41,15 +41,8 @@ def out_of_memory(*_args: Any, **_options: Any) -> None:
 def test_base_only(case: Case) -> None:
     seen: list[tuple[float, str]] = []
     threads = torch.get_num_threads()
-    backend = open_transformers(
-        case.folder,
-        case.template,
-        None,
-        10_000,
-        device="cpu",
-        threads=1,
-        on_progress=lambda share, what: seen.append((share, what)),
-    )
+    options = {"device": "cpu", "threads": 1, "on_progress": lambda share, what: seen.append((share, what))}
+    backend = open_transformers(case.folder, case.template, None, 10_000, **options)
     torch.set_num_threads(threads)
     assert backend.device == "CPU, 1 thread"
     assert backend.context_length == tiny_models.CONTEXT_LENGTH  # no more than the model was made for
