@@ -31,22 +31,7 @@ try:
         TopPLogitsWarper,
     )
 
-    from biasdpo.backends.hf_loading import (
-        Bits,
-        Placement,
-        begin_ids,
-        choose_placement,
-        encode_completion,
-        encode_continuation,
-        encode_prompt,
-        encode_text,
-        end_tokens,
-        foreign_errors,
-        load_model,
-        load_tokenizer,
-        released_errors,
-        undispatched,
-    )
+    from biasdpo.backends import hf_loading
 except ImportError as exc:
     raise BackendError(f"The transformers backend needs {exc.name}: `pip install -r requirements.txt`") from exc
 
@@ -90,7 +75,7 @@ def open_transformers(
     device: str = "auto",
     threads: int | None = None,
     batch_sides: bool | None = None,
-    bits: Bits | None = None,
+    bits: hf_loading.Bits | None = None,
     on_progress: Callable[[float, str], None] = lambda _share, _what: None,
 ) -> TransformersBackend:
     """Load a Hugging Face folder and optionally a PEFT adapter, and prove the two sides (ProofError).
@@ -103,10 +88,10 @@ def open_transformers(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    with released_errors(), foreign_errors():
+    with hf_loading.released_errors(), hf_loading.foreign_errors():
         on_progress(0.0, "reading the tokenizer")
-        tokenizer = load_tokenizer(folder)
-        shared = SharedModel(folder, choose_placement(folder, device, context_length, bits), bits, on_progress)
+        tokenizer = hf_loading.load_tokenizer(folder)
+        shared = SharedModel(folder, hf_loading.choose_placement(folder, device, context_length, bits), bits, on_progress)
         backend = TransformersBackend(shared, tokenizer, template, context_length, batch_sides)
         try:
             on_progress(0.7, "proving the comparison")
@@ -146,7 +131,7 @@ class TransformersBackend:
         self._tokenizer = tokenizer
         self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
         self._pairing = Pairing()
-        self._ends = end_tokens(shared.model, tokenizer, template)
+        self._ends = hf_loading.end_tokens(shared.model, tokenizer, template)
 
     def prove(self, bare: Sequence[NDArray[np.float32]]) -> Proof:
         """Compare both sides with the bare model as they are served (see `backends.base.prove`): each alone; then in one batch if
@@ -196,9 +181,9 @@ class TransformersBackend:
         template = template or self.template
         self._check(side, strength)
         with self._tokenizer_lock:
-            tokens = encode_prompt(self._tokenizer, template, prompt, system)
+            tokens = hf_loading.encode_prompt(self._tokenizer, template, prompt, system)
         check_prompt_fits(tokens, self.context_length)
-        with released_errors():
+        with hf_loading.released_errors():
             try:
                 text = CompletionText(self._decode, template)
                 return (yield from self._generate(tokens, text, sampling, side, strength, cancellation))
@@ -246,7 +231,7 @@ class TransformersBackend:
             return []
         strength, paths = _row_strength(side, strength), sort_paths(pairs)
         logps = [0.0] * len(pairs)
-        with released_errors():
+        with hf_loading.released_errors():
             sharing = self._shared.compute(strength, shares_beginnings)
             trunk_tokens, rows = plan_rows(paths, sharing=sharing)
             beginning = paths[0].tokens[:trunk_tokens]
@@ -262,20 +247,20 @@ class TransformersBackend:
         """Logits (T, V) that predict each of the request's T scored tokens."""
         self._check(side, strength)
         given, scored = self._request_tokens(request)
-        with released_errors():
+        with hf_loading.released_errors():
             return self._shared.compute(_row_strength(side, strength), partial(logits_of, given=given, scored=scored))
 
     def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
         """(given, scored) token ids of a request."""
         with self._tokenizer_lock:
             if isinstance(request, TextRequest):
-                tokens = begin_ids(self._tokenizer) + encode_text(self._tokenizer, request.text)
+                tokens = hf_loading.begin_ids(self._tokenizer) + hf_loading.encode_text(self._tokenizer, request.text)
                 given, scored = tokens[:1], tokens[1:]
             elif isinstance(request, ContinuationRequest):
-                given, scored = encode_continuation(self._tokenizer, request.context, request.continuation)
+                given, scored = hf_loading.encode_continuation(self._tokenizer, request.context, request.continuation)
             else:
-                given = encode_prompt(self._tokenizer, self.template, request.prompt, request.system)
-                scored = encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
+                given = hf_loading.encode_prompt(self._tokenizer, self.template, request.prompt, request.system)
+                scored = hf_loading.encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
         check_scorable(given, scored, self.context_length)
         return given, scored
 
@@ -306,20 +291,22 @@ class SharedModel:
     lock is released. (PEFT's `disable_adapter()` beside a concurrent call gives wrong output.)
     """
 
-    def __init__(self, folder: Path, placement: Placement, bits: Bits | None, report: Callable[[float, str], None]) -> None:
+    def __init__(
+        self, folder: Path, placement: hf_loading.Placement, bits: hf_loading.Bits | None, report: Callable[[float, str], None]
+    ) -> None:
         self._lock = threading.Lock()  # held during every computation
         self._cancel_hook = _CancelHook()
         self._adapter: Adapter | None = None
         self.bits = bits
         self.model: Any  # None once closed
-        self.model, self.placement = load_model(folder, placement, bits, report)
+        self.model, self.placement = hf_loading.load_model(folder, placement, bits, report)
         self.device = self.placement.device
         for layer in self.model.model.layers:
             layer.register_forward_pre_hook(self._cancel_hook)
 
     def add_adapter(self, folder: Path, modules: Collection[str], *, mix_rows: bool) -> None:
         """Load a PEFT adapter of these modules. mix_rows: a batch's rows may differ in strength."""
-        with self._lock, undispatched(self.model, self.placement):
+        with self._lock, hf_loading.undispatched(self.model, self.placement):
             self._adapter = load_adapter(self.model, folder, modules)
             if mix_rows:
                 self._adapter.mix_rows()
@@ -358,7 +345,7 @@ class SharedModel:
     @contextmanager
     def _computing(self, strengths: Sequence[float], cancellations: Sequence[Cancellation] = ()) -> Iterator[Any]:
         """Hold the model, its adapter at these strengths (see `Adapter.active`); everything is reset when the block ends."""
-        with self._lock, foreign_errors(), torch.inference_mode():
+        with self._lock, hf_loading.foreign_errors(), torch.inference_mode():
             if self.model is None:
                 raise missing_side("base", closed=True)
             self._cancel_hook.cancellations = cancellations
