@@ -306,11 +306,7 @@ def test_ones_own_model_and_adapter_are_compared(
 
 
 def test_models_lists_the_adapters_that_fit_ones_own(
-    tiny_phi_gguf: Path,
-    tiny_phi_adapter: Path,
-    tiny_llama_adapter: Path,
-    capsys: pytest.CaptureFixture[str],
-    workspace: Workspace,
+    tiny_phi_gguf: Path, tiny_phi_adapter: Path, tiny_llama_adapter: Path, capsys: Any, workspace: Workspace
 ) -> None:
     add_run(workspace, "for-phi", tiny_phi_adapter)
     add_run(workspace, "for-llama", tiny_llama_adapter)
