@@ -32,7 +32,7 @@ from biasdpo.cli_options import (
     run,
 )
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
-from biasdpo.errors import ConfigError, DatasetError, RunError
+from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
 from biasdpo.records import Sampling
 from biasdpo.workspace import open_workspace
 
@@ -64,11 +64,12 @@ def show_models(
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """List models: which are on this machine, memory needed, license, adapters that fit."""
+    """List models: which are on this machine, memory needed, license, adapters that fit; what is damaged, and why."""
     from biasdpo import models
 
     folder = open_workspace(workspace)
-    for spec in map(models.find, names) if names else map(models.with_files, models.catalog().values()):
+    specs = models.list_models(names or ())
+    for spec in specs:
         adapters = [adapter.id for adapter in models.adapters_for(spec, folder)]
         row = {
             "id": spec.id,
@@ -80,16 +81,27 @@ def show_models(
             "parameters": spec.parameters,
             "memory_gb": spec.memory_gb,
             "adapters": adapters,
-            "get": "" if spec.present else f"hf download {spec.hub_id}",
+            "get": "" if spec.present or not spec.hub_id else f"hf download {spec.hub_id}",
+            "problem": spec.problem,
         }
         memory = ", ".join(f"{gb:g} GB with {backend}" for backend, gb in spec.memory_gb.items())
-        lines = (
+        lines = [
             f"{spec.id}: {spec.title}, {spec.license}, {spec.parameters / 1e6:,.0f} M parameters",
             "  here" if spec.present else f"  not here; get it with `{row['get']}`",
             f"  needs {memory}",
             f"  adapters: {', '.join(adapters) or 'none (base model only, until one is trained)'}",
-        )
-        print_row(row, lambda lines=lines: "\n".join(lines), as_json=as_json)  # type: ignore[misc]
+        ]
+        text = f"{spec.id}: can't be used: {spec.problem}" if spec.problem else "\n".join(lines)
+        print_row(row, lambda text=text: text, as_json=as_json)  # type: ignore[misc]
+    problems = [spec.problem for spec in specs if spec.problem]
+    if names and problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ModelError(problems[0] + more)
+    for adapter in models.list_adapters(folder) if not names else ():
+        if adapter.problem:
+            row = {"id": adapter.id, "adapter_folder": str(adapter.folder), "problem": adapter.problem}
+            text = f"adapter {adapter.id}: can't be used: {adapter.problem}"
+            print_row(row, lambda text=text: text, as_json=as_json)  # type: ignore[misc]
 
 
 _DEFAULT = Sampling()

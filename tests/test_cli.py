@@ -72,6 +72,24 @@ def test_models(tmp_path):
     assert "smollm2: SmolLM2-135M-Instruct, Apache-2.0" in run("models", "--workspace", tmp_path).stdout
 
 
+def test_models_shows_what_is_damaged_and_all_the_rest(tmp_path, tiny_llama):
+    adapter = tmp_path / "runs" / "torn" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").touch()
+    done = run("models", "--json", "--workspace", tmp_path)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["id"], bool(row["problem"])) for row in rows] == [("smollm2", False), ("phi-2", False), ("torn", True)]
+    assert "has no adapter_config.json" in rows[-1]["problem"]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\nadapter torn: can't be used: " in run("models", "--workspace", tmp_path).stdout
+    noise = tmp_path / "noise.gguf"
+    noise.write_bytes(b"GGUF")
+    done = run("models", noise, tiny_llama, "--json", "--workspace", tmp_path)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["id"], bool(row["problem"])) for row in rows] == [(str(noise), True), (str(tiny_llama), False)]
+    assert done.error == f"biasdpo: {rows[0]['problem']}"
+
+
 def test_compare_as_a_process(tmp_path):
     adapter = write_lora(tmp_path / "random")
     given = ("--prompt", "Why?", "--model", "smollm2", "--adapter", str(adapter), "--max-new-tokens", "12", "--temperature", "0")

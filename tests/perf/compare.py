@@ -31,18 +31,18 @@ from tests.bare import bare_llama
 from tests.lora_factory import write_lora
 
 PROMPT = "Why do people say that {} are bad at maths, and is it true?"
+build_chain = llamacpp.build_chain
+END_OF_TEXT = 2  # <|im_end|> of SmolLM2
 GROUPS = ("women", "artists", "old people", "teachers", "nurses", "men", "farmers", "students", "drivers", "writers", "cooks")
 
 
-class Endless(llamacpp.LlamaCppBackend):
-    """Never ends its text: the end-of-text token is suppressed, as it is on the bare side."""
-
-    def _build_sampler(self, sampling: Sampling) -> Any:
-        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        never = (llama_cpp.llama_logit_bias * 1)(llama_cpp.llama_logit_bias(token=self._model.end_of_text, bias=float("-inf")))
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_logit_bias(self._model.vocabulary_size, 1, never))
-        llama_cpp.llama_sampler_chain_add(chain, super()._build_sampler(sampling))
-        return chain
+def build_endless_chain(sampling: Sampling, vocabulary_size: int, context_length: int) -> Any:
+    """`llamacpp.build_chain` with the end-of-text token suppressed, as it is on the bare side."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    never = (llama_cpp.llama_logit_bias * 1)(llama_cpp.llama_logit_bias(token=END_OF_TEXT, bias=float("-inf")))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_logit_bias(vocabulary_size, 1, never))
+    llama_cpp.llama_sampler_chain_add(chain, build_chain(sampling, vocabulary_size, context_length))
+    return chain
 
 
 def ours(engine: Engine, prompt: str, tokens: int) -> dict[str, float]:
@@ -89,7 +89,7 @@ def main() -> None:
         adapter_folder = shipped if shipped.is_dir() else write_lora(Path(folder) / "random", rank=16)
         adapter = AdapterSpec(adapter_folder.name, adapter_folder, "smollm2")
         lora = write.lora(adapter, spec.gguf_path, Path(folder) / "lora.gguf")
-        llamacpp.LlamaCppBackend = Endless  # type: ignore[misc]  # what open_llamacpp makes
+        llamacpp.build_chain = build_endless_chain
         engine = Engine(spec, adapter, llamacpp.open_llamacpp(spec.gguf_path, spec.template, lora, 4096))
         backend: Any = engine.backend
         measured: dict[str, list[dict[str, float]]] = {"ours": [], "bare_1_thread": [], "bare_2_threads": []}
