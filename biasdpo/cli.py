@@ -385,18 +385,10 @@ def train(
 
 
 def train_config(file: Path | None, options: dict[str, Any], settings: Sequence[str]) -> TrainConfig:
-    """The config of a file, options and --set, from lowest to highest priority. Paths are made absolute, since the training
-    process has another working folder."""
-    from biasdpo import models
+    """The config of a file, options and --set, from lowest to highest priority, with absolute paths."""
+    from biasdpo.jobs.resolve import absolute
 
-    config = TrainConfig(**(read_toml(file) if file else {}) | options | parse_settings(settings))
-    return config.replace(
-        model=models.absolute_name(config.model),
-        datasets=tuple(
-            source if source == "workspace" or source.startswith("hub:") else str(Path(source).expanduser().resolve())
-            for source in config.datasets
-        ),
-    )
+    return absolute(TrainConfig(**(read_toml(file) if file else {}) | options | parse_settings(settings)))
 
 
 def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> None:
@@ -448,7 +440,8 @@ def _wait(folder: Any, workspace: Workspace) -> Any:
                     stop_job(folder.id, workspace, "train")
 
 
-cli_jobs.add_commands(app)
+app.command("jobs")(cli_jobs.jobs)
+app.command("runs")(cli_jobs.runs)
 
 
 # Export
@@ -496,18 +489,15 @@ def evaluate(
     **options: Any,
 ) -> int:
     """Score base and tuned on benchmarks, with confidence intervals, p-values and verdicts."""
-    return _evaluate(EvaluationConfig(**{"strengths": strength} | options), open_workspace(workspace), out, as_json=as_json)
-
-
-def _evaluate(config: EvaluationConfig, workspace: Workspace, out: Path, *, as_json: bool) -> int:
     from tqdm import tqdm
 
     from biasdpo.jobs.resolve import resolve_evaluation
     from biasdpo.jobs.worker import EvaluationProgress, run_evaluation
     from biasdpo.workspace import write_json
 
-    config, _ = resolve_evaluation(config, workspace)
-    with tqdm(unit=" item", file=sys.stderr) as bar, _stop_on_interrupt() as stopped:
+    folder = open_workspace(workspace)
+    config, _ = resolve_evaluation(EvaluationConfig(**{"strengths": strength} | options), folder)
+    with tqdm(unit=" item", file=sys.stderr, delay=0.01) as bar, _stop_on_interrupt() as stopped:
 
         class Bar(EvaluationProgress):
             def phase(self, text: str) -> None:
@@ -523,7 +513,7 @@ def _evaluate(config: EvaluationConfig, workspace: Workspace, out: Path, *, as_j
             def should_stop(self) -> bool:
                 return stopped.is_set()
 
-        result = run_evaluation(config, workspace, Bar())
+        result = run_evaluation(config, folder, Bar())
     write_json(out, result)
     brief = {name: {key: value for key, value in b.items() if key != "items"} for name, b in result["benchmarks"].items()}
     text = "\n".join(line for name, numbers in brief.items() for line in _result_lines(name, numbers))
