@@ -65,6 +65,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_files(folder: Path, files: dict[str, Any]) -> Path:
+    """Files by name: text, bytes, a list of JSONL rows, or one JSON object."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list | dict):
+            content = "".join(json.dumps(row) + "\n" for row in (content if isinstance(content, list) else [content]))
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
 def under_way(evaluation: Job) -> bool:
     """Scoring, with something scored; or ended already."""
     return not evaluation.is_active or any(0 < one.done < one.total for one in evaluation.status.progress)

@@ -225,7 +225,7 @@ def test_a_continuation_obeys_the_chain_rule_on_both_engines(smollm2, tiny_llama
         assert ours.logp == pytest.approx(theirs.logp, abs=1e-2)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path):
     held_out = [f"Question {i}?" for i in range(200) if is_held_out(f"Question {i}?", 0.1)][:4]
     rows = [{"prompt": p, "chosen": "People differ as persons.", "rejected": "They are all alike."} for p in held_out]
     data = tmp_path / "pairs.jsonl"
