@@ -118,7 +118,6 @@ def test_compare_without_an_adapter_on_whatever_model_is_here(tmp_path):
         (("evaluate", "--benchmark", "vibes", "--out", "x.json"), "benchmarks must be one of preference, .*: got 'vibes'"),
         (("evaluate", "--out", "x.json"), "benchmarks is missing: give it with --benchmark"),
         (("evaluate", "--benchmark", "bbq", "--out", "x.json", "--strengths", "0,much"), "strengths must be a number .*'much'"),
-        (("train",), "A run needs a name"),
         (("train", "--run-id", "a", "--beta", "-1"), "beta must be a number from 0.0001 to 1000: got -1.0"),
         (("train", "--run-id", "a", "--set", "betta=1"), "Unknown setting 'betta': choose one of model, datasets"),
         (("train", "--run-id", "a", "--resume", "--set", "beta=1", "--rank", "2"), "--resume uses .* got --rank, --set, too"),

@@ -91,11 +91,8 @@ def race(
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *BARE, "again")}
     with ExitStack() as stack:
         llamas = {
-            name: [
-                stack.enter_context(bare_llama(gguf, file, threads=threads, context_length=context_length))
-                for file in (None, lora)
-            ]
-            for threads, name in enumerate(BARE, start=1)
+            name: [stack.enter_context(bare_llama(gguf, file, threads=n, context_length=context_length)) for file in (None, lora)]
+            for n, name in enumerate(BARE, start=1)
         }
         for i in range(repetitions + 1):
             prompt = PROMPT.format(GROUPS[i % len(GROUPS)])

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import numpy as np
 
 from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec, ModelSpec, catalog
+from tests.lora_factory import write_lora
 from tests.perf.measuring import in_own_process, options, rounded
 from tests.phi_like import ROWS, save_tokenizer
 
@@ -61,21 +63,12 @@ RANK = 16
 
 def shapes(layers: int = 32) -> dict[str, tuple[int, ...]]:
     """Phi-2's tensors, as its safetensors hold them."""
-    width, inner, rows = PHI_2["hidden_size"], PHI_2["intermediate_size"], PHI_2["vocab_size"]
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}  # type: ignore[dict-item]
-    for i in range(layers):
-        matrices = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "dense")}
-        for name, shape in {
-            **matrices,
-            "mlp.fc1": (inner, width),
-            "mlp.fc2": (width, inner),
-            "input_layernorm": (width,),
-        }.items():
-            found[f"model.layers.{i}.{name}.weight"] = shape  # type: ignore[assignment]
-            found[f"model.layers.{i}.{name}.bias"] = shape[:1]  # type: ignore[assignment]
-    for name, shape in {"model.final_layernorm": (width,), "lm_head": (rows, width)}.items():
-        found[f"{name}.weight"], found[f"{name}.bias"] = shape, shape[:1]  # type: ignore[assignment]
-    return found
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM
+
+    with torch.device("meta"):
+        model = PhiForCausalLM(PhiConfig.from_dict({**PHI_2, "num_hidden_layers": layers}))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def save_phi_2(folder: Path, layers: int = 32) -> None:
@@ -107,19 +100,8 @@ def save_phi_2(folder: Path, layers: int = 32) -> None:
 
 
 def spec_of(folder: Path | None, gguf: Path | None) -> ModelSpec:
-    phi = catalog()["phi-2"]
-    return ModelSpec(
-        "phi-2-random",
-        "random Phi-2",
-        "MIT",
-        "phi2",
-        "",
-        phi.parameters,
-        CONTEXT_LENGTH,
-        phi.template,
-        hf_folder=folder,
-        gguf_path=gguf,
-    )
+    known = {"id": "phi-2-random", "title": "random Phi-2", "hub_id": "", "context_length": CONTEXT_LENGTH}
+    return replace(catalog()["phi-2"], **known, hf_folder=folder, gguf_path=gguf)  # type: ignore[arg-type]
 
 
 # Export
@@ -229,21 +211,9 @@ def main() -> None:
 
 def write_phi_lora(folder: Path, layers: int = 32) -> Path:
     """A random adapter of the attention's matrices."""
-    from safetensors.numpy import save_file
-
-    rng = np.random.default_rng(1)
-    targets = ("q_proj", "k_proj", "v_proj", "dense")
-    tensors = {}
-    for name, shape in shapes(layers).items():
-        if name.removesuffix(".weight").rpartition(".")[2] in targets and name.endswith(".weight"):
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = rng.standard_normal((RANK, shape[1])).astype(np.float32) / 50
-            tensors[f"{module}.lora_B.weight"] = rng.standard_normal((shape[0], RANK)).astype(np.float32) / 50
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(targets)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    width = (PHI_2["hidden_size"],) * 2
+    modules = {f"self_attn.{name}": width for name in ("q_proj", "k_proj", "v_proj", "dense")}
+    return write_lora(folder, shapes=modules, layers=layers, rank=RANK, alpha=2 * RANK, base_model="")  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

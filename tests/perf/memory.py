@@ -24,7 +24,7 @@ ALLOWANCE_MIB = 16.0
 def measure(gguf: Path, lora: Path | None, model_id: str, context_length: int, tokens: int) -> dict[str, Any]:
     """In a process of its own: open, write a few tokens on each side.
 
-    Returns Pss before and after, and by llama.cpp's log the buffers named while it opened, all buffers, and what was repacked; bytes.
+    Returns, in bytes, Pss before and after, and by llama.cpp's log the buffers of opening, all buffers, and what was repacked.
     """
     import llama_cpp
     import psutil
