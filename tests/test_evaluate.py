@@ -257,7 +257,9 @@ def test_the_command(tmp_path):
         (["--benchmark", "perplexity", "--data-dir", tmp_path / "none"], "No folder .*none: name with --data-dir"),
         (["--benchmark", "bbq", "--data-dir", tmp_path], "get oskarvanderwal/bbq from the Hub"),
     ):
-        assert re.search(message, run(*common, *arguments).error)
+        done = run(*common, *arguments)
+        assert re.search(message, done.error)
+        assert len(done.stderr.splitlines()) == 1  # no progress bar before there is progress
 
 
 # How many are scored at once, what an interruption loses, and items that can't be scored
