@@ -89,7 +89,7 @@ def show_models(
             f"  needs {memory}",
             f"  adapters: {', '.join(adapters) or 'none (base model only, until one is trained)'}",
         )
-        print_row(row, lambda lines=lines: "\n".join(lines), as_json=as_json)  # type: ignore[misc]
+        print_row(row, "\n".join(lines), as_json=as_json)
 
 
 _DEFAULT = Sampling()
@@ -197,7 +197,7 @@ def dataset_stats(
         folder = open_workspace(workspace)
         source, numbers = folder.preferences, stats(folder, overlap)
     files = len(overlap.files) if overlap else 0
-    print_row(numbers, lambda: "\n  ".join(_stats_lines(source, numbers, files)), as_json=as_json)
+    print_row(numbers, "\n  ".join(_stats_lines(source, numbers, files)), as_json=as_json)
 
 
 def _rows_of_file(file: str) -> tuple[list[dict[str, Any]], Sequence[Any]]:
@@ -299,7 +299,7 @@ def dataset_import(
             print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False))
     would = "would be " if dry_run else ""
     counts = f"{done.source}: {done.written:,} rows {would}written, {done.known:,} known, {len(done.bad):,} bad"
-    print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), lambda: counts, as_json=as_json)
+    print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), counts, as_json=as_json)
 
 
 @dataset.command("export")
@@ -316,7 +316,7 @@ def dataset_export(
         f"{done.path}: {done.rows:,} pairs ({done.repeats:,} repeated judgments and {done.contradictions:,} evenly split pairs "
         f"are left out), SHA-256 {done.sha256}\n{done.card}: the dataset card"
     )
-    print_row(done.to_json(), lambda: text, as_json=as_json)
+    print_row(done.to_json(), text, as_json=as_json)
 
 
 @dataset.command("retract")
@@ -331,7 +331,7 @@ def dataset_retract(
     judgment = journal.retract(open_workspace(workspace), id)
     row = {"id": judgment.id, "retracts": judgment.retracts, "pair_id": judgment.pair_id}
     text = f"{judgment.retracts}: retracted; training, statistics and exports leave it out"
-    print_row(row, lambda: text, as_json=as_json)
+    print_row(row, text, as_json=as_json)
 
 
 # Training
@@ -404,7 +404,7 @@ def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> No
         f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, {found.cut} truncated",
         "seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in found.parts.items()),
     )
-    print_row(found.to_json(), lambda: "\n".join(lines), as_json=as_json)
+    print_row(found.to_json(), "\n".join(lines), as_json=as_json)
     if not found.fits:
         raise RunError(found.refusal)
 
@@ -471,7 +471,7 @@ def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **optio
     lines = [f"{record.out}: {record.bytes:,} bytes, {what} of {source}", ExportProof.from_json(record.proof).sentence()]
     if fallbacks := record.written.get("fallbacks"):
         lines.append(f"{len(fallbacks)} tensors have another type than requested: {record.out.name}.json lists them")
-    print_row(record.to_json(), lambda: "\n".join(lines), as_json=as_json)
+    print_row(record.to_json(), "\n".join(lines), as_json=as_json)
     for warning in record.proof.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)
 
