@@ -91,8 +91,7 @@ def show_models(
             f"  needs {memory}",
             f"  adapters: {', '.join(adapters) or 'none (base model only, until one is trained)'}",
         ]
-        text = f"{spec.id}: can't be used: {spec.problem}" if spec.problem else "\n".join(lines)
-        print_row(row, lambda text=text: text, as_json=as_json)  # type: ignore[misc]
+        print_row(row, f"{spec.id}: can't be used: {spec.problem}" if spec.problem else "\n".join(lines), as_json=as_json)
     problems = [spec.problem for spec in specs if spec.problem]
     if names and problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -100,8 +99,7 @@ def show_models(
     for adapter in models.list_adapters(folder) if not names else ():
         if adapter.problem:
             row = {"id": adapter.id, "adapter_folder": str(adapter.folder), "problem": adapter.problem}
-            text = f"adapter {adapter.id}: can't be used: {adapter.problem}"
-            print_row(row, lambda text=text: text, as_json=as_json)  # type: ignore[misc]
+            print_row(row, f"adapter {adapter.id}: can't be used: {adapter.problem}", as_json=as_json)
 
 
 _DEFAULT = Sampling()
@@ -209,7 +207,7 @@ def dataset_stats(
         folder = open_workspace(workspace)
         source, numbers = folder.preferences, stats(folder, overlap)
     files = len(overlap.files) if overlap else 0
-    print_row(numbers, lambda: "\n  ".join(_stats_lines(source, numbers, files)), as_json=as_json)
+    print_row(numbers, "\n  ".join(_stats_lines(source, numbers, files)), as_json=as_json)
 
 
 def _rows_of_file(file: str) -> tuple[list[dict[str, Any]], Sequence[Any]]:
@@ -311,7 +309,7 @@ def dataset_import(
             print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False))
     would = "would be " if dry_run else ""
     counts = f"{done.source}: {done.written:,} rows {would}written, {done.known:,} known, {len(done.bad):,} bad"
-    print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), lambda: counts, as_json=as_json)
+    print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), counts, as_json=as_json)
 
 
 @dataset.command("export")
@@ -328,7 +326,7 @@ def dataset_export(
         f"{done.path}: {done.rows:,} pairs ({done.repeats:,} repeated judgments and {done.contradictions:,} evenly split pairs "
         f"are left out), SHA-256 {done.sha256}\n{done.card}: the dataset card"
     )
-    print_row(done.to_json(), lambda: text, as_json=as_json)
+    print_row(done.to_json(), text, as_json=as_json)
 
 
 @dataset.command("retract")
@@ -343,7 +341,7 @@ def dataset_retract(
     judgment = journal.retract(open_workspace(workspace), id)
     row = {"id": judgment.id, "retracts": judgment.retracts, "pair_id": judgment.pair_id}
     text = f"{judgment.retracts}: retracted; training, statistics and exports leave it out"
-    print_row(row, lambda: text, as_json=as_json)
+    print_row(row, text, as_json=as_json)
 
 
 # Training
@@ -397,18 +395,10 @@ def train(
 
 
 def train_config(file: Path | None, options: dict[str, Any], settings: Sequence[str]) -> TrainConfig:
-    """The config of a file, options and --set, from lowest to highest priority. Paths are made absolute, since the training
-    process has another working folder."""
-    from biasdpo import models
+    """The config of a file, options and --set, from lowest to highest priority, with absolute paths."""
+    from biasdpo.jobs.resolve import absolute
 
-    config = TrainConfig(**(read_toml(file) if file else {}) | options | parse_settings(settings))
-    return config.replace(
-        model=models.absolute_name(config.model),
-        datasets=tuple(
-            source if source == "workspace" or source.startswith("hub:") else str(Path(source).expanduser().resolve())
-            for source in config.datasets
-        ),
-    )
+    return absolute(TrainConfig(**(read_toml(file) if file else {}) | options | parse_settings(settings)))
 
 
 def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> None:
@@ -424,7 +414,7 @@ def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> No
         f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, {found.cut} truncated",
         "seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in found.parts.items()),
     )
-    print_row(found.to_json(), lambda: "\n".join(lines), as_json=as_json)
+    print_row(found.to_json(), "\n".join(lines), as_json=as_json)
     if not found.fits:
         raise RunError(found.refusal)
 
@@ -460,7 +450,8 @@ def _wait(folder: Any, workspace: Workspace) -> Any:
                     stop_job(folder.id, workspace, "train")
 
 
-cli_jobs.add_commands(app)
+app.command("jobs")(cli_jobs.jobs)
+app.command("runs")(cli_jobs.runs)
 
 
 # Export
@@ -490,7 +481,7 @@ def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **optio
     lines = [f"{record.out}: {record.bytes:,} bytes, {what} of {source}", ExportProof.from_json(record.proof).sentence()]
     if fallbacks := record.written.get("fallbacks"):
         lines.append(f"{len(fallbacks)} tensors have another type than requested: {record.out.name}.json lists them")
-    print_row(record.to_json(), lambda: "\n".join(lines), as_json=as_json)
+    print_row(record.to_json(), "\n".join(lines), as_json=as_json)
     for warning in record.proof.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -508,18 +499,15 @@ def evaluate(
     **options: Any,
 ) -> int:
     """Score base and tuned on benchmarks, with confidence intervals, p-values and verdicts."""
-    return _evaluate(EvaluationConfig(**{"strengths": strength} | options), open_workspace(workspace), out, as_json=as_json)
-
-
-def _evaluate(config: EvaluationConfig, workspace: Workspace, out: Path, *, as_json: bool) -> int:
     from tqdm import tqdm
 
     from biasdpo.jobs.resolve import resolve_evaluation
     from biasdpo.jobs.worker import EvaluationProgress, run_evaluation
     from biasdpo.workspace import write_json
 
-    config, _ = resolve_evaluation(config, workspace)
-    with tqdm(unit=" item", file=sys.stderr) as bar, _stop_on_interrupt() as stopped:
+    folder = open_workspace(workspace)
+    config, _ = resolve_evaluation(EvaluationConfig(**{"strengths": strength} | options), folder)
+    with tqdm(unit=" item", file=sys.stderr, delay=0.01) as bar, _stop_on_interrupt() as stopped:
 
         class Bar(EvaluationProgress):
             def phase(self, text: str) -> None:
@@ -535,7 +523,7 @@ def _evaluate(config: EvaluationConfig, workspace: Workspace, out: Path, *, as_j
             def should_stop(self) -> bool:
                 return stopped.is_set()
 
-        result = run_evaluation(config, workspace, Bar())
+        result = run_evaluation(config, folder, Bar())
     write_json(out, result)
     brief = {name: {key: value for key, value in b.items() if key != "items"} for name, b in result["benchmarks"].items()}
     text = "\n".join(line for name, numbers in brief.items() for line in _result_lines(name, numbers))

@@ -135,9 +135,7 @@ def test_compare_without_an_adapter_on_whatever_model_is_here(tmp_path):
         (("compare",), "Missing option '--prompt': see python -m biasdpo compare --help"),
         (("evaluate", "--benchmark", "vibes", "--out", "x.json"), "benchmarks must be one of preference, .*: got 'vibes'"),
         (("evaluate", "--out", "x.json"), "benchmarks is missing: give it with --benchmark"),
-        (("evaluate", "--benchmark", "bbq", "--out", "x.json", "--limit", "few"), "limit must be a whole number .*got 'few'"),
         (("evaluate", "--benchmark", "bbq", "--out", "x.json", "--strengths", "0,much"), "strengths must be a number .*'much'"),
-        (("train",), "A run needs a name"),
         (("train", "--run-id", "a", "--beta", "-1"), "beta must be a number from 0.0001 to 1000: got -1.0"),
         (("train", "--run-id", "a", "--set", "betta=1"), "Unknown setting 'betta': choose one of model, datasets"),
         (("train", "--run-id", "a", "--resume", "--set", "beta=1", "--rank", "2"), "--resume uses .* got --rank, --set, too"),
@@ -164,19 +162,6 @@ def test_an_interrupt_is_one_line_and_status_130(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "catalog", lambda: signal.raise_signal(signal.SIGINT))
     done = run("models", "--workspace", tmp_path)
     assert (done.returncode, done.stderr) == (130, "biasdpo: interrupted\n")
-
-
-def test_a_closed_pipe_is_not_a_fault(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("no json\n" * 20_000)
-    command = [sys.executable, "-m", "biasdpo", "dataset", "validate", str(path), "--workspace", str(tmp_path / "w")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline().startswith(b"line 1: no JSON")
-        process.stdout.close()
-        assert b"Traceback" not in process.stderr.read()
-    assert process.returncode == 0
 
 
 def test_docs_are_up_to_date():

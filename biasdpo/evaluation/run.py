@@ -474,8 +474,7 @@ def _metrics(benchmark: Benchmark[Any], base: Array, tuned: Array | None, seed: 
     tested = {("difference", name): stats.difference(metric) for name, metric in of_side.items()}
     tested |= {("nearer", name): stats.improvement(metric) for name, metric in of_side.items() if metric.better == "nearer"}
     tested |= {("paired", name): metric for name, metric in of_both.items()}
-    sides = {("base", name): stats.of_base(metric) for name, metric in of_side.items()}
-    sides |= {("tuned", name): stats.of_tuned(metric) for name, metric in of_side.items()}
+    sides = {(side, name): stats.of_side(one, i) for i, side in enumerate(("base", "tuned")) for name, one in of_side.items()}
     intervals = stats.bootstrap(both, tested | sides, seed=seed)  # all from the same resamples
     p_values = stats.randomization_p(both, {key: metric for key, metric in tested.items() if key in intervals}, seed=seed)
 
