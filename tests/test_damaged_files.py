@@ -108,13 +108,16 @@ def test_the_command_line_lists_the_healthy_ones(command_line: CommandLine) -> N
 
 def test_bad_lines_of_the_journal_are_counted_and_named(command_line: CommandLine) -> None:
     workspace = open_workspace(command_line.workspace.root)
-    good = [json.dumps({"id": name, "verdict": "preferred", "prompt": "p", "chosen": "c", "rejected": "r"}) for name in "ab"]
+    good = [
+        json.dumps({"id": name, "verdict": "preferred", "prompt": f"Who {name}?", "chosen": "c", "rejected": "r"})
+        for name in "ab"
+    ]
     workspace.preferences.write_text(f"{good[0]}\n{DEEP}\n[]\n{good[1]}\n")
     assert [*Journal(workspace.preferences).refresh().rows] == ["a", "b"]
     done = command_line("dataset", "stats", "--json")
     assert done.returncode == 0
     shown = json.loads(done.stdout)
-    assert (shown["judgments"], shown["bad_lines"]) == (2, 2)
+    assert (shown["rows"], shown["bad_lines"]) == (2, 2)
 
 
 def test_damaged_checkpoints_and_caches_are_passed_over(workspace: Workspace) -> None:
