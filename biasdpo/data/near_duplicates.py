@@ -35,6 +35,7 @@ _ADDENDS: Hashes = _random.integers(0, 2**64, size=2 * _BANDS, dtype=np.uint64)
 
 # Deleting ASCII punctuation by table is several times faster than by regular expression.
 _ASCII_PUNCTUATION = {code: None for code in range(128) if re.fullmatch(r"[^\w\s]", chr(code))}
+_SEPARATOR = "\x1e"  # white space to Python, so that the table keeps it
 _ASCII_TABLE = _ASCII_PUNCTUATION | str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
@@ -44,6 +45,14 @@ def normalize(text: str) -> str:
         return " ".join(text.translate(_ASCII_TABLE).split())
     text = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"\s+", " ", re.sub(r"[^\w\s]", "", text)).strip()
+
+
+def _normalize_all(texts: Sequence[str]) -> list[str]:
+    """Normalize each text; ASCII all at once, in half the time."""
+    together = _SEPARATOR.join(texts)
+    if not together.isascii() or together.count(_SEPARATOR) >= len(texts):
+        return list(map(normalize, texts))
+    return [" ".join(text.split()) for text in together.translate(_ASCII_TABLE).split(_SEPARATOR)]
 
 
 class NearDuplicates:
@@ -69,7 +78,7 @@ class NearDuplicates:
         first = len(self)
         new: list[str] = []
         numbers = []
-        for normalized in map(normalize, prompts):
+        for normalized in _normalize_all(list(prompts)):
             number = self._numbers.setdefault(normalized, first + len(new))
             numbers.append((number, number == first + len(new)))
             if numbers[-1][1]:
@@ -182,21 +191,22 @@ def _candidates(entries: Hashes, asks: NDArray[np.bool_], runs: Sequence[Hashes]
     asks   (N,) which entries are searched for; earlier entries are in the sorted `runs` and, last, among the new ones
     """
     is_first = np.concatenate(([True], entries[1:] ^ entries[:-1] > _NUMBER_MASK))  # of its bucket
-    own = entries[asks]
-    left = np.full(len(own), _CANDIDATES)
+    left = np.full(len(entries), _CANDIDATES)
     for run in (*runs, entries):
         if run is entries:
-            starts = np.maximum.accumulate(np.where(is_first, np.arange(len(entries)), 0))[asks]
+            places = np.flatnonzero(asks & ~is_first)
+            starts = np.flatnonzero(is_first)[np.cumsum(is_first)[places] - 1]
         else:
-            starts = np.searchsorted(run, own & ~_NUMBER_MASK)
-        places = np.arange(len(own))  # in `own`, of those that may find another candidate
+            places = np.flatnonzero(asks)
+            starts = np.searchsorted(run, entries[places] & ~_NUMBER_MASK)
         for k in range(_CANDIDATES):
-            places = places[(starts[places] + k < len(run)) & (left[places] > 0)]
-            others = run[starts[places] + k]
-            hit = (others < own[places]) & (others ^ own[places] <= _NUMBER_MASK)
-            places, others = places[hit], others[hit]
+            more = (starts + k < len(run)) & (left[places] > 0)
+            places, starts = places[more], starts[more]
+            others = run[starts + k]
+            hit = (others < entries[places]) & (others ^ entries[places] <= _NUMBER_MASK)
+            places, starts, others = places[hit], starts[hit], others[hit]
             left[places] -= 1
-            yield (own[places] & _NUMBER_MASK) << _HALF | others & _NUMBER_MASK
+            yield (entries[places] & _NUMBER_MASK) << _HALF | others & _NUMBER_MASK
 
 
 def _mix(values: Hashes) -> Hashes:
