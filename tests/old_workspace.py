@@ -8,6 +8,7 @@ the result with that of an upgrade that was not killed; for n = 1, 2, ... until 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -67,11 +68,13 @@ def write_run(folder: Path, state: str, model: str, **status: Any) -> None:
     config = {"model": model, "datasets": ["/gone/pairs.jsonl"], "held_out_share": 0.2, "max_steps": 2, "batch_size": 2}
     write(folder / "config.json", config | {"rank": 2, "save_steps": 1, "gradient_accumulation": 1, "threads": 1})
     rows = {"read": 40, "pairs": 40, "repeats": 0, "contradictions": 0, "bridging": 0, "per_epoch": 32}
-    origin = {"dataset_sha256": SHA256, "dataset_files": ["pairs.jsonl"], "dataset_rows": rows, "probe_prompts": []}
-    origin |= {"command": "the page", "code_version": "0.1.0 (56e7a1a)", "started_at": AT, "base_sha256": "b" * 64}
+    snapshot = "".join(json.dumps(pair, sort_keys=True) + "\n" for pair in PAIRS)
+    sha256 = hashlib.sha256(snapshot.encode()).hexdigest()
+    origin = {"dataset_sha256": sha256, "dataset_files": ["pairs.jsonl"], "dataset_rows": rows, "probe_prompts": []}
+    origin |= {"command": "the page", "code_version": "0.1.0 (56e7a1a)", "started_at": AT}
     write(folder / "origin.json", origin)
     write(folder / "status.json", {"state": state, **DEAD, "step": 2, "total_steps": 2, "notes": ["40 pairs"], **status})
-    write(folder / "dataset.jsonl", "".join(json.dumps(pair, sort_keys=True) + "\n" for pair in PAIRS))
+    write(folder / "dataset.jsonl", snapshot)
     write(folder / "train.log", "=== start: 2026-11-30T09:22:51Z\npython -m training\n")
     write(folder / "metrics.jsonl", '{"step": 1, "loss": 0.69}\n')
 
