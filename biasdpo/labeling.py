@@ -44,8 +44,8 @@ REPEAT_SHARE = 0.05  # share of the pairs shown that are hidden repeats
 _REPEAT_GAP = 5  # latest judgments of an annotator that are too recent to be repeated
 _COUNTERPARTS = {"base": "tuned", "base 1": "base 2", "tuned 1": "tuned 2", "pasted 1": "pasted 2", "given 1": "given 2"}
 _COUNTERPARTS |= {right: left for left, right in _COUNTERPARTS.items()}
-_MAX_FIELD = 200  # characters of a pseudonym or a group
-_MAX_NOTE = 2_000
+_MAX_CHARACTERS = {"target_group": 200, "annotator": 200, "note": 2_000}
+_ORIGIN = ("model", "adapter", "backend", "sampling", "seed")  # columns of `JudgmentMeta` that a pair brings along
 
 # Pairs to show
 
@@ -161,7 +161,7 @@ def shown_pair(row: dict[str, Any]) -> BlindPair:
         right,
         left_side,
         _COUNTERPARTS.get(left_side, ""),
-        **{key: meta[key] for key in ("model", "adapter", "backend", "sampling", "seed")},
+        **{key: meta[key] for key in _ORIGIN},
     )
 
 
@@ -185,11 +185,8 @@ class Details:
     def __post_init__(self) -> None:
         if self.category not in ("", *CATEGORIES):
             raise ConfigError(f"category must be one of {', '.join(CATEGORIES)}: got {self.category!r}; choose one")
-        for name, text, most in (
-            ("target_group", self.target_group, _MAX_FIELD),
-            ("annotator", self.annotator, _MAX_FIELD),
-            ("note", self.note, _MAX_NOTE),
-        ):
+        for name, most in _MAX_CHARACTERS.items():
+            text = getattr(self, name)
             if len(text) > most:
                 raise ConfigError(f"{name} must have at most {most:,} characters: got {len(text):,}; shorten it")
             if text.strip():
@@ -219,11 +216,7 @@ def judgment(
     preferred = answer in ("left", "right")
     verdict: Verdict = "preferred" if preferred else "tie" if answer == "tie" else "both_biased"
     meta = JudgmentMeta(
-        model=pair.model,
-        adapter=pair.adapter,
-        backend=pair.backend,
-        sampling=pair.sampling,
-        seed=pair.seed,
+        **{key: getattr(pair, key) for key in _ORIGIN},
         left_side=pair.left_side,
         chosen_side=sides[0] if preferred else "",
         seconds=round(max(0.0, seconds), 3),
@@ -448,17 +441,14 @@ class PairQueue:
     def _draw(self, recipe: Recipe, prompt: Prompt) -> BlindPair | None:
         """A pair for this prompt; None if it was stopped. DatasetError if no seed gave anything to judge."""
         tries = _TRIES if recipe.sampling.temperature > 0 else 1
-        for attempt in range(1, tries + 1):
-            sampling = replace(recipe.sampling, seed=self._rng.randint(*SEED_RANGE))
-            pair = self._generate(recipe, prompt.text, sampling)
-            if pair is None:
-                return None
+        while pair := self._generate(recipe, prompt.text, replace(recipe.sampling, seed=self._rng.randint(*SEED_RANGE))):
             try:
                 return blind(pair, prompt, self._rng)
             except DatasetError:
-                if attempt == tries:
+                tries -= 1
+                if not tries:
                     raise
-        raise AssertionError("unreachable")
+        return None
 
     def _generate(self, recipe: Recipe, prompt: str, sampling: Sampling) -> GenerationPair | None:
         """Generate both completions; None if that was stopped."""
@@ -474,17 +464,12 @@ class PairQueue:
                     f"“{PAIR_SOURCES[recipe.source]}” needs an adapter, and none is chosen: choose one on the Compare tab, "
                     "or judge two samples of base"
                 )
-            settings: dict[str, Any] = {
-                "system": recipe.system,
-                "strength": recipe.strength,
-                "cancellation": cancellation,
-                "prefetch": spare,
-            }
+            settings: dict[str, Any] = {"system": recipe.system, "strength": recipe.strength, "cancellation": cancellation}
+            side: Side = "base" if recipe.source == "base_base" else "tuned"
             if recipe.source == "base_tuned":
-                stream = stream_pair(engine, prompt, sampling, **settings)
+                stream = stream_pair(engine, prompt, sampling, **settings, prefetch=spare)
             else:
-                side: Side = "base" if recipe.source == "base_base" else "tuned"
-                stream = stream_samples(engine, prompt, sampling, side, **settings)
+                stream = stream_samples(engine, prompt, sampling, side, **settings, prefetch=spare)
             for event in stream:
                 self.latest = event
         pair = self.latest

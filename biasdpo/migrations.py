@@ -4,9 +4,8 @@ Version 0.1 had no version.json and three layouts:
 
     runs/ID/{origin.json,train.log}                      -> runs/ID/{job.json,log.txt,split.json}; the other files stay
     evaluations/ID.{request.json,status.json,log,json}   -> evaluations/ID/{job.json,config.json,status.json,log.txt,result.json}
-    exports/NAME.gguf{,.json,.Modelfile}                 -> exports/ID/, with job.json, config.json and status.json
-    runs/ID/export/                                      the same
-    .export-NAME.gguf/ in either                         an unfinished or failed export: exports/ID/, without a partial GGUF
+    {exports,runs/ID/export}/NAME.gguf{,.json,.Modelfile} -> exports/ID/, with job.json, config.json and status.json
+    {exports,runs/ID/export}/.export-NAME.gguf/          an unfinished or failed export: exports/ID/, without a partial GGUF
 
 The old files are read once, into a list of operations, which is stored with copies of what will be removed and then carried
 out in order. Each may be repeated, so after a kill the stored list is carried out again from its start.
@@ -34,13 +33,12 @@ from biasdpo.workspace import VERSION_FILE, locked, read_json, version_value
 _log = logging.getLogger(__name__)
 _PLAN, _DONE = "plan.json", "done.json"
 _STATUS = TypeAdapter(Status)
-_LOCK_SECONDS = 600.0
 _Json = dict[str, Any]
 
 
 def upgrade(root: Path) -> None:
     """Upgrade a workspace without version.json. Raises WorkspaceError while one of its jobs is active, or on a full disk."""
-    with locked(root / ".jobs" / "upgrade", _LOCK_SECONDS):
+    with locked(root / ".jobs" / "upgrade", timeout_seconds=600):
         if (root / VERSION_FILE).exists():  # another process was faster
             return
         try:
@@ -249,11 +247,8 @@ class _Plan:
             self.add("move", path, to=str(target.relative_to(self.root)))
 
 
-# Files of version 0.1, which may be damaged
-
-
 def _read(path: Path) -> _Json:
-    """The object in a JSON file; {} where there is none."""
+    """The object in a JSON file; {} where it is missing or damaged."""
     with suppress(WorkspaceError):
         if isinstance(value := read_json(path), dict):
             return value

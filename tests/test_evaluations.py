@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from copy import deepcopy
@@ -115,9 +114,14 @@ def test_a_request_becomes_the_command_that_means_it_and_json_that_gives_it_back
         toxicity_scorer="hub:a/b",
     )
     asked: list[object] = []
-    monkeypatch.setattr(cli, "_evaluate", lambda one, at, out, *_, **__: asked.append((one, at.root, out)) or 0)
-    assert cli.main(command_of(wanted, tmp_path / "out.json", tmp_path)[3:]) == 0
-    assert asked == [(wanted, tmp_path, tmp_path / "out.json")]
+
+    def resolve(config, workspace):
+        asked.extend((config, workspace.root))
+        raise EvaluationError("no more is needed")
+
+    monkeypatch.setattr("biasdpo.jobs.resolve.resolve_evaluation", resolve)
+    assert cli.main(command_of(wanted, tmp_path / "out.json", tmp_path)[3:]) == 2
+    assert asked == [wanted, tmp_path]
     assert EvaluationConfig(**json.loads(json.dumps(wanted.to_json()))) == wanted
 
 
@@ -308,17 +312,15 @@ def test_base_alone_has_nothing_to_decide():
     assert "none: the base model alone" in report.markdown(result)
 
 
-def test_csv_has_the_table_and_the_groups(tmp_path):
-    path = report.write_csv(a_result(), tmp_path / "out.csv")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+def test_csv_has_the_table_and_the_groups():
+    rows = report.csv_rows(a_result())
     assert [(row["metric"], row["group"]) for row in rows] == [
         ("stereotype_percent", ""), ("perplexity", ""), ("perplexity_change_percent", ""), ("stereotype_percent", "age")
     ]  # fmt: skip
     first = rows[0]
-    assert (first["base"], first["base_ci_low"], first["base_ci_high"], first["ci_low"]) == ("60", "50", "70", "-12")
-    assert (first["model"], first["adapter"], first["comparable"]) == ("smollm2", "mine", "True")
-    assert (rows[2]["base"], rows[2]["base_ci_low"]) == ("", "")
+    assert (first["base"], first["base_ci_low"], first["base_ci_high"], first["ci_low"]) == (60, 50, 70, -12)
+    assert (first["model"], first["adapter"], first["comparable"]) == ("smollm2", "mine", True)
+    assert (rows[2]["base"], rows[2]["base_ci_low"]) == (None, None)
 
 
 # Reports

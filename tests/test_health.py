@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from biasdpo.data import health
-from biasdpo.data.health import Confounds, Meter, NearDuplicates, load_overlap, measure, normalize, trigrams, wilson
+from biasdpo.data.health import Confounds, Meter, load_overlap, measure, wilson
 from biasdpo.data.journal import Journal, append, undo
+from biasdpo.data.near_duplicates import NearDuplicates, normalize
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import DatasetError
 from biasdpo.records import Judgment
@@ -154,7 +156,15 @@ def test_normalize() -> None:
     assert normalize("Ünder  the ﬁre's STRASSE-straße") == "ünder the fires strassestrasse"
 
 
-def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
+Grams = frozenset[tuple[str, ...]]
+
+
+def trigrams(prompt: str) -> Grams:
+    words = ["", "", *normalize(prompt).split(" "), "", ""]
+    return frozenset(zip(words, words[1:], words[2:], strict=False))
+
+
+def jaccard(one: Grams, other: Grams) -> float:
     return len(one & other) / len(one | other)
 
 
@@ -174,22 +184,32 @@ def test_long_and_odd_prompts() -> None:
     assert found == [(0, []), (0, []), (1, []), (2, [1]), (3, []), (4, []), (5, [4]), (6, [])]
 
 
-def test_a_thousand_prompts_of_one_template() -> None:
-    texts = [f"this is number {i} of many that differ in one word or two {i}" for i in range(1000)]
-    others = prompts(2000)
-    near = [bool(near) for _number, near in NearDuplicates().add_all([*others, *texts])][2000:]
-    assert near == [False] + [True] * 999
-
-
 def test_near_duplicates_against_every_pair() -> None:
-    """Nothing is called near that is not, and 99 % of what is near is found."""
+    """Nothing is called near that is not, 99 % of what is near is found, and the same one by one."""
     texts = prompts(1500, seed=2)
-    found = {(number, other) for number, near in NearDuplicates().add_all(texts) for other in near}
-    sets = [trigrams(normalize(text)) for text in texts]
+    whole = NearDuplicates().add_all(texts)
+    found = {(number, other) for number, near in whole for other in near}
+    sets = list(map(trigrams, texts))
     true = {(i, j) for i in range(len(sets)) for j in range(i) if sets[i] & sets[j] and jaccard(sets[i], sets[j]) >= 0.4}
     assert len(true) > 200
     assert found <= true
     assert len(found) >= 0.99 * len(true)
+    index = NearDuplicates()
+    assert [index.add_all([text])[0] for text in texts[:400]] == whole[:400]
+    assert index.add_all(texts[400:]) == whole[400:]
+    one_each = NearDuplicates().add_all(texts, one_is_enough=True)
+    assert [bool(near) for _number, near in one_each] == [bool(near) for _number, near in whole]
+    assert all(set(some) <= set(near) for (_, some), (_, near) in zip(one_each, whole, strict=True))
+
+
+def test_near_duplicates_are_those_of_version_0_1() -> None:
+    """Runs of 0.1 have no stored split, so that theirs is derived again: of templates, of random prompts and of long ones."""
+    texts = [f"this is number {i} of many that differ in one word or two {i}" for i in range(1000)] + prompts(2000)
+    texts += [" ".join(f"w{i}" for i in range(start, 500)) for start in range(9)]
+    found = NearDuplicates().add_all(texts)
+    assert [bool(near) for _number, near in found[:1000]] == [False] + [True] * 999
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    assert digest == "e862c9c0749372c6a57dbc91fcc6d044206314da8654e9314bbc0bcff45dc752"
 
 
 # Overlap

@@ -123,10 +123,7 @@ def test_a_system_text_is_put_before_the_prompt(row: Any, tmp_path: Path) -> Non
         ({"prompt": [{"role": "tool", "content": "x"}], "chosen": [FAIR], "rejected": [UNFAIR]}, "role 'tool'"),
         ({"prompt": [USER], "chosen": [FAIR | {"tool_calls": [1]}], "rejected": [UNFAIR]}, "tool calls"),
         ({"prompt": [USER], "chosen": [FAIR | {"content": None}], "rejected": [UNFAIR]}, "must be a string, got NoneType"),
-        (
-            {"prompt": [USER], "chosen": [FAIR | {"content": [{"type": "image"}]}], "rejected": [UNFAIR]},
-            "parts that are not text",
-        ),
+        ({"prompt": [USER], "chosen": [FAIR | {"content": [{"type": "image"}]}], "rejected": [UNFAIR]}, "parts that are not"),
         ({"prompt": [SYSTEM, USER], "chosen": [FAIR], "rejected": [UNFAIR], "system": "Be curt."}, "two different system texts"),
         (GOOD | {"images": ["a.png"]}, "the row has images"),
         (GOOD | {"tools": "[{}]"}, "the row has tools"),
@@ -176,12 +173,7 @@ def test_the_mapping_is_guessed_and_overridden(workspace: Workspace, tmp_path: P
 def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path) -> None:
     rows = [
         GOOD | {"category": "gender"},
-        {
-            "prompt": ' Two\nlines, "quoted"; ',
-            "chosen": "é 👩🏽‍⚕️\u2028",
-            "rejected": "<script>alert(1)</script>\r\n",
-            "category": "",
-        },
+        {"prompt": ' Two\nlines, "quoted"; ', "chosen": "é 👩🏽‍⚕️\u2028", "rejected": "<script>x</script>\r\n", "category": ""},
     ]
     write_lines(tmp_path / "rows.jsonl", *rows)
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in rows) + b"\r\n")
@@ -251,9 +243,7 @@ def test_hostile_lines_cost_no_other(workspace: Workspace, tmp_path: Path) -> No
     assert (again.written, again.known, again.bad) == (0, 6, done.bad)
 
 
-def test_a_line_longer_than_any_row_is_one_bad_line(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_too_long_is_one_bad_line(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("biasdpo.data.importing.MAX_LINE_BYTES", 1000)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + b"x" * 5000 + b"\n" + json.dumps(GOOD | {"prompt": "p"}).encode())

@@ -57,23 +57,19 @@ def new_queue(pool):
         queue.pause()
 
 
-def take(queue: PairQueue, seconds: float = 60) -> BlindPair:
+def wait_until(condition, seconds: float = 60):
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pair = queue.take()
-        if pair is not None:
-            return pair
-        if queue.error is not None:
-            raise queue.error
-        time.sleep(0.01)
-    raise AssertionError("no pair came")
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < end, "still not so"
         time.sleep(0.005)
+    return value
+
+
+def take(queue: PairQueue) -> BlindPair:
+    pair = wait_until(lambda: queue.take() or queue.error)
+    if isinstance(pair, Exception):
+        raise pair
+    return pair
 
 
 def last(stream) -> GenerationPair:
@@ -81,33 +77,33 @@ def last(stream) -> GenerationPair:
     return pair
 
 
-# The turnstile, without an engine
+# The queue of visitors, without an engine
 
 
 def test_visitors_stand_before_spare_work_and_stop_it():
-    turnstile, working, waiting = VisitorQueue(), Cancellation(), Cancellation()
-    with turnstile.ticket(working) as spare, turnstile.ticket(waiting) as spare_too:
-        assert [turnstile.position(t) for t in (spare, spare_too)] == [0, 1]
+    queue, working, waiting = VisitorQueue(), Cancellation(), Cancellation()
+    with queue.ticket(working) as spare, queue.ticket(waiting) as spare_too:
+        assert [queue.position(t) for t in (spare, spare_too)] == [0, 1]
         assert not working.is_set()
-        with turnstile.ticket() as visitor:
-            assert [turnstile.position(t) for t in (spare, visitor, spare_too)] == [0, 1, 2]
+        with queue.ticket() as visitor:
+            assert [queue.position(t) for t in (spare, visitor, spare_too)] == [0, 1, 2]
             assert working.is_set()  # it has begun: it is to stop
             assert not waiting.is_set()
-            with turnstile.ticket() as second:
-                assert turnstile.position(second) == 2
-                assert turnstile.position(spare_too) == 3
+            with queue.ticket() as second:
+                assert queue.position(second) == 2
+                assert queue.position(spare_too) == 3
 
 
 def test_promoted_work_is_a_visitors_and_gives_way_no_more():
-    turnstile, mine = VisitorQueue(), Cancellation()
-    with turnstile.ticket() as busy, turnstile.ticket(Cancellation()) as other, turnstile.ticket(mine) as ticket:
-        assert turnstile.position(ticket) == 2
-        turnstile.promote(ticket)
-        assert [turnstile.position(t) for t in (busy, ticket, other)] == [0, 1, 2]
-        with turnstile.ticket() as visitor:
-            assert turnstile.position(visitor) == 2
+    queue, mine = VisitorQueue(), Cancellation()
+    with queue.ticket() as busy, queue.ticket(Cancellation()) as other, queue.ticket(mine) as ticket:
+        assert queue.position(ticket) == 2
+        queue.promote(ticket)
+        assert [queue.position(t) for t in (busy, ticket, other)] == [0, 1, 2]
+        with queue.ticket() as visitor:
+            assert queue.position(visitor) == 2
             assert not mine.is_set()
-    turnstile.promote(ticket)  # it has left: nothing happens
+    queue.promote(ticket)  # it has left: nothing happens
 
 
 # Streams

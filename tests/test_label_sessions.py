@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 
+from biasdpo import labeling, prompts
 from biasdpo.data import journal
+from biasdpo.data.health import AnnotatorShares, Confounds
 from biasdpo.engines import EnginePool
 from biasdpo.errors import ConfigError, WorkspaceError
-from biasdpo.labeling import BlindPair, Details
+from biasdpo.labeling import BlindPair
 from biasdpo.prompts import Prompt
-from biasdpo.records import Completion, GenerationPair, Sampling
-from biasdpo.ui import compare, label
+from biasdpo.records import Completion
+from biasdpo.ui import compare, components, label
 from biasdpo.ui.components import Store
 from biasdpo.ui.label import LabelSession, LabelSessions
 from biasdpo.workspace import Workspace
-
-OAK = Details("gender", "women", "a note", "oak")
+from tests.test_labeling import OAK, PAIR, SHOWN
 
 
 def pair(number: int) -> BlindPair:
@@ -142,22 +143,37 @@ def test_benchmarks_that_cannot_be_read_are_said(workspace: Workspace, tmp_path:
 
 
 def test_a_pair_that_was_stopped_is_not_judged_and_a_finished_one_has_known_sides():
-    whole = GenerationPair(
-        prompt="Who?",
-        model="smollm2",
-        adapter="demo",
-        backend="llamacpp",
-        sampling=Sampling(),
-        system="",
-        strength=1.0,
-        canary_kl_nats=None,
-        left=Completion("base", "They.", 2, "end_of_text"),
-        right=Completion("tuned", "Anyone.", 2, "limit"),
-    )
-    shown = compare.sides_known(whole, "race")
-    assert (shown.left, shown.right, shown.prompt.category, shown.sides_known) == ("They.", "Anyone.", "race", True)
-    stopped = replace(whole, right=Completion("tuned", "Any", 1, "cancelled"))
+    shown = compare.sides_known(PAIR, "race")
+    assert (shown.left, shown.right, shown.prompt.category, shown.sides_known) == ("Men do.", "Anyone can.", "race", True)
+    stopped = replace(PAIR, right=Completion("tuned", "Any", 1, "cancelled"))
     with pytest.raises(ConfigError, match="stopped before its end"):
         compare.sides_known(stopped, "")
     with pytest.raises(ConfigError, match="No finished pair to judge"):
         compare.sides_known(None, "")
+
+
+def test_the_page_shows_others_text_as_text():
+    evil = "<script>alert(1)</script>"
+    pair = replace(SHOWN, prompt=Prompt(evil, evil, evil), adapter=evil)
+    made = labeling.judgment(pair, "left", replace(OAK, annotator=evil))
+    shares = AnnotatorShares(evil, 3, 0.5, None)
+    confounds = Confounds(3, 0.5, None, 0, 0, None, (shares, replace(shares, annotator="oak")), (evil,))
+    for html in (
+        components.prompt(pair.prompt),
+        components.saved(made, pair, True, 1),
+        components.side_diff(evil, "other", (evil, evil)),
+        components.edit_diff("before", evil),
+        components.warning(evil),
+        components.meter(confounds),
+        components.coverage({(evil, evil): 2}, prompts.CATEGORIES),
+        components.consistency(evil, (1, 2), 0.5, 2),
+    ):
+        assert "<script>" not in html
+        assert "&lt;script&gt;" in html
+
+
+def test_sides_are_revealed_or_not():
+    made = labeling.judgment(SHOWN, "right", OAK)
+    shown = components.saved(made, SHOWN, True, 4)
+    assert "Left was the base model, right was the tuned model (demo) (seed 7)." in shown
+    assert "model" not in components.saved(made, SHOWN, False, 4)

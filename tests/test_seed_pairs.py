@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo.data.health import normalize
+from biasdpo.data.near_duplicates import normalize
 from biasdpo.data.pairs import derive
 from biasdpo.data.splits import load_file
 from biasdpo.workspace import ASSETS
@@ -27,7 +27,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def word_trigrams(text: str) -> frozenset[tuple[str, ...]]:
-    """Without the padding of `health.trigrams`: the plain words, three by three."""
+    """The plain words, three by three, without padding."""
     words = normalize(text).split()
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset([tuple(words)])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from biasdpo.config import TrainConfig
-from biasdpo.data.health import normalize
+from biasdpo.data.near_duplicates import normalize
 from biasdpo.data.pairs import PreferencePair, derive, longer_baseline
 from biasdpo.data.splits import (
     is_held_out,

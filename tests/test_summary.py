@@ -130,15 +130,10 @@ def test_alpha_if_all_say_the_same(workspace: Workspace) -> None:
 
 @pytest.fixture
 def judged(workspace: Workspace) -> Journal:
-    rows = [
-        say(
-            f"Prompt {i}?",
-            category=("gender", "race", "")[i % 3],
-            annotator=("ada", "ben")[i % 2],
-            note="Größe" if i == 7 else "",
-        )
-        for i in range(10)
-    ]
+    rows = []
+    for i in range(10):
+        columns = {"category": ("gender", "race", "")[i % 3], "annotator": ("ada", "ben")[i % 2]}
+        rows.append(say(f"Prompt {i}?", **columns, note="Größe" if i == 7 else ""))
     store(workspace, [*rows, say("A tie?", verdict="tie", annotator="ada", source="compare")])
     undo(workspace, rows[3].id, rows[3].pair_id, "ben")
     return Journal(workspace.preferences).refresh()
@@ -183,6 +178,8 @@ def test_filters(judged: Journal) -> None:
 
 
 def test_stats(workspace: Workspace) -> None:
+    empty = stats(workspace)
+    assert (empty["rows"], empty["pairs"], empty["chosen_longer_share"], empty["by_category"]) == (0, 0, None, {})
     both = say("Who leads?", LONG, SHORT, left="base", took="base", category="gender", annotator="ada")
     judgments = [
         both,
@@ -229,8 +226,3 @@ def test_stats(workspace: Workspace) -> None:
     assert stats(journal) == found | {"repaired_lines": 0}
     assert stats(journal.rows.values()) == found | {"repaired_lines": 0, "bad_lines": 0}
     assert len(derive([PreferencePair(r["prompt"], r["chosen"], r["rejected"]) for r in trainable(journal)]).pairs) == 3
-
-
-def test_stats_of_nothing(workspace: Workspace) -> None:
-    found = stats(workspace)
-    assert (found["rows"], found["pairs"], found["chosen_longer_share"], found["by_category"]) == (0, 0, None, {})

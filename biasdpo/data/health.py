@@ -8,14 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
-import string
 import threading
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from itertools import chain, compress, repeat
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -24,83 +21,9 @@ import orjson
 from numpy.typing import NDArray
 
 from biasdpo.data.journal import Journal, Mark, Row, garbage_collection_paused
+from biasdpo.data.near_duplicates import NearDuplicates, normalize
 from biasdpo.data.pairs import TEXTS, PreferencePair, judged_pair_id
 from biasdpo.errors import DatasetError
-
-# Deleting ASCII punctuation by table is several times faster than by regular expression.
-_ASCII_PUNCTUATION = {code: None for code in range(128) if re.fullmatch(r"[^\w\s]", chr(code))}
-_ASCII_TABLE = _ASCII_PUNCTUATION | str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
-
-
-def normalize(text: str) -> str:
-    """Case-fold, drop punctuation, and collapse white space: texts that differ in form alone become equal."""
-    if text.isascii():
-        return " ".join(text.translate(_ASCII_TABLE).split())
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return re.sub(r"\s+", " ", re.sub(r"[^\w\s]", "", text)).strip()
-
-
-# Near-duplicates
-
-SIMILARITY = 0.4  # Jaccard similarity of two prompts' word trigrams from which they are near-duplicates
-_OFFERED = 8  # prompts that a trigram offers for comparison, so that a thousand prompts of one template stay cheap
-
-
-def trigrams(normalized: str) -> frozenset[int]:
-    """Hashes of a text's word trigrams, padded with two empty words at both ends so that the shortest text has some.
-
-    Python's string hash differs between processes; only equality within one process is used.
-    """
-    words = ["", "", *normalized.split(" "), "", ""]
-    return frozenset(map(hash, zip(words, words[1:], words[2:], strict=False)))
-
-
-class NearDuplicates:
-    """An index of prompts in their order that finds the earlier near-duplicates of each prompt added.
-
-    Candidates come from an inverted index: each trigram names the first _OFFERED prompts that contain it. The Jaccard similarity
-    of each candidate is exact, so nothing is called near that is not. Deterministic, and the same one by one or in bulk.
-    """
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}  # normalized prompt -> number
-        self._trigrams: list[tuple[int, ...]] = []  # by number
-        self._first: dict[int, int] = {}  # trigram -> the first prompt with it
-        self._later: dict[int, list[int]] = {}  # trigram -> the next prompts with it, up to _OFFERED in all
-
-    def __len__(self) -> int:
-        return len(self._trigrams)
-
-    def add(self, prompt: str) -> tuple[int, list[int]]:
-        """Return the prompt's number and the numbers of its earlier near-duplicates ([] if the prompt is already indexed)."""
-        normalized = normalize(prompt)
-        number = self._numbers.setdefault(normalized, len(self._trigrams))
-        if number < len(self._trigrams):
-            return number, []
-        own = trigrams(normalized)
-        candidates: set[int] = set()
-        firsts = list(map(self._first.setdefault, own, repeat(number)))
-        if firsts.count(number) < len(firsts):
-            for trigram, first in zip(own, firsts, strict=True):
-                if first != number:
-                    later = self._later.setdefault(trigram, [])
-                    candidates.add(first)
-                    candidates.update(later)
-                    if len(later) < _OFFERED - 1:
-                        later.append(number)
-        near = []
-        for candidate in sorted(candidates):
-            other = self._trigrams[candidate]
-            shared = len(own.intersection(other))
-            if shared / (len(own) + len(other) - shared) >= SIMILARITY:
-                near.append(candidate)
-        self._trigrams.append(tuple(own))
-        return number, near
-
-    def add_all(self, prompts: Iterable[str]) -> list[tuple[int, list[int]]]:
-        """`add` each prompt in turn."""
-        return list(map(self.add, prompts))
-
 
 # Overlap with benchmarks
 
@@ -236,11 +159,11 @@ _NAMED_FILES = 3  # benchmark files named in a warning
 
 @dataclass
 class Shares:
-    """Sums over judgments that prefer one completion, of one annotator or of all."""
+    """Sums over judgments that prefer one completion, of one annotator or of all; `with_sides` of them record the sides."""
 
     pairs: int = 0
     longer: float = 0.0
-    with_sides: int = 0  # that record on which side the chosen one was
+    with_sides: int = 0
     left: int = 0
 
     def add(self, row: Row) -> None:
@@ -399,8 +322,8 @@ class _Tally:
         preferred = [row for row in rows if row["verdict"] == "preferred"]
         for row in preferred:
             self._by_annotator[row["annotator"]].add(row)
-            _number, near = self._prompts.add(row["prompt"])
-            self._near_duplicates += bool(near)
+        near = self._prompts.add_all([row["prompt"] for row in preferred], one_is_enough=True)
+        self._near_duplicates += sum(bool(numbers) for _number, numbers in near)
         if self._overlap is not None and preferred:
             flags = self._overlap.flags([row[column] for row in preferred for column in TEXTS])
             for row in compress(preferred, np.any(flags.reshape(-1, len(TEXTS)), axis=1).tolist()):

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -33,8 +33,8 @@ MAX_LINE_BYTES = 16 * 1024 * 1024  # far longer than three texts of at most 100,
 _MAX_REASON = 300
 _NOT_UTF8 = "broken UTF-8; save the file as UTF-8"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SPACES = (" ", "\t", "\r", "\n")
 _PACKED = {b"PK\x03\x04": "a ZIP or Excel file", b"\x1f\x8b": "a gzip file", b"\x28\xb5\x2f\xfd": "a zstd file"}
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -156,24 +156,30 @@ def _json_lines(path: Path) -> Iterator[Read]:
 
 def _array_items(path: Path) -> Iterator[Read]:
     """Read item by item, so that a bad item, or an end that was cut off, costs no other."""
-    text = path.read_bytes().removeprefix(BOM).decode("utf-8", "surrogateescape")
-    place = _after_space(text, text.index("[") + 1)
-    number = 0
-    while text[place : place + 1] != "]":
+    text = path.read_bytes().removeprefix(BOM).decode("utf-8", "surrogateescape").strip(" \t\r\n")
+    place, number = _next_place(text, text.index("[") + 1), 0
+    fault = ""
+    while not fault and text[place : place + 1] != "]":
         number += 1
         row, end = _json_value(number, text, place)
-        if end == -1:
-            yield replace(row, reason=f"{row.reason}; what follows was not read") if isinstance(row, BadLine) else row
+        if isinstance(row, BadLine) and end == -1:
+            yield replace(row, reason=f"{row.reason}; what follows was not read")
             return
         yield row if _is_utf8(text[place:end]) else bad_line(number, _NOT_UTF8)
-        place = _after_space(text, end)
+        place = _next_place(text, end)
         if text[place : place + 1] == ",":
-            place = _after_space(text, place + 1)
+            place = _next_place(text, place + 1)
         elif text[place : place + 1] != "]":
-            yield bad_line(number + 1, "not JSON (expected ',' or ']'); what follows was not read")
-            return
-    if text[place + 1 :].strip():
-        yield bad_line(number + 1, "text after the end of the JSON array; what follows was not read")
+            fault = "not JSON (expected ',' or ']')"
+    if fault or text[place + 1 :]:
+        yield bad_line(number + 1, f"{fault or 'text after the end of the JSON array'}; what follows was not read")
+
+
+def _next_place(text: str, place: int) -> int:
+    """The place of the next character that is not white space."""
+    while text[place : place + 1] in _SPACES:
+        place += 1
+    return place
 
 
 class _DuplicateKeyError(ValueError):
@@ -206,12 +212,6 @@ def _json_value(number: int, text: str, place: int) -> tuple[Read, int]:
     return SourceRow(number, value), end
 
 
-def _after_space(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
-    assert found is not None  # it matches the empty string, too
-    return found.end()
-
-
 def _is_utf8(text: str) -> bool:
     """Whether text decoded with `surrogateescape` had no broken bytes."""
     try:
@@ -221,64 +221,38 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-class _RewindableLines:
-    """The lines of a file for a csv.reader. `rewind` hands out the lines of the current row again, without its first."""
-
-    def __init__(self, lines: Iterable[str]) -> None:
-        self._lines = iter(lines)
-        self._again: deque[str] = deque()
-        self._row: list[str] = []
-        self.number = 0  # of lines handed out
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._again.popleft() if self._again else next(self._lines)
-        self._row.append(line)
-        self.number += 1
-        return line
-
-    def begin_row(self) -> int:
-        """The number of the line where the next row starts."""
-        self._row.clear()
-        return self.number + 1
-
-    def rewind(self) -> None:
-        self._again.extendleft(reversed(self._row[1:]))
-        self.number -= len(self._row[1:])
-
-
 def _csv_rows(path: Path) -> Iterator[Read]:
     """Find the delimiter, keep line breaks within quotes, and lose no more than its own row to a stray quote."""
     csv.field_size_limit(MAX_LINE_BYTES)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        delimiter = max(",;\t|", key=file.readline().count)
-        file.seek(0)
-        lines = _RewindableLines(file)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        header: list[str] = []
-        while True:
-            start = lines.begin_row()
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as exc:
-                lines.rewind()
-                unclosed = "unexpected end of data" in str(exc)
-                yield bad_line(start, f"not CSV ({'a quote is opened and never closed' if unclosed else exc})")
-                reader = csv.reader(lines, delimiter=delimiter, strict=True)
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                _check_columns(header, path)
-            elif not all(map(_is_utf8, cells)):
-                yield bad_line(start, _NOT_UTF8)
-            elif cells and (len(cells) < len(header) or any(cells[len(header) :])):
-                yield bad_line(start, f"{len(cells)} cells, but the header has {len(header)}")
-            elif cells:
-                yield SourceRow(start, {name: cell for name, cell in zip(header, cells, strict=False) if name})
+        lines = file.readlines()
+    delimiter = max(",;\t|", key=lines[0].count) if lines else ","
+
+    def reader_from(start: int) -> Any:
+        return csv.reader(map(lines.__getitem__, range(start, len(lines))), delimiter=delimiter, strict=True)
+
+    first, reader = 0, reader_from(0)
+    header: list[str] = []
+    while True:
+        start = first + reader.line_num  # the index of the line where the next row starts
+        try:
+            cells = next(reader, None)
+        except csv.Error as exc:
+            unclosed = "unexpected end of data" in str(exc)
+            yield bad_line(start + 1, f"not CSV ({'a quote is opened and never closed' if unclosed else exc})")
+            first, reader = start + 1, reader_from(start + 1)
+            continue
+        if cells is None:
+            return
+        if not header:
+            header = [cell.strip() for cell in cells]
+            _check_columns(header, path)
+        elif not all(map(_is_utf8, cells)):
+            yield bad_line(start + 1, _NOT_UTF8)
+        elif cells and (len(cells) < len(header) or any(cells[len(header) :])):
+            yield bad_line(start + 1, f"{len(cells)} cells, but the header has {len(header)}")
+        elif cells:
+            yield SourceRow(start + 1, {name: cell for name, cell in zip(header, cells, strict=False) if name})
 
 
 # Chat messages, as TRL (role, content) and LLaMA-Factory (from, value) write them
@@ -292,17 +266,27 @@ Message = tuple[str, str]
 
 def _is_chat(value: Any) -> bool:
     """Whether a value is a message, a list of messages, or JSON text of such a list (as CSV files hold them)."""
+    return bool(_chat(value))
+
+
+def _chat(value: Any) -> list[dict[str, Any]]:
+    """The messages of a value, as they are; [] if it is not a chat."""
     if isinstance(value, str):
-        return _chat_from_json(value) is not None
+        start = value[:200].lstrip()
+        if not start.startswith("[{") or not any(f'"{role}"' in start for role, _content in _MESSAGE_KEYS):
+            return []
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+        return _chat(value) if isinstance(value, list) else []
     items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, dict) and _keys_of(item) is not None for item in items)
+    return items if all(isinstance(item, dict) and _keys_of(item) for item in items) else []
 
 
 def _messages_of(value: Any, column: str) -> list[Message]:
-    """The messages of a value for which `_is_chat` holds; what can't be understood is a ValueError that names the column."""
-    if isinstance(value, str):
-        value = _chat_from_json(value)
-    return [_message(item, column) for item in (value if isinstance(value, list) else [value])]
+    """The messages of a chat; what can't be understood is a ValueError that names the column."""
+    return [_message(item, column) for item in _chat(value)]
 
 
 def _split_system(messages: Sequence[Message], column: str) -> tuple[str, str]:
@@ -322,21 +306,9 @@ def _keys_of(item: dict[Any, Any]) -> tuple[str, str] | None:
     return next((keys for keys in _MESSAGE_KEYS if keys[0] in item and keys[1] in item), None)
 
 
-def _chat_from_json(text: str) -> list[Any] | None:
-    start = text[:200].lstrip()
-    if not start.startswith("[{") or not any(f'"{role}"' in start for role, _ in _MESSAGE_KEYS):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) and _is_chat(value) else None
-
-
 def _message(item: dict[str, Any], column: str) -> Message:
-    keys = _keys_of(item)
-    assert keys is not None  # _is_chat holds
-    role, content = item[keys[0]], item[keys[1]]
+    role_key, content_key = _keys_of(item) or _MESSAGE_KEYS[0]
+    role, content = item[role_key], item[content_key]
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{column} has a turn of role {str(role)[:40]!r}; supported are {', '.join(ROLES)}")
     if item.get("tool_calls"):
@@ -347,7 +319,7 @@ def _message(item: dict[str, Any], column: str) -> Message:
             raise ValueError(f"{column} has a turn with parts that are not text")
         content = "".join(map(str, parts))
     if not isinstance(content, str):
-        raise ValueError(f"{column} has a turn whose {keys[1]} must be a string, got {type(content).__name__}")
+        raise ValueError(f"{column} has a turn whose {content_key} must be a string, got {type(content).__name__}")
     return ROLES[role], content
 
 
@@ -403,9 +375,8 @@ def detect(columns: Sequence[str], sample_rows: Sequence[Any]) -> ColumnMapping:
         return next((name if name in columns else folded[name] for name in names if name in columns or name in folded), "")
 
     found = {field: first_of(names) for field, names in _NAMES.items()}
-    prompts = [name for name in (first_of([name]) for name in _NAMES["prompt"]) if name]
-    whole = {name for name in prompts if name.casefold() == "messages" and _holds_completions(name, sample_rows)}
-    found["prompt"] = next((name for name in prompts if name not in whole), "")
+    prompts = filter(None, (first_of([name]) for name in _NAMES["prompt"]))
+    found["prompt"] = next((n for n in prompts if n.casefold() != "messages" or not _holds_completions(n, sample_rows)), "")
     if found["prompt"].casefold() != "instruction":  # elsewhere, `input` and `history` are not Alpaca's
         found["input"] = found["history"] = ""
     return ColumnMapping(**found)
@@ -444,8 +415,8 @@ def shown_columns(columns: Iterable[Any]) -> str:
 
 # Conversion of a row
 
-MAX_LABEL_CHARACTERS = 200  # of a category, group or pseudonym
-MAX_NOTE_CHARACTERS = 10_000
+LABELS = {"category": 200, "target_group": 200, "annotator": 200, "note": 10_000}
+"""The texts beside a pair, with the most characters of each."""
 
 
 @dataclass(frozen=True)
@@ -481,16 +452,8 @@ def convert(row: Any, mapping: ColumnMapping) -> ForeignPair:
     for text, column in ((prompt, mapping.prompt or "prompt"), (chosen, mapping.chosen), (rejected, mapping.rejected)):
         if fault := text_fault(text, column):
             raise ValueError(fault)
-    return ForeignPair(
-        prompt,
-        chosen,
-        rejected,
-        category=_label(row, mapping.category),
-        target_group=_label(row, mapping.target_group),
-        annotator=_label(row, mapping.annotator),
-        note=_label(row, mapping.note, MAX_NOTE_CHARACTERS),
-        has_system=bool(system),
-    )
+    labels = {field: _label(row, getattr(mapping, field), most) for field, most in LABELS.items()}
+    return ForeignPair(prompt, chosen, rejected, **labels, has_system=bool(system))
 
 
 def _value(row: dict[str, Any], column: str) -> Any:
@@ -553,7 +516,7 @@ def _system_and_prompt(row: dict[str, Any], mapping: ColumnMapping, turns: list[
     return next(iter(given.values()), ""), prompt
 
 
-def _label(row: dict[str, Any], column: str, longest: int = MAX_LABEL_CHARACTERS) -> str:
+def _label(row: dict[str, Any], column: str, longest: int) -> str:
     """A short text beside the pair; a number as its digits, a list of strings joined by ", ", nothing as ""."""
     value = row.get(column) if column else None
     if value is None or value == "" or value != value:  # NaN is how pandas writes nothing
@@ -597,13 +560,11 @@ def convert_source(
     """
     imported_at = now()
     rows = rows_of(source)
-    head = list(_head(rows))
-    columns, mapping = _columns_and_mapping(head, mapping)
-    for field, column in (("chosen", mapping.chosen), ("rejected", mapping.rejected)) if columns else ():
-        if not column:
-            raise DatasetError(
-                f"No column was recognized as {field}, got {shown_columns(columns)}: name it with --map {field}=COLUMN"
-            )
+    head, columns, mapping = _read_head(rows, mapping)
+    for field in ("chosen", "rejected") if columns else ():
+        if not getattr(mapping, field):
+            known = shown_columns(columns)
+            raise DatasetError(f"No column was recognized as {field}, got {known}: name it with --map {field}=COLUMN")
     judgments: list[tuple[str, Judgment]] = []  # with the id that the row had in a foreign journal
     bad: list[BadLine] = []
     left_out: Counter[str] = Counter()
@@ -631,16 +592,20 @@ def convert_source(
         with_system += pair.has_system
         texts = (pair.prompt, pair.chosen, pair.rejected)
         pair_id = pair_id_of(*texts)
-        repeats[*texts, pair.annotator] += 1
+        said = (*texts, pair.annotator)
+        repeats[said] += 1
+        own_id = row.value.get("id")
+        if not isinstance(own_id, str) or not _OWN_ID.fullmatch(own_id) or row.value.get("pair_id") != pair_id:
+            content = "\0".join(("import", *said, str(repeats[said])))  # the texts have no NUL characters
+            own_id = hashlib.sha256(content.encode()).hexdigest()[:32]
         judgment = Judgment(
-            _own_id(row.value, pair_id) or _id_of(*texts, pair.annotator, str(repeats[*texts, pair.annotator])),
+            own_id,
             extra.pop("created_at", imported_at),
             pair_id,
-            *texts,
-            category=pair.category,
-            target_group=pair.target_group,
-            annotator=pair.annotator,
-            note=pair.note,
+            pair.prompt,
+            pair.chosen,
+            pair.rejected,
+            **{field: getattr(pair, field) for field in LABELS},
             source=f"import:{name}",
             **extra,
         )
@@ -674,29 +639,16 @@ def is_journal_row(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() >= _JOURNAL_COLUMNS
 
 
-def _head(rows: Iterator[Read]) -> Iterator[Read]:
-    """The first rows, until SAMPLE_ROWS of them are objects."""
-    objects = 0
-    while objects < SAMPLE_ROWS and (row := next(rows, None)) is not None:
-        objects += isinstance(row, SourceRow) and isinstance(row.value, dict)
-        yield row
-
-
-def _columns_and_mapping(head: Sequence[Read], mapping: ColumnMapping | None) -> tuple[tuple[str, ...], ColumnMapping]:
-    values = [row.value for row in head if isinstance(row, SourceRow)]
-    columns = tuple(dict.fromkeys(str(column) for value in values if isinstance(value, dict) for column in value))
-    return columns, mapping or detect(columns, values)
-
-
-def _own_id(row: dict[str, Any], pair_id: str) -> str:
-    """The id that a row brings along, if BiasDPO made it; else ""."""
-    own = row.get("id")
-    return own if isinstance(own, str) and _OWN_ID.fullmatch(own) and row.get("pair_id") == pair_id else ""
-
-
-def _id_of(*parts: str) -> str:
-    """32 hex digits that depend on texts without NUL characters."""
-    return hashlib.sha256("\0".join(("import", *parts)).encode()).hexdigest()[:32]
+def _read_head(rows: Iterator[Read], mapping: ColumnMapping | None) -> tuple[list[Read], tuple[str, ...], ColumnMapping]:
+    """Read rows until SAMPLE_ROWS of them are objects; return them, their columns, and the mapping as given or guessed."""
+    head: list[Read] = []
+    objects: list[dict[str, Any]] = []
+    while len(objects) < SAMPLE_ROWS and (row := next(rows, None)) is not None:
+        head.append(row)
+        if isinstance(row, SourceRow) and isinstance(row.value, dict):
+            objects.append(row.value)
+    columns = tuple(dict.fromkeys(str(column) for value in objects for column in value))
+    return head, columns, mapping or detect(columns, objects)
 
 
 def _journal_columns(row: Row, imported_at: str) -> dict[str, Any]:
@@ -759,8 +711,7 @@ class Imported:
 def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int = 5) -> Preview:
     """Return a source's columns and its first `rows` pairs and bad rows; store nothing. Refused on a public Space."""
     refuse_on_public_space("Import")
-    head = list(_head(rows_of(source)))
-    columns, mapping = _columns_and_mapping(head, mapping)
+    head, columns, mapping = _read_head(rows_of(source), mapping)
     pairs: list[ForeignPair] = []
     bad: list[BadLine] = []
     for row in head if mapping.chosen and mapping.rejected else ():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import orjson
 
 from biasdpo.config import TrainConfig
-from biasdpo.data.health import Confounds, NearDuplicates, measure, normalize
+from biasdpo.data.health import Confounds, measure
 from biasdpo.data.importing import HUB, convert_source
 from biasdpo.data.journal import Journal
+from biasdpo.data.near_duplicates import NearDuplicates, normalize
 from biasdpo.data.pairs import Derived, PreferencePair, derive, longer_baseline, pair_of_row
 from biasdpo.errors import ConfigError, DatasetError
 from biasdpo.models import AdapterSpec
@@ -86,14 +87,11 @@ def weighted(pairs: Sequence[PreferencePair], weights: Sequence[float], seed: in
     counts = [math.floor(weight) for weight in weights]
     fractions = [weight - count for weight, count in zip(weights, counts, strict=True)]
     for fraction in sorted(set(fractions) - {0.0}):
-        drawn = sorted((_draw(pairs[i], seed), i) for i in range(len(pairs)) if fractions[i] == fraction)
+        some = [i for i in range(len(pairs)) if fractions[i] == fraction]
+        drawn = sorted((hashlib.sha256(f"{seed}-{pairs[i].pair_id}".encode()).digest(), i) for i in some)
         for _, i in drawn[: round(fraction * len(drawn))]:
             counts[i] += 1
     return [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
-
-
-def _draw(pair: PreferencePair, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}-{pair.pair_id}".encode()).digest()
 
 
 # Splitting: near-duplicate prompts are never on both sides, and rows added later move none
@@ -107,24 +105,28 @@ class Split:
     held_out: tuple[PreferencePair, ...]
     dropped: tuple[PreferencePair, ...] = ()
 
+    @classmethod
+    def of_sides(cls, pairs: Sequence[PreferencePair], sides: Iterable[bool | None]) -> Split:
+        """Split pairs by whether each is held out; None is dropped."""
+        parts: dict[bool | None, list[PreferencePair]] = {False: [], True: [], None: []}
+        for pair, side in zip(pairs, sides, strict=True):
+            parts[side].append(pair)
+        return cls(*map(tuple, parts.values()))
+
 
 def split(rows: Sequence[PreferencePair], held_out_share: float = 0.1) -> Split:
     """Split by prompt: in the order of the rows, a prompt follows its earlier near-duplicates, or else its hash.
 
     So rows appended later change nothing for those before them. The share is met on average, not exactly.
     """
-    sides: list[bool | None] = []  # by prompt number: held out; None is dropped
-    parts: tuple[list[PreferencePair], list[PreferencePair], list[PreferencePair]] = ([], [], [])
-    index = NearDuplicates()
-    for row in rows:
-        number, near = index.add(row.prompt)
+    sides: list[bool | None] = []  # by prompt number
+    indexed = NearDuplicates().add_all([row.prompt for row in rows])
+    for row, (number, near) in zip(rows, indexed, strict=True):
         if number == len(sides):
             near_sides = {sides[other] for other in near} - {None}
             hashed = not near_sides and is_held_out(row.prompt, held_out_share)
             sides.append(None if len(near_sides) > 1 else near_sides.pop() if near_sides else hashed)
-        side = sides[number]
-        parts[2 if side is None else int(side)].append(row)
-    return Split(*map(tuple, parts))
+    return Split.of_sides(rows, [sides[number] for number, _near in indexed])
 
 
 def is_held_out(prompt: str, held_out_share: float) -> bool:
@@ -279,11 +281,10 @@ def write_dataset(pairs: Sequence[PreferencePair], path: Path, weights: Sequence
 
     Weights, one per pair, become a column `weight` unless all are 1.
     """
-    no_weights: list[dict[str, float]] = [{}] * len(pairs)
-    columns = no_weights if all(weight == 1 for weight in weights) else [{"weight": float(weight)} for weight in weights]
+    has_weights = any(weight != 1 for weight in weights)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for pair, weight in zip(pairs, columns, strict=True):
-            row = {"pair_id": pair.pair_id, **asdict(pair), **weight}
+        for i, pair in enumerate(pairs):
+            row = {"pair_id": pair.pair_id, **asdict(pair)} | ({"weight": float(weights[i])} if has_weights else {})
             file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
     return sha256_of(path)
 
@@ -317,7 +318,8 @@ def read_snapshot(folder: Path, held_out_share: float | None = None) -> Snapshot
         raise DatasetError(f"{folder / SPLIT} is damaged ({exc!r}): restore it from a backup, or start a new run") from exc
     if recorded != sha256:
         raise DatasetError(f"{folder / DATASET} was changed after the run was started: start a new run on the data you want")
-    return Snapshot(pairs, weights, _parts(pairs, held_out, dropped), sha256)
+    sides = [None if pair.pair_id in dropped else pair.pair_id in held_out for pair in pairs]
+    return Snapshot(pairs, weights, Split.of_sides(pairs, sides), sha256)
 
 
 def write_split(folder: Path) -> bool:
@@ -327,14 +329,6 @@ def write_split(folder: Path) -> bool:
     snapshot = read_snapshot(folder)
     _write_split(folder, snapshot.split, _configured_share(folder), snapshot.sha256)
     return True
-
-
-def _parts(pairs: Sequence[PreferencePair], held_out: Collection[str], dropped: Collection[str]) -> Split:
-    parts: tuple[list[PreferencePair], list[PreferencePair], list[PreferencePair]] = ([], [], [])
-    for pair in pairs:
-        pair_id = pair.pair_id
-        parts[1 if pair_id in held_out else 2 if pair_id in dropped else 0].append(pair)
-    return Split(*map(tuple, parts))
 
 
 def _read_dataset(path: Path) -> tuple[tuple[PreferencePair, ...], dict[str, float]]:

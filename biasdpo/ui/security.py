@@ -65,8 +65,8 @@ def _ip_address(text: str) -> str | None:
 class AllowedHosts:
     """Hosts that the app answers to.
 
-    own     names of this server, with any port, since tunnels and containers map ports. The IP address that a connection arrived on also counts,
-            which covers all of the machine's addresses under a wildcard bind, even when they change.
+    own     names of this server, with any port, since tunnels and containers map ports. The IP address that a connection
+            arrived on also counts, which covers all of the machine's addresses under a wildcard bind, even when they change.
     added   other hosts; an entry without a port matches any port
     """
 
