@@ -106,8 +106,10 @@ def known(pair: GenerationPair, prompt: Prompt) -> BlindPair:
         raise DatasetError("Both completions are the same text, so there is nothing to judge: use another seed")
     return BlindPair(
         prompt,
-        *texts,
-        *sides,
+        texts[0],
+        texts[1],
+        sides[0],
+        sides[1],
         model=pair.model,
         adapter=pair.adapter,
         backend=pair.backend,

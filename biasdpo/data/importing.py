@@ -598,9 +598,8 @@ def convert_source(
             extra.pop("created_at", imported_at),
             pair_id,
             *texts,
-            **{field: getattr(pair, field) for field in LABELS},
             source=f"import:{name}",
-            **extra,
+            **extra | {field: getattr(pair, field) for field in LABELS},
         )
         judgments.append((row.value["id"] if extra else "", judgment))
     kept = [judgment for foreign_id, judgment in judgments if foreign_id not in withdrawn]
