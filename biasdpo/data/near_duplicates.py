@@ -203,11 +203,11 @@ def _candidates(entries: Hashes, asks: NDArray[np.bool_], runs: Sequence[Hashes]
     asks   (N,) which entries are searched for; earlier entries are in the sorted `runs` and, last, among the new ones
     """
     is_first = np.concatenate(([True], entries[1:] ^ entries[:-1] > _NUMBER_MASK))  # of its bucket
-    left = np.full(len(entries), _CANDIDATES)
+    left = np.full(len(entries), _CANDIDATES, np.int8)
     for run in (*runs, entries):
         if run is entries:
-            places = np.flatnonzero(asks & ~is_first)
-            starts = np.flatnonzero(is_first)[np.cumsum(is_first)[places] - 1]
+            places, firsts = np.flatnonzero(asks & ~is_first), np.flatnonzero(is_first)
+            starts = firsts[np.searchsorted(firsts, places) - 1]
         else:
             places = np.flatnonzero(asks)
             starts = np.searchsorted(run, entries[places] & ~_NUMBER_MASK)
