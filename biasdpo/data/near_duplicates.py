@@ -13,6 +13,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,9 @@ class NearDuplicates:
         first = len(self)
         new: list[str] = []
         numbers = []
-        for normalized in _normalize_all(list(prompts)):
+        prompts = list(prompts)
+        blocks = (_normalize_all(prompts[start : start + _BLOCK]) for start in range(0, len(prompts), _BLOCK))
+        for normalized in chain.from_iterable(blocks):
             number = self._numbers.setdefault(normalized, first + len(new))
             numbers.append((number, number == first + len(new)))
             if numbers[-1][1]:
