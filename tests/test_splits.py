@@ -312,6 +312,6 @@ def test_a_weighted_run_trains_on_what_was_resolved(command_line: CommandLine, t
     assert read_snapshot(folder.path).split == data.split
     train = [pair for pair in data.split.train if pair.prompt.startswith("Is a10") and len(pair.prompt) > 25]
     assert all(data.epoch.count(pair) == 2 for pair in train)
-    origin = json.loads(folder.origin.read_text())
+    origin = folder.read_record().origin()
     assert origin["dataset_rows"]["per_epoch"] == len(data.epoch)
     assert origin["dataset_files"] == ["pairs.jsonl", "other.jsonl"]

@@ -264,13 +264,8 @@ Message = tuple[str, str]
 """Role (system, user or assistant) and content."""
 
 
-def _is_chat(value: Any) -> bool:
-    """Whether a value is a message, a list of messages, or JSON text of such a list (as CSV files hold them)."""
-    return bool(_chat(value))
-
-
 def _chat(value: Any) -> list[dict[str, Any]]:
-    """The messages of a value, as they are; [] if it is not a chat."""
+    """The messages of a message, a list of them, or JSON text of a list (as CSV files hold them); [] if it is none of these."""
     if isinstance(value, str):
         start = value[:200].lstrip()
         if not start.startswith("[{") or not any(f'"{role}"' in start for role, _content in _MESSAGE_KEYS):
@@ -386,7 +381,7 @@ def _holds_completions(column: str, sample_rows: Sequence[Any]) -> bool:
     """Whether a column is a whole conversation, including the assistant's last turn (TRL's `messages`): not a prompt."""
     for row in sample_rows:
         value = row.get(column) if isinstance(row, dict) else None
-        if isinstance(value, list) and _is_chat(value):
+        if isinstance(value, list) and _chat(value):
             try:
                 return _messages_of(value, column)[-1][0] == "assistant"
             except ValueError:
@@ -463,7 +458,7 @@ def _value(row: dict[str, Any], column: str) -> Any:
     value = row[column]
     if isinstance(value, str) and value[:20].lstrip().startswith("[{'") and ("'role'" in value or "'from'" in value):
         raise ValueError(f"{column} is the printed form of chat messages, not their JSON; save the file again as JSONL")
-    if not isinstance(value, str) and not _is_chat(value):
+    if not isinstance(value, str) and not _chat(value):
         raise ValueError(f"{column} must be a string, got {type(value).__name__} (or chat messages, with role and content)")
     return value
 
@@ -478,7 +473,7 @@ def _optional_text(row: dict[str, Any], column: str) -> str:
 def _completion(row: dict[str, Any], column: str) -> tuple[list[Message], str]:
     """The turns that a completion's column begins with ([] for plain text), and the completion."""
     value = _value(row, column)
-    if not _is_chat(value):
+    if not _chat(value):
         return [], value
     *turns, (role, content) = _messages_of(value, column)
     if role != "assistant":
@@ -492,7 +487,7 @@ def _system_and_prompt(row: dict[str, Any], mapping: ColumnMapping, turns: list[
     prompt = ""
     if mapping.prompt:
         value = _value(row, mapping.prompt)
-        if _is_chat(value):
+        if _chat(value):
             system, prompt = _split_system(_messages_of(value, mapping.prompt), mapping.prompt)
             systems.append(system)
         else:
@@ -605,9 +600,8 @@ def convert_source(
             pair.prompt,
             pair.chosen,
             pair.rejected,
-            **{field: getattr(pair, field) for field in LABELS},
             source=f"import:{name}",
-            **extra,
+            **extra | {field: getattr(pair, field) for field in LABELS},
         )
         judgments.append((row.value["id"] if extra else "", judgment))
     kept = [judgment for foreign_id, judgment in judgments if foreign_id not in withdrawn]

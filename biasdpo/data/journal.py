@@ -220,7 +220,7 @@ class Journal:
     def _add(self, line: bytes) -> None:
         if not line or line.isspace():
             return
-        row = parse_row(line)
+        row = row_of(orjson.loads(line.removeprefix(BOM)))  # not `parse_row`: a call less for each line
         if row["id"] not in self.rows:
             self.rows[row["id"]] = row
             self._in_order.append(row)

@@ -13,6 +13,8 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,8 +65,8 @@ class NearDuplicates:
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}  # normalized prompt -> number
-        self._tokens = np.empty(0, np.uint32)  # hashes of the trigrams of all prompts, each once per prompt
-        self._ends = np.zeros(1, np.int64)  # the tokens of prompt n are those from _ends[n] to _ends[n + 1]
+        self._tokens = np.zeros(1, np.uint32)  # with room at the end: hashes of the trigrams of all prompts, each once per prompt
+        self._ends = np.zeros(1, np.int64)  # with room, too: the tokens of prompt n are those from _ends[n] to _ends[n + 1]
         self._runs: tuple[list[Hashes], list[Hashes]] = ([], [])  # sorted entries of the first bands, and of the others
 
     def __len__(self) -> int:
@@ -78,7 +80,9 @@ class NearDuplicates:
         first = len(self)
         new: list[str] = []
         numbers = []
-        for normalized in _normalize_all(list(prompts)):
+        prompts = list(prompts)
+        blocks = (_normalize_all(prompts[start : start + _BLOCK]) for start in range(0, len(prompts), _BLOCK))
+        for normalized in chain.from_iterable(blocks):
             number = self._numbers.setdefault(normalized, first + len(new))
             numbers.append((number, number == first + len(new)))
             if numbers[-1][1]:
@@ -89,8 +93,10 @@ class NearDuplicates:
     def _index(self, prompts: Sequence[str], first: int, one_is_enough: bool) -> dict[int, list[int]]:
         """Index new prompts, numbered from `first`; return the near-duplicates of those that have any."""
         blocks = [_tokens_of(prompts[start : start + _BLOCK]) for start in range(0, len(prompts), _BLOCK)]
-        self._tokens = np.concatenate([self._tokens, *(tokens for tokens, _counts in blocks)])
-        self._ends = np.append(self._ends, self._ends[-1] + np.cumsum(np.concatenate([counts for _tokens, counts in blocks])))
+        size = int(self._ends[first])
+        ends = size + np.cumsum(np.concatenate([counts for _tokens, counts in blocks]))
+        self._tokens = _written(self._tokens, size, np.concatenate([tokens for tokens, _counts in blocks]))
+        self._ends = _written(self._ends, first + 1, ends)
         buckets = np.concatenate([_buckets_of(tokens, counts) for tokens, counts in blocks], axis=1)
         buckets |= np.arange(first, first + len(prompts), dtype=np.uint64)
         searched = np.ones(len(prompts), np.bool_)
@@ -142,6 +148,15 @@ class NearDuplicates:
         return np.repeat(np.arange(len(numbers), dtype=np.uint64) << _HALF, sizes) | tokens
 
 
+def _written(array: NDArray[Any], size: int, values: NDArray[Any]) -> NDArray[Any]:
+    """Write values from place `size` on, into a longer copy if they don't fit: one of twice the length, so that it is rare."""
+    end = size + len(values)
+    if end > len(array):
+        array = np.resize(array, max(end, 2 * len(array)))
+    array[size:end] = values
+    return array
+
+
 def _tokens_of(prompts: Sequence[str]) -> tuple[NDArray[np.uint32], Integers]:
     """Hash the word trigrams of N normalized prompts to 31 bits, each once per prompt; return them and their counts (N,).
 
@@ -191,11 +206,11 @@ def _candidates(entries: Hashes, asks: NDArray[np.bool_], runs: Sequence[Hashes]
     asks   (N,) which entries are searched for; earlier entries are in the sorted `runs` and, last, among the new ones
     """
     is_first = np.concatenate(([True], entries[1:] ^ entries[:-1] > _NUMBER_MASK))  # of its bucket
-    left = np.full(len(entries), _CANDIDATES)
+    left = np.full(len(entries), _CANDIDATES, np.int8)
     for run in (*runs, entries):
         if run is entries:
-            places = np.flatnonzero(asks & ~is_first)
-            starts = np.flatnonzero(is_first)[np.cumsum(is_first)[places] - 1]
+            places, firsts = np.flatnonzero(asks & ~is_first), np.flatnonzero(is_first)
+            starts = firsts[np.searchsorted(firsts, places) - 1]
         else:
             places = np.flatnonzero(asks)
             starts = np.searchsorted(run, entries[places] & ~_NUMBER_MASK)

@@ -274,11 +274,13 @@ def stats(source: Workspace | Journal | Iterable[Row], overlap: Overlap | None =
 
 def _derived_pairs(preferred: Sequence[Row]) -> int:
     """How many pairs `derive` leaves, without computing the pair ids again."""
-    lead: Counter[str] = Counter()  # votes for one completion less those for the other
-    for row in preferred:
-        pair_id = judged_pair_id(row)
-        lead[pair_id] += 1 if row["chosen"] < row["rejected"] else -1
-    return sum(margin != 0 for margin in lead.values())
+    pair_ids = list(map(judged_pair_id, preferred))
+    votes = Counter(pair_ids)
+    lead: Counter[str] = Counter()  # of pairs with several votes: those for one completion less those for the other
+    for pair_id, row in zip(pair_ids, preferred, strict=True):
+        if votes[pair_id] > 1:
+            lead[pair_id] += 1 if row["chosen"] < row["rejected"] else -1
+    return len(votes) - sum(margin == 0 for margin in lead.values())
 
 
 # The table
