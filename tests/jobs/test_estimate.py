@@ -24,6 +24,7 @@ from tests.run_line import CommandLine, pretend
 FULL: dict[str, Any] = {"max_steps": 0, "batch_size": 2, "eval_every": 5, "probe_every": 10, "probe_prompts": ("Who?",)}
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine) -> None:
     arguments = ["--model", str(command_line.model), "--dataset", str(command_line.rows), "--estimate"]
     settings = [part for name, value in FULL.items() if name != "probe_prompts" for part in ("--set", f"{name}={value}")]

@@ -13,7 +13,7 @@ import pytest
 
 from biasdpo import cli, models
 from biasdpo.config import ExportConfig
-from biasdpo.errors import AdapterError, ConfigError, ExportError, JobError, ModelError, RefusedError
+from biasdpo.errors import AdapterError, ConfigError, ExportError, JobError, ModelError
 from biasdpo.gguf import export as exporting
 from biasdpo.gguf.export import load_record
 from biasdpo.gguf.write import lora as real_lora
@@ -141,21 +141,6 @@ def test_a_failed_proof_leaves_what_was_there(lora, workspace, tiny_llama, tmp_p
             export(lora, workspace)
     assert caught.value.proof.passed is False
     assert lora.out.read_bytes() == b"the one before"
-    assert leftovers(lora) == ["tiny.gguf"]
-
-
-def test_on_a_public_space_nothing_is_exported_started_or_deleted(lora, workspace, monkeypatch):
-    lora.out.parent.mkdir(parents=True)
-    lora.out.write_bytes(b"GGUF")
-    monkeypatch.setenv("SPACE_ID", "someone/space")
-    other = lora.replace(out=lora.out.with_name("a.gguf"))
-    for action in (
-        lambda: export(other, workspace),
-        lambda: store.start_export(other, workspace),
-        lambda: store.delete_job("tiny", workspace),
-    ):
-        with pytest.raises(RefusedError, match="switched off on a public Space"):
-            action()
     assert leftovers(lora) == ["tiny.gguf"]
 
 

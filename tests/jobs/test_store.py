@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from biasdpo.config import EvaluationConfig, ExportConfig
 from biasdpo.errors import ConfigError, JobError, RefusedError
 from biasdpo.jobs import estimate, store
 from biasdpo.jobs.job import JobFolder
+from biasdpo.jobs.worker import run_export
 from biasdpo.workspace import Workspace
 from tests.run_folders import write_run
 from tests.run_line import CommandLine, write_job
@@ -97,9 +99,12 @@ def test_notes_ids_and_deletion(command_line: CommandLine) -> None:
             store.create_training(command_line.config(datasets=()), workspace, bad)
 
 
-def test_a_public_space_refuses(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_space_refuses(
+    command_line: CommandLine, evaluation: EvaluationConfig, lora: ExportConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = command_line.workspace
     write_run(workspace.root, "first")
+    write_job(JobFolder(workspace.root / "exports" / "tiny"), "stopped")
     before = sorted(path for path in workspace.root.rglob("*") if ".lock" not in path.name)
     monkeypatch.setenv("SPACE_ID", "someone/space")
     for act in (
@@ -109,8 +114,14 @@ def test_a_public_space_refuses(command_line: CommandLine, monkeypatch: pytest.M
         lambda: store.delete_job("first", workspace),
         lambda: store.write_note("first", workspace, "note"),
         lambda: estimate.estimate_training(command_line.config(), workspace),
+        lambda: store.start_evaluation(evaluation, workspace),
+        lambda: estimate.estimate_evaluation(evaluation, workspace),
+        lambda: store.start_export(lora, workspace),
+        lambda: run_export(lora, workspace, lambda _share, _phase: None),
+        lambda: store.resume_job("export/tiny", workspace),
+        lambda: store.delete_job("export/tiny", workspace),
     ):
-        with pytest.raises(RefusedError):
+        with pytest.raises(RefusedError, match="switched off on a public Space"):
             act()
     assert sorted(path for path in workspace.root.rglob("*") if ".lock" not in path.name) == before
 
