@@ -79,6 +79,7 @@ def test_strength_is_applied_live_and_zero_is_the_base_model(visitor):
     visitor.wait_written()
 
 
+@pytest.mark.slow
 def test_visitors_are_served_in_turn_and_not_mixed(new_visitor):
     alone = new_visitor().open_ready()
     alone.generate("What is a family?")

@@ -116,6 +116,7 @@ def test_an_evaluation_goes_on_without_the_page_is_cancelled_and_resumed(evaluat
     assert json.loads(stopped.file.read_text())["benchmarks"]["crows_pairs"]["n"] == 100
 
 
+@pytest.mark.slow
 def test_flipped_items_go_to_compare_and_to_label(evaluator, app, drawn):
     write_result(app.workspace.root, "strong", drawn["strong"])
     visitor, page = evaluator.visitor, evaluator.open("strong").page

@@ -60,6 +60,7 @@ def exporter(new_visitor, app: App) -> Iterator[Exporter]:
         store.delete_job(export.id, app.workspace, "export")
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_merged_proven_downloaded_used_and_deleted(exporter, app, tiny_run):
     visitor, page = exporter.visitor, exporter.page
     visitor.open(adapter="none", run=tiny_run)
@@ -90,6 +91,7 @@ def test_a_run_is_exported_merged_proven_downloaded_used_and_deleted(exporter, a
     assert not out.parent.exists()
 
 
+@pytest.mark.slow
 def test_a_lora_file_opens_its_base_model_with_the_adapter(exporter, tiny_run):
     visitor, page = exporter.visitor, exporter.page
     visitor.open(adapter="none", run=tiny_run)

@@ -192,6 +192,7 @@ def test_a_key_pressed_twice_judges_one_pair_and_typing_in_a_field_none(new_anno
     assert fir.page.evaluate("() => document.activeElement.id") == "answer-tie"  # the focus stays
 
 
+@pytest.mark.slow
 def test_two_annotators_at_once_and_a_second_opinion(new_annotator):
     one, other = new_annotator("beech").agree().begin(), new_annotator("birch").agree().begin()
     for _ in range(2):
