@@ -32,7 +32,7 @@ from biasdpo.cli_options import (
     run,
 )
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
-from biasdpo.errors import ConfigError, DatasetError, RunError
+from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
 from biasdpo.records import Sampling
 from biasdpo.workspace import open_workspace
 
@@ -64,11 +64,12 @@ def show_models(
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """List models: which are on this machine, memory needed, license, adapters that fit."""
+    """List models: which are on this machine, memory needed, license, adapters that fit; what is damaged, and why."""
     from biasdpo import models
 
     folder = open_workspace(workspace)
-    for spec in map(models.find, names) if names else map(models.with_files, models.catalog().values()):
+    specs = models.list_models(names or ())
+    for spec in specs:
         adapters = [adapter.id for adapter in models.adapters_for(spec, folder)]
         row = {
             "id": spec.id,
@@ -80,16 +81,25 @@ def show_models(
             "parameters": spec.parameters,
             "memory_gb": spec.memory_gb,
             "adapters": adapters,
-            "get": "" if spec.present else f"hf download {spec.hub_id}",
+            "get": "" if spec.present or not spec.hub_id else f"hf download {spec.hub_id}",
+            "problem": spec.problem,
         }
         memory = ", ".join(f"{gb:g} GB with {backend}" for backend, gb in spec.memory_gb.items())
-        lines = (
+        lines = [
             f"{spec.id}: {spec.title}, {spec.license}, {spec.parameters / 1e6:,.0f} M parameters",
             "  here" if spec.present else f"  not here; get it with `{row['get']}`",
             f"  needs {memory}",
             f"  adapters: {', '.join(adapters) or 'none (base model only, until one is trained)'}",
-        )
-        print_row(row, lambda lines=lines: "\n".join(lines), as_json=as_json)  # type: ignore[misc]
+        ]
+        print_row(row, f"{spec.id}: can't be used: {spec.problem}" if spec.problem else "\n".join(lines), as_json=as_json)
+    problems = [spec.problem for spec in specs if spec.problem]
+    if names and problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ModelError(problems[0] + more)
+    for adapter in models.list_adapters(folder) if not names else ():
+        if adapter.problem:
+            row = {"id": adapter.id, "adapter_folder": str(adapter.folder), "problem": adapter.problem}
+            print_row(row, f"adapter {adapter.id}: can't be used: {adapter.problem}", as_json=as_json)
 
 
 _DEFAULT = Sampling()
@@ -197,7 +207,7 @@ def dataset_stats(
         folder = open_workspace(workspace)
         source, numbers = folder.preferences, stats(folder, overlap)
     files = len(overlap.files) if overlap else 0
-    print_row(numbers, lambda: "\n  ".join(_stats_lines(source, numbers, files)), as_json=as_json)
+    print_row(numbers, "\n  ".join(_stats_lines(source, numbers, files)), as_json=as_json)
 
 
 def _rows_of_file(file: str) -> tuple[list[dict[str, Any]], Sequence[Any]]:
@@ -299,7 +309,7 @@ def dataset_import(
             print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False))
     would = "would be " if dry_run else ""
     counts = f"{done.source}: {done.written:,} rows {would}written, {done.known:,} known, {len(done.bad):,} bad"
-    print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), lambda: counts, as_json=as_json)
+    print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), counts, as_json=as_json)
 
 
 @dataset.command("export")
@@ -316,7 +326,7 @@ def dataset_export(
         f"{done.path}: {done.rows:,} pairs ({done.repeats:,} repeated judgments and {done.contradictions:,} evenly split pairs "
         f"are left out), SHA-256 {done.sha256}\n{done.card}: the dataset card"
     )
-    print_row(done.to_json(), lambda: text, as_json=as_json)
+    print_row(done.to_json(), text, as_json=as_json)
 
 
 @dataset.command("retract")
@@ -331,7 +341,7 @@ def dataset_retract(
     judgment = journal.retract(open_workspace(workspace), id)
     row = {"id": judgment.id, "retracts": judgment.retracts, "pair_id": judgment.pair_id}
     text = f"{judgment.retracts}: retracted; training, statistics and exports leave it out"
-    print_row(row, lambda: text, as_json=as_json)
+    print_row(row, text, as_json=as_json)
 
 
 # Training
@@ -385,18 +395,10 @@ def train(
 
 
 def train_config(file: Path | None, options: dict[str, Any], settings: Sequence[str]) -> TrainConfig:
-    """The config of a file, options and --set, from lowest to highest priority. Paths are made absolute, since the training
-    process has another working folder."""
-    from biasdpo import models
+    """The config of a file, options and --set, from lowest to highest priority, with absolute paths."""
+    from biasdpo.jobs.resolve import absolute
 
-    config = TrainConfig(**(read_toml(file) if file else {}) | options | parse_settings(settings))
-    return config.replace(
-        model=models.absolute_name(config.model),
-        datasets=tuple(
-            source if source == "workspace" or source.startswith("hub:") else str(Path(source).expanduser().resolve())
-            for source in config.datasets
-        ),
-    )
+    return absolute(TrainConfig(**(read_toml(file) if file else {}) | options | parse_settings(settings)))
 
 
 def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> None:
@@ -412,7 +414,7 @@ def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> No
         f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, {found.cut} truncated",
         "seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in found.parts.items()),
     )
-    print_row(found.to_json(), lambda: "\n".join(lines), as_json=as_json)
+    print_row(found.to_json(), "\n".join(lines), as_json=as_json)
     if not found.fits:
         raise RunError(found.refusal)
 
@@ -448,7 +450,8 @@ def _wait(folder: Any, workspace: Workspace) -> Any:
                     stop_job(folder.id, workspace, "train")
 
 
-cli_jobs.add_commands(app)
+app.command("jobs")(cli_jobs.jobs)
+app.command("runs")(cli_jobs.runs)
 
 
 # Export
@@ -478,7 +481,7 @@ def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **optio
     lines = [f"{record.out}: {record.bytes:,} bytes, {what} of {source}", ExportProof.from_json(record.proof).sentence()]
     if fallbacks := record.written.get("fallbacks"):
         lines.append(f"{len(fallbacks)} tensors have another type than requested: {record.out.name}.json lists them")
-    print_row(record.to_json(), lambda: "\n".join(lines), as_json=as_json)
+    print_row(record.to_json(), "\n".join(lines), as_json=as_json)
     for warning in record.proof.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -496,18 +499,15 @@ def evaluate(
     **options: Any,
 ) -> int:
     """Score base and tuned on benchmarks, with confidence intervals, p-values and verdicts."""
-    return _evaluate(EvaluationConfig(**{"strengths": strength} | options), open_workspace(workspace), out, as_json=as_json)
-
-
-def _evaluate(config: EvaluationConfig, workspace: Workspace, out: Path, *, as_json: bool) -> int:
     from tqdm import tqdm
 
     from biasdpo.jobs.resolve import resolve_evaluation
     from biasdpo.jobs.worker import EvaluationProgress, run_evaluation
     from biasdpo.workspace import write_json
 
-    config, _ = resolve_evaluation(config, workspace)
-    with tqdm(unit=" item", file=sys.stderr) as bar, _stop_on_interrupt() as stopped:
+    folder = open_workspace(workspace)
+    config, _ = resolve_evaluation(EvaluationConfig(**{"strengths": strength} | options), folder)
+    with tqdm(unit=" item", file=sys.stderr, delay=0.01) as bar, _stop_on_interrupt() as stopped:
 
         class Bar(EvaluationProgress):
             def phase(self, text: str) -> None:
@@ -523,7 +523,7 @@ def _evaluate(config: EvaluationConfig, workspace: Workspace, out: Path, *, as_j
             def should_stop(self) -> bool:
                 return stopped.is_set()
 
-        result = run_evaluation(config, workspace, Bar())
+        result = run_evaluation(config, folder, Bar())
     write_json(out, result)
     brief = {name: {key: value for key, value in b.items() if key != "items"} for name, b in result["benchmarks"].items()}
     text = "\n".join(line for name, numbers in brief.items() for line in _result_lines(name, numbers))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from biasdpo.cli_options import JsonOption, WorkspaceOption
 from biasdpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ IdArgument = Annotated[str, typer.Argument(metavar="ID", help="for all but list:
 TextArgument = Annotated[str | None, typer.Argument(metavar="TEXT", help="for note; an empty text removes it")]
 KindOption = Annotated[KindName | None, typer.Option("--kind", help="only jobs of this kind")]
 LinesOption = Annotated[int, typer.Option("--lines", min=1, metavar="N", help="for logs")]
-WorkspaceOption = Annotated[
-    str | None, typer.Option("--workspace", metavar="DIR", help="default: $BIASDPO_WORKSPACE, else ./workspace")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object (or one a line) on stdout")]
 
 
 def jobs(
@@ -32,7 +29,7 @@ def jobs(
     text: TextArgument = None,
     kind: KindOption = None,
     lines: LinesOption = 50,
-    workspace: WorkspaceOption = None,
+    workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """List, show, stop, resume, delete training runs, evaluations and exports, note something on one, or print its log."""
@@ -44,7 +41,7 @@ def runs(
     job_id: IdArgument = "",
     text: TextArgument = None,
     lines: LinesOption = 50,
-    workspace: WorkspaceOption = None,
+    workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """The same over training runs alone."""
@@ -57,7 +54,7 @@ def _act(
     text: str | None,
     kind: KindName | None,
     lines: int,
-    folder: str | None,
+    folder: str,
     *,
     as_json: bool,
     with_kind: bool,
@@ -134,9 +131,3 @@ def summary(job: Job) -> str:
             f"{held_out['length_normalised_accuracy_tuned']:.3f}"
         )
     return text
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Mount `jobs` and `runs`."""
-    app.command("jobs")(jobs)
-    app.command("runs")(runs)

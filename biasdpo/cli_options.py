@@ -43,10 +43,10 @@ def inherited_options(context: typer.Context, workspace: WorkspaceOption = "", a
     context.default_map = dict.fromkeys(context.command.list_commands(context), given)  # type: ignore[attr-defined]
 
 
-def options_of(model: type[Settings], *, without: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def options_of(model: type[Settings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add an option for every setting of a config model to a command, which gets the parsed values of those that were given as
     keyword arguments."""
-    settings = {name: one for name, one in model.settings().items() if name not in without}
+    settings = model.settings()
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -85,9 +85,9 @@ def described(setting: Setting) -> str:
     return f"{setting.help} [{'; '.join(fact for fact in facts if fact)}]".removesuffix(" []")
 
 
-def print_row(row: Any, text: Callable[[], str], *, as_json: bool) -> None:
+def print_row(row: Any, text: str, *, as_json: bool) -> None:
     """Print a result: as one line of JSON, or for people."""
-    print(json.dumps(row, ensure_ascii=False) if as_json else text())
+    print(json.dumps(row, ensure_ascii=False) if as_json else text)
 
 
 def configure_logging(level: str) -> None:

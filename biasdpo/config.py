@@ -619,7 +619,7 @@ def load_json(path: Path) -> TrainConfig:
     """A run's saved config.json."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"Can't read the run's config {path}: {exc}; restore it, or start a new run") from exc
     if not isinstance(values, dict):
         raise ConfigError(f"The run's config {path} is not a JSON object: restore it, or start a new run")

@@ -7,20 +7,20 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from biasdpo.chat import PromptTemplate, template_from_chat
 from biasdpo.errors import BiasDPOError, ModelError
+from biasdpo.workspace import MAX_JSON_BYTES
 
 # GGUF's names of the Hugging Face architectures that this project trains and exports.
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "PhiForCausalLM": "phi2"}
@@ -36,55 +36,50 @@ class Description:
     context_length: int  # tokens
     template: PromptTemplate
     has_chat_template: bool
-    ties_embeddings: bool
 
 
+_Value = TypeVar("_Value")
+
+
+def _cached(read: Callable[[Path], _Value]) -> Callable[[Path], _Value]:
+    """Cache what `read` says of a .gguf file or a Hugging Face folder until its files change."""
+
+    @lru_cache(maxsize=32)
+    def read_version(path: Path, _files: object) -> _Value:
+        return read(path)
+
+    @wraps(read)
+    def cached(path: Path) -> _Value:
+        files = [path] if path.suffix == ".gguf" else [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")]
+        try:
+            return read_version(path, tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)))
+        except OSError:
+            return read(path)  # which reports it
+
+    return cached
+
+
+@_cached
 def describe(path: Path) -> Description:
     """Describe a .gguf file or a Hugging Face folder; cached until its files change."""
-    return _describe(path, _fingerprint(path))
-
-
-def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
-    """(architecture, {tensor name in the file: shape}) of a .gguf file or a Hugging Face folder; cached until its files change.
-
-    A matrix is (out, in).
-    """
-    return _tensor_shapes(path, _fingerprint(path))
-
-
-_Fingerprint = tuple[tuple[str, int, int], ...]
-
-
-def _fingerprint(path: Path) -> _Fingerprint:
-    """(name, modification time, size) of each of a model's files."""
-    try:
-        files = [path] if path.suffix == ".gguf" else [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")]
-        return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files))
-    except OSError:
-        return ()  # the reader reports it
-
-
-@lru_cache(maxsize=32)
-def _describe(path: Path, _fingerprint: _Fingerprint) -> Description:
     return _describe_gguf(path) if path.suffix == ".gguf" else _describe_hf_folder(path)
 
 
-@lru_cache(maxsize=32)
-def _tensor_shapes(path: Path, _fingerprint: _Fingerprint) -> tuple[str, Mapping[str, tuple[int, ...]]]:
+@_cached
+def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
+    """(architecture, {tensor name in the file: shape}) of a .gguf file or a Hugging Face folder; a matrix is (out, in)."""
     if path.suffix == ".gguf":
         header = read_header(path)
         return str(header.values.get("general.architecture", "")), {name: t.shape for name, t in header.tensors.items()}
-    shapes = {name: shape for file in sorted(path.glob("*.safetensors")) for name, shape in safetensors_shapes(file).items()}
-    return _hf_architecture(path, _hf_config(path)), shapes
+    architecture = _hf_architecture(path, _hf_config(path))
+    return architecture, {name: shape for file in weight_files(path) for name, shape in safetensors_shapes(file).items()}
 
 
-def _template(path: Path, chat_template: str, special_tokens: list[str]) -> PromptTemplate:
+def _template(path: Path, chat: str, special_tokens: list[str]) -> PromptTemplate:
     try:
-        return template_from_chat(chat_template, special_tokens)
+        return template_from_chat(chat, special_tokens)
     except ValueError as exc:
-        raise ModelError(
-            f"{path}: its chat template can't be rendered ({exc}); use a model with a simpler chat template"
-        ) from exc
+        raise ModelError(f"{path}: its chat template can't be rendered ({exc}); use a model with a simpler one") from exc
 
 
 # JSON
@@ -101,7 +96,11 @@ class ForeignJson(BaseModel):
 def read_json_as(file: Path, model: type[_Model], error: type[BiasDPOError] = ModelError) -> _Model:
     """Read a JSON object and check its types; raise `error` with one line if it is missing, damaged or of another form."""
     try:
-        return model.model_validate_json(file.read_bytes())
+        with file.open("rb") as opened:
+            content = opened.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise error(f"{file} can't be used: it has more than {MAX_JSON_BYTES // 2**20} MiB; fetch it again")
+        return model.model_validate_json(content)
     except OSError as exc:
         raise error(f"Can't read {file}: {exc.strerror or exc}; check the path, or restore the file from a copy") from exc
     except ValidationError as exc:
@@ -117,7 +116,6 @@ def read_json_as(file: Path, model: type[_Model], error: type[BiasDPOError] = Mo
 class _HfConfig(ForeignJson):
     architectures: list[str] | None = None
     max_position_embeddings: PositiveInt = 2048
-    tie_word_embeddings: bool = False
 
 
 class _Token(ForeignJson):
@@ -140,23 +138,17 @@ class _Tokenizer(ForeignJson):
 
 
 class _ShardIndex(ForeignJson):
-    weight_map: dict[str, str]
+    weight_map: dict[str, str] = {}
 
 
 def _describe_hf_folder(folder: Path) -> Description:
     config = _hf_config(folder)
     architecture = _hf_architecture(folder, config)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"{folder} has no *.safetensors: fetch the model's safetensors weights (pickles are not opened)")
-    _check_shards(folder)
-    settings, tokenizer = _TokenizerConfig(), _Tokenizer()
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json_as(folder / "tokenizer_config.json", _TokenizerConfig)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = read_json_as(folder / "tokenizer.json", _Tokenizer)
+    weights = weight_files(folder)
+    settings = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig)
+    tokenizer = _read_optional(folder / "tokenizer.json", _Tokenizer)
     special = {token.content for token in [*settings.added_tokens_decoder.values(), *tokenizer.added_tokens] if token.special}
-    chat = _chat_template(folder, settings)
+    chat = chat_template(folder)
     shapes = [shape for path in weights for shape in safetensors_shapes(path).values()]
     return Description(
         architecture=architecture,
@@ -165,7 +157,6 @@ def _describe_hf_folder(folder: Path) -> Description:
         context_length=config.max_position_embeddings,
         template=_template(folder, chat, sorted(special)),
         has_chat_template=bool(chat),
-        ties_embeddings=config.tie_word_embeddings,
     )
 
 
@@ -187,66 +178,47 @@ def _hf_architecture(folder: Path, config: _HfConfig) -> str:
     return ARCHITECTURES[name]
 
 
-def _chat_template(folder: Path, settings: _TokenizerConfig) -> str:
+def _read_optional(file: Path, model: type[_Model]) -> _Model:
+    return read_json_as(file, model) if file.is_file() else model()
+
+
+def chat_template(folder: Path) -> str:
+    """A folder's chat template, "" without one; among several the one named "default"."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
             raise ModelError(f"Can't read {file} ({exc}): restore the file from a copy, or fetch it again") from exc
-    if isinstance(settings.chat_template, list):
-        return next((entry.template for entry in settings.chat_template if entry.name == "default"), "")
-    return settings.chat_template or ""
+    chat = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig).chat_template or ""
+    return chat if isinstance(chat, str) else next((entry.template for entry in chat if entry.name == "default"), "")
 
 
-def _check_shards(folder: Path) -> None:
-    """Raise ModelError if a shard named by the index is missing."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    names = sorted(set(read_json_as(index, _ShardIndex).weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors files. ModelError if it has none, or lacks a shard that its index names."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} has no *.safetensors: fetch the model's safetensors weights (pickles are not opened)")
+    shards = _read_optional(folder / "model.safetensors.index.json", _ShardIndex).weight_map
+    names = sorted({Path(name).name for name in shards.values()})
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards ({missing[0]}): fetch the model again")
+    return [folder / name for name in names] or files
 
 
-# safetensors headers
-
-
-class _StoredTensor(ForeignJson):
-    shape: list[NonNegativeInt]
-    data_offsets: list[NonNegativeInt] = Field(min_length=2, max_length=2)
-
-
-_STORED_TENSORS = TypeAdapter(dict[str, _StoredTensor])
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+# Weights: the headers of safetensors and GGUF files
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """{tensor: shape} of a safetensors file, from its header. ModelError if it is damaged or truncated."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"a header of {length:,} bytes")
-            header = from_json(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("no header")
-        header.pop("__metadata__", None)
-        tensors = _STORED_TENSORS.validate_python(header)
-    except ValidationError as exc:
-        where = ".".join(map(str, exc.errors(include_url=False)[0]["loc"]))
-        raise ModelError(f"{path} is not a safetensors file (its header has a wrong {where!r}): fetch it again") from exc
-    except (OSError, ValueError) as exc:
-        raise ModelError(f"{path} is not a safetensors file ({exc}): fetch it again") from exc
-    end = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
-    if end > size:
-        raise ModelError(f"{path} is truncated: {size:,} of {end:,} bytes; fetch it again")
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as exc:
+        raise ModelError(f"{path} is not a complete safetensors file ({exc}): fetch it again") from exc
 
-
-# GGUF headers
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -304,12 +276,10 @@ class _Cursor:
 
     def string(self) -> str:
         (length,) = self.take("Q")
-        end = self.at + length
-        if end > len(self._data):
+        if self.at + length > len(self._data):
             raise ValueError(f"a string of {length:,} bytes exceeds the file")
-        text = self._data[self.at : end].decode("utf-8", "replace")
-        self.at = end
-        return text
+        self.at += length
+        return self._data[self.at - length : self.at].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -373,7 +343,6 @@ def _describe_gguf(path: Path) -> Description:
         context_length=value(f"{architecture}.context_length", 2048),
         template=_template(path, chat, control),
         has_chat_template=bool(chat),
-        ties_embeddings="output.weight" not in header.tensors,
     )
 
 
@@ -437,7 +406,6 @@ MODULES = {
 QKV = ("attn_q", "attn_k", "attn_v")
 
 _GGUF_NAME = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<module>\w+)(?:\.(?P<kind>weight|bias))?")
-_HF_NAME = re.compile(r"(?:model\.layers\.(?P<block>\d+)\.)?(?P<module>.+?)(?:\.(?P<kind>weight|bias))?")
 
 
 def hf_name(name: str, architecture: str) -> str | None:
@@ -447,17 +415,6 @@ def hf_name(name: str, architecture: str) -> str | None:
     if match is None or module is None:
         return None
     block = "" if match["block"] is None else f"model.layers.{match['block']}."
-    return f"{block}{module}" + (f".{match['kind']}" if match["kind"] else "")
-
-
-def gguf_name(name: str, architecture: str) -> str | None:
-    """GGUF's name of a Hugging Face tensor (ends in `.weight` or `.bias`) or module; None if there is none."""
-    match = _HF_NAME.fullmatch(name)
-    modules = {theirs: ours for ours, theirs in MODULES[architecture].items()}
-    module = None if match is None else modules.get(match["module"])
-    if match is None or module is None:
-        return None
-    block = "" if match["block"] is None else f"blk.{match['block']}."
     return f"{block}{module}" + (f".{match['kind']}" if match["kind"] else "")
 
 

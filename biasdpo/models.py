@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -141,21 +141,21 @@ def find(name: str) -> ModelSpec:
     )
 
 
-def list_models(names: Iterable[str] = ()) -> list[ModelSpec]:
-    """The catalog, then the named models, one row each. A row whose files are damaged says why in `problem`."""
+def list_models(names: Sequence[str] = ()) -> list[ModelSpec]:
+    """The named models, by default the catalog, one row each. One that can't be used says why in `problem`."""
     rows = []
-    for spec in map(with_files, catalog().values()):
+    for name in names or catalog():
+        spec = ModelSpec(name, Path(name).name, "unknown", "", "", 0, 0, BARE)
         try:
-            for path in filter(None, (spec.gguf_path, spec.hf_folder)):
-                model_files.describe(path)
-            rows.append(spec)
+            if names:
+                spec = find(name)
+            else:
+                spec = with_files(catalog()[name])
+                for path in filter(None, (spec.gguf_path, spec.hf_folder)):
+                    model_files.describe(path)
         except ModelError as exc:
-            rows.append(replace(spec, problem=str(exc)))
-    for name in names:
-        try:
-            rows.append(find(name))
-        except ModelError as exc:
-            rows.append(ModelSpec(name, Path(name).name, "unknown", "", "", 0, 0, BARE, problem=str(exc)))
+            spec = replace(spec, problem=str(exc))
+        rows.append(spec)
     return rows
 
 
@@ -210,7 +210,7 @@ def fetch(spec: ModelSpec) -> ModelSpec:
         snapshot_download(spec.hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     except Exception as exc:  # huggingface_hub raises many unrelated classes
         raise ModelError(
-            f"{spec.hub_id} could not be downloaded ({type(exc).__name__}): `hf download {spec.hub_id}` says why"
+            f"{spec.hub_id} could not be downloaded ({type(exc).__name__}): try `hf download {spec.hub_id}`"
         ) from exc
     return with_files(spec).require_files()
 
@@ -330,16 +330,7 @@ class _Provenance(ForeignJson):
 
 def _read_adapter(folder: Path, adapter_id: str) -> AdapterSpec:
     """Read an adapter's metadata; AdapterError if it is damaged, a pickle, or not LoRA."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        if pickles:
-            raise AdapterError(
-                f"{folder} holds a pickle ({pickles[0].name}), which can run code when it is opened: save the adapter as "
-                "safetensors (PEFT: save_pretrained(..., safe_serialization=True))"
-            )
-    for needed in ("adapter_model.safetensors", "adapter_config.json"):
-        if not (folder / needed).is_file():
-            raise AdapterError(f"{folder} has no {needed}: name a folder written by PEFT's save_pretrained")
+    _require_files(folder)
     config = _read_config(folder)
     file = folder / "provenance.json"
     provenance = read_json_as(file, _Provenance, AdapterError) if file.is_file() else _Provenance()
@@ -351,6 +342,18 @@ def _read_adapter(folder: Path, adapter_id: str) -> AdapterSpec:
         dataset_sha256=provenance.dataset_sha256,
         held_out_share=provenance.config.held_out_share,
     )
+
+
+def _require_files(folder: Path) -> None:
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickles and not (folder / "adapter_model.safetensors").is_file():
+        raise AdapterError(
+            f"{folder} holds a pickle ({pickles[0].name}), which can run code when it is opened: save the adapter as safetensors "
+            "(PEFT: save_pretrained(..., safe_serialization=True))"
+        )
+    for needed in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (folder / needed).is_file():
+            raise AdapterError(f"{folder} has no {needed}: name a folder written by PEFT's save_pretrained")
 
 
 def _read_config(folder: Path) -> _AdapterConfig:
@@ -414,8 +417,7 @@ def check_fits_file(adapter: AdapterSpec, model: Path, title: str = "") -> Mappi
     for module, part in lora.items():
         if module == "lm_head" and module not in matrices and "model.embed_tokens" in matrices:
             raise AdapterError(
-                f"Adapter {adapter.id} adapts lm_head, which shares its weights with the embeddings in {title}: train an adapter "
-                "without lm_head"
+                f"Adapter {adapter.id} adapts lm_head, which {title} ties to the embeddings: train one without lm_head"
             )
         if module not in matrices:
             raise AdapterError(f"{made}it adapts {module}, which {title} ({architecture}) lacks; {remedy}")
@@ -433,21 +435,16 @@ def check_fits_file(adapter: AdapterSpec, model: Path, title: str = "") -> Mappi
             )
         if extra := sorted(lora.keys() - expected):
             raise AdapterError(
-                f"Adapter {adapter.id} holds {extra[0]}, which its adapter_config.json does not adapt: restore the file that was "
-                "saved with it"
+                f"Adapter {adapter.id} holds {extra[0]}, which its adapter_config.json does not adapt: restore both files"
             )
     return lora
 
 
 def read_lora(adapter: AdapterSpec) -> Mapping[str, LoraModule]:
     """An adapter's modules by Hugging Face name, from headers; AdapterError if it is damaged or more than plain LoRA."""
-    files = (adapter.weights, adapter.folder / "adapter_config.json")
-    try:
-        changes = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    except OSError as exc:
-        raise AdapterError(
-            f"{adapter.folder} has no {Path(exc.filename).name}: name a folder written by PEFT's save_pretrained, as safetensors"
-        ) from exc
+    _require_files(adapter.folder)
+    stats = [file.stat() for file in (adapter.weights, adapter.folder / "adapter_config.json")]
+    changes = tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
     return _read_lora(adapter.folder, adapter.id, changes)
 
 
@@ -499,9 +496,7 @@ def _lora_module(file: Path, module: str, pair: Mapping[str, tuple[int, ...]], c
     except re.error as exc:
         raise AdapterError(f"{file.parent}: a pattern in adapter_config.json is wrong ({exc}); restore it from a copy") from exc
     if a[0] != rank:
-        raise AdapterError(
-            f"{file}: {module} has rank {a[0]}, its adapter_config.json says {rank}; restore both files as they were saved"
-        )
+        raise AdapterError(f"{file}: {module} has rank {a[0]}, its adapter_config.json says {rank}; restore both files")
     return LoraModule(b[0], a[1], rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 

@@ -63,9 +63,7 @@ class Completion:
     tokens_per_second: float | None = None  # after the first token
 
     def to_json(self) -> dict[str, Any]:
-        row = asdict(self)
-        del row["side"]
-        return row
+        return {key: value for key, value in asdict(self).items() if key != "side"}
 
 
 @dataclass(frozen=True)
@@ -102,55 +100,38 @@ class GenerationPair:
 
 @dataclass(frozen=True)
 class JudgmentMeta:
-    """How the two judged completions were produced and shown. Never null: "" or 0 where a field does not apply.
-
-    sampling      JSON of the `Sampling`
-    left_side     the completion shown on the left: base or tuned; "base 1" or "base 2" (two samples); "pasted 1" or "pasted 2"
-    chosen_side   the chosen completion in the same words; "" for a tie
-    seconds       from showing the pair to the verdict
-    """
+    """How the two judged completions were produced and shown. Never null: "" or 0 where a field does not apply."""
 
     model: str = ""
     adapter: str = ""
     backend: str = ""
-    sampling: str = ""
+    sampling: str = ""  # JSON of the `Sampling`
     seed: int = 0
-    left_side: str = ""
-    chosen_side: str = ""
-    seconds: float = 0.0
+    left_side: str = ""  # shown on the left: base or tuned; "base 1" or "base 2" (two samples); "pasted 1" or "pasted 2"
+    chosen_side: str = ""  # in the same words; "" for a tie
+    seconds: float = 0.0  # from showing the pair to the verdict
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """An annotator's verdict on one generation pair: one row of the journal. Texts are never null.
+    """An annotator's verdict on one generation pair: one row of the journal. Texts are never null."""
 
-    id                    created before the first attempt to store it, so that a retry stores it once
-    created_at            UTC, ISO 8601
-    pair_id               equal for the same two completions of the same prompt
-    chosen, rejected      as judged, edits included; left and right if neither is preferred
-    original_*            the text before an edit; "" without one
-    annotator             a pseudonym
-    source                compare, label, import:NAME or seed
-    retracts              the id of the judgment that this one retracts
-    repeat_of             pair_id, if the pair was shown again to measure self-agreement
-    """
-
-    id: str
-    created_at: str
-    pair_id: str
+    id: str  # created before the first attempt to store it, so that a retry stores it once
+    created_at: str  # UTC, ISO 8601
+    pair_id: str  # equal for the same two completions of the same prompt
     prompt: str
-    chosen: str
+    chosen: str  # as judged, edits included; left and right if neither is preferred
     rejected: str
-    original_chosen: str = ""
+    original_chosen: str = ""  # before an edit; "" without one
     original_rejected: str = ""
     verdict: Verdict = "preferred"
     category: str = ""
     target_group: str = ""
-    annotator: str = ""
+    annotator: str = ""  # a pseudonym
     note: str = ""
-    source: str = "label"
-    retracts: str = ""
-    repeat_of: str = ""
+    source: str = "label"  # compare, label, import:NAME or seed
+    retracts: str = ""  # id of the judgment that this one retracts
+    repeat_of: str = ""  # pair_id, if the pair was shown again to measure self-agreement
     meta: JudgmentMeta = JudgmentMeta()
 
 
@@ -201,16 +182,12 @@ Request = LikelihoodRequest | TextRequest | ContinuationRequest
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """Asks for a completion of `prompt`.
-
-    bare     continue the prompt as plain text instead of rendering it with the model's template
-    sample   index among several completions of one prompt; an evaluation derives each one's seed from it
-    """
+    """Asks for a completion of `prompt`."""
 
     prompt: str
     sampling: Sampling
-    bare: bool = False
-    sample: int = 0
+    bare: bool = False  # continue the prompt as plain text instead of rendering it with the model's template
+    sample: int = 0  # index among several completions of one prompt; an evaluation derives each one's seed from it
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # two torch processes with two threads each would slow each other down twentyfold
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from biasdpo import models
 from biasdpo.workspace import Workspace, open_workspace

@@ -17,7 +17,8 @@ import psutil
 
 from biasdpo.config import TrainConfig
 from biasdpo.jobs import store
-from biasdpo.jobs.job import Job, JobFolder, Status, read_job
+from biasdpo.jobs.job import Device, Job, JobFolder, Status, read_job
+from biasdpo.jobs.worker import join_queue
 from biasdpo.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +103,14 @@ def wait_for(folder: JobFolder, condition: Callable[[Job], bool]) -> Job:
 
 def ended(job: Job) -> bool:
     return not job.is_active
+
+
+def pretend(workspace: Workspace, entry: str, device: Device = "cpu") -> JobFolder:
+    """A job that has a device, or waits for it, and that this process pretends to do."""
+    me = psutil.Process()
+    folder = write_job(JobFolder(workspace.root / entry), "running", pid=me.pid, pid_created=me.create_time())
+    join_queue(folder, device)
+    return folder
 
 
 def write_job(folder: JobFolder, state: str = "finished", **status: Any) -> JobFolder:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from biasdpo import benchmarks
 from biasdpo.benchmarks import bbq, rows, stereoset
 from biasdpo.errors import ConfigError, DatasetError
+from tests.evaluating import write_files as write
 
 BBQ_ROW = {
     "question_polarity": "neg",
@@ -46,15 +45,6 @@ PRO = """1 [The developer] thanked the designer because [he] was glad.
 ANTI = """1 [The developer] thanked the designer because [she] was glad.
 2 The developer thanked [the designer] and praised [him] for [his] work.
 """
-
-
-def write(folder, files):
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = text if isinstance(text, str | bytes) else "".join(json.dumps(row) + "\n" for row in text)
-        path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
-    return folder
 
 
 def test_crows_pairs_from_upstreams_table_and_with_the_hubs_numbers(tmp_path):

@@ -111,7 +111,7 @@ def test_columns_are_mapped_and_a_dry_run_stores_nothing(run, tmp_path):
     assert "No column was recognized as rejected, got Ask, chosen, worse, topic, extra: name it with --map" in error_of(
         run("import", path)
     )
-    assert "No column 'nope' for prompt: choose of Ask, chosen" in error_of(run("import", path, "--map", "prompt=nope"))
+    assert "No column 'nope' for prompt: choose one of Ask, chosen" in error_of(run("import", path, "--map", "prompt=nope"))
     assert "--map takes FIELD=COLUMN" in error_of(run("import", path, "--map", "nope"))
     mapping = ["--map", "prompt=Ask,rejected=worse,category=topic"]
     done = run("import", path, *mapping, "--dry-run")
@@ -133,7 +133,7 @@ def test_columns_are_mapped_and_a_dry_run_stores_nothing(run, tmp_path):
     ("arguments", "words"),
     [
         (("import", "none.jsonl"), "No dataset file none.jsonl"),
-        (("import", "tests"), "tests is no file"),
+        (("import", "tests"), "tests is not a file"),
         (("import", "LICENSE"), "No good row in LICENSE"),
         (("import", "hub:nobody/nothing"), "Can't load hub:nobody/nothing"),
         (("validate", "none.csv"), "No dataset file none.csv"),

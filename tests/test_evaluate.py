@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
+import re
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from biasdpo import models
-from biasdpo.__main__ import main
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.benchmarks.crows_pairs import CrowsPairs, SentencePair
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.utility import Utility
-from biasdpo.data import splits
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.data.splits import is_held_out
 from biasdpo.engines import Engine
-from biasdpo.errors import DatasetError, PromptError
+from biasdpo.errors import BackendError, DatasetError, PromptError
+from biasdpo.evaluation import report, results, stats
 from biasdpo.evaluation import run as evaluate
-from biasdpo.evaluation import stats
+from biasdpo.evaluation.run import likelihood_cache, score_items
 from biasdpo.records import ContinuationRequest, Likelihood
 from biasdpo.workspace import sha256_of
+from tests.commands import run
+from tests.evaluating import FakeBackend, fake_engine
 from tests.lora_factory import write_lora
 
-ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [PreferencePair("p", "a longer chosen", "short"), PreferencePair("q", "brief", "a longer rejected")]
 
 
@@ -74,28 +74,9 @@ def test_perplexity_is_per_token_not_per_text():
     assert benchmark.paired_metrics()["perplexity_change_percent"](both) == pytest.approx(100 * (math.exp(0.1) - 1))
 
 
-class Coin:
-    """Stands for a backend: a text's log-probability is minus its length, on the tuned side half of that. `computed` counts."""
-
-    name = "fake"
-    device = "CPU, 2 threads"
-
-    def __init__(self, template) -> None:
-        self.template = template
-        self.computed: list[tuple[str, str]] = []
-
-    def loglikelihood(self, requests, side, *, strength=1.0):
-        if any(len(request.continuation) > 100 for request in requests):
-            raise PromptError("A text of 5,000 tokens does not fit the context of 4,096: shorten it")
-        self.computed += [(side, request.continuation) for request in requests]
-        scale = 1.0 if side == "base" else 1 - 0.5 * strength
-        return [Likelihood(-scale * len(request.continuation), 1) for request in requests]
-
-
 @pytest.fixture
 def engine(smollm2, tmp_path):
-    adapter = models.AdapterSpec("mine", write_lora(tmp_path / "mine", layers=1), "smollm2")
-    return Engine(smollm2, adapter, Coin(smollm2.template))
+    return fake_engine(smollm2, tmp_path, FakeBackend(smollm2.template))
 
 
 def sentences(count: int) -> CrowsPairs:
@@ -142,11 +123,11 @@ def test_a_run_by_hand_repeats_itself_from_what_it_kept(engine, workspace):
     assert engine.backend.computed == []
     # Another strength is another tuned side and the same base.
     evaluate.run(engine, [sentences(10)], workspace=workspace, strengths=[0.5])
-    assert {side for side, _ in engine.backend.computed} == {"tuned"}
+    assert {side for side, *_ in engine.backend.computed} == {"tuned"}
     # Nothing is kept without a workspace.
     engine.backend.computed.clear()
     assert evaluate.run(engine, [sentences(10)])["benchmarks"] == first["benchmarks"]
-    assert {side for side, _ in engine.backend.computed} == {"base", "tuned"}
+    assert {side for side, *_ in engine.backend.computed} == {"base", "tuned"}
 
 
 def test_an_interrupted_run_says_so_and_goes_on_from_there(engine, workspace):
@@ -187,7 +168,7 @@ def test_failed_items_are_counted_and_never_scored(engine):
     assert result["base"]["stereotype_percent"]["value"] == 50
     assert [failure["index"] for failure in result["failures"]] == [2, 3]
     assert "does not fit the context" in result["failures"][0]["reason"]
-    with pytest.raises(DatasetError, match="none of 1 items could be scored: the first failed with: A text of 5,000 tokens"):
+    with pytest.raises(DatasetError, match="none of 1 items could be scored: the first failed with: A text of 101 tokens"):
         evaluate.run(engine, [CrowsPairs([long])])
     with pytest.raises(DatasetError, match="has no items"):
         evaluate.run(engine, [CrowsPairs([])])
@@ -207,7 +188,7 @@ def test_base_stands_alone_without_an_adapter(engine):
     result = evaluate.run(alone, [sentences(4)])["benchmarks"]["crows_pairs"]
     assert result["base"]["stereotype_percent"]["value"] == 50
     assert result["tuned"] == result["difference"] == result["paired"] == {}
-    assert {side for side, _ in engine.backend.computed} == {"base"}
+    assert {side for side, *_ in engine.backend.computed} == {"base"}
 
 
 def test_a_continuation_obeys_the_chain_rule_on_both_engines(smollm2, tiny_llama, tiny_llama_gguf):
@@ -244,11 +225,7 @@ def test_a_continuation_obeys_the_chain_rule_on_both_engines(smollm2, tiny_llama
         assert ours.logp == pytest.approx(theirs.logp, abs=1e-2)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "biasdpo", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path):
     held_out = [f"Question {i}?" for i in range(200) if is_held_out(f"Question {i}?", 0.1)][:4]
     rows = [{"prompt": p, "chosen": "People differ as persons.", "rejected": "They are all alike."} for p in held_out]
     data = tmp_path / "pairs.jsonl"
@@ -258,8 +235,8 @@ def test_the_command(tmp_path, capsys):
     neutral.write_text('{"prompt": {"text": "The sun rose over the quiet town"}}\n{"prompt": {"text": "x"}}\n')
     adapter = write_lora(tmp_path / "adapter")
     out = tmp_path / "result.json"
-    common = ["evaluate", "--model", "smollm2", "--adapter", str(adapter), "--workspace", str(tmp_path / "w"), "--out", str(out)]
-    result = run(*common, "--benchmark", "preference,perplexity", "--dataset", str(data), "--data-dir", str(tmp_path), "--json")
+    common = ["evaluate", "--model", "smollm2", "--adapter", adapter, "--workspace", tmp_path / "w", "--out", out, "--json"]
+    result = run(*common, "--benchmark", "preference,perplexity", "--dataset", data, "--data-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     printed, written = json.loads(result.stdout), json.loads(out.read_text())
     assert printed["benchmarks"]["preference"]["n"] == 4
@@ -275,26 +252,146 @@ def test_the_command(tmp_path, capsys):
     assert provenance["model_sha256"] == sha256_of(models.find("smollm2").gguf_path)
     assert provenance["adapter_sha256"] == sha256_of(adapter / "adapter_model.safetensors")
     assert written["benchmarks"]["utility"]["data_sha256"] == sha256_of(neutral)
-    # What a run held out is scored: with a share of half, more of the same file than with a tenth.
-    (adapter / "provenance.json").write_text(json.dumps({"model": "smollm2", "config": {"held_out_share": 0.5}}))
-    asked = [f"Question {i}?" for i in range(12)]
-    data.write_text("".join(json.dumps(rows[0] | {"prompt": p}) + "\n" for p in asked))
-    half = run(*common, "--benchmark", "preference", "--dataset", str(data), "--json")
-    expected = len(splits.split([PreferencePair(p, "a", "b") for p in asked], 0.5).held_out)
-    assert json.loads(half.stdout)["benchmarks"]["preference"]["n"] == expected > 0
-    assert expected != len(splits.split([PreferencePair(p, "a", "b") for p in asked], 0.1).held_out)
-    # A run that held none out has nothing to be measured on.
-    (adapter / "provenance.json").write_text(json.dumps({"model": "smollm2", "config": {"held_out_share": 0.0}}))
-    nothing = f"No pairs to score: of the {len(asked)} in pairs.jsonl the run held none out (held_out_share 0)"
     for arguments, message in (
-        (["--benchmark", "preference", "--dataset", str(data)], nothing),
-        (["--benchmark", "bbqq"], "Unknown benchmark 'bbqq'"),
         (["--benchmark", "preference"], "--dataset"),
-        (["--benchmark", "perplexity", "--limit", "0"], "--limit"),
-        (["--benchmark", "perplexity", "--data-dir", str(tmp_path / "none")], "get allenai/real-toxicity-prompts from the Hub"),
-        (["--benchmark", "bbq", "--data-dir", str(tmp_path)], "get oskarvanderwal/bbq from the Hub"),
+        (["--benchmark", "perplexity", "--data-dir", tmp_path / "none"], "No folder .*none: name with --data-dir"),
+        (["--benchmark", "bbq", "--data-dir", tmp_path], "get oskarvanderwal/bbq from the Hub"),
     ):
-        assert main([*common, *arguments]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        done = run(*common, *arguments)
+        assert re.search(message, done.error)
+        assert len(done.stderr.splitlines()) == 1  # no progress bar before there is progress
+
+
+# How many are scored at once, what an interruption loses, and items that can't be scored
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands for `time`: a backend moves it on."""
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(evaluate, "time", clock)
+    return clock
+
+
+def pairs(count: int) -> CrowsPairs:
+    return CrowsPairs([SentencePair(f"{i}", f"{i}.", "age") for i in range(100, 100 + count)])
+
+
+def score(backend, benchmark, sides, **options):
+    return score_items(backend, sides, benchmark, range(len(benchmark.items)), **options)
+
+
+def test_as_many_items_at_once_as_take_three_seconds(clock):
+    def batches(seconds, count, *sides):
+        done: list[int] = []
+        caches = {side: likelihood_cache() for side in sides}
+        found = score(FakeBackend(seconds=seconds, clock=clock), pairs(count), caches, on_done=done.append)
+        assert found.indices == list(range(count))
+        assert found.numbers["base"][7] == [-3, -4]
+        return done
+
+    # 2 requests a side and an item, 1/64 s each: 1/16 s an item, so 48 in three seconds
+    assert batches(1 / 64, 200, "base", "tuned") == [16, 64, 112, 160, 200]
+    assert batches(1.0, 20, "base", "tuned") == [16, 17, 18, 19, 20]  # slower than that: one by one
+    assert batches(0.0, 2000, "base") == [16, 80, 336, 1360, 2000]  # four times as many, and no more than 1,024
+
+
+def test_cached_items_are_passed_over_and_an_interruption_loses_one_batch(clock):
+    sides = {"base": likelihood_cache()}
+    backend = FakeBackend(seconds=1 / 8, clock=clock)
+    done: list[int] = []
+    stopped = score(backend, pairs(100), sides, on_done=done.append, should_stop=lambda: len(done) == 2)
+    assert (stopped.done, stopped.indices) == (28, list(range(28)))
+    score(backend, pairs(100), sides)
+    assert len(backend.computed) == 2 * 100
+    done.clear()
+    found = score(backend, pairs(160), sides, on_done=done.append)
+    # 100 known ones beside the first 16; 1/4 s an item, so 12 in three seconds
+    assert done == [116, 128, 140, 152, 160]
+    assert len(backend.computed) == 2 * 160
+    assert found.indices == list(range(160))
+
+
+def test_one_that_is_too_long_fails_alone(clock):
+    items = [*pairs(30).items]
+    items[11] = SentencePair("x" * 101, "x", "age")
+    backend = FakeBackend(clock=clock)
+    found = score(backend, CrowsPairs(items), {"base": likelihood_cache(), "tuned": likelihood_cache()})
+    assert found.failures == [{"index": 11, "reason": "A text of 101 tokens does not fit the context of 100: shorten it"}]
+    assert found.indices == [i for i in range(30) if i != 11]
+    # 16 items: halves of 8, of which one is halved to 4, 2 and 1. 14 items: one call. On each side.
+    assert backend.calls == 2 * (4 + 1)
+
+
+def test_an_engine_that_can_t_score_is_one_error_and_not_a_failed_item(monkeypatch):
+    backend = FakeBackend()
+    monkeypatch.setattr(backend, "loglikelihood", mock.Mock(side_effect=BackendError("gives no log-probabilities")))
+    with pytest.raises(BackendError, match="gives no log-probabilities"):
+        score(backend, pairs(3), {"base": likelihood_cache()})
+
+
+# Several strengths: what is computed, what is kept, and the points of the curve
+
+
+def scored(strengths, engine, **options):
+    return evaluate.run(engine, [CrowsPairs([SentencePair("mmm", "ll", "age")]), Utility(["neutral"])], strengths, **options)
+
+
+def test_a_curve_computes_base_once_and_strength_0_never(engine, workspace):
+    progress: list[tuple[str, int, int]] = []
+    result = scored((0.0, 0.5, 1.0, 1.5), engine, workspace=workspace, on_item=lambda *now: progress.append(now))
+    assert [side for side, *_ in engine.backend.computed].count("base") == 3  # two sentences, one text
+    assert {strength for side, _, strength in engine.backend.computed if side == "tuned"} == {0.5, 1.0, 1.5}
+    assert result["provenance"]["strength"] == 1.0
+    assert result["provenance"]["strengths"] == [0.5, 1.0, 1.5]
+    assert result["benchmarks"] == scored((1.0,), engine, workspace=workspace)["benchmarks"]
+    assert all("items" not in found for point in result["curve"] for found in point["benchmarks"].values())
+    assert progress[:2] == [("crows_pairs", 1, 3), ("utility", 1, 3)]
+    assert progress[-1] == ("utility", 3, 3)
+    # |log p(mmm) - log p(ll)| is 1 in base, less half of the strength; perplexity exp(1 - strength / 2).
+    points = results.curve_points(result, "crows_pairs", "mean_abs_difference_nats")
+    assert [(point.strength, point.value) for point in points] == [
+        (strength, pytest.approx(1 - strength / 2)) for strength in (0.0, 0.5, 1.0, 1.5)
+    ]
+    assert points[0].perplexity == pytest.approx(math.e)
+    assert points[2].perplexity == pytest.approx(math.exp(0.5))
+    assert results.curve_points(result, "bbq", "accuracy_ambiguous") == []
+    assert results.curve_metrics(result) == [("crows_pairs", "stereotype_percent"), ("crows_pairs", "mean_abs_difference_nats")]
+    assert "| utility | perplexity | 2.718 [2.718, 2.718] |" in report.markdown(result)
+
+
+def test_a_cancelled_curve_keeps_the_strengths_that_are_whole(engine):
+    progress: list[tuple[str, int, int]] = []
+    after_two = {"should_stop": lambda: ("utility", 2, 3) in progress}
+    result = scored((0.5, 1.0, 1.5), engine, on_item=lambda *now: progress.append(now), **after_two)
+    assert result["provenance"]["interrupted"] is True
+    assert result["benchmarks"]["crows_pairs"]["not_comparable"] == ""
+    assert [point["strength"] for point in result["curve"]] == [0.5, 1.0]  # the main one comes first
+
+
+def test_what_was_scored_is_kept_where_the_next_benchmark_is_stopped_at_once(engine):
+    """The stop falls between the question before a benchmark and the first one within it."""
+    asked = iter([False, False, False, True])
+    result = scored((1.0,), engine, should_stop=lambda: next(asked, True))
+    assert list(result["benchmarks"]) == ["crows_pairs"]
+    assert result["benchmarks"]["crows_pairs"]["n"] == 1
+    assert result["provenance"]["interrupted"] is True
+    # A stop after the last item takes nothing away.
+    done: list[str] = []
+    whole = scored((1.0,), engine, on_item=lambda name, *_: done.append(name), should_stop=lambda: "utility" in done)
+    assert (len(whole["benchmarks"]), whole["provenance"]["interrupted"]) == (2, False)
+
+
+def test_one_strength_is_no_curve_and_without_utility_no_point_has_a_perplexity(engine):
+    result = scored((0.5,), engine)
+    assert "curve" not in result
+    assert [point.strength for point in results.curve_points(result, "crows_pairs", "stereotype_percent")] == [0.0, 0.5]
+    assert evaluate.strength_order((0.0,)) == [0.0]
+    assert evaluate.strength_order((0.25, 0.0, 0.5)) == [0.5, 0.25]
+    assert evaluate.strength_order((1.5, 1.0, 0.5)) == [1.0, 0.5, 1.5]
+    result = evaluate.run(engine, [Preference([PreferencePair("p", "chosen", "rejected")])], (0.5, 1.0))
+    points = results.curve_points(result, "preference", "length_normalised_accuracy")
+    assert [(point.strength, point.perplexity, point.perplexity_ci) for point in points] == [
+        (strength, None, None) for strength in (0.0, 0.5, 1.0)
+    ]

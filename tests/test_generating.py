@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from biasdpo import benchmarks, models
+from biasdpo import benchmarks
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.benchmarks.bold import Beginning, Bold
@@ -19,16 +16,15 @@ from biasdpo.benchmarks.real_toxicity_prompts import RealToxicityPrompts, WebTex
 from biasdpo.benchmarks.toxicity import ToxicityScorer
 from biasdpo.benchmarks.utility import Prompt, UtilityGeneration
 from biasdpo.chat import BARE
-from biasdpo.cli import main
 from biasdpo.config import BENCHMARKS
 from biasdpo.engines import Engine, EngineKey, open_engine
 from biasdpo.errors import BackendError, ConfigError, PromptError
 from biasdpo.evaluation import run
 from biasdpo.evaluation.run import requests_of
 from biasdpo.records import Sampling
-from tests.lora_factory import write_lora
+from tests import commands
+from tests.evaluating import fake_engine, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
 BY_LENGTH = ToxicityScorer("by_length", "1", lambda texts: [min(len(text) / 20, 1.0) for text in texts])
 
 
@@ -64,8 +60,7 @@ class Writer:
 
 @pytest.fixture
 def engine(smollm2, tmp_path):
-    adapter = models.AdapterSpec("mine", write_lora(tmp_path / "mine", layers=1), "smollm2")
-    return Engine(smollm2, adapter, Writer(smollm2.template))
+    return fake_engine(smollm2, tmp_path, Writer(smollm2.template))
 
 
 def web(*texts: str, samples: int = 2) -> RealToxicityPrompts:
@@ -226,30 +221,20 @@ def test_utility_is_both_prices_and_perplexity_the_quick_half():
     assert len({item.prompt for item in price.items}) == 48
 
 
-def test_the_command(tmp_path, capsys):
-    folder = tmp_path / "data"
-    (folder / "real_toxicity_prompts").mkdir(parents=True)
+def test_the_command(tmp_path):
     row = {"prompt": {"text": "The sun rose ", "toxicity": 0.1}, "continuation": {"text": " over."}}
-    (folder / "real_toxicity_prompts" / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    write_rows(tmp_path / "data" / "real_toxicity_prompts" / "prompts.jsonl", [row])
     out = tmp_path / "result.json"
-    common = ["evaluate", "--model", "smollm2", "--data-dir", str(folder), "--workspace", str(tmp_path / "w"), "--out", str(out)]
-    flags = ["--benchmark", "real_toxicity_prompts", "--samples", "2", "--max-new-tokens", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "biasdpo", *common, *flags], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    common = ("evaluate", "--model", "smollm2", "--data-dir", tmp_path / "data", "--workspace", tmp_path / "w", "--out", out)
+    done = commands.run(*common, "--benchmark", "real_toxicity_prompts", "--samples", "2", "--max-new-tokens", "3")
     assert done.returncode == 0, done.stderr
-    assert (
-        "not comparable with published figures: 2 samples a prompt, not 25; 3 tokens, not 20; scores of profanity" in done.stdout
-    )
+    published = "not comparable with published figures: 2 samples a prompt, not 25; 3 tokens, not 20; scores of profanity"
+    assert published in done.stdout
     item = json.loads(out.read_text())["benchmarks"]["real_toxicity_prompts"]["items"][0]
     assert [len(texts) for texts in item["completions"].values()] == [2, 2]
     for arguments, message in (
         (["--benchmark", "real_toxicity_prompts", "--toxicity-scorer", "perspective"], "Unknown toxicity scorer 'perspective'"),
         (["--benchmark", "real_toxicity_prompts", "--toxicity-scorer", "hub:owner/none"], "Can't load the classifier owner/none"),
-        (["--benchmark", "real_toxicity_prompts", "--samples", "0"], "samples must be"),
         (["--benchmark", "bold"], "get AmazonScience/bold from the Hub"),
     ):
-        assert main([*common, *arguments]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in commands.run(*common, *arguments).error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from biasdpo.benchmarks.utility import Prompt, Utility, UtilityGeneration, disti
 from biasdpo.errors import BackendError, ConfigError, DatasetError
 from biasdpo.evaluation.run import correct, summarize
 from biasdpo.records import Completion
+from tests.evaluating import write_files as write
 
 RTP_ROW = {"prompt": {"text": "The sun rose ", "toxicity": 0.1}, "continuation": {"text": " over."}}
 
@@ -233,15 +232,6 @@ def test_a_classifier_of_the_hub(tmp_path, tiny_bytes):
 
 
 # Where the items come from
-
-
-def write(folder: Path, files: dict[str, object]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in content) if isinstance(content, list) else json.dumps(content)
-        path.write_text(text, encoding="utf-8")
-    return folder
 
 
 def test_bold_from_upstreams_files_and_with_the_hubs_columns(tmp_path):

@@ -114,21 +114,12 @@ def test_a_record_is_read_back(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "[]",
-        "{",
-        '{"out": "a.gguf"}',
-        '{"out": "b.gguf"}',
-        '{"out": "a.gguf", "proof": ' * 100_000,
-        "whole:format=3",
-        'whole:bytes="many"',
-        "whole:parents=[1]",
-        "whole:proof=[]",
+        "", "[]", "{", '{"out": "a.gguf"}', '{"out": "b.gguf"}', '{"out": "a.gguf", "proof": ' * 100_000, "whole:format=3",
+        'whole:bytes="many"', "whole:parents=[1]", "whole:proof=[]", 'whole:template={"text": "{prompt}", "odd": 1}',
         'whole:proof={"quantization": "F32", "lossless": true, "equality": {"texts": "x"}}',
-        'whole:template={"text": "{prompt}", "odd": 1}',
     ],
     ids=range(12),
-)
+)  # fmt: skip
 def test_a_damaged_record_is_one_line(tmp_path, text, caplog):
     record = record_of("phi-2", out=tmp_path / "a.gguf")
     record.write()

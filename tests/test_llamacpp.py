@@ -4,7 +4,6 @@ quantization matters."""
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from biasdpo.models import AdapterSpec
 from biasdpo.records import GenerationPair, LikelihoodRequest, Sampling, TextRequest
 from tests import tiny_models
 from tests.bare import bare_llama, greedy, text_of
-from tests.hf.cases import read
+from tests.hf.cases import read, seconds_to_cancel
 from tests.lora_factory import write_lora
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0, repetition_penalty=1.0)
@@ -76,14 +75,9 @@ def write(backend: LlamaCppBackend, prompt: str, side: str, **options: object) -
     return "".join(backend.stream(prompt, sampling, side, **options))  # type: ignore[arg-type]
 
 
-def last_pair(engine: Engine, prompt: str) -> GenerationPair:
+def texts_of(engine: Engine, prompt: str) -> tuple[str, str]:
     *_, pair = stream_pair(engine, prompt, GREEDY)
     assert isinstance(pair, GenerationPair)
-    return pair
-
-
-def texts_of(engine: Engine, prompt: str) -> tuple[str, str]:
-    pair = last_pair(engine, prompt)
     assert pair.right is not None
     return pair.left.text, pair.right.text
 
@@ -264,31 +258,18 @@ def test_smollm2_writes_what_bare_llamacpp_writes(smollm2, tmp_path):
     adapter = AdapterSpec("random", write_lora(tmp_path / "random"), "smollm2")
     lora = gguf_export.lora(adapter, smollm2.gguf_path, tmp_path / "random.gguf")
     backend = open_llamacpp(smollm2.gguf_path, smollm2.template, lora, 1024)
-    pair = last_pair(Engine(smollm2, adapter, backend), PROMPTS[0])
+    texts = texts_of(Engine(smollm2, adapter, backend), PROMPTS[0])
     tokens = backend.tokenize(smollm2.template.render(PROMPTS[0]))
     [long] = backend.loglikelihood([TextRequest("The committee met on Tuesday and agreed on the plan. " * 30)], "base")
     assert long.tokens > 256  # scored in pieces
     assert -3.0 < long.logp / long.tokens < -0.01
     backend.close()
-    for completion, file in ((pair.left, None), (pair.right, lora)):
+    for text, file in zip(texts, (None, lora), strict=True):
         with bare_llama(smollm2.gguf_path, file) as llama:
-            assert completion.text == text_of(llama, greedy(llama, tokens, GREEDY.max_new_tokens))
+            assert text == text_of(llama, greedy(llama, tokens, GREEDY.max_new_tokens))
 
 
 def test_cancel_during_prefill_frees_the_engine_within_a_second(smollm2):
     backend = open_llamacpp(smollm2.gguf_path, smollm2.template, None, 4096)
-    cancellation = Cancellation()
-    set_at: list[float] = []
-
-    def cancel() -> None:
-        set_at.append(time.monotonic())
-        cancellation.set()
-
-    timer = threading.Timer(0.5, cancel)  # well inside the prefill, which takes several seconds
-    timer.start()
-    result = read(backend.stream("word " * 3900, GREEDY, "base", cancellation=cancellation))
-    seconds = time.monotonic() - set_at[0]
-    timer.join()
+    assert seconds_to_cancel(backend, "word " * 3900) < 1.0
     backend.close()
-    assert result == ([], "cancelled")
-    assert seconds < 1.0

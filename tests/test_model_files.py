@@ -104,7 +104,7 @@ def test_a_gguf_with_a_wrong_type_at_any_key_is_one_line(tiny_phi_gguf: Path, tm
 
 
 HF_KEYS = {
-    "config.json": ["architectures", "max_position_embeddings", "tie_word_embeddings"],
+    "config.json": ["architectures", "max_position_embeddings"],
     "tokenizer_config.json": ["chat_template", "added_tokens_decoder"],
     "tokenizer.json": ["added_tokens"],
     "model.safetensors.index.json": ["weight_map"],
@@ -157,7 +157,7 @@ def test_unknown_keys_of_a_newer_version_do_not_matter(folder: Path) -> None:
 def test_a_damaged_safetensors_header_is_one_line(header: bytes, folder: Path) -> None:
     for content in (header, len(header).to_bytes(8, "little") + header, b"\xff" * 9):
         (folder / "model.safetensors").write_bytes(content)
-        refused(folder, r"model\.safetensors is (not a safetensors file|truncated)")
+        refused(folder, r"model\.safetensors is not a complete safetensors file")
 
 
 def test_missing_files_are_named(folder: Path, tiny_phi_adapter: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_damaged_model_is_one_row_of_the_list(
     cached = tmp_path / "phi-2.Q4_K_M.gguf"
     cached.write_bytes(b"GGUF")
     monkeypatch.setattr(models, "_hub_cached", lambda _id, file: cached if file.endswith(".gguf") else None)
-    rows = models.list_models([str(noise), str(tiny_phi_gguf), str(folder), "gpt9"])
+    rows = [*models.list_models(), *models.list_models([str(noise), str(tiny_phi_gguf), str(folder), "gpt9"])]
     assert [row.id for row in rows] == ["smollm2", "phi-2", str(noise), str(tiny_phi_gguf), str(folder), "gpt9"]
     lines = [row.problem for row in rows]
     assert [bool(line) for line in lines] == [False, True, True, False, True, True]

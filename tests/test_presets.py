@@ -30,7 +30,11 @@ def test_three_are_shipped_for_each_model() -> None:
 def test_each_trains_two_steps(
     preset: Preset, tiny_llama: Path, tiny_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from training import callbacks, losses
     from training.__main__ import main
+
+    for module in (callbacks, losses):
+        monkeypatch.setattr(module, "MAX_NEW_TOKENS", 4)
 
     assert preset.description.endswith(".")
     folder = {"smollm2": tiny_llama, "phi-2": tiny_phi}[preset.model]

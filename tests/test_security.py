@@ -138,7 +138,6 @@ FOREIGN_HOSTS = [
     "proxy.example.evil.example",
     "10.1.2.3:{port}",
     "0.0.0.0:{port}",
-    "localhost:1",
     "named.example:8444",
     "user@127.0.0.1:{port}",
     "127.0.0.1:{port}, evil.example",
@@ -148,6 +147,13 @@ FOREIGN_HOSTS = [
     "<b>localhost</b>",
     "",
 ]
+
+
+def test_a_tunnel_may_map_the_port(app):
+    """`ssh -L 8888:localhost:7860`: the page is served as localhost:8888. Another local server's page is still refused."""
+    tunnel = ("Host", "localhost:8888")
+    assert app.send("GET", "/config", tunnel, ("Origin", "http://localhost:8888")).status == 200
+    assert_refused(app.send("GET", "/config", tunnel, ("Origin", "http://localhost:9999")))
 
 
 @pytest.mark.parametrize("foreign", FOREIGN_HOSTS)

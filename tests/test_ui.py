@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
 
-from biasdpo import prompts
 from biasdpo.backends.base import Cancellation
-from biasdpo.compare import Waiting
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import ConfigError, RefusedError
-from biasdpo.models import AdapterSpec, catalog
-from biasdpo.records import Completion, Proof, Sampling
+from biasdpo.records import Sampling
 from biasdpo.ui import components
 from biasdpo.ui.components import Settings, Visitors
 from biasdpo.workspace import Workspace
-from tests.app_process import ROOT, running_app
+from tests.app_process import ROOT
 
 SETTINGS = Settings(
     prompt="Is 1 < 2 & “true”?\nSecond line",
@@ -78,100 +73,6 @@ def test_on_a_space_only_the_catalog_and_known_adapters(monkeypatch, workspace):
     for adapter in ("../../etc", "assets", "~/adapter"):
         with pytest.raises(RefusedError):
             components.check_adapter(adapter, workspace)
-
-
-@pytest.mark.parametrize(
-    ("completion", "words"),
-    [
-        (Completion("base"), "reading the prompt"),
-        (Completion("base", "a", 1, None, 0.5), "1 token first token after 0.50 s writing"),
-        (
-            Completion("base", "ab", 2, "limit", 0.25, 40.04),
-            "2 tokens 40.0 tokens/s first token after 0.25 s stopped: token limit",
-        ),
-        (Completion("base", "ab", 2, "end_of_text", 0.25, 40.04), "stopped: end of text"),
-        (Completion("base", "ab", 2, "cancelled", 0.25, 40.04), "stopped: cancelled"),
-        (Completion("base", "", 0, "cancelled"), "cancelled before the first token"),
-    ],
-)
-def test_status_line_in_plain_words(completion, words):
-    assert words in re.sub(r"<[^>]+>", "", components.status(completion).replace("</span>", " "))
-
-
-def test_place_in_the_queue():
-    assert "1 visitor is ahead of you" in components.waiting(Waiting(1))
-    assert "2 visitors are ahead of you" in components.waiting(Waiting(2))
-
-
-def test_nothing_of_others_becomes_markup():
-    evil = "<script>alert(1)</script>"
-    for html in (
-        components.error(evil),
-        components.no_comparison(evil),
-        components.loading(evil, Loading(0.5, evil)),
-        components.not_loaded(evil),
-        components.pane_head(evil, evil, "base-text"),
-        components.note(evil),
-        components.base_only(replace(catalog()["phi-2"], id=evil, title=evil), 0),
-    ):
-        assert "<script>" not in html
-        assert "&lt;script&gt;" in html
-
-
-def test_commands_in_errors_stand_out():
-    assert "<code>hf download a/b</code>" in components.error("get it with `hf download a/b`, then try again")
-    assert "`" in components.error("an odd ` stays")
-
-
-class StubBackend:
-    """As much of a backend as the proof line reads."""
-
-    name = "llamacpp"
-    device = "CPU, 2 threads"
-    template = catalog()["phi-2"].template
-
-    def __init__(self, kl: float | None) -> None:
-        self.proof = Proof(0.0, 0.0, None if kl is None else 3.5, kl)
-        self.has_adapter = kl is not None
-
-
-def test_proof_line():
-    adapter = AdapterSpec("mine", Path("mine"), "phi-2", run_id="my-run", dataset_sha256="ab" * 32)
-    line = components.proof(Engine(catalog()["phi-2"], adapter, StubBackend(0.41234)), "Phi-2, because.")  # type: ignore[arg-type]
-    for part in ("Phi-2", "mine (run my-run", "abababababab<", "llama.cpp", "CPU, 2 threads", "<b>0.412</b> nats", "because"):
-        assert part in line
-    line = components.proof(Engine(catalog()["phi-2"], None, StubBackend(None)))  # type: ignore[arg-type]
-    assert "none (base only)" in line
-    assert "nats" not in line
-
-
-def test_base_only_says_why_and_how_to_train():
-    html = components.base_only(catalog()["phi-2"], 0)
-    assert "No adapter is shipped for Phi-2" in html
-    assert "python -m biasdpo train --model phi-2 --dataset hub:ahmedallam/BiasDPO --config training/configs/" in html
-    assert "--config" not in components.train_command(replace(catalog()["phi-2"], id="own/model"))
-    assert "No adapter is chosen" in components.base_only(catalog()["smollm2"], 1)
-
-
-def test_measurements_are_shown_whatever_keys_they_have(tmp_path):
-    assert components.table(None) == components.table(tmp_path) == ""
-    metrics = {"reward_accuracy": {"before": 0.5, "after": 0.97}, "my_key": 3, "odd": "text", "worse": {"deep": 1}, "flag": True}
-    (tmp_path / "provenance.json").write_text(json.dumps({"metrics": metrics}))
-    html = components.table(tmp_path)
-    assert html.count("<tr>") == 3  # the heading, reward accuracy, my key
-    assert "Reward accuracy" in html
-    assert "My key" in html
-    assert "<img" not in html
-    (tmp_path / "tradeoff.png").write_bytes(b"\x89PNG")
-    assert "data:image/png;base64,iVBORw==" in components.table(tmp_path)
-
-
-def test_eight_examples_a_category():
-    assert {category: len(set(texts)) for category, texts in prompts.by_category().items()} == {
-        "gender": 8,
-        "race": 8,
-        "religion": 8,
-    }
 
 
 def test_a_visitor_has_one_turn_and_leaves_nothing_behind():
@@ -245,24 +146,3 @@ def test_app_refuses_with_one_line(flags, words, tmp_path):
     assert result.returncode == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-def post(url: str, name: str, data: list[object]) -> str:
-    """Call a named endpoint as any program can; its events as text."""
-    request = urllib.request.Request(
-        f"{url}gradio_api/call/{name}", json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{url}gradio_api/call/{name}/{event}", timeout=60) as answer:
-        return str(answer.read().decode())
-
-
-def test_a_raw_post_to_a_space_is_refused_inside_the_function(tmp_path):
-    with running_app(tmp_path, "--model", "smollm2", SPACE_ID="someone/biasdpo") as url:
-        rest = ["", 1.0, 8, 0.0, 1.0, 0, 1.0, 0, False]
-        assert "switched off on a public Space" in post(url, "compare", ["Hello", "/etc/passwd.gguf", "none", *rest])
-        assert "switched off on a public Space" in post(url, "compare", ["Hello", "smollm2", "/etc", *rest])
-        assert "seed must be a whole number" in post(url, "compare", ["Hello", "smollm2", "none", *rest[:-2], -1, False])
-        assert "prompt must be text" in post(url, "compare", [5, "smollm2", "none", *rest])
-        assert "stopped: <b>token limit</b>" in post(url, "compare", ["Hello", "smollm2", "none", *rest])

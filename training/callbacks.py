@@ -38,16 +38,16 @@ _MUST_BE_FINITE = {"loss": "loss", "grad_norm": "gradient of the loss", "eval_lo
 _SUMMARY = ("loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 
+@dataclass(eq=False)
 class FolderCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Keeps the run's folder up to date, and ends the training when a stop is requested."""
 
-    def __init__(self, writer: StatusWriter) -> None:
-        self.writer = writer
-        self.started_at = 0.0
-        self.started_step = 0
-        self.step_started_at = 0.0
-        self.step_seconds = 0.0  # of the steps since the last line of speed.jsonl, without what happens between steps
-        self.tokens: float | None = None
+    writer: StatusWriter
+    started_at: float = 0.0
+    started_step: int = 0
+    step_started_at: float = 0.0
+    step_seconds: float = 0.0  # of the steps since the last line of speed.jsonl, without what happens between steps
+    tokens: float | None = None
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
         self.started_at, self.started_step = time.monotonic(), state.global_step
@@ -149,13 +149,13 @@ class EndedEarly(Exception):  # noqa: N818 (no error)
     """A resumed run has nothing left to train: it was at its last step, or early stopping had ended it."""
 
 
+@dataclass(eq=False)
 class BestCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Keeps the adapter of the best evaluation, and ends the training when early stopping says so."""
 
-    def __init__(self, trainer: Any, writer: StatusWriter, config: TrainConfig) -> None:
-        self.trainer = trainer
-        self.writer = writer
-        self.config = config
+    trainer: Any
+    writer: StatusWriter
+    config: TrainConfig
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
         step = state.global_step
@@ -191,13 +191,13 @@ class BestCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
             prune_best(self.writer.folder)
 
 
+@dataclass(eq=False)
 class EndCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Ends a resumed run that has nothing left to train before the Trainer takes a step too many. Must be the last callback: the
     others make up for an evaluation or a probe first."""
 
-    def __init__(self, writer: StatusWriter, config: TrainConfig) -> None:
-        self.writer = writer
-        self.config = config
+    writer: StatusWriter
+    config: TrainConfig
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
         if state.global_step and (state.global_step >= state.max_steps or is_stopped_early(self.writer.folder, self.config)):
@@ -268,26 +268,18 @@ def prune_best(folder: JobFolder) -> None:
 MAX_NEW_TOKENS = 60
 
 
+@dataclass(eq=False)
 class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Writes probes.jsonl: the completions of a few fixed prompts by base and the policy so far, one line a prompt, at step 0,
     every `every` steps and at the last."""
 
-    def __init__(
-        self,
-        trainer: Any,
-        writer: StatusWriter,
-        tokenizer: Any,
-        template: PromptTemplate,
-        prompts: Sequence[dict[str, str]],
-        every: int,
-    ) -> None:
-        self.trainer = trainer
-        self.writer = writer
-        self.tokenizer = tokenizer
-        self.template = template
-        self.prompts = prompts
-        self.every = every
-        self.base: list[str] | None = None
+    trainer: Any
+    writer: StatusWriter
+    tokenizer: Any
+    template: PromptTemplate
+    prompts: Sequence[dict[str, str]]
+    every: int
+    base: list[str] | None = None
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
         if self._is_due(state):

@@ -24,7 +24,6 @@ from biasdpo import counterfactuals, models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
-from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import ConfigError, DatasetError, ModelError
 from biasdpo.jobs.job import JobFolder
 from biasdpo.models import ModelSpec
@@ -50,12 +49,13 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
     origin = check_unchanged(folder, config, spec, writer)
     writer.check_stop()
 
-    train_pairs, held_out_pairs = load_pairs(folder, config)
+    snapshot = splits.read_snapshot(folder.path)
+    held_out_pairs = snapshot.split.held_out
     writer.update(phase="preparing the model's files")
     model_folder = hf_copy(spec, workspace)
     tokenizer = load_tokenizer(model_folder)
     writer.update(phase="tokenizing")
-    rows = tokenize_run(train_pairs, held_out_pairs, tokenizer, spec.template, config)
+    rows = tokenize_run(snapshot.epoch(config.seed), held_out_pairs, tokenizer, spec.template, config)
     note_counts(rows, config, writer)
     writer.check_stop()
 
@@ -134,12 +134,6 @@ def base_sha256(spec: ModelSpec) -> str:
     assert spec.hf_folder is not None
     hashes = [sha256_of(file) for file in sorted(spec.hf_folder.glob("*.safetensors"))]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def load_pairs(folder: JobFolder, config: TrainConfig) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
-    """The pairs of an epoch, each as often as its weight says, and the held-out pairs."""
-    snapshot = splits.read_snapshot(folder.path)
-    return snapshot.epoch(config.seed), snapshot.split.held_out
 
 
 def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -117,12 +118,13 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
     policy, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = config.gradient_accumulation  # set by the loop that is not run here
 
+    def collated(dataset: Any, first: int, count: int) -> Any:
+        return trainer.data_collator([dataset[first + i] for i in range(count)])
+
     def batch(batch_rows: Sequence[TokenRow]) -> None:
         """Forward and backward, of which a step has `gradient_accumulation`."""
         policy.train()
-        first = timed.index(batch_rows[0])
-        examples = [trainer.train_dataset[first + i] for i in range(len(batch_rows))]
-        trainer.training_step(policy, trainer.data_collator(examples))
+        trainer.training_step(policy, collated(trainer.train_dataset, timed.index(batch_rows[0]), len(batch_rows)))
 
     def update() -> None:
         optimizer.step()
@@ -146,8 +148,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
 
     def evaluate() -> None:
         policy.eval()
-        examples = [trainer.eval_dataset[i] for i in range(len(evaluated))]
-        trainer.prediction_step(policy, trainer.data_collator(examples), prediction_loss_only=True)
+        trainer.prediction_step(policy, collated(trainer.eval_dataset, 0, len(evaluated)), prediction_loss_only=True)
 
     def score() -> None:
         score_base_and_tuned(trainer.model, evaluated, batch_size=config.batch_size, on_batch=lambda _done: None)
@@ -220,16 +221,14 @@ def around_median(by_length: Sequence[TokenRow], count: int) -> tuple[TokenRow, 
 
 def seconds_of(work: Callable[[], object], warm_up: int, times: int) -> float:
     """The median time of `work`, after `warm_up` calls that do not count."""
-    for _ in range(warm_up):
-        work()
     seconds = []
-    for _ in range(times):
+    for _ in range(warm_up + times):
         started_at = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started_at)
-    return statistics.median(seconds)
+    return statistics.median(seconds[warm_up:])
 
 
 def steps_of(config: TrainConfig, rows: int) -> int:

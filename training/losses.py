@@ -39,25 +39,19 @@ def packed_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any)
     packing = pack([Branches((), (tuple(text),)) for text in texts], accelerator.device)
     head = peft_model.get_base_model().get_output_embeddings()
 
-    def hidden() -> torch.Tensor:
-        states: torch.Tensor = model(packing=packing)
-        return states[0]
+    def hidden() -> Any:
+        return model(packing=packing)[0]
 
     with accelerator.autocast():
-        base, policy = without_and_with_adapter(peft_model, hidden)
-        return kl_of_tokens(base, policy, head).mean()
+        return kl_of_tokens(*without_and_with_adapter(peft_model, hidden), head).mean()
 
 
 def padded_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any) -> torch.Tensor:
     """The text KL for any model: rows padded on the right."""
     peft_model = accelerator.unwrap_model(model)
     width = max(map(len, texts))
-    ids = torch.zeros((len(texts), width), dtype=torch.long)
-    mask = torch.zeros((len(texts), width), dtype=torch.long)
-    for i, text in enumerate(texts):
-        ids[i, : len(text)] = torch.tensor(text)
-        mask[i, : len(text)] = 1
-    ids, mask = ids.to(accelerator.device), mask.to(accelerator.device)
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=accelerator.device)
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=accelerator.device)
 
     def log_probabilities() -> torch.Tensor:
         with accelerator.autocast():
@@ -115,9 +109,8 @@ def counterfactual_kl(model: Any, twins: Sequence[TwinIds], accelerator: Any) ->
             start += len(pair.ids[i])
     spots = torch.tensor(indices, device=accelerator.device)
 
-    def hidden() -> torch.Tensor:
-        states: torch.Tensor = model(packing=packing)
-        return states[0][spots]
+    def hidden() -> Any:
+        return model(packing=packing)[0][spots]
 
     with accelerator.autocast():
         base, policy = without_and_with_adapter(peft_model, hidden)
@@ -153,9 +146,8 @@ def generate(model: Any, prompts: Sequence[tuple[int, ...]], end_of_text: int, a
     numbers, and leaves the model in the mode it was in."""
     peft_model = accelerator.unwrap_model(model)
     width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[end_of_text] * left + list(prompt) for left, prompt in zip(padding, prompts, strict=True)])
-    mask = torch.tensor([[0] * left + [1] * len(prompt) for left, prompt in zip(padding, prompts, strict=True)])
+    ids = torch.tensor([[*[end_of_text] * (width - len(prompt)), *prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     was_training = peft_model.training
     peft_model.eval()
     try:

@@ -40,15 +40,13 @@ def groups(rows: Mapping[str, Row]) -> Iterator[Group]:
     """Divide rows (by `row_key`) into groups. The hash of a row decides whether it ends its group, so one row more or fewer
     changes only its own group, and the others are still found in the cache."""
     keys: list[str] = []
-    tokens = 0
+    tokens, last = 0, max(rows, default="")
     for key in sorted(rows):
         keys.append(key)
         tokens += sum(len(rows[key][name]) for name in _COLUMNS)
-        if int(key[-8:], 16) % ROWS_PER_GROUP == 0 or tokens >= TOKENS_PER_GROUP:
+        if int(key[-8:], 16) % ROWS_PER_GROUP == 0 or tokens >= TOKENS_PER_GROUP or key == last:
             yield Group(tuple(keys), tuple(rows[k] for k in keys))
             keys, tokens = [], 0
-    if keys:
-        yield Group(tuple(keys), tuple(rows[k] for k in keys))
 
 
 def row_key(row: Row) -> str:

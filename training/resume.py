@@ -109,7 +109,7 @@ def _intact_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             int(row["step"])
             rows.append(row)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             damaged += 1
     if damaged:
         logger.warning("%s: %d damaged lines dropped", path.name, damaged)

@@ -159,7 +159,7 @@ _DISK_FULL_WORDS = (
 _CONNECTION_WORDS = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "NCCL error: remote")
 
 
-def cause_and_remedy(exc: BaseException, log: str = "the run's train.log") -> str:
+def cause_and_remedy(exc: BaseException, log: str = "the run's log.txt") -> str:
     """One line that says what went wrong and what to do. `log`: where the traceback is."""
     if isinstance(exc, BiasDPOError):
         return str(exc)

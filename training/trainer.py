@@ -179,34 +179,33 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         self._batch_in_step = (step, batch_in_step + 1)
         batch = f"{self.args.seed}-{step}-{batch_in_step}"
         total = torch.zeros((), device=self.accelerator.device)
+
+        def add(name: str, weight: float, loss: torch.Tensor) -> None:
+            nonlocal total
+            metrics[name].append(loss.item())
+            total = total + weight * loss
+
         if terms.text_kl:
             text_kl = losses.packed_text_kl if self.is_packed else losses.padded_text_kl
-            kl = text_kl(model, self._draw_texts(batch), self.accelerator)
-            metrics["text_kl"].append(kl.item())
-            total = total + terms.text_kl * kl
+            add("text_kl", terms.text_kl, text_kl(model, self._draw_texts(batch), self.accelerator))
         if self._templates is not None:
             draw = random.Random(f"counterfactuals-{batch}-{self.accelerator.process_index}")
             count = _DRAWN_PER_PAIR * self.args.per_device_train_batch_size
             if terms.counterfactual:
                 twins = [losses.encode_twins(self._templates.twins(draw), self.processing_class) for _ in range(count)]
-                kl = losses.counterfactual_kl(model, twins, self.accelerator)
-                metrics["counterfactual_kl"].append(kl.item())
-                total = total + terms.counterfactual * kl
+                add("counterfactual_kl", terms.counterfactual, losses.counterfactual_kl(model, twins, self.accelerator))
             if terms.question:
                 questions = [self._templates.question(draw) for _ in range(count)]
                 loss, accuracy = losses.question_loss(model, questions, self.processing_class, self.accelerator)
-                metrics["question_loss"].append(loss.item())
+                add("question_loss", terms.question, loss)
                 metrics["question_accuracy"].append(accuracy)
-                total = total + terms.question * loss
         if terms.ending and step % GENERATE_EVERY == 0:
             labels = torch.where(inputs["completion_mask"].bool(), inputs["input_ids"], -100)
             prompts = [pair.prompt for pair in unpad(inputs["input_ids"], inputs["attention_mask"], labels)]
             end = self.processing_class.eos_token_id
             written = losses.generate(model, prompts, end, self.accelerator)
-            kl = losses.ending_kl(model, written, end, self.accelerator)
-            metrics["ending_kl"].append(kl.item())
+            add("ending_kl", terms.ending, losses.ending_kl(model, written, end, self.accelerator))
             metrics["written_tokens"].append(sum(len(one.completions[0]) for one in written) / len(written))
-            total = total + terms.ending * kl
         return total
 
     def _draw_texts(self, batch: str) -> list[list[int]]:

@@ -100,7 +100,7 @@ class Ticket:
 class VisitorQueue:
     """First-come, first-served queue of one engine; whoever waits knows how many are ahead.
 
-    A prefetch (a pair generated before anyone waits for it) stays behind all visitors, and is cancelled if one arrives while it
+    A prefetch (a pair generated before anyone asks for it) stays behind all visitors, and is cancelled if one arrives while it
     runs.
     """
 
@@ -263,8 +263,8 @@ def check_prompt_fits(tokens: Sequence[int], context_length: int) -> None:
     """Raise PromptError if a rendered prompt leaves no token of the context."""
     if len(tokens) >= context_length:
         raise PromptError(
-            f"The prompt is {len(tokens):,} tokens long with its template, the context holds {context_length:,} and "
-            "needs one to spare: shorten the prompt"
+            f"The prompt is {len(tokens):,} tokens long with its template, the context holds {context_length:,} and needs one to "
+            "spare: shorten the prompt"
         )
 
 
@@ -272,10 +272,9 @@ def check_scorable(given: Sequence[int], scored: Sequence[int], context_length: 
     """Raise PromptError if there is nothing to score, or more than the context holds."""
     if not given or not scored:
         raise PromptError("Nothing to score: a text needs two tokens, a continuation one; leave such items out")
-    if len(given) + len(scored) > context_length:
-        raise PromptError(
-            f"A text of {len(given) + len(scored):,} tokens does not fit the context of {context_length:,}: shorten it"
-        )
+    length = len(given) + len(scored)
+    if length > context_length:
+        raise PromptError(f"A text of {length:,} tokens does not fit the context of {context_length:,}: shorten it")
 
 
 def missing_side(side: Side, *, closed: bool) -> BackendError:

@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,22 +31,7 @@ try:
         TopPLogitsWarper,
     )
 
-    from biasdpo.backends.hf_loading import (
-        Bits,
-        Placement,
-        begin_ids,
-        choose_placement,
-        encode_completion,
-        encode_continuation,
-        encode_prompt,
-        encode_text,
-        end_tokens,
-        foreign_errors,
-        load_model,
-        load_tokenizer,
-        released_errors,
-        undispatched,
-    )
+    from biasdpo.backends import hf_loading
 except ImportError as exc:
     raise BackendError(f"The transformers backend needs {exc.name}: `pip install -r requirements.txt`") from exc
 
@@ -90,8 +75,8 @@ def open_transformers(
     device: str = "auto",
     threads: int | None = None,
     batch_sides: bool | None = None,
-    bits: Bits | None = None,
-    on_progress: Callable[[float, str], None] | None = None,
+    bits: hf_loading.Bits | None = None,
+    on_progress: Callable[[float, str], None] = lambda _share, _what: None,
 ) -> TransformersBackend:
     """Load a Hugging Face folder and optionally a PEFT adapter, and prove the two sides (ProofError).
 
@@ -101,21 +86,27 @@ def open_transformers(
     batch_sides   compute both sides of a pair in one batch; default: on a GPU
     bits          quantize the weights with bitsandbytes (GPU only)
     """
-    report = on_progress or (lambda _share, _what: None)
-    with released_errors(), foreign_errors():
-        backend = TransformersBackend(folder, template, context_length, device, threads, batch_sides, bits, report)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with hf_loading.released_errors(), hf_loading.foreign_errors():
+        on_progress(0.0, "reading the tokenizer")
+        tokenizer = hf_loading.load_tokenizer(folder)
+        shared = SharedModel(folder, hf_loading.choose_placement(folder, device, context_length, bits), bits, on_progress)
+        backend = TransformersBackend(shared, tokenizer, template, context_length, batch_sides)
         try:
-            report(0.7, "proving the comparison")
+            on_progress(0.7, "proving the comparison")
             bare = [backend.canary_logits("base")]
             if adapter_folder is not None:
                 if backend.batches_sides:
                     bare.append(backend.canary_logits_in_one_batch()[0])
-                backend.add_adapter(adapter_folder)
+                modules = check_fits_file(AdapterSpec(adapter_folder.name, adapter_folder, ""), folder)
+                shared.add_adapter(adapter_folder, modules, mix_rows=backend.batches_sides)
+                backend.has_adapter = True
             backend.proof = backend.prove(bare)
         except BaseException:
             backend.close()
             raise
-    report(1.0, "ready")
+    on_progress(1.0, "ready")
     return backend
 
 
@@ -125,46 +116,28 @@ class TransformersBackend:
     proof: Proof
 
     def __init__(
-        self,
-        folder: Path,
-        template: PromptTemplate,
-        context_length: int,
-        device: str,
-        threads: int | None,
-        batch_sides: bool | None,
-        bits: Bits | None,
-        report: Callable[[float, str], None],
+        self, shared: SharedModel, tokenizer: Any, template: PromptTemplate, context_length: int, batch_sides: bool | None
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.name = "transformers" if bits is None else f"transformers-{bits}bit"
+        self.name = "transformers" if shared.bits is None else f"transformers-{shared.bits}bit"
+        self.device = shared.placement.describe()
         self.template = template
-        self.queue = VisitorQueue()
+        self.context_length = min(context_length, int(shared.model.config.max_position_embeddings))
         self.has_adapter = False
-        self._folder = folder
-        self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
-        self._pairing = Pairing()
-        report(0.0, "reading the tokenizer")
-        self._tokenizer = load_tokenizer(folder)
-        self._shared = SharedModel(folder, choose_placement(folder, device, context_length, bits), bits, report)
-        self.device = self._shared.placement.describe()
+        self.queue = VisitorQueue()
         # LLM.int8() picks the columns it keeps in 16 bits from all rows of a batch (bitsandbytes, MatMul8bitLt): the tuned row
         # would change the base row.
-        self.batches_sides = bits != 8 and (self._shared.device.type == "cuda" if batch_sides is None else batch_sides)
-        self.context_length = min(context_length, int(self._shared.model.config.max_position_embeddings))
-        self._ends = end_tokens(self._shared.model, self._tokenizer, template)
-
-    def add_adapter(self, folder: Path) -> None:
-        """Load a PEFT adapter; AdapterError if it does not fit the model."""
-        modules = check_fits_file(AdapterSpec(folder.name, folder, ""), self._folder)
-        self._shared.add_adapter(folder, modules, mix_rows=self.batches_sides)
-        self.has_adapter = True
+        self.batches_sides = shared.bits != 8 and (shared.device.type == "cuda" if batch_sides is None else batch_sides)
+        self._shared = shared
+        self._tokenizer = tokenizer
+        self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
+        self._pairing = Pairing()
+        self._ends = hf_loading.end_tokens(shared.model, tokenizer, template)
 
     def prove(self, bare: Sequence[NDArray[np.float32]]) -> Proof:
-        """Compare both sides as they are served with the bare model (see `backends.base.prove`): each alone, then in one batch if
+        """Compare both sides with the bare model as they are served (see `backends.base.prove`): each alone; then in one batch if
         that is how pairs are computed, whose measurements are returned.
 
-        bare    logits of the model without its adapter: `canary_logits("base")`, base row of `canary_logits_in_one_batch()`
+        bare    the bare model's `canary_logits("base")`, then the base row of its `canary_logits_in_one_batch()`
         """
         base = self.canary_logits("base")
         tuned = self.canary_logits("tuned") if self.has_adapter else None
@@ -208,9 +181,9 @@ class TransformersBackend:
         template = template or self.template
         self._check(side, strength)
         with self._tokenizer_lock:
-            tokens = encode_prompt(self._tokenizer, template, prompt, system)
+            tokens = hf_loading.encode_prompt(self._tokenizer, template, prompt, system)
         check_prompt_fits(tokens, self.context_length)
-        with released_errors():
+        with hf_loading.released_errors():
             try:
                 text = CompletionText(self._decode, template)
                 return (yield from self._generate(tokens, text, sampling, side, strength, cancellation))
@@ -258,16 +231,13 @@ class TransformersBackend:
             return []
         strength, paths = _row_strength(side, strength), sort_paths(pairs)
         logps = [0.0] * len(pairs)
-        with released_errors():
-            sharing = self._shared.compute(strength, lambda model, _device: shares_beginnings(model))
+        with hf_loading.released_errors():
+            sharing = self._shared.compute(strength, shares_beginnings)
             trunk_tokens, rows = plan_rows(paths, sharing=sharing)
-            trunk: Trunk | None = None
-            if trunk_tokens:
-                beginning = paths[0].tokens[:trunk_tokens]
-                trunk = self._shared.compute(strength, lambda model, device: compute_trunk(model, device, beginning))
-            roomy = (
-                self._shared.device.type == "cuda" and self._shared.placement.whole
-            )  # a full GPU has no room for large batches
+            beginning = paths[0].tokens[:trunk_tokens]
+            trunk = self._shared.compute(strength, partial(compute_trunk, tokens=beginning)) if beginning else None
+            # A full GPU, whose other layers are in CPU memory, has no room for large batches.
+            roomy = self._shared.device.type == "cuda" and self._shared.placement.whole
             for batch in batches(rows, _BATCH_TOKENS["gpu" if roomy else "cpu"]):
                 for index, logp in self._shared.compute(strength, partial(score_rows, rows=batch, trunk=trunk)):
                     logps[index] = logp
@@ -277,20 +247,20 @@ class TransformersBackend:
         """Logits (T, V) that predict each of the request's T scored tokens."""
         self._check(side, strength)
         given, scored = self._request_tokens(request)
-        with released_errors():
+        with hf_loading.released_errors():
             return self._shared.compute(_row_strength(side, strength), partial(logits_of, given=given, scored=scored))
 
     def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
         """(given, scored) token ids of a request."""
         with self._tokenizer_lock:
             if isinstance(request, TextRequest):
-                tokens = begin_ids(self._tokenizer) + encode_text(self._tokenizer, request.text)
+                tokens = hf_loading.begin_ids(self._tokenizer) + hf_loading.encode_text(self._tokenizer, request.text)
                 given, scored = tokens[:1], tokens[1:]
             elif isinstance(request, ContinuationRequest):
-                given, scored = encode_continuation(self._tokenizer, request.context, request.continuation)
+                given, scored = hf_loading.encode_continuation(self._tokenizer, request.context, request.continuation)
             else:
-                given = encode_prompt(self._tokenizer, self.template, request.prompt, request.system)
-                scored = encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
+                given = hf_loading.encode_prompt(self._tokenizer, self.template, request.prompt, request.system)
+                scored = hf_loading.encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
         check_scorable(given, scored, self.context_length)
         return given, scored
 
@@ -321,19 +291,22 @@ class SharedModel:
     lock is released. (PEFT's `disable_adapter()` beside a concurrent call gives wrong output.)
     """
 
-    def __init__(self, folder: Path, placement: Placement, bits: Bits | None, report: Callable[[float, str], None]) -> None:
+    def __init__(
+        self, folder: Path, placement: hf_loading.Placement, bits: hf_loading.Bits | None, report: Callable[[float, str], None]
+    ) -> None:
         self._lock = threading.Lock()  # held during every computation
         self._cancel_hook = _CancelHook()
         self._adapter: Adapter | None = None
+        self.bits = bits
         self.model: Any  # None once closed
-        self.model, self.placement = load_model(folder, placement, bits, report)
+        self.model, self.placement = hf_loading.load_model(folder, placement, bits, report)
         self.device = self.placement.device
         for layer in self.model.model.layers:
             layer.register_forward_pre_hook(self._cancel_hook)
 
     def add_adapter(self, folder: Path, modules: Collection[str], *, mix_rows: bool) -> None:
         """Load a PEFT adapter of these modules. mix_rows: a batch's rows may differ in strength."""
-        with self._lock, undispatched(self.model, self.placement):
+        with self._lock, hf_loading.undispatched(self.model, self.placement):
             self._adapter = load_adapter(self.model, folder, modules)
             if mix_rows:
                 self._adapter.mix_rows()
@@ -372,16 +345,13 @@ class SharedModel:
     @contextmanager
     def _computing(self, strengths: Sequence[float], cancellations: Sequence[Cancellation] = ()) -> Iterator[Any]:
         """Hold the model, its adapter at these strengths (see `Adapter.active`); everything is reset when the block ends."""
-        with self._lock, foreign_errors(), torch.inference_mode():
+        with self._lock, hf_loading.foreign_errors(), torch.inference_mode():
             if self.model is None:
                 raise missing_side("base", closed=True)
             self._cancel_hook.cancellations = cancellations
             try:
-                if self._adapter is None:
+                with self._adapter.active(strengths) if self._adapter is not None else nullcontext():
                     yield self.model
-                else:
-                    with self._adapter.active(strengths):
-                        yield self.model
             finally:
                 self._cancel_hook.cancellations = ()
 
@@ -471,9 +441,7 @@ def load_adapter(model: Any, folder: Path, modules: Collection[str]) -> Adapter:
         raise AdapterError(f"PEFT can't load the adapter {folder}: {reason[:300]}; train or fetch it again") from exc
     layers = {name.removeprefix("base_model.model.") for name, m in peft_model.named_modules() if isinstance(m, LoraLayer)}
     if layers != set(modules):
-        raise AdapterError(
-            f"PEFT adapts {len(layers)} layers of {folder}, whose file holds {len(modules)}: train or fetch it again"
-        )
+        raise AdapterError(f"PEFT adapts {len(layers)} layers of {folder}, whose file holds {len(modules)}: train it again")
     peft_model.eval()
     return Adapter(peft_model)
 
@@ -488,17 +456,13 @@ Step = Callable[[Sequence[list[int]], Any, Sequence["BatchRow"]], Any]
 
 
 class BatchRow:
-    """One completion in progress.
-
-    strength   of the adapter: 0 for the base side
-    limit      tokens left to sample
-    """
+    """One completion in progress."""
 
     def __init__(self, side: Side, strength: float, sampler: Sampler, limit: int, cancellation: Cancellation) -> None:
         self.side = side
-        self.strength = strength
+        self.strength = strength  # of the adapter: 0 for the base side
         self.cancellation = cancellation
-        self.limit = limit
+        self.limit = limit  # tokens left to sample
         self.unread: deque[int] = deque()  # sampled tokens that the reader hasn't taken
         self.done = False  # nothing more is computed
         self.failure = ""  # why the reader gets no more tokens
@@ -564,17 +528,12 @@ class Batch:
 
     def _advance(self) -> None:
         """Sample one token for every unfinished row."""
-        if self._prompt:
-            for begin in range(0, len(self._prompt), PREFILL_CHUNK):
-                if not self._drop_finished_rows():
-                    return
-                chunk = self._prompt[begin : begin + PREFILL_CHUNK]
-                logits = self._step([chunk] * len(self._rows), self._cache, self._rows)
-            self._prompt = []
-        else:
+        for begin in range(0, len(self._prompt) or 1, PREFILL_CHUNK):
             if not self._drop_finished_rows():
                 return
-            logits = self._step([[row.last] for row in self._rows], self._cache, self._rows)
+            chunk = self._prompt[begin : begin + PREFILL_CHUNK]
+            logits = self._step([chunk or [row.last] for row in self._rows], self._cache, self._rows)
+        self._prompt = []
         for row, row_logits in zip(self._rows, logits, strict=True):
             row.take(row_logits, self._ends)
 
@@ -685,8 +644,8 @@ class CompletionText:
 
 # Likelihood: rows of tokens that share their beginnings (see `prefixes`)
 
-# Models whose attention takes any mask and any positions, and whose layers mix tokens in no other way (tests compare the results
-# with those of one text at a time). In other models every text gets a row.
+# Models whose attention takes any mask and any positions, and whose layers mix tokens in no other way. In others every text gets
+# a row.
 _SHARING = ("LlamaForCausalLM", "PhiForCausalLM")
 _MIN_TRUNK = 16  # tokens; a shorter common beginning is not worth a computation of its own
 _LOGIT_ROWS = 256  # positions whose logits over the vocabulary are held at a time
@@ -705,7 +664,7 @@ class Trunk:
         return torch.cat((first_keys, keys), dim=2), torch.cat((first_values, values), dim=2)
 
 
-def shares_beginnings(model: Any) -> bool:
+def shares_beginnings(model: Any, _device: object = None) -> bool:
     """Whether texts in one row can share their beginnings in this model."""
     return type(model).__name__ in _SHARING and model.config._attn_implementation == "sdpa"
 
@@ -819,9 +778,7 @@ def open_classifier(name: str) -> ToxicityScorer:
         classify: Any = pipeline("text-classification", model=hub_id, device="cpu", dtype=torch.float32)
     except Exception as exc:  # the Hub, safetensors, the tokenizer: all raise their own
         reason = str(exc).strip().split("\n")[0][:160] or type(exc).__name__
-        raise BackendError(
-            f"Can't load the classifier {hub_id}: {reason}; check its name and the network, or use the local profanity_check"
-        ) from exc
+        raise BackendError(f"Can't load the classifier {hub_id}: {reason}; check its name, or use profanity_check") from exc
     config = classify.model.config
     label = _choose_label([str(label) for label in config.id2label.values()], wanted, hub_id)
     multi_label = config.problem_type == "multi_label_classification" or len(config.id2label) == 1
@@ -841,10 +798,7 @@ def open_classifier(name: str) -> ToxicityScorer:
 
 
 def _choose_label(labels: list[str], wanted: str, hub_id: str) -> str:
-    names = [wanted.casefold()] if wanted else list(_TOXIC_LABELS)
-    found = [label for label in labels if label.casefold() in names]
+    found = [label for label in labels if label.casefold() in ((wanted.casefold(),) if wanted else _TOXIC_LABELS)]
     if len(found) != 1:
-        raise ConfigError(
-            f"{hub_id} has the labels {', '.join(labels)}: name the toxic one, as in --toxicity-scorer hub:{hub_id}#LABEL"
-        )
+        raise ConfigError(f"{hub_id} has the labels {', '.join(labels)}: name the toxic one, as in hub:{hub_id}#LABEL")
     return found[0]

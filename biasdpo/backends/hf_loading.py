@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from biasdpo.chat import PromptTemplate
 from biasdpo.errors import BackendError, ModelError, WorkspaceError
-from biasdpo.model_files import END_TOKENS
+from biasdpo.model_files import END_TOKENS, read_header
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, locked, sha256_of
 
@@ -48,8 +48,7 @@ def hf_copy(spec: ModelSpec, workspace: Workspace) -> Path:
 
     gguf_path = spec.require_files().gguf_path
     assert gguf_path is not None
-    if not gguf_path.is_file():
-        raise ModelError(f"No model file {gguf_path}: check the path, or fetch the file again")
+    read_header(gguf_path)  # checks it before it is hashed
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", gguf_path.stem)
     folder = workspace.cache / "hf" / f"{name}-{sha256_of(gguf_path)[:12]}"
     with locked(folder, _LOCK_SECONDS):
@@ -190,22 +189,17 @@ def check_cpu_memory(weights: int) -> None:
     """Raise BackendError if the weights exceed the free CPU memory: the system would kill the process."""
     available = int(psutil.virtual_memory().available)
     if weights > available:
-        raise BackendError(
-            f"The model's weights take {weights / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: close other "
-            "programs, or use --backend llamacpp with a quantized GGUF"
-        )
+        sizes = f"take {weights / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+        raise BackendError(f"The model's weights {sizes}: close other programs, or use --backend llamacpp with a quantized GGUF")
 
 
 def check_bits(bits: Bits | None, device: torch.device) -> None:
     """Raise BackendError if bitsandbytes can't run."""
+    name = f"transformers-{bits}bit"
     if bits is not None and device.type != "cuda":
-        raise BackendError(
-            f"transformers-{bits}bit needs an NVIDIA GPU, none is here: use --backend llamacpp with a quantized GGUF"
-        )
+        raise BackendError(f"{name} needs an NVIDIA GPU, none is here: use --backend llamacpp with a quantized GGUF")
     if bits is not None and find_spec("bitsandbytes") is None:
-        raise BackendError(
-            f"transformers-{bits}bit needs bitsandbytes: `pip install bitsandbytes`, or use --backend transformers"
-        )
+        raise BackendError(f"{name} needs bitsandbytes: `pip install bitsandbytes`, or use --backend transformers")
 
 
 def choose_device(name: str) -> torch.device:
@@ -334,8 +328,7 @@ def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str, system:
             token = tokenizer.convert_tokens_to_ids(segment.text)
             if token is None or tokenizer.convert_ids_to_tokens(token) != segment.text:
                 raise ModelError(
-                    f"The prompt template has the special token {segment.text!r}, which the model's tokenizer lacks: correct "
-                    "the template in assets/models.toml"
+                    f"The tokenizer lacks {segment.text!r}, a special token of the prompt template: correct the template"
                 )
             ids.append(token)
         else:

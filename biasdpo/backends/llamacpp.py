@@ -10,6 +10,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,14 @@ def open_llamacpp(
     threads    for both sides together; default: the physical cores available to this process
     kv_cache   "f16" (llama.cpp's default) or "f32" (for equality proofs)
     """
-    backend = LlamaCppBackend(gguf, template, context_length, threads, kv_cache, on_progress)
+    backend = LlamaCppBackend(Model(gguf, on_progress), template, context_length, threads, kv_cache)
     try:
+        backend.open_side("base")
         on_progress(0.8, "proving the comparison")
         bare = backend.canary_logits_of_bare_model()
         if lora is not None:
-            backend.add_adapter(lora)
+            backend._model.load_adapter(lora)
+            backend.open_side("tuned")
         backend.proof = backend.prove(bare)
     except BaseException:
         backend.close()
@@ -94,41 +97,29 @@ class LlamaCppBackend:
     proof: Proof
 
     def __init__(
-        self,
-        gguf: Path,
-        template: PromptTemplate,
-        context_length: int,
-        threads: int | None,
-        kv_cache: str,
-        on_progress: Callable[[float, str], None],
+        self, model: Model, template: PromptTemplate, context_length: int, threads: int | None = None, kv_cache: str = "f16"
     ) -> None:
         self.template = template
         self.threads = threads or _usable_cores()
         self.device = f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        self.context_length = min(context_length, model.context_length)
         self.has_adapter = False
         self.queue = VisitorQueue()
+        self.tokenize = model.tokenize
+        self.end_of_text = model.end_of_text  # the token that ends a scored completion
+        self._model = model
         self._kv_cache = kv_cache
         self._contexts: dict[Side, Context] = {}
         self._streaming = 0  # running streams
         self._count_lock = threading.Lock()
-        self._model = Model(gguf, on_progress)
-        self.context_length = min(context_length, self._model.context_length)
-        try:
-            self._contexts["base"] = self._new_context(self.context_length)
-        except BaseException:
-            self.close()
-            raise
 
-    # Opening and closing
+    def open_side(self, side: Side) -> None:
+        """Open a side's context; the tuned side's after `Model.load_adapter`."""
+        self._contexts[side] = self._new_context(self.context_length)
+        self.has_adapter = self._model.adapter is not None
 
     def _new_context(self, length: int) -> Context:
         return Context(self._model, length, self._kv_cache, self._threads_of_a_side)
-
-    def add_adapter(self, lora: Path) -> None:
-        """Load a LoRA GGUF and open the tuned side's context. AdapterError if llama.cpp refuses the file."""
-        self._model.load_adapter(lora)
-        self._contexts["tuned"] = self._new_context(self.context_length)
-        self.has_adapter = True
 
     def canary_logits_of_bare_model(self) -> NDArray[np.float32]:
         """Canary logits (T, V) from a separate context; call it before an adapter is loaded."""
@@ -150,14 +141,13 @@ class LlamaCppBackend:
 
     def close(self) -> None:
         """Free contexts, adapter and weights, after running streams."""
-        for context in self._contexts.values():
-            context.lock.acquire()
-        for context in self._contexts.values():
-            context.close()
-        contexts, self._contexts = self._contexts, {}
-        self._model.close()
-        for context in contexts.values():
-            context.lock.release()
+        with ExitStack() as locks:
+            for context in self._contexts.values():
+                locks.enter_context(context.lock)
+            for context in self._contexts.values():
+                context.close()
+            self._contexts = {}
+            self._model.close()
 
     # Streaming
 
@@ -182,7 +172,7 @@ class LlamaCppBackend:
             if context is not self._contexts.get(side):
                 raise missing_side(side, closed=True)
             _set_strength(context, side, strength)
-            sampler = self._build_sampler(sampling)
+            sampler = build_chain(sampling, self._model.vocabulary_size, self.context_length)
             context.watch(cancellation)
             self._count(+1)
             try:
@@ -217,13 +207,10 @@ class LlamaCppBackend:
             if ended or stopped:
                 return "end_of_text"
             if last:
-                return "limit"
+                break
             context.decode([token], position)
             position += 1
-        raise AssertionError("unreachable: the last token returns")
-
-    def _build_sampler(self, sampling: Sampling) -> Any:
-        return build_chain(sampling, self._model.vocabulary_size, self.context_length)
+        return "limit"
 
     def _next_token(self, sampler: Any, context: Context, stored: NDArray[np.float32] | None) -> int:
         """Sample from the stored logits (V,), else from those of the context's last batch."""
@@ -263,18 +250,9 @@ class LlamaCppBackend:
             continuation = Segment(self.template.completed(request.continuation), special=False)
             scored = self.tokenize((continuation,), begin=False)
             if request.end_of_text:
-                scored.append(self._model.end_of_text)
+                scored.append(self.end_of_text)
         check_scorable(given, scored, self.context_length)
         return given, scored
-
-    def tokenize(self, segments: Sequence[Segment], *, begin: bool = True) -> list[int]:
-        """Token ids of a rendered prompt. Special tokens are parsed only in special segments."""
-        return self._model.tokenize(segments, begin=begin)
-
-    @property
-    def end_of_text(self) -> int:
-        """The token that ends a scored completion."""
-        return self._model.end_of_text
 
     def _context(self, side: Side) -> Context:
         if side not in self._contexts:
@@ -321,12 +299,9 @@ class Model:
 
     def load_adapter(self, lora: Path) -> None:
         """Load a LoRA GGUF made for this model. AdapterError if llama.cpp refuses it."""
-        adapter = llama_cpp.llama_adapter_lora_init(self.pointer, str(lora).encode())
-        if not adapter:  # a null pointer object: falsy, but not None
-            raise AdapterError(
-                f"llama.cpp refused the adapter {lora}: it is damaged or made for another base model; build it again"
-            )
-        self.adapter = adapter
+        self.adapter = llama_cpp.llama_adapter_lora_init(self.pointer, str(lora).encode())
+        if not self.adapter:  # a null pointer object: falsy, but not None
+            raise AdapterError(f"llama.cpp refused the adapter {lora}: it is damaged or made for another model; build it again")
 
     def close(self) -> None:
         """Free the weights and the adapter. Close every context first."""
@@ -458,10 +433,8 @@ class Context:
 
     def watch(self, cancellation: Cancellation | None) -> None:
         """Abort computations once `cancellation` is set, which must outlive them; None: never."""
-        if cancellation is None:
-            llama_cpp.llama_set_abort_callback(self.pointer, _NEVER_ABORT, None)
-        else:
-            llama_cpp.llama_set_abort_callback(self.pointer, _ABORT_IF_SET, ctypes.addressof(cancellation.buffer))
+        callback, data = (_NEVER_ABORT, None) if cancellation is None else (_ABORT_IF_SET, ctypes.addressof(cancellation.buffer))
+        llama_cpp.llama_set_abort_callback(self.pointer, callback, data)
 
     def prefill(self, tokens: list[int]) -> NDArray[np.float32]:
         """Logits (V,) after the prompt `tokens`; reuses the cached part of it."""
@@ -576,22 +549,22 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 def build_chain(sampling: Sampling, vocabulary_size: int, context_length: int) -> Any:
     """A llama_sampler for one stream, in the order of `records.Sampling`; the caller frees it. The repetition penalty covers the
     whole context."""
-    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-
-    def add(sampler: Any) -> None:
-        llama_cpp.llama_sampler_chain_add(chain, sampler)
-
+    samplers = []
     if sampling.repetition_penalty != 1.0:
-        add(llama_cpp.llama_sampler_init_penalties(vocabulary_size, context_length, sampling.repetition_penalty, 0.0, 0.0))
+        penalties = (sampling.repetition_penalty, 0.0, 0.0)  # repetition, frequency, presence
+        samplers.append(llama_cpp.llama_sampler_init_penalties(vocabulary_size, context_length, *penalties))
     if sampling.temperature == 0.0:
-        add(llama_cpp.llama_sampler_init_greedy())
-        return chain
-    add(llama_cpp.llama_sampler_init_temp(sampling.temperature))
-    if sampling.top_k > 0:
-        add(llama_cpp.llama_sampler_init_top_k(sampling.top_k))
-    if sampling.top_p < 1.0:
-        add(llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1))
-    add(llama_cpp.llama_sampler_init_dist(sampling.seed))
+        samplers.append(llama_cpp.llama_sampler_init_greedy())
+    else:
+        samplers.append(llama_cpp.llama_sampler_init_temp(sampling.temperature))
+        if sampling.top_k > 0:
+            samplers.append(llama_cpp.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.top_p < 1.0:
+            samplers.append(llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1))
+        samplers.append(llama_cpp.llama_sampler_init_dist(sampling.seed))
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    for sampler in samplers:
+        llama_cpp.llama_sampler_chain_add(chain, sampler)
     return chain
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from biasdpo.evaluation.stats import Array, Metric
-from biasdpo.records import Completion, CompletionRequest, Likelihood, Request
+from biasdpo.records import Completion, CompletionRequest, Likelihood, Request, Sampling
 
 Item = TypeVar("Item")
 
@@ -72,8 +72,18 @@ class LikelihoodBenchmark(Benchmark[Item]):
         """An item's K numbers for one side, from the likelihoods of its requests."""
 
 
+def limited(sampling: Sampling, max_new_tokens: int | None) -> Sampling:
+    """The sampling with another number of tokens, if one is given."""
+    return sampling if max_new_tokens is None else replace(sampling, max_new_tokens=max_new_tokens)
+
+
 class GenerationBenchmark(Benchmark[Item]):
-    """A benchmark that scores a side by its completions."""
+    """A benchmark that scores a side by its completions. `settings`: what results show besides the sampling."""
+
+    def __init__(self, items: Sequence[Item], sampling: Sampling, data_sha256: str = "", **settings: Any) -> None:
+        super().__init__(items, data_sha256)
+        self.sampling = sampling
+        self.settings = {"samples": 1, "max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, **settings}
 
     @abstractmethod
     def requests(self, item: Item) -> Sequence[CompletionRequest]:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from biasdpo.benchmarks.base import LikelihoodBenchmark
-from biasdpo.benchmarks.rows import Origin, Row, load_rows
+from biasdpo.benchmarks.rows import Origin, Row, load_items
 from biasdpo.evaluation.stats import Array, Metric, ratio
 from biasdpo.records import ContinuationRequest, Likelihood, Request
 
@@ -139,8 +139,7 @@ class BBQ(LikelihoodBenchmark[Question]):
 
 def build(data_dir: Path | None) -> BBQ:
     """The items in DATA_DIR/bbq, or from the Hub. Raises DatasetError for rows in another format."""
-    loaded = load_rows(ORIGIN, data_dir)
-    return BBQ([_question(row) for row in loaded.rows], loaded.sha256)
+    return BBQ(*load_items(ORIGIN, data_dir, _question))
 
 
 def _question(row: Row) -> Question:

@@ -11,24 +11,22 @@ A gap is the distance between the extremes of several means, so chance alone ope
 resamples of its interval: use it to compare base and tuned on the same items. Groups with fewer than 20 scored items are
 excluded, so a small run has no gap.
 
-Prompts are continued as bare text without the chat template: they are unfinished sentences, as in the paper. Trailing white space
-is dropped, since the tokenizers in use attach a blank to the following word. Only the completion is scored: what the prompt says
-of the group is the same on both sides. Sampling is ours (one completion of 32 tokens, temperature 1, top-p 0.9), and toxicity is
-the scorer's, not that of the paper's BERT.
+Prompts are continued and completions scored as in `real_toxicity_prompts`. Sampling is ours (one completion of 32 tokens,
+temperature 1, top-p 0.9), and toxicity is the scorer's, not that of the paper's BERT.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from biasdpo.benchmarks.base import GenerationBenchmark
+from biasdpo.benchmarks.base import GenerationBenchmark, limited
 from biasdpo.benchmarks.rows import Origin, load_rows, read_text, sha256_of_files
 from biasdpo.benchmarks.toxicity import TOXIC, ToxicityScorer
 from biasdpo.errors import BackendError, DatasetError
@@ -61,20 +59,18 @@ class Bold(GenerationBenchmark[Beginning]):
     def __init__(
         self, items: Sequence[Beginning], scorer: ToxicityScorer, sampling: Sampling = SAMPLING, data_sha256: str = ""
     ) -> None:
-        super().__init__(items, data_sha256)
+        super().__init__(
+            items,
+            sampling,
+            data_sha256,
+            top_p=sampling.top_p,
+            prompt="bare text, continued",
+            gap=f"of groups of {_SMALLEST_GROUP} items or more",
+            sentiment=f"vaderSentiment {metadata.version('vaderSentiment')}",
+            toxicity_scorer=scorer.describe(),
+        )
         self.columns = ("vader_compound", scorer.name, "group")
-        self.settings = {
-            "samples": 1,
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "prompt": "bare text, continued",
-            "gap": f"of groups of {_SMALLEST_GROUP} items or more",
-            "sentiment": f"vaderSentiment {metadata.version('vaderSentiment')}",
-            "toxicity_scorer": scorer.describe(),
-        }
         self.not_as_published = f"toxicity is that of {scorer.describe()}, sampling is our own"
-        self._sampling = sampling
         self._sentiment = _vader()
         self._scorer = scorer
         names = sorted({(item.domain, item.group) for item in items})
@@ -83,7 +79,7 @@ class Bold(GenerationBenchmark[Beginning]):
         self._groups_of_domain = [[i for i, (domain, _) in enumerate(names) if domain == each] for each in domains]
 
     def requests(self, item: Beginning) -> list[CompletionRequest]:
-        return [CompletionRequest(item.text, self._sampling, bare=True)]
+        return [CompletionRequest(item.text, self.sampling, bare=True)]
 
     def scores(self, items: Sequence[Beginning], outputs: Sequence[Sequence[Completion]]) -> list[list[float]]:
         texts = [completion.text.strip() for (completion,) in outputs]
@@ -166,7 +162,7 @@ def _vader() -> Callable[[str], float]:
 
 def build(data_dir: Path | None, scorer: ToxicityScorer, max_new_tokens: int | None = None) -> Bold:
     """The prompts in DATA_DIR/bold (upstream's files or the Hub's columns), or from the Hub. Raises DatasetError."""
-    sampling = SAMPLING if max_new_tokens is None else replace(SAMPLING, max_new_tokens=max_new_tokens)
+    sampling = limited(SAMPLING, max_new_tokens)
     files = [] if data_dir is None else sorted((data_dir / ORIGIN.folder).glob(f"*{_UPSTREAM}"))
     if files:
         return Bold([item for file in files for item in _beginnings(file)], scorer, sampling, sha256_of_files(files))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from biasdpo.benchmarks.base import LikelihoodBenchmark
-from biasdpo.benchmarks.rows import Origin, Row, load_rows
+from biasdpo.benchmarks.rows import Origin, Row, load_items
 from biasdpo.evaluation.stats import Metric
 from biasdpo.records import ContinuationRequest, Likelihood, Request
 
@@ -26,15 +26,8 @@ ORIGIN = Origin("crows_pairs", "jannalu/crows_pairs_multilingual", "test", ("eng
 
 # nyu-mll/crows_pairs on the Hub stores a category as an index into this list.
 _CATEGORIES = (
-    "race-color",
-    "socioeconomic",
-    "gender",
-    "disability",
-    "nationality",
-    "sexual-orientation",
-    "physical-appearance",
-    "religion",
-    "age",
+    *("race-color", "socioeconomic", "gender", "disability", "nationality"),
+    *("sexual-orientation", "physical-appearance", "religion", "age"),
 )
 
 
@@ -75,14 +68,11 @@ class CrowsPairs(LikelihoodBenchmark[SentencePair]):
 
 def build(data_dir: Path | None) -> CrowsPairs:
     """The pairs in DATA_DIR/crows_pairs, or from the Hub. Raises DatasetError for rows in another format."""
-    loaded = load_rows(ORIGIN, data_dir)
-    return CrowsPairs(
-        [SentencePair(row.text("sent_more"), row.text("sent_less"), _category(row)) for row in loaded.rows], loaded.sha256
-    )
+    return CrowsPairs(*load_items(ORIGIN, data_dir, _pair))
 
 
-def _category(row: Row) -> str:
+def _pair(row: Row) -> SentencePair:
     value = row.get("bias_type")
-    if isinstance(value, int) and 0 <= value < len(_CATEGORIES):
-        return _CATEGORIES[value]
-    return row.text("bias_type")
+    is_index = isinstance(value, int) and 0 <= value < len(_CATEGORIES)
+    category = _CATEGORIES[value] if is_index else row.text("bias_type")
+    return SentencePair(row.text("sent_more"), row.text("sent_less"), category)

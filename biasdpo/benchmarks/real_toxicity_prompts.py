@@ -18,11 +18,11 @@ Groups: prompts that Perspective scores 0.5 or more ("toxic prompts"), and the o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from biasdpo.benchmarks.base import GenerationBenchmark
-from biasdpo.benchmarks.rows import Origin, Row, load_rows
+from biasdpo.benchmarks.base import GenerationBenchmark, limited
+from biasdpo.benchmarks.rows import Origin, Row, load_items
 from biasdpo.benchmarks.toxicity import TOXIC, ToxicityScorer
 from biasdpo.errors import ConfigError
 from biasdpo.evaluation.stats import Metric
@@ -64,31 +64,25 @@ class RealToxicityPrompts(GenerationBenchmark[WebText]):
     ) -> None:
         if not 1 <= samples <= 100:
             raise ConfigError(f"--samples must be from 1 to 100: got {samples}; published figures use {PUBLISHED_SAMPLES}")
-        super().__init__(items, data_sha256)
+        super().__init__(
+            items,
+            sampling,
+            data_sha256,
+            samples=samples,
+            top_p=sampling.top_p,
+            prompt="bare text, continued",
+            toxicity_scorer=scorer.describe(),
+        )
         self.columns = ("max", "any_toxic", *(f"sample_{i + 1}" for i in range(samples)))
-        self.settings = {
-            "samples": samples,
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "prompt": "bare text, continued",
-            "toxicity_scorer": scorer.describe(),
-        }
-        differences = [
-            (f"{samples} samples a prompt, not {PUBLISHED_SAMPLES}", samples != PUBLISHED_SAMPLES),
-            (
-                f"{sampling.max_new_tokens} tokens, not {SAMPLING.max_new_tokens}",
-                sampling.max_new_tokens != SAMPLING.max_new_tokens,
-            ),
-            (f"scores of {scorer.describe()}, not Perspective's", True),
-        ]
-        self.not_as_published = "; ".join(text for text, differs in differences if differs)
+        tokens, published = sampling.max_new_tokens, SAMPLING.max_new_tokens
+        differences = [f"{samples} samples a prompt, not {PUBLISHED_SAMPLES}"] if samples != PUBLISHED_SAMPLES else []
+        differences += [f"{tokens} tokens, not {published}"] if tokens != published else []
+        self.not_as_published = "; ".join([*differences, f"scores of {scorer.describe()}, not Perspective's"])
         self._samples = samples
-        self._sampling = sampling
         self._scorer = scorer
 
     def requests(self, item: WebText) -> list[CompletionRequest]:
-        return [CompletionRequest(item.text, self._sampling, bare=True, sample=i) for i in range(self._samples)]
+        return [CompletionRequest(item.text, self.sampling, bare=True, sample=i) for i in range(self._samples)]
 
     def scores(self, _items: Sequence[WebText], outputs: Sequence[Sequence[Completion]]) -> list[list[float]]:
         texts = [[completion.text.strip() for completion in of_item] for of_item in outputs]
@@ -116,10 +110,9 @@ def build(
     data_dir: Path | None, scorer: ToxicityScorer, samples: int | None = None, max_new_tokens: int | None = None
 ) -> RealToxicityPrompts:
     """The prompts in DATA_DIR/real_toxicity_prompts, or from the Hub. Raises DatasetError for rows in another format."""
-    sampling = SAMPLING if max_new_tokens is None else replace(SAMPLING, max_new_tokens=max_new_tokens)
-    loaded = load_rows(ORIGIN, data_dir)
-    items = [web_text(row) for row in loaded.rows]
-    return RealToxicityPrompts(items, scorer, SAMPLES if samples is None else samples, sampling, loaded.sha256)
+    items, sha256 = load_items(ORIGIN, data_dir, web_text)
+    samples = SAMPLES if samples is None else samples
+    return RealToxicityPrompts(items, scorer, samples, limited(SAMPLING, max_new_tokens), sha256)
 
 
 def web_text(row: Row) -> WebText:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from biasdpo.data.importing import SourceRow, rows_of
 from biasdpo.errors import DatasetError
+
+Item = TypeVar("Item")
 
 _TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -56,12 +58,17 @@ class Row:
         return DatasetError(f"{self.where}: {problem}; get {self.hub_id} again, in its upstream format")
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows, and the SHA-256 of the files' names and bytes ("" for the Hub)."""
 
     rows: tuple[Row, ...]
     sha256: str
+
+
+def load_items(origin: Origin, data_dir: Path | None, parse: Callable[[Row], Item]) -> tuple[list[Item], str]:
+    """`load_rows` with every row parsed."""
+    rows, sha256 = load_rows(origin, data_dir)
+    return [parse(row) for row in rows], sha256
 
 
 def load_rows(origin: Origin, data_dir: Path | None) -> Rows:

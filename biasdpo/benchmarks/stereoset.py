@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from biasdpo.benchmarks.base import LikelihoodBenchmark
-from biasdpo.benchmarks.rows import Origin, Row, load_rows
+from biasdpo.benchmarks.rows import Origin, Row, load_items
 from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import ContinuationRequest, Likelihood, Request
 
@@ -87,8 +87,7 @@ class StereoSet(LikelihoodBenchmark[Triple]):
 
 def build(data_dir: Path | None) -> StereoSet:
     """The items in DATA_DIR/stereoset, or from the Hub. Raises DatasetError for rows in another format."""
-    loaded = load_rows(ORIGIN, data_dir)
-    return StereoSet([_triple(row) for row in loaded.rows], loaded.sha256)
+    return StereoSet(*load_items(ORIGIN, data_dir, _triple))
 
 
 def _triple(row: Row) -> Triple:

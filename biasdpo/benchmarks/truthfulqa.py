@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from biasdpo.benchmarks.base import LikelihoodBenchmark
-from biasdpo.benchmarks.rows import Origin, Row, load_rows
+from biasdpo.benchmarks.rows import Origin, Row, load_items
 from biasdpo.evaluation.stats import Metric
 from biasdpo.records import ContinuationRequest, Likelihood, Request
 
@@ -80,8 +80,7 @@ class TruthfulQA(LikelihoodBenchmark[Question]):
 
 def build(data_dir: Path | None) -> TruthfulQA:
     """The questions in DATA_DIR/truthfulqa, or from the Hub. Raises DatasetError for rows in another format."""
-    loaded = load_rows(ORIGIN, data_dir)
-    return TruthfulQA([_question(row) for row in loaded.rows], loaded.sha256)
+    return TruthfulQA(*load_items(ORIGIN, data_dir, _question))
 
 
 def _question(row: Row) -> Question:

@@ -25,16 +25,16 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from biasdpo import prompts
-from biasdpo.benchmarks.base import GenerationBenchmark, LikelihoodBenchmark
+from biasdpo.benchmarks.base import GenerationBenchmark, LikelihoodBenchmark, limited
 from biasdpo.benchmarks.real_toxicity_prompts import ORIGIN, web_text
-from biasdpo.benchmarks.rows import load_rows, read_rows
+from biasdpo.benchmarks.rows import load_items, read_rows
 from biasdpo.benchmarks.toxicity import TOXIC
 from biasdpo.errors import DatasetError
 from biasdpo.evaluation.stats import Array, Better, Metric, ratio
@@ -88,15 +88,15 @@ def build(data_dir: Path | None) -> Utility:
     """The neutral texts in DATA_DIR, or from the Hub. Raises DatasetError for rows in another format."""
     if data_dir is not None and (data_dir / _FILE).is_file():
         return Utility(load_texts(data_dir), sha256_of(data_dir / _FILE))
-    loaded = load_rows(ORIGIN, data_dir)
-    found = [text for text in map(web_text, loaded.rows) if text.toxicity is not None and text.toxicity < TOXIC]
+    texts, sha256 = load_items(ORIGIN, data_dir, web_text)
+    found = [text for text in texts if text.toxicity is not None and text.toxicity < TOXIC]
     if not found:
         raise DatasetError(
             f"{ORIGIN.hub_id} has no prompt of a toxicity below {TOXIC} here: get it again, in its upstream format"
         )
     if len(found) > TEXTS:
         found = random.Random(0).sample(found, TEXTS)
-    return Utility([text.text for text in found], loaded.sha256)
+    return Utility([text.text for text in found], sha256)
 
 
 def load_texts(data_dir: Path) -> list[str]:
@@ -136,17 +136,10 @@ class UtilityGeneration(GenerationBenchmark[Prompt]):
     columns = ("tokens", "ended", "evades", "words", "distinct_1", "distinct_2", "repetition_4")
 
     def __init__(self, items: Sequence[Prompt], sampling: Sampling = SAMPLING, data_sha256: str = "") -> None:
-        super().__init__(items, data_sha256)
-        self.settings = {
-            "samples": 1,
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "prompt": "chat template",
-        }
-        self._sampling = sampling
+        super().__init__(items, sampling, data_sha256, prompt="chat template")
 
     def requests(self, item: Prompt) -> list[CompletionRequest]:
-        return [CompletionRequest(item.prompt, self._sampling)]
+        return [CompletionRequest(item.prompt, self.sampling)]
 
     def scores(self, _items: Sequence[Prompt], outputs: Sequence[Sequence[Completion]]) -> list[list[float]]:
         return [_numbers(completion) for (completion,) in outputs]
@@ -192,8 +185,7 @@ def build_generation(max_new_tokens: int | None = None) -> UtilityGeneration:
     neutral = [line for line in _NEUTRAL.read_text(encoding="utf-8").splitlines() if line]
     items = [Prompt(prompt, "neutral") for prompt in neutral] + [Prompt(prompt.text, "probing") for prompt in prompts.shipped()]
     files = "".join(sha256_of(file) for file in (_NEUTRAL, _PROBING, _EVASIONS))
-    sampling = SAMPLING if max_new_tokens is None else replace(SAMPLING, max_new_tokens=max_new_tokens)
-    return UtilityGeneration(items, sampling, hashlib.sha256(files.encode()).hexdigest())
+    return UtilityGeneration(items, limited(SAMPLING, max_new_tokens), hashlib.sha256(files.encode()).hexdigest())
 
 
 def _numbers(completion: Completion) -> list[float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -198,17 +197,6 @@ def csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             values[f"{name}_low"], values[f"{name}_high"] = values.pop(name) or (None, None)
         found.append({**values, "model": provenance["model"], "adapter": provenance.get("adapter", "")})
     return found
-
-
-def write_csv(result: Mapping[str, Any], path: Path) -> Path:
-    """Write `csv_rows` as a CSV file in UTF-8; returns its path."""
-    names = [field.name for field in fields(TableRow)]
-    columns = [part for name in names for part in ([f"{name}_low", f"{name}_high"] if name in _INTERVALS else [name])]
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, "model", "adapter"])
-        writer.writeheader()
-        writer.writerows(csv_rows(result))
-    return path
 
 
 # The adapter's model card

@@ -33,12 +33,12 @@ from biasdpo.data import splits
 from biasdpo.data.pairs import PreferencePair, derive
 from biasdpo.data.splits import held_out_pairs
 from biasdpo.engines import Engine
-from biasdpo.errors import ConfigError, DatasetError, PromptError
+from biasdpo.errors import ConfigError, DatasetError, PromptError, WorkspaceError
 from biasdpo.evaluation import stats
 from biasdpo.evaluation.stats import Array, Interval, Metric
 from biasdpo.models import AdapterSpec
 from biasdpo.records import SEED_RANGE, Completion, CompletionRequest, Likelihood, Request, Side, check_strength
-from biasdpo.workspace import Workspace, locked, sha256_of, write_json
+from biasdpo.workspace import Workspace, locked, read_json, sha256_of, write_json
 
 OnItem = Callable[[str, int, int], None]
 """Called with (benchmark, items done, items in total)."""
@@ -474,8 +474,7 @@ def _metrics(benchmark: Benchmark[Any], base: Array, tuned: Array | None, seed: 
     tested = {("difference", name): stats.difference(metric) for name, metric in of_side.items()}
     tested |= {("nearer", name): stats.improvement(metric) for name, metric in of_side.items() if metric.better == "nearer"}
     tested |= {("paired", name): metric for name, metric in of_both.items()}
-    sides = {("base", name): stats.of_base(metric) for name, metric in of_side.items()}
-    sides |= {("tuned", name): stats.of_tuned(metric) for name, metric in of_side.items()}
+    sides = {(side, name): stats.of_side(one, i) for i, side in enumerate(("base", "tuned")) for name, one in of_side.items()}
     intervals = stats.bootstrap(both, tested | sides, seed=seed)  # all from the same resamples
     p_values = stats.randomization_p(both, {key: metric for key, metric in tested.items() if key in intervals}, seed=seed)
 
@@ -565,7 +564,7 @@ class AnswerCache(Generic[A]):
         self._answers: dict[str, A] = {}
         if file is not None and file.is_file():
             for line in file.read_bytes().split(b"\n"):
-                with suppress(ValueError, TypeError):  # a truncated line
+                with suppress(ValueError, TypeError, RecursionError):  # a truncated or damaged line
                     key, *values = json.loads(line)
                     self._answers[key] = decode(*values)
 
@@ -661,8 +660,8 @@ def _sha256_of_files(files: Sequence[Path], workspace: Workspace | None) -> str:
     memo = None if workspace is None else workspace.cache / "scores" / "files.json"
     known: dict[str, str] = {}
     if memo is not None and memo.is_file():
-        with suppress(ValueError, OSError):
-            known = dict(json.loads(memo.read_text(encoding="utf-8")))
+        with suppress(WorkspaceError, ValueError, TypeError):
+            known = dict(read_json(memo))
     found = {}
     for file in files:
         status = file.stat()

@@ -106,14 +106,9 @@ def _resamples(n: int, seed: int) -> Iterator[Array]:
 # Two sides of the same items: numbers (N, 2K), base's first
 
 
-def of_base(metric: Metric) -> Metric:
-    """The metric of the base side."""
-    return Metric(metric.of_means, lambda items: metric.features(items[..., : items.shape[-1] // 2]))
-
-
-def of_tuned(metric: Metric) -> Metric:
-    """The metric of the tuned side."""
-    return Metric(metric.of_means, lambda items: metric.features(items[..., items.shape[-1] // 2 :]))
+def of_side(metric: Metric, side: int) -> Metric:
+    """The metric of base (0) or tuned (1)."""
+    return Metric(metric.of_means, lambda items: metric.features(np.split(items, 2, axis=-1)[side]))
 
 
 def difference(metric: Metric) -> Metric:

@@ -37,43 +37,32 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """What an exported file is, what it was made from, and how it was proven.
-
-    model, adapter   ids of the parents; adapter "none": the model alone
-    base_gguf        path of the GGUF that a LoRA GGUF is loaded onto; "" if merged
-    parents          {file: SHA-256} of the adapter's weights and config, the model's files, the dataset
-    written          what the writer reports: source, tensors, fallbacks to another type
-    proof            `ExportProof.to_json`
-    request          what was asked for
-    template         of the prompt; with `context_length` in tokens what a server needs to know
-    """
+    """What an exported file is, what it was made from, and how it was proven."""
 
     out: Path
     format: str
     quantization: str
     model: str
     model_title: str
-    adapter: str
+    adapter: str  # id; "none": the model alone
     bytes: int
     sha256: str
     created_at: str
     code_version: str
     run_id: str = ""
-    base_gguf: str = ""
+    base_gguf: str = ""  # path of the GGUF that a LoRA GGUF is loaded onto; "" if merged
     command: str = ""
-    context_length: int = 0
-    parents: dict[str, str] = field(default_factory=dict)
-    written: dict[str, Any] = field(default_factory=dict)
+    context_length: int = 0  # tokens
+    parents: dict[str, str] = field(default_factory=dict)  # {file: SHA-256}: the adapter's, the model's, the dataset
+    written: dict[str, Any] = field(default_factory=dict)  # what the writer reports: source, tensors, fallbacks to another type
     seconds: dict[str, float] = field(default_factory=dict)
-    proof: dict[str, Any] = field(default_factory=dict)
-    request: dict[str, Any] = field(default_factory=dict)
-    template: dict[str, Any] = field(default_factory=dict)
+    proof: dict[str, Any] = field(default_factory=dict)  # `ExportProof.to_json`
+    request: dict[str, Any] = field(default_factory=dict)  # what was asked for
+    template: dict[str, Any] = field(default_factory=dict)  # of the prompt
 
     @property
     def prompt_template(self) -> PromptTemplate:
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in self.template.items()
-        }
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in self.template.items()}
         return PromptTemplate(**values)
 
     def to_json(self) -> dict[str, Any]:
@@ -127,27 +116,19 @@ def load_record(out: Path) -> ExportRecord | None:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """One resolved export.
-
-    adapter        None: the model alone, as "merged"
-    quantization   of a merged file: a name in QUANTIZATIONS, or "keep"
-    source         what a merged file is made from
-    pairs          held-out pairs at most, on which reward accuracy is measured before and after
-    threads        CPU threads; None: one per core
-    recorded       what was asked for, as the record keeps it
-    """
+    """One resolved export."""
 
     out: Path
     format: Format
     model: ModelSpec
-    adapter: AdapterSpec | None
-    quantization: str = ""
-    source: SourceName = "auto"
-    pairs: int = 64
-    threads: int | None = None
+    adapter: AdapterSpec | None  # None: the model alone, as "merged"
+    quantization: str = ""  # of a merged file: a name in QUANTIZATIONS, or "keep"
+    source: SourceName = "auto"  # of a merged file
+    pairs: int = 64  # held-out pairs at most, on which reward accuracy is measured before and after
+    threads: int | None = None  # CPU threads; None: one per core
     command: str = ""
     code_version: str = ""
-    recorded: dict[str, Any] = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)  # what was asked for, as the record keeps it
 
 
 class UnprovenError(ExportError):

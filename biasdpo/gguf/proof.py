@@ -59,49 +59,36 @@ Count = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TokenizerCheck:
-    """Texts given to both tokenizers. `first`: the first that differs, with both readings; "" if none does."""
+    """Texts given to both tokenizers."""
 
     strings: int
     different: int
-    first: str = ""
+    first: str = ""  # the first that differs, with both readings
 
 
 @dataclass(frozen=True)
 class Equality:
-    """Both engines' next-token probabilities at every position of the fixed texts, teacher-forced. KL in nats.
-
-    mean_kl, max_kl    KL(original || exported)
-    agreement          share of positions with the same top token
-    clear_agreement    the same at the `clear_positions`, where the original's top two are more than CLEAR apart
-    adapter_kl         mean KL(original || original without its adapter): the adapter's own effect; None without one
-    to_base_kl         mean KL(original without its adapter || exported); None without one
-    not_numbers        positions where the exported logits are NaN or infinite; excluded from all other figures
-    """
+    """Both engines' next-token probabilities at every position of the fixed texts, teacher-forced. KL in nats."""
 
     texts: int
     positions: int
-    mean_kl: float
+    mean_kl: float  # KL(original || exported)
     max_kl: float
-    agreement: float
-    clear_positions: int
-    clear_agreement: float
-    adapter_kl: float | None = None
-    to_base_kl: float | None = None
-    not_numbers: int = 0
+    agreement: float  # share of positions with the same top token
+    clear_positions: int  # where the original's top two are more than CLEAR apart
+    clear_agreement: float  # the same at the clear positions
+    adapter_kl: float | None = None  # mean KL(original || original without its adapter): the adapter's effect; None without one
+    to_base_kl: float | None = None  # mean KL(original without its adapter || exported); None without one
+    not_numbers: int = 0  # positions where the exported logits are NaN or infinite; excluded from all other figures
 
 
 @dataclass(frozen=True)
 class Survival:
     """Whether the debiasing survives: reward accuracy and log-ratio margin (nats), as in `benchmarks.preference`, against the
-    base model in transformers.
-
-    before    of the adapter in transformers
-    after     of the exported file
-    left_out  pairs too long to score
-    """
+    base model in transformers; before: of the adapter in transformers, after: of the exported file."""
 
     pairs: int
-    left_out: int
+    left_out: int  # too long to score
     before: float
     after: float
     margin_before: float
@@ -110,23 +97,16 @@ class Survival:
 
 @dataclass(frozen=True)
 class ExportProof:
-    """What was proven or measured of an exported file.
+    """What was proven or measured of an exported file; None where nothing was measured."""
 
-    quantization   of the file: "F32", "Q4_K_M", …; `lossless`: all weights are F32, so equality is required
-    tokenizer, equality, survival   None if not measured
-    skipped        why the logits were not compared, and what to do; "" if they were
-    failures       evidence that the file is not the model; such a file must not be used
-    warnings       what the user should know before using the file
-    """
-
-    quantization: str
-    lossless: bool
+    quantization: str  # of the file: "F32", "Q4_K_M", …
+    lossless: bool  # all weights are F32, so equality is required
     tokenizer: TokenizerCheck | None = None
     equality: Equality | None = None
     survival: Survival | None = None
-    skipped: str = ""
-    failures: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    skipped: str = ""  # why the logits were not compared, and what to do
+    failures: tuple[str, ...] = ()  # evidence that the file is not the model; such a file must not be used
+    warnings: tuple[str, ...] = ()  # what the user should know before using the file
     seconds: float = 0.0
 
     @property
@@ -304,13 +284,11 @@ def _inequalities(equality: Equality, lossless: bool) -> list[str]:
 
 def compare_tokenizers(exported: LlamaCppBackend, tokenizer: Any, template: PromptTemplate) -> TokenizerCheck:
     """Both tokenizers on `strings` as a user's text, on rendered prompts, and their end of text."""
-    count, different, first = 0, 0, ""
-    for text, ours, theirs in tokenize_both(exported, tokenizer, template):
-        count += 1
-        if ours != theirs:
-            different += 1
-            first = first or f"{text!r}: {ours[:12]} in llama.cpp, {theirs[:12]} in transformers"
-    return TokenizerCheck(count, different, first)
+    read = list(tokenize_both(exported, tokenizer, template))
+    different = [
+        f"{text!r}: {ours[:12]} in llama.cpp, {theirs[:12]} in transformers" for text, ours, theirs in read if ours != theirs
+    ]
+    return TokenizerCheck(len(read), len(different), different[0] if different else "")
 
 
 def tokenize_both(
@@ -352,9 +330,7 @@ def compare_logits(original: TransformersBackend, exported: LlamaCppBackend, sid
         ours = exported.logits(request, side)
         theirs = original.logits(request, "tuned" if original.has_adapter else "base")
         if ours.shape != theirs.shape:
-            raise ModelError(
-                f"The file has {ours.shape[1]:,} tokens, the model it was made from {theirs.shape[1]:,}: export it again"
-            )
+            raise ModelError(f"The file has {ours.shape[1]:,} tokens, its original {theirs.shape[1]:,}: export it again")
         numbers = np.isfinite(ours).all(axis=-1)
         not_numbers += int((~numbers).sum())
         ours, theirs = ours[numbers], theirs[numbers]

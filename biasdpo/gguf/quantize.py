@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,14 @@ KEEP = "keep"  # for a base GGUF: each tensor keeps its type
 UNQUANTIZED = ("F32", "F16", "BF16")  # written without llama.cpp's quantizer
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How weights are stored. `cost`: one line for people."""
+class Quantization(NamedTuple):
+    """How weights are stored, and what that costs in one line for people."""
 
     name: str
     cost: str
 
 
-QUANTIZATIONS: tuple[Quantization, ...] = (
+QUANTIZATIONS = (
     Quantization("F32", "Exact. For proofs and further conversion."),
     Quantization("F16", "Half the size; the rounding is not visible in any text. Supported everywhere."),
     Quantization("BF16", "Half the size; the type of Phi-2's own weights. Slow on CPUs without BF16."),
@@ -123,10 +122,11 @@ def fallbacks(quantization: str, shapes: Mapping[str, tuple[int, ...]], types: M
     )
 
 
-def bytes_of(type_name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in a GGUF, including padding."""
+def bytes_of(type_name: str, shape: tuple[int, ...], *, padded: bool = True) -> int:
+    """Bytes of a tensor in a GGUF, by default with its padding."""
     elements, size = _block(type_name)
-    return -(-(prod(shape) // elements * size) // _ALIGNMENT) * _ALIGNMENT
+    unpadded = prod(shape) // elements * size
+    return -(-unpadded // _ALIGNMENT) * _ALIGNMENT if padded else unpadded
 
 
 def tensor_bytes(quantization: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, int]) -> int:
@@ -155,9 +155,7 @@ def decode(stored: NDArray[Any], kind: Any, name: str) -> NDArray[np.float32]:
     try:
         return np.asarray(dequantize(stored, kind), np.float32)
     except NotImplementedError as exc:
-        raise ModelError(
-            f"{name} is stored as {kind.name}, which the gguf package can't decode: use another quantization of the model"
-        ) from exc
+        raise ModelError(f"{name} is stored as {kind.name}, which can't be decoded: use another quantization") from exc
 
 
 def encode(values: NDArray[np.float32], kind: Any, name: str) -> NDArray[Any]:
@@ -197,11 +195,10 @@ def _ggml() -> Any:
     import llama_cpp
 
     folder = Path(llama_cpp.__file__).parent / "lib"
-    files = [folder / name for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
+    files = [*folder.glob("*ggml-base.so"), *folder.glob("*ggml-base.dylib"), *folder.glob("*ggml-base.dll")]
+    if not files:
         raise ExportError(f"llama-cpp-python has no libggml-base in {folder}: install the version of requirements.txt")
-    library = ctypes.CDLL(str(file))
+    library = ctypes.CDLL(str(files[0]))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     # type, source, target, first element, rows, width, importance matrix
     pointer, integer = ctypes.c_void_p, ctypes.c_int64

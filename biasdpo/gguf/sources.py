@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -22,6 +22,7 @@ from biasdpo.model_files import (
     END_TOKENS,
     MODULES,
     TokenType,
+    chat_template,
     gguf_value,
     hf_name,
     is_permuted,
@@ -29,6 +30,8 @@ from biasdpo.model_files import (
     permute_rows,
     pre_tokenizer_of,
     read_header,
+    safetensors_shapes,
+    weight_files,
 )
 from biasdpo.workspace import read_json
 
@@ -65,19 +68,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor under its GGUF name, in a mapped file.
-
-    shape   (out, in) or (n,)
-    kind    gguf.GGMLQuantizationType of `data`
-    data    (out, bytes or numbers of a row)
-    order   rows of `data` in the GGUF's order; None if they are in order
-    """
+    """A tensor in a mapped file."""
 
     name: str
-    shape: tuple[int, ...]
-    kind: Any
-    data: NDArray[Any] = field(repr=False)
-    order: NDArray[np.int64] | None = field(default=None, repr=False)
+    shape: tuple[int, ...]  # (out, in) or (n,)
+    kind: Any  # gguf.GGMLQuantizationType of `data`
+    data: NDArray[Any] = field(repr=False)  # (out, bytes or numbers of a row)
+    order: NDArray[np.int64] | None = field(default=None, repr=False)  # rows of `data` in the GGUF's order; None: in order
 
     def rows(self, first: int, last: int) -> NDArray[Any]:
         """Rows as they are stored; vectors always whole."""
@@ -88,21 +85,17 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model.
-
-    header_bytes   size of a GGUF's header for this model, about
-    add_metadata   adds all keys but the file type and the merged adapters to a gguf.GGUFWriter; called with it and a title
-    file_type      llama.cpp's number of the file's quantization; None if unknown, or a folder
-    adapters       (id, SHA-256 of the weights) of adapters that were merged into the file before
-    """
+    """An opened model. Its tensors have GGUF's names."""
 
     kind: Literal["hf", "gguf"]
     layout: Layout
     tensors: tuple[StoredTensor, ...]
-    header_bytes: int
-    add_metadata: Callable[[Any, str], None]
-    file_type: int | None = None
-    adapters: tuple[tuple[str, str], ...] = ()
+    header_bytes: int  # of a GGUF's header for this model, about
+    add_metadata: Callable[
+        [Any, str], None
+    ]  # adds all keys but file type and adapters; called with a gguf.GGUFWriter and a title
+    file_type: int | None = None  # llama.cpp's number of the file's quantization; None if unknown, or a folder
+    adapters: tuple[tuple[str, str], ...] = ()  # (id, SHA-256 of the weights) of those that were merged into the file before
 
 
 def open_source(path: Path) -> Source:
@@ -113,9 +106,9 @@ def open_source(path: Path) -> Source:
 # A GGUF: its metadata, tokenizer and untouched tensors are kept as they are
 
 _REWRITTEN = {
-    "general.architecture", "general.file_type", "general.alignment", "general.name", "biasdpo.adapters",
-    "biasdpo.adapters_sha256",
-}  # fmt: skip
+    *(f"general.{key}" for key in ("architecture", "file_type", "alignment", "name")),
+    *("biasdpo.adapters", "biasdpo.adapters_sha256"),
+}
 
 
 def _open_gguf(path: Path) -> Source:
@@ -124,9 +117,9 @@ def _open_gguf(path: Path) -> Source:
     if gguf_value(reader, "general.type", "model") != "model":
         raise ModelError(f"{path} is a GGUF, but no model (type {gguf_value(reader, 'general.type')!r}): choose a model's file")
     if architecture not in MODULES:
+        known = " and ".join(MODULES)
         raise ModelError(
-            f"{path.name} has the architecture {architecture!r}; adapters can be merged into {' and '.join(MODULES)} only: "
-            "export a LoRA GGUF"
+            f"{path.name} has the architecture {architecture!r}; adapters can be merged into {known} only: export a LoRA"
         )
     if int(gguf_value(reader, "split.count", 1)) > 1:
         raise ModelError(f"{path.name} is one part of several: join them with llama.cpp's llama-gguf-split --merge first")
@@ -175,11 +168,11 @@ _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.(bias|masked_bias))
 def _open_hf(folder: Path) -> Source:
     config = _read_config(folder)
     layout = config.layout()
-    stored = _open_safetensors(folder)
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file).items()}
     names = {ours: str(hf_name(ours, layout.architecture)) for ours in layout.shapes}
     _check_tensors(stored, {names[ours]: shape for ours, shape in layout.shapes.items()}, config.tied, folder)
     keys = {f"{config.architecture}.{key}": value for key, value in config.keys.items()} | _tokenizer_keys(folder, config)
-    tensors = tuple(_stored_tensor(ours, stored[theirs], layout) for ours, theirs in names.items())
+    tensors = tuple(_in_gguf(ours, stored[theirs], layout) for ours, theirs in names.items())
     header_bytes = (folder / "tokenizer.json").stat().st_size + 100 * len(tensors) + 2000  # JSON is longer than GGUF
     return Source("hf", layout, tensors, header_bytes, partial(_add_metadata, keys))
 
@@ -191,14 +184,14 @@ def hf_layout(folder: Path) -> Layout:
 
 @dataclass(frozen=True)
 class _HfConfig:
-    """What config.json says of a model. `keys`: GGUF's metadata of the architecture; `values`: config.json itself."""
+    """What config.json says of a model."""
 
     architecture: str
     vocabulary: int
-    keys: dict[str, int | float]
+    keys: dict[str, int | float]  # GGUF's metadata of the architecture
     tied: bool
     biased: dict[str, bool]  # {"attn": ..., "ffn": ...}
-    values: dict[str, Any] = field(repr=False)
+    values: dict[str, Any] = field(repr=False)  # config.json itself
 
     def layout(self) -> Layout:
         """The layout of the model's GGUF: every tensor that such a model has."""
@@ -243,20 +236,17 @@ def _read_config(folder: Path) -> _HfConfig:
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         rope_kind = rope.get("rope_type", rope.get("type", "default"))
         activation = "gelu_new" if phi else "silu"
-        unsupported = [
-            f"rope scaling {rope_kind!r}" if rope_kind != "default" else "",
-            f"activation {config.get('hidden_act')!r}" if config.get("hidden_act", activation) != activation else "",
-            "qk_layernorm" if config.get("qk_layernorm") else "",
-            "a tied head" if phi and config.get("tie_word_embeddings") else "",
-            f"quantized weights ({config['quantization_config'].get('quant_method')})"
-            if config.get("quantization_config")
-            else "",
-        ]
-        if any(unsupported):
-            raise ModelError(
-                f"{folder} has {', '.join(filter(None, unsupported))}, which is not supported here: convert it with llama.cpp's "
-                "convert_hf_to_gguf.py"
-            )
+        quantized = config.get("quantization_config")
+        unsupported = {
+            f"rope scaling {rope_kind!r}": rope_kind != "default",
+            f"activation {config.get('hidden_act')!r}": config.get("hidden_act", activation) != activation,
+            "qk_layernorm": config.get("qk_layernorm"),
+            "a tied head": phi and config.get("tie_word_embeddings"),
+            f"quantized weights ({quantized and quantized.get('quant_method')})": quantized,
+        }
+        if any(unsupported.values()):
+            what = ", ".join(name for name, present in unsupported.items() if present)
+            raise ModelError(f"{folder} has {what}, which is not supported here: convert it with convert_hf_to_gguf.py")
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         if not 0 < int(config["num_hidden_layers"]) <= _MOST_BLOCKS:
             raise ValueError(f"num_hidden_layers {config['num_hidden_layers']}")
@@ -271,10 +261,8 @@ def _read_config(folder: Path) -> _HfConfig:
             "rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
             "rope.dimension_count": int(head_width * float(share)),
         }
-        if phi:
-            keys["attention.layer_norm_epsilon"] = float(config["layer_norm_eps"])
-        else:
-            keys["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
+        ours, theirs = ("layer_norm_epsilon", "layer_norm_eps") if phi else ("layer_norm_rms_epsilon", "rms_norm_eps")
+        keys[f"attention.{ours}"] = float(config[theirs])
         biased = {"attn": bool(config.get("attention_bias")), "ffn": bool(config.get("mlp_bias"))}
         tied = bool(config.get("tie_word_embeddings", False))
         return _HfConfig(ARCHITECTURES[name], int(config["vocab_size"]), keys, tied, biased, config)
@@ -284,12 +272,8 @@ def _read_config(folder: Path) -> _HfConfig:
 
 def _add_metadata(keys: Mapping[str, Any], writer: Any, title: str) -> None:
     add = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array
+    }  # fmt: skip
     writer.add_type("model")
     writer.add_name(title)
     for key, value in keys.items():
@@ -309,92 +293,52 @@ def _json(path: Path, *, required: bool = False) -> dict[str, Any]:
     return value
 
 
-# Its weights: safetensors, sharded or not
+# Its weights
 
-_BYTES_PER_NUMBER = {"F32": 4, "F16": 2, "BF16": 2}
-
-
-@dataclass(frozen=True)
-class HfTensor:
-    """A tensor in a file. `dtype`: F32, F16 or BF16; `offset` of its first byte."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def kind(self) -> Any:
-        """gguf.GGMLQuantizationType."""
-        from gguf import GGMLQuantizationType
-
-        return GGMLQuantizationType[self.dtype]
-
-    def map(self) -> NDArray[Any]:
-        """The tensor as the gguf package has it: numbers for F32 and F16, bytes (…, 2 * in) for BF16."""
-        data = np.memmap(self.file, np.uint8, "r", self.offset, (prod(self.shape) * _BYTES_PER_NUMBER[self.dtype],))
-        if self.dtype == "BF16":
-            return data.reshape(*self.shape[:-1], 2 * self.shape[-1])
-        return data.view("<f4" if self.dtype == "F32" else "<f2").reshape(self.shape)
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "u1"}  # as the gguf package has them: BF16 as two bytes a number
 
 
-def _open_safetensors(folder: Path) -> dict[str, HfTensor]:
-    """{name: tensor} of a folder's weights. ModelError for a missing or truncated shard, or another dtype."""
-    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
-    if index.is_file():
-        shards = _json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ModelError(f"{index} is not an index of safetensors: fetch the model again")
-        files = [folder / Path(name).name for name in sorted(set(shards.values()))]
-    if not files:
-        raise ModelError(f"{folder} has no *.safetensors: fetch the model's safetensors weights (pickles are not opened)")
-    return {name: tensor for file in files for name, tensor in read_safetensors(file)}
+def read_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """A safetensors file's tensors, mapped, by name. ModelError if it is damaged, or holds another dtype than F32, F16, BF16."""
+    from gguf import GGMLQuantizationType
 
-
-def read_safetensors(file: Path) -> Iterable[tuple[str, HfTensor]]:
-    """(name, tensor) of a safetensors file. ModelError if it is damaged, or holds another dtype than F32, F16, BF16."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np"):  # checks the header, and the size of the file
-            pass
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-    except (OSError, SafetensorError) as exc:
-        raise ModelError(f"{file} is not a complete safetensors file ({exc}): fetch the model again") from exc
+    safetensors_shapes(file)  # checks the header, and the size of the file
+    data = np.memmap(file, np.uint8, "r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
+    tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in _BYTES_PER_NUMBER:
-            raise ModelError(
-                f"{file}: {name} is {entry['dtype']}, supported are {', '.join(_BYTES_PER_NUMBER)}: fetch it in one of them"
-            )
-        yield name, HfTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if dtype not in _DTYPES:
+            raise ModelError(f"{file}: {name} is {dtype}, supported are {', '.join(_DTYPES)}: fetch it in one of them")
+        numbers = data[start + begin : start + end].view(_DTYPES[dtype])
+        stored_shape = (*shape[:-1], 2 * prod(shape[-1:])) if dtype == "BF16" else shape
+        tensors[name] = StoredTensor(name, shape, GGMLQuantizationType[dtype], numbers.reshape(stored_shape))
+    return tensors
 
 
-def _check_tensors(stored: Mapping[str, HfTensor], expected: Mapping[str, tuple[int, ...]], tied: bool, folder: Path) -> None:
-    missing = [name for name in expected if name not in stored]
-    if missing:
+def _check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], tied: bool, folder: Path) -> None:
+    if missing := [name for name in expected if name not in stored]:
         others = f" and {len(missing) - 1} more of {len(expected)} tensors" if len(missing) > 1 else ""
         raise ModelError(f"{folder} lacks {missing[0]}{others}: fetch all of the model's files")
     for name, tensor in stored.items():
         if name in expected and tensor.shape != expected[name]:
-            raise ModelError(
-                f"{folder}: {name} is {list(tensor.shape)}, by config.json {list(expected[name])}; fetch the model again"
-            )
+            raise ModelError(f"{folder}: {name} is {list(tensor.shape)}, by config.json {list(expected[name])}; fetch it again")
         is_tied_head = tied and name == "lm_head.weight"  # the embeddings once more
         if name not in expected and not is_tied_head and not _DERIVED.fullmatch(name):
             raise ModelError(f"{folder} holds {name}, which has no place in the GGUF: convert it with convert_hf_to_gguf.py")
 
 
-def _stored_tensor(name: str, tensor: HfTensor, layout: Layout) -> StoredTensor:
+def _in_gguf(name: str, tensor: StoredTensor, layout: Layout) -> StoredTensor:
+    """A folder's tensor as the GGUF has it: llama.cpp wants vectors in F32 (they are small), and llama's q and k permuted."""
     from gguf import GGMLQuantizationType
 
-    kind, data = tensor.kind, tensor.map()
-    if len(tensor.shape) == 1:  # llama.cpp wants vectors in F32; they are small
-        return StoredTensor(name, tensor.shape, GGMLQuantizationType.F32, layout.permute(name, decode(data, kind, name)))
+    if len(tensor.shape) == 1:
+        values = layout.permute(name, decode(tensor.data, tensor.kind, name))
+        return StoredTensor(name, tensor.shape, GGMLQuantizationType.F32, values)
     order = layout.permute(name, np.arange(tensor.shape[0])) if is_permuted(name, layout.architecture) else None
-    return StoredTensor(name, tensor.shape, kind, data, order)
+    return replace(tensor, name=name, order=order)
 
 
 # Its tokenizer: byte-level BPE, with llama.cpp's name of its pre-tokenizer
@@ -406,11 +350,10 @@ def _tokenizer_keys(folder: Path, config: _HfConfig) -> dict[str, Any]:
     settings, generation = _json(folder / "tokenizer_config.json"), _json(folder / "generation_config.json")
     try:
         model = tokenizer["model"]
-        odd = [key for key in ("byte_fallback", "ignore_merges", "fuse_unk", "dropout") if model.get(key)]
-        odd += [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-        if model.get("type") != "BPE" or odd:
-            with_odd = f" with {', '.join(odd)}" if odd else ""
-            raise _unsupported(folder, f"is {model.get('type')}{with_odd}, not plain byte-level BPE")
+        options = ("byte_fallback", "ignore_merges", "fuse_unk", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        used = " with " + ", ".join(filter(model.get, options)) if any(map(model.get, options)) else ""
+        if model.get("type") != "BPE" or used:
+            raise _unsupported(folder, f"is {model.get('type')}{used}, not plain byte-level BPE")
         if tokenizer.get("normalizer") is not None:
             raise _unsupported(folder, f"normalizes text ({tokenizer['normalizer'].get('type')}), which llama.cpp does not do")
         added = tokenizer.get("added_tokens") or []
@@ -426,7 +369,7 @@ def _tokenizer_keys(folder: Path, config: _HfConfig) -> dict[str, Any]:
             "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
             **{f"ggml.{role}_token_id": token for role, token in special.items()},
             "ggml.add_bos_token": _adds_bos(probe, settings, folder),
-            "chat_template": _chat_template(folder, settings),
+            "chat_template": chat_template(folder),
         }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
         raise ModelError(f"{folder / 'tokenizer.json'} is damaged ({type(exc).__name__}: {exc}): fetch the model again") from exc
@@ -434,9 +377,7 @@ def _tokenizer_keys(folder: Path, config: _HfConfig) -> dict[str, Any]:
 
 
 def _unsupported(folder: Path, what: str) -> ModelError:
-    return ModelError(
-        f"The tokenizer of {folder} {what}: export a LoRA GGUF, or merge into a GGUF of the model with --source gguf"
-    )
+    return ModelError(f"The tokenizer of {folder} {what}: export a LoRA GGUF, or merge into a GGUF with --source gguf")
 
 
 # Text that the known pre-tokenizers split differently from each other and from most others.
@@ -453,7 +394,7 @@ def _pre_tokenizer(probe: Any, architecture: str, folder: Path) -> str:
 
 
 def _probe_tokenizer(tokenizer: Mapping[str, Any]) -> Any:
-    """A tokenizer of one token, "a", with another's steps before and after BPE. ValueError if those are damaged."""
+    """A tokenizer of one token, "a", that splits and completes text as another does. ValueError if that is damaged."""
     from tokenizers import Tokenizer
 
     steps = {name: tokenizer.get(name) for name in ("pre_tokenizer", "post_processor")}
@@ -512,13 +453,3 @@ def _adds_bos(probe: Any, settings: Mapping[str, Any], folder: Path) -> bool:
     if len(added) > 1 or last != 0:
         raise _unsupported(folder, "adds tokens to a text other than one at its beginning")
     return bool(added or settings.get("add_bos_token"))
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template") or ""
-    if isinstance(template, list):  # several by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), "")
-    return str(template)

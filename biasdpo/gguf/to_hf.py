@@ -41,10 +41,8 @@ def write_hf_folder(gguf_path: Path, folder: Path) -> None:
     reader = open_gguf(gguf_path)
     architecture = str(gguf_value(reader, "general.architecture", ""))
     if architecture not in MODULES:
-        raise ModelError(
-            f"{gguf_path.name} has the architecture {architecture!r}, which can't be converted for transformers (only "
-            f"{' and '.join(MODULES)} can): {_REMEDY}"
-        )
+        known = " and ".join(MODULES)
+        raise ModelError(f"{gguf_path.name} has the architecture {architecture!r}; only {known} can be converted: {_REMEDY}")
     try:
         vocabulary = _Vocabulary.of_gguf(reader, gguf_path)
         write_json(folder / "config.json", _config(reader, architecture, vocabulary))
@@ -140,9 +138,7 @@ class _Vocabulary:
     def of_gguf(cls, reader: Any, gguf_path: Path) -> _Vocabulary:
         model = gguf_value(reader, "tokenizer.ggml.model")
         if model != "gpt2":
-            raise ModelError(
-                f"{gguf_path.name} has a {model!r} tokenizer; only byte-level BPE ('gpt2') can be converted: {_REMEDY}"
-            )
+            raise ModelError(f"{gguf_path.name} has a {model!r} tokenizer, not byte-level BPE ('gpt2'): {_REMEDY}")
         tokens = gguf_value(reader, "tokenizer.ggml.tokens")
         types = gguf_value(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
         roles = ("eos", "eot", "eom", "bos", "padding", "unknown")

@@ -51,15 +51,12 @@ SourceName = Literal["auto", "hf", "gguf"]
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA of one matrix: W + scale * B @ A is the tuned one. A is (rank, in), B is (out, rank).
-
-    first_row   of a GGUF's tensor, to which B's first row belongs: not 0 only in a fused attn_qkv
-    """
+    """LoRA of one matrix: W + scale * B @ A is the tuned one. A is (rank, in), B is (out, rank)."""
 
     a: NDArray[Any]
     b: NDArray[Any]
     alpha: float
-    first_row: int = 0
+    first_row: int = 0  # of the GGUF's tensor that B's first row belongs to: not 0 only in a fused attn_qkv
 
     @property
     def rank(self) -> int:
@@ -74,20 +71,20 @@ def read_factors(adapter: AdapterSpec, model: Path) -> dict[str, Factors]:
     """An adapter's factors by Hugging Face module. AdapterError if it does not fit `model`, a folder or a GGUF."""
     modules = check_fits_file(adapter, model)
     try:
-        tensors = {name.replace(".default.", "."): tensor for name, tensor in read_safetensors(adapter.weights)}
+        tensors = read_safetensors(adapter.weights)
     except ModelError as exc:
         raise AdapterError(f"{exc}, or train the adapter again") from exc
 
     def factor(module: str, letter: str) -> NDArray[Any]:
         tensor = tensors[f"base_model.model.{module}.lora_{letter}.weight"]
-        return tensor.map() if tensor.dtype == "F16" else decode(tensor.map(), tensor.kind, module)
+        return tensor.data if tensor.data.dtype == np.float16 else decode(tensor.data, tensor.kind, module)
 
     return {name: Factors(factor(name, "A"), factor(name, "B"), lora.alpha) for name, lora in modules.items()}
 
 
 def place(factors: Mapping[str, Factors], layout: Layout, adapter_id: str) -> dict[str, tuple[Factors, ...]]:
-    """The factors by GGUF tensor, rows in its order. AdapterError if one has no place:
-    `models.check_fits` does not know the names of other architectures than those in MODULES."""
+    """The factors by GGUF tensor, rows in its order. AdapterError if one has no place in a GGUF of an architecture that
+    `models.check_fits` has no names for."""
     names = _name_map(layout)
     placed: dict[str, tuple[Factors, ...]] = {}
     for module, pair in sorted(factors.items()):
@@ -95,11 +92,10 @@ def place(factors: Mapping[str, Factors], layout: Layout, adapter_id: str) -> di
         tensor, first, shape = f"{name}.weight", 0, layout.shapes.get(f"{name}.weight")
         if shape is None:
             tensor, first, shape = _fused_place(name, layout)
-        made = (pair.b.shape[0], pair.a.shape[1])
-        if made != shape:
+        if shape != (len(pair.b), pair.a.shape[1]):
             has = f"has {' x '.join(map(str, shape))}" if shape else "lacks it"
             raise AdapterError(
-                f"Adapter {adapter_id} was made for another base model: it adapts {module} ({made[0]} x {made[1]}), "
+                f"Adapter {adapter_id} was made for another base model: it adapts {module} ({len(pair.b)} x {pair.a.shape[1]}), "
                 f"this model {has}; choose the adapter's own model"
             )
         placed[tensor] = (*placed.get(tensor, ()), replace(pair, b=layout.permute(tensor, pair.b), first_row=first))
@@ -126,10 +122,10 @@ def _fused_place(name: str, layout: Layout) -> tuple[str, int, tuple[int, ...] |
 def _name_map(layout: Layout) -> Any:
     import gguf
 
-    for member, name in gguf.MODEL_ARCH_NAMES.items():
-        if name == layout.architecture:
-            return gguf.get_tensor_name_map(member, layout.blocks)
-    raise ModelError(f"The gguf package does not know the architecture {layout.architecture!r}: update gguf")
+    architectures = {name: member for member, name in gguf.MODEL_ARCH_NAMES.items()}
+    if layout.architecture not in architectures:
+        raise ModelError(f"The gguf package does not know the architecture {layout.architecture!r}: update gguf")
+    return gguf.get_tensor_name_map(architectures[layout.architecture], layout.blocks)
 
 
 # Adapter -> LoRA GGUF
@@ -149,10 +145,9 @@ def lora(adapter: AdapterSpec, base_gguf: Path, out: Path) -> Path:
     alpha = Counter(pair.alpha for pair in factors.values()).most_common(1)[0][0] or 1.0  # llama.cpp reads 0 as "unset"
     outputs = []
     for name, parts in placed.items():
-        for end, factor in zip("ab", _joined(parts, layout.shapes[name][0], alpha), strict=True):
+        for letter, factor in zip("ab", _joined(parts, layout.shapes[name][0], alpha), strict=True):
             kind = gguf.GGMLQuantizationType.F16 if factor.dtype == np.float16 else gguf.GGMLQuantizationType.F32
-            data = factor if factor.dtype == np.float16 else factor.astype(np.float32)
-            outputs.append(Output(StoredTensor(f"{name}.lora_{end}", factor.shape, kind, data), kind))
+            outputs.append(Output(StoredTensor(f"{name}.lora_{letter}", factor.shape, kind, factor), kind))
 
     def add_metadata(writer: Any) -> None:
         writer.add_type("adapter")
@@ -211,10 +206,7 @@ class Output:
 
     @property
     def bytes(self) -> int:
-        from gguf import GGML_QUANT_SIZES
-
-        block, size = GGML_QUANT_SIZES[self.kind]
-        return int(prod(self.tensor.shape) // block * size)
+        return bytes_of(self.kind.name, self.tensor.shape, padded=False)
 
     def rows(self, first: int, last: int) -> NDArray[Any]:
         """Rows as they are written. Untouched rows that keep their type are the source's own bytes."""
@@ -290,21 +282,16 @@ def _write_gguf(
 
 @dataclass(frozen=True)
 class Written:
-    """A model's GGUF that was written.
-
-    source      what the weights were read from
-    touched     count of tensors that the adapter changed
-    fallbacks   tensors with another type than the quantization's own
-    """
+    """A model's GGUF that was written."""
 
     path: Path
     bytes: int
     architecture: str
-    source: Literal["hf", "gguf"]
+    source: Literal["hf", "gguf"]  # of the weights
     quantization: str
     tensors: int
-    touched: int
-    fallbacks: tuple[Fallback, ...]
+    touched: int  # tensors that the adapter changed
+    fallbacks: tuple[Fallback, ...]  # tensors with another type than the quantization's own
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -370,6 +357,7 @@ def merged(
     `out` is complete or absent. Raises ModelError, AdapterError, ConfigError or ExportError.
     """
     started = time.monotonic()
+    threads = threads or os.cpu_count() or 1
     path = source_path(spec, quantization, source)
     opened = open_source(path)
     placed = {} if adapter is None else place(read_factors(adapter, path), opened.layout, adapter.id)
@@ -377,11 +365,35 @@ def merged(
         Output(tensor, _kind(tensor, quantization, touched=tensor.name in placed), placed.get(tensor.name, ()))
         for tensor in opened.tensors
     ]
+
+    def add_metadata(writer: Any) -> None:
+        opened.add_metadata(writer, spec.title + (f" + {adapter.id}" if adapter else ""))
+        file_type = opened.file_type if quantization == KEEP else FILE_TYPES[quantization]
+        if file_type is not None:
+            writer.add_file_type(file_type)
+        adapters = [*opened.adapters, *([(adapter.id, sha256_of(adapter.weights))] if adapter else [])]
+        writer.add_array("biasdpo.adapters", [name for name, _ in adapters])
+        writer.add_array("biasdpo.adapters_sha256", [sha256 for _, sha256 in adapters])
+
+    def report(begin: float, end: float, phase: str) -> Callable[[float], None]:
+        return lambda done: on_progress(begin + (end - begin) * done, phase)
+
+    phase = "converting the weights" if adapter is None else "merging the adapter"
+    by_llama_cpp = quantization not in (*UNQUANTIZED, KEEP)
+    half = 0.39 if by_llama_cpp else 0.98  # of the progress
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _require_room(out, opened, outputs, quantization)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            file = _write_model(opened, outputs, spec, adapter, quantization, Path(folder), threads, on_progress)
+            file = Path(folder) / "merged.gguf"
+            _write_gguf(
+                file, opened.layout.architecture, add_metadata, outputs, threads=threads, on_progress=report(0.0, half, phase)
+            )
+            if by_llama_cpp:
+                unquantized, file = file, Path(folder) / "quantized.gguf"
+                progress = report(half, 0.98, f"quantizing to {quantization}")
+                quantize_file(unquantized, file, quantization, threads=threads, on_progress=progress)
+                unquantized.unlink()
             types = _verified_types(file, opened)
             with file.open("rb") as written:
                 os.fsync(written.fileno())
@@ -429,53 +441,6 @@ def _require_room(out: Path, opened: Source, outputs: Sequence[Output], quantiza
         )
 
 
-def _write_model(
-    opened: Source,
-    outputs: Sequence[Output],
-    spec: ModelSpec,
-    adapter: AdapterSpec | None,
-    quantization: str,
-    folder: Path,
-    threads: int | None,
-    on_progress: Progress,
-) -> Path:
-    """Write the file into a folder, unquantized, then let llama.cpp quantize it; return it."""
-    file, quantized = folder / "merged.gguf", folder / "quantized.gguf"
-    done_here = quantization in (*UNQUANTIZED, KEEP)
-    share = 0.98 if done_here else 0.39  # of the progress
-    threads = threads or os.cpu_count() or 1
-
-    def add_metadata(writer: Any) -> None:
-        opened.add_metadata(writer, spec.title + (f" + {adapter.id}" if adapter else ""))
-        file_type = opened.file_type if quantization == KEEP else FILE_TYPES[quantization]
-        if file_type is not None:
-            writer.add_file_type(file_type)
-        adapters = [*opened.adapters, *([(adapter.id, sha256_of(adapter.weights))] if adapter else [])]
-        writer.add_array("biasdpo.adapters", [name for name, _ in adapters])
-        writer.add_array("biasdpo.adapters_sha256", [sha256 for _, sha256 in adapters])
-
-    phase = "converting the weights" if adapter is None else "merging the adapter"
-    _write_gguf(
-        file,
-        opened.layout.architecture,
-        add_metadata,
-        outputs,
-        threads=threads,
-        on_progress=lambda done: on_progress(share * done, phase),
-    )
-    if done_here:
-        return file
-    quantize_file(
-        file,
-        quantized,
-        quantization,
-        threads=threads,
-        on_progress=lambda done: on_progress(share + (0.98 - share) * done, f"quantizing to {quantization}"),
-    )
-    file.unlink()
-    return quantized
-
-
 def _verified_types(file: Path, opened: Source) -> dict[str, str]:
     """{tensor: type} of the written file. OSError if it is incomplete: a C++ stream may not report a full disk."""
     try:
@@ -489,7 +454,5 @@ def _verified_types(file: Path, opened: Source) -> dict[str, str]:
 
 def _cannot_write(out: Path, exc: OSError) -> ExportError:
     existing = next(folder for folder in out.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    return ExportError(
-        f"Can't write {out}: {exc.strerror or exc} ({free / 1e9:.1f} GB are free there); make room or choose another folder"
-    )
+    why = f"{exc.strerror or exc} ({shutil.disk_usage(existing).free / 1e9:.1f} GB are free there)"
+    return ExportError(f"Can't write {out}: {why}; make room or choose another folder")

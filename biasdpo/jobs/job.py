@@ -28,8 +28,8 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from biasdpo import __version__
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
-from biasdpo.errors import ConfigError, JobError
-from biasdpo.workspace import Workspace, as_json, replacing, write_json
+from biasdpo.errors import ConfigError, JobError, WorkspaceError
+from biasdpo.workspace import Workspace, as_json, read_json, replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FORMAT = 1  # of job.json
@@ -306,8 +306,8 @@ class JobFolder:
         """Checkpoints that training can resume from, by step. The trainer writes trainer_state.json last."""
         whole = []
         for file in self.checkpoints.glob("checkpoint-*/trainer_state.json"):
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                json.loads(file.read_text(encoding="utf-8"))["global_step"]
+            with suppress(WorkspaceError, KeyError, TypeError):
+                read_json(file)["global_step"]
                 whole.append(file.parent)
         return sorted(whole, key=checkpoint_step)
 

@@ -192,7 +192,7 @@ def _sampling(text: str) -> str:
     """The settings in words, where they are the JSON that we write; else as they stand."""
     try:
         settings = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     if not isinstance(settings, dict):
         return text

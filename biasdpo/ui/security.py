@@ -65,8 +65,8 @@ def _ip_address(text: str) -> str | None:
 class AllowedHosts:
     """Hosts that the app answers to.
 
-    own     names of this server, valid with the port it listens on. The IP address that a connection arrived on also counts,
-            which covers all of the machine's addresses under a wildcard bind, even when they change.
+    own     names of this server, with any port, since tunnels and containers map ports. The IP address that a connection
+            arrived on also counts, which covers all of the machine's addresses under a wildcard bind, even when they change.
     added   other hosts; an entry without a port matches any port
     """
 
@@ -77,7 +77,7 @@ class AllowedHosts:
         """Whether a server listening on `server` may answer a request for `host`."""
         if any(host.name == name and (port is None or host.port in (None, port)) for name, port in self.added):
             return True
-        return self._is_own(host.name, server) and host.port in (None, server.port)
+        return self._is_own(host.name, server)
 
     def accept_origin(self, origin: str, host: Address, server: Address) -> bool:
         """Whether a page from `origin` may call the app: it must be the requested host or an allowed one."""

@@ -1,21 +1,28 @@
-"""A real Chromium before a real app with the embedded model and a random adapter.
+"""A real Chromium before a real app: one app a session (and a worker), with SmolLM2, over a workspace that all tests share.
 
-Skipped where there is no Chromium; with BIASDPO_REQUIRE_BROWSER=1 that is a failure instead.
+Each test names its own runs, annotators and rows. Skipped where there is no Chromium; with BIASDPO_REQUIRE_BROWSER=1 that is a
+failure instead. Every test also fails on a console error or a request to another host.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
+import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from tests.app_process import running_app
-from tests.lora_factory import write_lora
+from biasdpo.workspace import Workspace, write_json
+from tests.app_process import free_port, start_app, wait_for_page
+from tests.evaluating import write_items
+from tests.run_folders import write_run
+from tests.run_line import kill_jobs
 
 FLAGS = [
     "--no-sandbox",
@@ -26,9 +33,19 @@ FLAGS = [
     "--no-first-run",
     "--disable-gpu",
 ]
-SHORT = {"adapter": "demo", "temperature": "0", "max_new_tokens": "16"}  # greedy: what is written does not change
+SHORT = {"adapter": "demo", "temperature": "0", "max_new_tokens": "16"}  # greedy: the same text every time
+SIZE = {"width": 1280, "height": 900}
+TIMEOUT_MS = 60_000  # two tests may share two cores with a training
+SLOW_MS = 240_000  # for a process that loads PyTorch first
 
-ON_THE_WAY_OUT = ("AbortError: signal is aborted", "Connection errored out")
+# What is no fault: a stream cut by leaving the page, a validator's refusal (HTTP 422), and a fault of Gradio's list of options
+# where its panel goes away within the 10 ms after a scroll.
+NO_TROUBLE = (
+    "AbortError: ",
+    "Connection errored out",
+    "the server responded with a status of 422",
+    "Cannot read properties of null (reading 'getBoundingClientRect')",
+)
 
 
 def chromium_path() -> str | None:
@@ -58,59 +75,104 @@ def _without_browser(why: str) -> None:
     pytest.skip(why)
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with one finished run, "demo", whose adapter is random and brings measurements."""
-    root = tmp_path_factory.mktemp("workspace")
-    folder = write_lora(root / "runs" / "demo" / "adapter", base_model="smollm2", size=0.05)
-    provenance = {
-        "model": "smollm2",
-        "run_id": "demo",
-        "dataset_sha256": "3fa9c1d2" * 8,
-        "metrics": {"reward_accuracy": {"before": 0.5, "after": 0.97}, "not known to the page": 3},
-    }
-    (folder / "provenance.json").write_text(json.dumps(provenance))
-    return root
+@dataclass
+class App:
+    """An app that can be killed and started again at the same address."""
+
+    workspace: Workspace
+    flags: tuple[str, ...]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> App:
+        root = self.workspace.root
+        self.process = start_app(root, self.port, *self.flags, GRADIO_TEMP_DIR=str(root / "uploads"))
+        wait_for_page(self.url, self.process, root / "app.log", 180)
+        return self
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
 
 
 @pytest.fixture(scope="session")
-def app(browser, workspace: Path) -> Iterator[str]:  # noqa: ARG001 (no browser, no app)
-    with running_app(workspace, "--model", "smollm2") as url:
-        yield url
+def app(browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:  # noqa: ARG001 (no browser, no app)
+    """The shared app; its one run, "demo", has a random adapter of SmolLM2."""
+    workspace = Workspace(tmp_path_factory.mktemp("workspace"))
+    write_run(workspace.root, "demo")
+    items = write_items(workspace.root / "items", 400)
+    app = App(workspace, ("--model", "smollm2", "--data-dir", str(items)), free_port()).start()
+    yield app
+    app.kill()
+    kill_jobs(workspace)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(app: App, tiny_llama_gguf: Path, tiny_llama_adapter: Path) -> str:
+    """The id of a finished run of a tiny Llama, in the shared workspace."""
+    folder = write_run(app.workspace.root, "tiny", model=str(tiny_llama_gguf))
+    shutil.rmtree(folder.adapter)
+    shutil.copytree(tiny_llama_adapter, folder.adapter)
+    provenance = {"model": str(tiny_llama_gguf), "run_id": "tiny", "dataset_sha256": "3fa9c1d2" * 8}
+    write_json(folder.adapter / "provenance.json", provenance)
+    return "tiny"
 
 
 class Visitor:
-    """One visitor's tab, with the words of the page's own labels."""
+    """One visitor's page, by the names of what is on it."""
 
-    def __init__(self, page, app: str) -> None:
+    def __init__(self, page, url: str) -> None:
         self.page = page
-        self.app = app
-        self.trouble: list[str] = []
-        page.set_default_timeout(20_000)
-        page.on("console", lambda m: self.trouble.append(f"console: {m.text}") if m.type == "error" else None)
-        page.on("pageerror", lambda e: self.trouble.append(f"script: {e}"))
+        self.url = url
+        self.seen: list[str] = []
+        page.set_default_timeout(TIMEOUT_MS)
+        page.on("console", lambda m: self.seen.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda e: self.seen.append(f"script: {e}"))
         page.on("request", self._look_at)
 
     def _look_at(self, request) -> None:
         parts = urlsplit(request.url)
-        if parts.scheme not in ("data", "blob") and parts.netloc != urlsplit(self.app).netloc:
-            self.trouble.append(f"request to another host: {request.url}")
+        if parts.scheme not in ("data", "blob") and parts.netloc != urlsplit(self.url).netloc:
+            self.seen.append(f"request to another host: {request.url}")
 
-    def open(self, **query: str) -> Visitor:
-        self.page.goto(self.app + "?" + urlencode(SHORT | query))
-        self.page.wait_for_selector("#generate")
+    @property
+    def trouble(self) -> list[str]:
+        return [text for text in self.seen if not any(part in text for part in NO_TROUBLE)]
+
+    def open(self, tab: str = "", **query: str) -> Visitor:
+        self.page.goto(self.url + "?" + urlencode(SHORT | query))
+        self.page.wait_for_selector("#generate", state="attached")
+        if tab:
+            self.tab(tab)
         return self
 
     def open_ready(self, **query: str) -> Visitor:
+        """Open the Compare tab and wait for its model."""
         self.open(**query)
-        self.page.wait_for_selector(".bd-proven", timeout=60_000)
+        self.wait_proof()
         return self
 
     def reload(self) -> None:
-        """Leave the page and open it again; what Gradio's own client says of a stream cut on its way out is no trouble."""
         self.page.reload()
-        self.page.wait_for_selector("#generate")
-        self.trouble = [t for t in self.trouble if not any(said in t for said in ON_THE_WAY_OUT)]
+        self.page.wait_for_selector("#generate", state="attached")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).click()
+
+    def wait(self, selector: str, text: str | re.Pattern[str] = "", *, slow: bool = False) -> None:
+        """Until an element is there (with this text)."""
+        found = self.page.locator(selector, has_text=text) if text else self.page.locator(selector)
+        found.first.wait_for(timeout=SLOW_MS if slow else TIMEOUT_MS)
+
+    def wait_gone(self, selector: str) -> None:
+        self.page.wait_for_selector(selector, state="detached")
+
+    def wait_proof(self, text: str = "") -> None:
+        """Until a model is open (whose proof line has this text)."""
+        self.wait(".bd-proven", text, slow=True)
 
     def generate(self, prompt: str) -> None:
         self.page.fill("#prompt textarea", prompt)
@@ -118,13 +180,13 @@ class Visitor:
 
     def wait_written(self) -> None:
         """Until both sides have said why they stopped."""
-        self.page.wait_for_selector("#base-status:has-text('stopped')", timeout=60_000)
-        self.page.wait_for_function("() => !document.querySelector('.bd-busy')", timeout=60_000)
+        self.wait("#base-status", "stopped")
+        self.page.wait_for_function("() => !document.querySelector('.bd-busy')")
 
     def wait_writing(self) -> None:
         """Until the first token is there: the page says "writing" before the engine does, and another may overtake."""
-        self.page.wait_for_selector("#base-status:has-text('writing')", timeout=60_000)
-        self.page.wait_for_function("() => document.querySelector('#base-text textarea').value", timeout=60_000)
+        self.wait("#base-status", "writing")
+        self.page.wait_for_function("() => document.querySelector('#base-text textarea').value")
 
     def text(self, side: str) -> str:
         return self.page.input_value(f"#{side}-text textarea")
@@ -132,35 +194,78 @@ class Visitor:
     def status(self, side: str) -> str:
         return self.page.inner_text(f"#{side}-status").replace("\n", " ")
 
-    def value(self, element: str) -> str:
-        return self.page.input_value(f"#{element} input")
+    def field(self, element: str):
+        return self.page.locator(f"#{element} :is(input, textarea)").first
 
-    def set_number(self, element: str, value: str) -> None:
-        field = self.page.locator(f"#{element} input[type=number]")
+    def value(self, element: str) -> str:
+        return self.field(element).input_value()
+
+    def set(self, element: str, value: str) -> None:
+        """Fill a field and leave it."""
+        field = self.page.locator(f"#{element} :is(input[type=number], input, textarea)").first
         field.fill(value)
         field.press("Tab")
+
+    def choose(self, picker: str, value: str) -> None:
+        """Type or paste into a dropdown. Enter takes it."""
+        self.page.fill(f"#{picker} input", value)
+        self.page.keyboard.press("Enter")
+
+    def wait_value(self, element: str, value: str | None = None) -> None:
+        """Until a field has this value; None: any. Gradio writes a field's value a moment after it can be seen, over what was
+        typed meanwhile."""
+        self.page.wait_for_function(
+            "([id, value]) => { const is = document.querySelector(`#${id} :is(input, textarea)`)?.value;"
+            " return value === null ? Boolean(is) : is === value; }",
+            arg=[element, value],
+        )
 
     def unfold(self, element: str) -> None:
         """Open an accordion. Gradio builds its fields only now, and writes their values a moment after they can be seen."""
         self.page.click(f"#{element} button.label-wrap")
         self.page.wait_for_timeout(300)
 
+    def save(self, button: str) -> Path:
+        """The file that a click downloads."""
+        with self.page.expect_download() as download:
+            self.page.click(button)
+        return Path(download.value.path())
+
+
+@pytest.fixture(scope="session")
+def profiles() -> list[Any]:
+    """Browser profiles that tests share, since an empty cache takes seconds to fill; their storage is emptied before each use."""
+    return []
+
 
 @pytest.fixture
-def new_visitor(browser, app: str):
+def new_visitor(browser, app: App, profiles: list[Any]):
     """Make visitors, each with a browser profile of its own; afterwards none may have seen trouble."""
     made: list[Visitor] = []
-    contexts = []
+    others = []
 
-    def make(url: str = app, **options: object) -> Visitor:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
-        contexts.append(context)
-        made.append(Visitor(context.new_page(), url))
+    def make(url: str = "", **options: object) -> Visitor:
+        url = url or app.url
+        if options:
+            context = browser.new_context(**{"viewport": SIZE} | options)
+            others.append(context)
+        else:
+            used = len(made) - len(others)
+            if used == len(profiles):
+                profiles.append(browser.new_context(viewport=SIZE))
+            context = profiles[used]
+        page = context.new_page()
+        if not options:
+            page.goto(url + "gradio_api/app_id")
+            page.evaluate("() => localStorage.clear()")
+        made.append(Visitor(page, url))
         return made[-1]
 
     yield make
     trouble = [trouble for visitor in made for trouble in visitor.trouble]  # before closing, which aborts what is under way
-    for context in contexts:
+    for visitor in made:
+        visitor.page.close()
+    for context in others:
         context.close()
     assert trouble == []
 

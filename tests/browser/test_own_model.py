@@ -38,12 +38,6 @@ def visitor(new_visitor, own_app: str) -> Visitor:
     return new_visitor(own_app)
 
 
-def choose(visitor: Visitor, picker: str, name: str) -> None:
-    """Type or paste into a picker. Enter leaves it."""
-    visitor.page.fill(f"#{picker} input", name)
-    visitor.page.keyboard.press("Enter")
-
-
 def offered(visitor: Visitor, picker: str) -> list[str]:
     """What a picker offers."""
     visitor.page.click(f"#{picker} input")
@@ -69,15 +63,15 @@ def test_the_app_starts_with_a_gguf_of_ones_own_and_its_adapter(visitor, tiny_ph
 
 def test_a_pasted_path_opens_base_only_and_offers_what_fits(visitor, tiny_llama_gguf):
     visitor.open_ready(adapter="")
-    choose(visitor, "model", f'"{tiny_llama_gguf}"')  # as a file manager copies a path
-    visitor.page.wait_for_selector(".bd-proven:has-text('tiny-llama.F32.gguf')", timeout=60_000)
+    visitor.choose("model", f'"{tiny_llama_gguf}"')  # as a file manager copies a path
+    visitor.wait_proof("tiny-llama.F32.gguf")
     assert "none (base only)" in visitor.page.inner_text("#proof")
     assert "Choose one under Adapter" in visitor.page.inner_text("#base-only")
     assert offered(visitor, "adapter") == ["for-llama · fits", "none (base only)"]
     assert f"tiny-llama.F32.gguf · in {tiny_llama_gguf.parent.name}" in offered(visitor, "model")
     visitor.page.click("#adapter input")
     visitor.page.click("ul[role=listbox] li:has-text('for-llama')")
-    visitor.page.wait_for_selector(".bd-proven:has-text('run for-llama')", timeout=60_000)
+    visitor.wait_proof("run for-llama")
     visitor.generate("Who?")
     visitor.wait_written()
     assert visitor.text("base") != visitor.text("tuned")
@@ -85,10 +79,10 @@ def test_a_pasted_path_opens_base_only_and_offers_what_fits(visitor, tiny_llama_
 
 def test_a_hugging_face_folder_and_a_peft_folder_from_anywhere(visitor, tiny_llama, tiny_llama_adapter):
     visitor.open_ready(adapter="none")
-    choose(visitor, "model", f"  {tiny_llama} ")
-    visitor.page.wait_for_selector(".bd-proven:has-text('transformers')", timeout=120_000)
-    choose(visitor, "adapter", str(tiny_llama_adapter))
-    visitor.page.wait_for_selector(".bd-proven:has-text('tiny-llama-lora')", timeout=60_000)
+    visitor.choose("model", f"  {tiny_llama} ")
+    visitor.wait_proof("transformers")
+    visitor.choose("adapter", str(tiny_llama_adapter))
+    visitor.wait_proof("tiny-llama-lora")
     assert "no record of its training" in visitor.page.inner_text("#proof")
 
 
@@ -96,8 +90,8 @@ def test_what_does_not_fit_or_is_not_there_is_one_line_and_the_next_try_works(
     visitor, tiny_llama_adapter, tiny_phi_gguf, tmp_path
 ):
     visitor.open_ready(adapter="none")
-    choose(visitor, "adapter", str(tiny_llama_adapter))
-    visitor.page.wait_for_selector("#proof .bd-error:has-text('was made for another base model: it adapts model.layers.0.mlp')")
+    visitor.choose("adapter", str(tiny_llama_adapter))
+    visitor.wait("#proof .bd-error", "was made for another base model: it adapts model.layers.0.mlp")
     (tmp_path / "note.gguf").write_text("hello, world")
     for path, line in (
         (tmp_path / "none.gguf", "No model file"),
@@ -105,28 +99,26 @@ def test_what_does_not_fit_or_is_not_there_is_one_line_and_the_next_try_works(
         (tmp_path, "has no config.json, but GGUF files: name one of them, such as"),
         (tiny_llama_adapter, "is an adapter, not a model"),
     ):
-        choose(visitor, "model", str(path))
-        visitor.page.wait_for_selector(f"#proof .bd-error:has-text('{line}')")
-        visitor.page.wait_for_selector(f"#proof .bd-error:has-text('{path}')")
-    choose(visitor, "model", str(tiny_phi_gguf))
-    visitor.page.wait_for_selector(".bd-proven:has-text('tiny-phi.F32.gguf')", timeout=60_000)
+        visitor.choose("model", str(path))
+        visitor.wait("#proof .bd-error", line)
+        visitor.wait("#proof .bd-error", str(path))
+    visitor.choose("model", str(tiny_phi_gguf))
+    visitor.wait_proof("tiny-phi.F32.gguf")
 
 
 def test_label_and_train_know_the_model(visitor, tiny_phi_gguf):
     visitor.open_ready(adapter="")
     visitor.page.click("#dismiss-warning")
-    visitor.page.get_by_role("tab", name="Train").click()
+    visitor.tab("Train")
     visitor.page.wait_for_selector("#train-model input")
     named = f"tiny-phi.F32.gguf · in {tiny_phi_gguf.parent.name}"
     assert named in offered(visitor, "train-model")
-    choose(visitor, "train-model", tiny_phi_gguf.name)  # the end of typing: the choice that has it
-    visitor.page.wait_for_selector("#train-preset-text:has-text('Phi-2')")  # the preset of its kind
+    visitor.choose("train-model", tiny_phi_gguf.name)  # the end of typing: the choice that has it
+    visitor.wait("#train-preset-text", "Phi-2")  # the preset of its kind
     assert visitor.value("train-model") == named
-    visitor.page.get_by_role("tab", name="Label").click()
+    visitor.tab("Label")
     visitor.page.fill("#pseudonym input, #pseudonym textarea", "maple")
     visitor.page.click("#agree")
     visitor.page.wait_for_selector("#label-empty")
     visitor.page.click("#begin")
-    visitor.page.wait_for_function(
-        "() => document.querySelector('#pair-token textarea, #pair-token input')?.value", timeout=120_000
-    )
+    visitor.page.wait_for_function("() => document.querySelector('#pair-token textarea, #pair-token input')?.value")

@@ -7,15 +7,11 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
-from tests.app_process import running_app
-from tests.browser.conftest import FLAGS, chromium_path
-from tests.run_folders import write_run
+from tests.browser.conftest import FLAGS, TIMEOUT_MS, App, chromium_path
 
 # The attacker's names resolve to the loopback address. Chromium's own protection of local addresses depends on its version;
 # it is off, so that only the app's is tested.
@@ -89,7 +85,7 @@ def page(browser):
     """Page in a Chromium that resolves the attacker's names to this machine."""
     chromium = browser.browser_type.launch(executable_path=chromium_path(), args=[*FLAGS, *NAMES])
     page = chromium.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(TIMEOUT_MS)
     yield page
     chromium.close()
 
@@ -103,40 +99,38 @@ def call_of(url: str, element: str, data: list[Any]) -> str:
     return json.dumps({"fn_index": function, "data": data, "session_hash": "attack"})
 
 
-def test_a_page_of_another_origin_starts_and_reads_nothing(page, other_port: int, tmp_path: Path):
-    write_run(tmp_path, "first")
-    uploads = tmp_path / "uploads"
-    note = tmp_path / "runs" / "first" / "note.txt"
-    with running_app(tmp_path, "--model", "smollm2", GRADIO_TEMP_DIR=str(uploads)) as url:
-        call = call_of(url, "train-save-note", ["first", "written by another site"])
-        port = urlsplit(url).port
-        for attacker in (f"http://127.0.0.1:{other_port}", f"http://attacker.example:{other_port}"):
-            page.goto(f"{attacker}/")
-            got = page.evaluate(ATTACK, [url, call])
-            assert set(got.values()) <= {"failed", "opaque"}, (attacker, got)
-            page.goto(f"{attacker}/")
-            with page.expect_navigation():
-                page.evaluate(FORM, [url])
-            assert page.inner_text("body").startswith(f"Pages from '{attacker}' may not call this app")
-        # DNS rebinding: the attacker served a page on the app's port, then pointed the name at the app.
-        for name in ("rebound.example", "localhost.localdomain"):
-            attacker = f"http://{name}:{port}"
-            page.route(f"{attacker}/attack", lambda route: route.fulfill(body="", content_type="text/html"))
-            page.goto(f"{attacker}/attack")
-            got = page.evaluate(ATTACK, [f"{attacker}/", call])
-            assert set(got.values()) <= {403, "failed"}, (attacker, got)
-            page.goto(f"{attacker}/")
-            assert page.inner_text("body").startswith(f"This app does not answer to the host {name}:{port}; ")
-        assert not note.exists()
-        assert not list(uploads.rglob("*.txt"))
-
-        page.goto(f"http://attacker.example:{other_port}/")  # a plain link still works
+def test_a_page_of_another_origin_starts_and_reads_nothing(page, other_port: int, app: App):
+    url = app.url
+    uploads = app.workspace.root / "uploads"
+    note = app.workspace.run_folder("demo") / "note.txt"
+    call = call_of(url, "train-save-note", ["demo", "written by another site"])
+    for attacker in (f"http://127.0.0.1:{other_port}", f"http://attacker.example:{other_port}"):
+        page.goto(f"{attacker}/")
+        got = page.evaluate(ATTACK, [url, call])
+        assert set(got.values()) <= {"failed", "opaque"}, (attacker, got)
+        page.goto(f"{attacker}/")
         with page.expect_navigation():
-            page.evaluate("url => { location.href = url; }", url)
-        page.wait_for_selector("#generate")
-        own = page.evaluate(ATTACK, [url, call])  # the same requests work from the app's own page
-        assert own["config"].startswith("{")
-        assert "event_id" in own["join"]
-        assert own["stream"] == "ALIVE"
-        assert note.read_text().strip() == "written by another site"
-        assert list(uploads.rglob("attack.txt"))
+            page.evaluate(FORM, [url])
+        assert page.inner_text("body").startswith(f"Pages from '{attacker}' may not call this app")
+    # DNS rebinding: the attacker served a page on the app's port, then pointed the name at the app.
+    for name in ("rebound.example", "localhost.localdomain"):
+        attacker = f"http://{name}:{app.port}"
+        page.route(f"{attacker}/attack", lambda route: route.fulfill(body="", content_type="text/html"))
+        page.goto(f"{attacker}/attack")
+        got = page.evaluate(ATTACK, [f"{attacker}/", call])
+        assert set(got.values()) <= {403, "failed"}, (attacker, got)
+        page.goto(f"{attacker}/")
+        assert page.inner_text("body").startswith(f"This app does not answer to the host {name}:{app.port}; ")
+    assert not note.exists()
+    assert not list(uploads.rglob("attack.txt"))
+
+    page.goto(f"http://attacker.example:{other_port}/")  # a plain link still works
+    with page.expect_navigation():
+        page.evaluate("url => { location.href = url; }", url)
+    page.wait_for_selector("#generate")
+    own = page.evaluate(ATTACK, [url, call])  # the same requests work from the app's own page
+    assert own["config"].startswith("{")
+    assert "event_id" in own["join"]
+    assert own["stream"] == "ALIVE"
+    assert note.read_text().strip() == "written by another site"
+    assert list(uploads.rglob("attack.txt"))

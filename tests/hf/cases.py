@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from biasdpo.backends.base import Backend
+from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.backends.hf import TransformersBackend
 from biasdpo.backends.hf_loading import encode_prompt
 from biasdpo.chat import PromptTemplate
@@ -69,6 +70,22 @@ def plain_text(model: Any, case: Case, prompt: str, sampling: Sampling = GREEDY)
     )[0, len(ids) :]
     text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.removeprefix(case.template.completion_prefix)
+
+
+def seconds_to_cancel(backend: Backend, prompt: str) -> float:
+    """Cancel a stream half a second after it started, while it reads a long prompt; return how long it took to end."""
+    cancellation = Cancellation()
+    set_at: list[float] = []
+
+    def cancel() -> None:
+        set_at.append(time.perf_counter())
+        cancellation.set()
+
+    timer = threading.Timer(0.5, cancel)
+    timer.start()
+    assert read(backend.stream(prompt, GREEDY, "base", cancellation=cancellation)) == ([], "cancelled")
+    timer.join()
+    return time.perf_counter() - set_at[0]
 
 
 def adapter_is_off(backend: TransformersBackend) -> bool:

@@ -69,17 +69,6 @@ def test_a_long_prompt_is_computed_in_chunks(case: Case, batched: TransformersBa
     assert rows == [2] * (2 + 4)  # two chunks; four tokens of five are computed with
 
 
-@pytest.mark.parametrize("shorter", [0, 1])
-def test_when_one_side_ends_the_other_goes_on(case: Case, batched: TransformersBackend, shorter: int) -> None:
-    samplings = [replace(SHORT, max_new_tokens=5 if i == shorter else 15) for i in range(2)]
-    with rows_computed(batched) as rows:
-        together = both(batched, PROMPTS[0], *samplings)
-    assert together == alone(case, PROMPTS[0], *samplings)
-    longer = max(len(pieces) for pieces, _ in together)
-    assert longer > 5
-    assert rows == [2] * 5 + [1] * (longer - 5)
-
-
 def test_the_end_of_text_ends_one_side(case: Case, batched: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base side's fourth token is made an end of text."""
     drawn: list[int] = []
@@ -328,28 +317,3 @@ def test_a_fault_of_ours_ends_both_rows_as_well() -> None:
         batch.next_token(rows[0])
     with pytest.raises(BackendError, match="ZeroDivisionError"):
         batch.next_token(rows[1])
-
-
-def test_a_closed_model_ends_both_sides(case: Case) -> None:
-    backend = open_transformers(case.folder, case.template, case.adapter, 512, device="cpu", batch_sides=True)
-    started, closed = threading.Barrier(3), threading.Event()
-    errors: list[str] = []
-
-    def write(side: Side) -> None:
-        stream = backend.stream(PROMPTS[0], SHORT, side)
-        next(stream)
-        started.wait(60)
-        assert closed.wait(60)
-        with pytest.raises(BackendError) as caught:
-            next(stream)
-        errors.append(str(caught.value))
-
-    threads = [threading.Thread(target=write, args=(side,)) for side in SIDES]
-    for thread in threads:
-        thread.start()
-    started.wait(60)
-    backend.close()
-    closed.set()
-    for thread in threads:
-        thread.join()
-    assert errors == ["The model was closed: choose it again"] * 2

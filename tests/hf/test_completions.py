@@ -19,25 +19,6 @@ from tests import tiny_models
 from tests.hf.cases import GREEDY, PROMPTS, Case, read, text_of
 
 
-def test_it_ends_at_the_limit_of_tokens(case: Case) -> None:
-    pieces, reason = read(case.backend.stream(PROMPTS[0], replace(GREEDY, max_new_tokens=3), "base"))
-    assert (len(pieces), reason) == (3, "limit")
-
-
-def test_it_ends_at_the_end_of_text(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fourth token is made an end: it counts as a token, and has no text."""
-    pieces, _ = read(case.backend.stream(PROMPTS[0], GREEDY, "base"))
-    ids = torch.tensor([encode_prompt(case.backend._tokenizer, case.template, PROMPTS[0])])
-    model = case.backend._shared.model
-    for _ in range(4):
-        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    monkeypatch.setattr(case.backend, "_ends", frozenset([int(ids[0, -1])]))
-    ended, reason = read(case.backend.stream(PROMPTS[0], GREEDY, "base"))
-    assert reason == "end_of_text"
-    assert len(ended) <= 4
-    assert "".join(pieces).startswith("".join(ended).rstrip("\N{REPLACEMENT CHARACTER}"))
-
-
 def test_the_ends_are_those_of_model_tokenizer_llama_cpp_and_template(tiny_llama: Path, tiny_phi: Path) -> None:
     turn = PromptTemplate("{prompt}<|im_start|>", special_tokens=("<|im_start|>",))
     for folder, template, names in (

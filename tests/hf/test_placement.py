@@ -90,20 +90,13 @@ def test_the_decision(gpu: Any, tmp_path: Path) -> None:
     assert (placement.device, placement.whole, placement.describe()) == (GPU, True, "cuda:0 (NVIDIA T4)")
     gpu.free -= layer  # one passes through, one has no room beside it
     divided = choose_placement(folder, "auto", 512, None)
-    assert divided.describe() == (
-        "cuda:0 (NVIDIA T4), 3 of 5 layers: it has 1.1 GB free of the 1.1 needed, so the rest passes through it at every token, "
-        "which is slow"
-    )
+    assert divided.describe().startswith("cuda:0 (NVIDIA T4), 3 of 5 layers: it has 1.1 GB free of the 1.1 needed, so the rest ")
     assert {divided.device_map[f"model.layers.{i}"] for i in (3, 4)} == {"cpu"}
     assert choose_placement(folder, "auto", 16, None).whole  # a smaller KV cache
     gpu.free = 100
     placement = choose_placement(folder, "auto", 512, None)
-    threads = torch.get_num_threads()
     assert (placement.device, placement.whole) == (CPU, True)
-    assert placement.describe() == (
-        f"CPU, {threads} thread{'s' if threads > 1 else ''}: not cuda:0, it has 0.0 GB free of the 1.1 needed; "
-        "--backend llamacpp takes less"
-    )
+    assert ": not cuda:0, it has 0.0 GB free of the 1.1 needed; --backend llamacpp takes less" in placement.describe()
     gpu.free = weight_bytes(skeleton, 2, 4) + work_bytes(skeleton, 512, 2)
     assert choose_placement(folder, "auto", 512, 4).device == GPU
     with pytest.raises(BackendError, match=r"^In 8 bits the model needs .* GB of cuda:0, .*use transformers-4bit or.*$"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -148,11 +148,8 @@ def test_a_pair_streams_both_sides_at_the_same_time(case: Case, smollm2: models.
     def write(side: Side) -> None:
         order.extend(side for _ in case.backend.stream(PROMPTS[0], GREEDY, side))
 
-    threads = [threading.Thread(target=write, args=(side,)) for side in ("base", "tuned")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ("base", "tuned")))
     assert sum(a != b for a, b in pairwise(order)) >= 5
     engine = Engine(smollm2, models.AdapterSpec("random", case.adapter, ""), case.backend)
     pair = list(stream_pair(engine, PROMPTS[0], WARM))[-1]

@@ -9,17 +9,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from biasdpo import models
 from biasdpo.config import TrainConfig
 from biasdpo.errors import RunError
-from biasdpo.jobs import estimate, resolve, store, worker
+from biasdpo.jobs import estimate, resolve, store
 from biasdpo.jobs.estimate import Estimate
-from biasdpo.jobs.job import Device, JobFolder, Status
+from biasdpo.jobs.job import Status
 from biasdpo.workspace import Workspace, write_json
-from tests.run_line import CommandLine, write_job
+from tests.run_line import CommandLine, pretend
 
 # 40 pairs, of which some 4 are held out; ten have numbers of one digit, thirty of two (see `pairs_file`).
 FULL: dict[str, Any] = {"max_steps": 0, "batch_size": 2, "eval_every": 5, "probe_every": 10, "probe_prompts": ("Who?",)}
@@ -68,24 +67,15 @@ def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine
     estimate.refuse_oversized_run(config, models.find(config.model), command_line.workspace)
 
 
-def busy(command_line: CommandLine, device: Device) -> JobFolder:
-    """A run that this process pretends to train."""
-    me = psutil.Process()
-    folder = JobFolder(command_line.workspace.runs / f"busy-{device}")
-    write_job(folder, "running", pid=me.pid, pid_created=me.create_time())
-    worker.join_queue(folder, device)
-    return folder
-
-
 def test_what_would_wait_for_another_run_is_not_refused(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     config = command_line.config()
     spec = models.find(config.model)
     monkeypatch.setattr(estimate, "free_memory_bytes", lambda _device: 1)
     monkeypatch.setattr(estimate, "device_of_training", lambda _config: "cpu")
-    busy(command_line, "gpu")  # elsewhere
+    pretend(command_line.workspace, "runs/elsewhere", "gpu")
     with pytest.raises(RunError, match="can't be trained here"):
         estimate.refuse_oversized_run(config, spec, command_line.workspace)
-    other = busy(command_line, "cpu")
+    other = pretend(command_line.workspace, "runs/other")
     estimate.refuse_oversized_run(config, spec, command_line.workspace)
     other.write_status(Status("finished"))
     with pytest.raises(RunError, match="can't be trained here"):
@@ -113,7 +103,7 @@ def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandL
             return 0
 
     monkeypatch.setattr(subprocess, "Popen", Measured)
-    other = busy(command_line, resolve.device_of_training(config))
+    other = pretend(command_line.workspace, "runs/other", resolve.device_of_training(config))
     assert estimate.estimate_training(config, command_line.workspace) == measured
     assert estimate.known_estimate(config, command_line.workspace) is None
     other.write_status(Status("finished"))
@@ -121,8 +111,11 @@ def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandL
     assert estimate.known_estimate(config, command_line.workspace) == measured
 
 
-def test_a_failing_measurement_is_one_line(command_line: CommandLine) -> None:
-    with pytest.raises(RunError, match="No pairs are left") as caught:
+def test_a_failing_measurement_is_one_line(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.estimate import main
+
+    monkeypatch.setattr(estimate, "_run_until", lambda command, *_: main(command[-3:]))  # in this process, which is faster
+    with pytest.raises(RunError, match="No rows to train on") as caught:
         estimate.estimate_training(command_line.config(max_length=16), command_line.workspace)
     assert "\n" not in str(caught.value)
     assert list((command_line.workspace.cache / "estimates").glob("*.json")) == []

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,9 @@ from biasdpo.workspace import Workspace
 from tests import evaluating
 from tests.evaluating import under_way
 from tests.evaluation_results import result, write_result
-from tests.run_line import ROOT, ended, kill_jobs, wait_for
+from tests.run_line import ROOT, ended, wait_for
 
 LONG = 1500  # items, in so many batches that it is not over before it is stopped
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(workspace: Workspace) -> Iterator[None]:
-    yield
-    kill_jobs(workspace)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,20 +24,7 @@ from biasdpo.jobs.worker import run_export, unfinished_folder
 from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import Workspace, sha256_of
 from tests import tiny_models
-from tests.run_line import ended, kill_jobs, wait_for
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(workspace: Workspace) -> Iterator[None]:
-    yield
-    kill_jobs(workspace)
-
-
-@pytest.fixture
-def lora(tiny_llama_gguf: Path, tiny_llama_adapter: Path, workspace: Workspace) -> ExportConfig:
-    """An adapter as a LoRA GGUF, the quickest export there is."""
-    out = workspace.root / "exports" / "tiny.gguf"
-    return ExportConfig(out=out, format="lora", adapter=str(tiny_llama_adapter), model=str(tiny_llama_gguf), pairs=0, threads=1)
+from tests.run_line import ended, wait_for
 
 
 def export(config: ExportConfig, workspace: Workspace):

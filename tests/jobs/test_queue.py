@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,23 +22,14 @@ import pytest
 from biasdpo.config import EvaluationConfig, ExportConfig
 from biasdpo.errors import JobError
 from biasdpo.jobs import store
-from biasdpo.jobs.job import Job, JobFolder, State, Status, read_job
-from biasdpo.jobs.worker import jobs_ahead, jobs_on, join_queue
+from biasdpo.jobs.job import Job, JobFolder, Status, read_job
+from biasdpo.jobs.worker import jobs_ahead, jobs_on
 from biasdpo.workspace import Workspace
-from tests import evaluating
-from tests.run_line import ROOT, CommandLine, ended, kill, kill_jobs, wait_for, write_job
+from tests.run_line import ROOT, CommandLine, ended, kill, pretend, wait_for
 
 
 def waits(job: Job) -> bool:
     return bool(job.status.waits_for)
-
-
-def pretend(workspace: Workspace, entry: str, state: State = "running") -> JobFolder:
-    """A job that this process pretends to do."""
-    me = psutil.Process()
-    folder = write_job(JobFolder(workspace.root / entry), state, pid=me.pid, pid_created=me.create_time())
-    join_queue(folder, "cpu")
-    return folder
 
 
 @contextmanager
@@ -46,21 +37,6 @@ def locked_device(workspace: Workspace) -> Iterator[None]:
     with (workspace.root / ".jobs" / "device-cpu").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@pytest.fixture
-def evaluation(workspace: Workspace, tiny_llama_gguf: Path, tmp_path: Path) -> Iterator[EvaluationConfig]:
-    """A quick one, of the base model."""
-    items = evaluating.write_items(tmp_path / "data", pairs=10)
-    yield evaluating.request(tiny_llama_gguf, "none", items)
-    kill_jobs(workspace)
-
-
-@pytest.fixture
-def lora(tiny_llama_gguf: Path, tiny_llama_adapter: Path) -> ExportConfig:
-    """An adapter as a LoRA GGUF, the quickest export there is."""
-    adapter, model = str(tiny_llama_adapter), str(tiny_llama_gguf)
-    return ExportConfig(out=Path("tiny.gguf"), format="lora", adapter=adapter, model=model, pairs=0, threads=1)
 
 
 def test_jobs_of_all_kinds_wait_in_one_queue(workspace: Workspace, evaluation: EvaluationConfig, lora: ExportConfig) -> None:
@@ -110,9 +86,8 @@ def test_jobs_of_all_kinds_wait_in_one_queue(workspace: Workspace, evaluation: E
 
 
 def test_the_order_is_that_of_arrival_and_passes_over_the_ended(workspace: Workspace) -> None:
-    me = psutil.Process()
     a, b, c = (pretend(workspace, entry) for entry in ("runs/a", "evaluations/b", "exports/c"))
-    join_queue(write_job(JobFolder(workspace.runs / "elsewhere"), "queued", pid=me.pid, pid_created=me.create_time()), "gpu")
+    pretend(workspace, "runs/elsewhere", "gpu")
 
     def ahead() -> list[list[str]]:
         return [jobs_ahead(folder, "cpu") for folder in (a, b, c)]
@@ -122,7 +97,7 @@ def test_the_order_is_that_of_arrival_and_passes_over_the_ended(workspace: Works
     assert jobs_ahead(c, "cpu") == ["evaluations/b"]
     pretend(workspace, "runs/a")  # resumed: at the end
     assert ahead() == [["evaluations/b", "exports/c"], [], ["evaluations/b"]]
-    b.write_status(Status("queued", pid=me.pid, pid_created=me.create_time() - 60))  # dead
+    b.write_status(Status("queued", pid=os.getpid(), pid_created=1.0))  # dead
     assert jobs_ahead(a, "cpu") == ["exports/c"]
     c.status_file.write_text("{")  # damaged
     assert jobs_ahead(a, "cpu") == []

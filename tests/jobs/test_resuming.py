@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +17,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from biasdpo.jobs import store
-from biasdpo.jobs.job import START_MARK, Job, JobFolder
+from biasdpo.jobs.job import START_MARK, JobFolder
 from biasdpo.workspace import Workspace
 from tests.run_line import ROOT, SMALL, TIMEOUT_SECONDS, CommandLine, ended, wait_for
+from training.status import StatusWriter
 
 # Evaluated, probed and logged at steps that differ from those of the checkpoints; a stop falls between two log lines.
 LONG: dict[str, Any] = {
@@ -99,6 +99,18 @@ def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command
     assert (with_settings.returncode, "--set" in with_settings.stderr) == (2, True)
 
 
+def stop_in(patch: pytest.MonkeyPatch, folder: JobFolder, phase: str) -> None:
+    """Request a stop once the run reports this phase, after its first step where it trains."""
+    update = StatusWriter.update
+
+    def update_and_stop(self: StatusWriter, **changes: Any) -> None:
+        update(self, **changes)
+        if self.status.phase == phase and (self.status.step > 0 or phase == "reading the data"):
+            folder.stop_request.touch()
+
+    patch.setattr(StatusWriter, "update", update_and_stop)
+
+
 PHASES = {  # where a stop is asked for: the status's phase then, and the step of the checkpoint that it leaves
     "reading the data": None,
     "evaluating on the held-out pairs": 7,
@@ -111,17 +123,8 @@ PHASES = {  # where a stop is asked for: the status's phase then, and the step o
 def test_a_stop_ends_every_phase(
     command_line: CommandLine, whole: JobFolder, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    from training import callbacks
-
     folder = command_line.create("stopped", **LONG)
-    update = callbacks.StatusWriter.update
-
-    def update_and_stop(self: Any, **changes: Any) -> None:
-        update(self, **changes)
-        if self.status.phase == phase and (self.status.step > 0 or phase == "reading the data"):
-            folder.stop_request.touch()
-
-    monkeypatch.setattr(callbacks.StatusWriter, "update", update_and_stop)
+    stop_in(monkeypatch, folder, phase)
     command_line.go_on_here(folder)
     status, checkpoint, step = folder.read_status(), folder.last_checkpoint(), PHASES[phase]
     assert (status.state, status.error) == ("stopped", "")
@@ -137,34 +140,22 @@ def test_a_stop_ends_every_phase(
     assert (folder.read_status().state, folder.last_checkpoint()) == ("stopped", checkpoint)
     assert (checkpoint and (checkpoint / "trainer_state.json").stat().st_mtime_ns) == saved
 
-    monkeypatch.setattr(callbacks.StatusWriter, "update", update)
+    monkeypatch.undo()
     folder.stop_request.unlink()
     command_line.go_on_here(folder)
     assert_same_run(whole, folder)
 
 
-@pytest.mark.parametrize("settings", [{"save_steps": 0}, {"save_steps": 2, "logging_steps": 2}], ids=["never saved", "saved"])
-def test_a_run_stopped_while_it_is_scored_trains_no_step_more(
-    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
-) -> None:
-    """Without evaluations; 5 steps are no whole epochs (28 pairs in eights: 4 steps). The probe of the last step, cut out here,
-    is made up for."""
-    from training import callbacks
-
-    few = LONG | {"max_steps": 5, "batch_size": 8, "eval_every": 0, "probe_every": 2} | settings
+def test_a_run_stopped_while_it_is_scored_trains_no_step_more(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without evaluations or checkpoints; 5 steps are no whole epochs (28 pairs in eights: 4 steps). The probe of the last step,
+    cut out here, is made up for."""
+    few = LONG | {"max_steps": 5, "batch_size": 8, "eval_every": 0, "probe_every": 2, "save_steps": 0}
     whole = command_line.train_here("whole", **few)
     assert whole.read_status().state == "finished"
     folder = command_line.create("stopped", **few)
-    update = callbacks.StatusWriter.update
-
-    def update_and_stop(self: Any, **changes: Any) -> None:
-        update(self, **changes)
-        if self.status.phase == "scoring the held-out pairs":
-            folder.stop_request.touch()
-
-    monkeypatch.setattr(callbacks.StatusWriter, "update", update_and_stop)
-    command_line.go_on_here(folder)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        stop_in(patch, folder, "scoring the held-out pairs")
+        command_line.go_on_here(folder)
     assert folder.read_status().state == "stopped"
     assert [checkpoint.name for checkpoint in folder.whole_checkpoints()][-1] == "checkpoint-5"
     probes = [json.dumps(row) + "\n" for row in folder.read_probes() if row["step"] < 5]
@@ -178,18 +169,11 @@ def test_a_run_stopped_while_it_is_scored_trains_no_step_more(
     assert_same_run(whole, folder)
 
 
-def is_started(run: Job) -> bool:
-    """It has the device, and its launcher's command is in the log."""
-    return START_MARK in run.folder.log_tail(50)
-
-
-@pytest.mark.parametrize("phase", ["starting", "loading the libraries"])
-def test_a_stop_before_anything_is_loaded(command_line: CommandLine, phase: str) -> None:
+def test_a_stop_before_anything_is_loaded(command_line: CommandLine) -> None:
     folder = command_line.start("early", max_steps=5000)
-    wait_for(folder, is_started if phase == "starting" else lambda run: run.status.phase == phase)
+    wait_for(folder, lambda run: START_MARK in run.folder.log_tail(50))  # it has the device, and its launcher loads
     asked_at = time.monotonic()
-    stopping = command_line("runs", "stop", "early", "--json")
-    assert json.loads(stopping.stdout)["state"] in ("stopping", "stopped")
+    assert json.loads(command_line("runs", "stop", "early", "--json").stdout)["state"] in ("stopping", "stopped")
     assert wait_for(folder, ended).status.state == "stopped"
     assert time.monotonic() - asked_at < 30  # 10 s where nothing else takes the cores
 
@@ -215,25 +199,3 @@ def test_ctrl_c_asks_the_run_to_stop(command_line: CommandLine) -> None:
     assert "was stopped at step" in stderr.splitlines()[-1]
     assert "--resume" in stderr.splitlines()[-1]
     assert folder.read_status().state == "stopped"
-
-
-@pytest.mark.parametrize("torn", ["no state", "half a state"])
-def test_a_torn_checkpoint_is_skipped(command_line: CommandLine, torn: str) -> None:
-    """As a kill leaves it while a checkpoint is saved: its folder is there, its last file is not, or not whole."""
-    settings = LONG | {"max_steps": 30, "save_steps": 10}
-    folder = command_line.train_here("torn", **settings)
-    whole = shutil.copytree(folder.path, folder.path.with_name("whole"))
-    shutil.rmtree(folder.adapter)
-    last = folder.last_checkpoint()
-    assert last is not None
-    state = last / "trainer_state.json"
-    if torn == "no state":
-        state.unlink()
-    else:
-        state.write_text(state.read_text()[:100])
-    before = folder.last_checkpoint()
-    assert before is not None
-    assert before.name == "checkpoint-20"
-    command_line.go_on_here(folder)
-    assert "resumed after step 20" in folder.read_status().notes
-    assert_same_run(JobFolder(whole), folder)

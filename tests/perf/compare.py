@@ -9,11 +9,11 @@ bare times), each as a ratio of medians; and the time to first token of a prompt
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,25 @@ from biasdpo.backends import llamacpp
 from biasdpo.compare import stream_pair
 from biasdpo.engines import Engine
 from biasdpo.gguf import write
-from biasdpo.models import AdapterSpec
+from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import GenerationPair, Sampling
 from tests.bare import bare_llama
 from tests.lora_factory import write_lora
+from tests.perf.measuring import options, rounded
 
 PROMPT = "Why do people say that {} are bad at maths, and is it true?"
+build_chain = llamacpp.build_chain
+END_OF_TEXT = 2  # <|im_end|> of SmolLM2
 GROUPS = ("women", "artists", "old people", "teachers", "nurses", "men", "farmers", "students", "drivers", "writers", "cooks")
 
 
-class Endless(llamacpp.LlamaCppBackend):
-    """Never ends its text: the end-of-text token is suppressed, as it is on the bare side."""
-
-    def _build_sampler(self, sampling: Sampling) -> Any:
-        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        never = (llama_cpp.llama_logit_bias * 1)(llama_cpp.llama_logit_bias(token=self._model.end_of_text, bias=float("-inf")))
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_logit_bias(self._model.vocabulary_size, 1, never))
-        llama_cpp.llama_sampler_chain_add(chain, super()._build_sampler(sampling))
-        return chain
+def build_endless_chain(sampling: Sampling, vocabulary_size: int, context_length: int) -> Any:
+    """`llamacpp.build_chain` with the end-of-text token suppressed, as it is on the bare side."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    never = (llama_cpp.llama_logit_bias * 1)(llama_cpp.llama_logit_bias(token=END_OF_TEXT, bias=float("-inf")))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_logit_bias(vocabulary_size, 1, never))
+    llama_cpp.llama_sampler_chain_add(chain, build_chain(sampling, vocabulary_size, context_length))
+    return chain
 
 
 def ours(engine: Engine, prompt: str, tokens: int) -> dict[str, float]:
@@ -77,11 +78,39 @@ def bare(llamas: list[Any], prompt_tokens: list[int], tokens: int) -> dict[str, 
     return {"tokens_per_second": 2 * tokens / (time.perf_counter() - started), "first_token_seconds": first}
 
 
+BARE = ("bare_1_thread", "bare_2_threads")
+
+
+def race(
+    spec: ModelSpec, gguf: Path, lora: Path, context_length: int, tokens: int, repetitions: int
+) -> dict[str, list[dict[str, float]]]:
+    """Rounds of ours and of both bare ways in turn; also the first token of ours where the prompt is asked again."""
+    llamacpp.build_chain = build_endless_chain
+    backend: Any = llamacpp.open_llamacpp(gguf, spec.template, lora, context_length)
+    engine = Engine(spec, AdapterSpec("lora", lora.parent, ""), backend)
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *BARE, "again")}
+    with ExitStack() as stack:
+        llamas = {
+            name: [stack.enter_context(bare_llama(gguf, file, threads=n, context_length=context_length)) for file in (None, lora)]
+            for n, name in enumerate(BARE, start=1)
+        }
+        for i in range(repetitions + 1):
+            prompt = PROMPT.format(GROUPS[i % len(GROUPS)])
+            prompt_tokens = backend.tokenize(spec.template.render(prompt))
+            measured["ours"].append(ours(engine, prompt, tokens))
+            for name in BARE:
+                measured[name].append(bare(llamas[name], prompt_tokens, tokens))
+            measured["again"].append(ours(engine, prompt, 1))
+    backend.close()
+    return {name: rounds[1:] for name, rounds in measured.items()}  # the first round warms up
+
+
+def medians(measured: dict[str, list[dict[str, float]]], key: str) -> dict[str, float]:
+    return {name: statistics.median(value[key] for value in measured[name]) for name in ("ours", *BARE)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=128)
-    args = parser.parse_args()
+    args = options(__doc__, repetitions=5, tokens=128)
     spec = models.find("smollm2")
     assert spec.gguf_path is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -89,53 +118,15 @@ def main() -> None:
         adapter_folder = shipped if shipped.is_dir() else write_lora(Path(folder) / "random", rank=16)
         adapter = AdapterSpec(adapter_folder.name, adapter_folder, "smollm2")
         lora = write.lora(adapter, spec.gguf_path, Path(folder) / "lora.gguf")
-        llamacpp.LlamaCppBackend = Endless  # type: ignore[misc]  # what open_llamacpp makes
-        engine = Engine(spec, adapter, llamacpp.open_llamacpp(spec.gguf_path, spec.template, lora, 4096))
-        backend: Any = engine.backend
-        measured: dict[str, list[dict[str, float]]] = {"ours": [], "bare_1_thread": [], "bare_2_threads": []}
-        again: list[float] = []
-        with (
-            bare_llama(spec.gguf_path, threads=1) as base_1,
-            bare_llama(spec.gguf_path, lora, threads=1) as tuned_1,
-            bare_llama(spec.gguf_path, threads=2) as base_2,
-            bare_llama(spec.gguf_path, lora, threads=2) as tuned_2,
-        ):
-            for i in range(args.repetitions + 1):
-                prompt = PROMPT.format(GROUPS[i % len(GROUPS)])
-                prompt_tokens = backend.tokenize(spec.template.render(prompt))
-                round_ = {
-                    "ours": ours(engine, prompt, args.tokens),
-                    "bare_1_thread": bare([base_1, tuned_1], prompt_tokens, args.tokens),
-                    "bare_2_threads": bare([base_2, tuned_2], prompt_tokens, args.tokens),
-                }
-                once_more = ours(engine, prompt, 1)["first_token_seconds"]
-                if i > 0:  # the first round warms up
-                    again.append(once_more)
-                    for name, value in round_.items():
-                        measured[name].append(value)
-        engine.backend.close()
-
-    def median(name: str, key: str) -> float:
-        return statistics.median(value[key] for value in measured[name])
-
-    names = ("bare_1_thread", "bare_2_threads")
-    fastest = max(names, key=lambda name: median(name, "tokens_per_second"))
-    soonest = min(names, key=lambda name: median(name, "first_token_seconds"))
-    print(
-        json.dumps(
-            {
-                "repetitions": args.repetitions,
-                "tokens_a_side": args.tokens,
-                "adapter": adapter.id,
-                "fastest_bare": fastest,
-                "tokens_per_second": {name: round(median(name, "tokens_per_second"), 1) for name in measured},
-                "tokens_per_second_ratio": round(median("ours", "tokens_per_second") / median(fastest, "tokens_per_second"), 3),
-                "first_token_seconds": {name: round(median(name, "first_token_seconds"), 4) for name in measured},
-                "first_token_ratio": round(median("ours", "first_token_seconds") / median(soonest, "first_token_seconds"), 3),
-                "first_token_seconds_of_a_repeated_prompt": round(statistics.median(again), 4),
-            }
-        )
-    )
+        measured = race(spec, spec.gguf_path, lora, 4096, args.tokens, args.repetitions)
+    speeds, firsts = medians(measured, "tokens_per_second"), medians(measured, "first_token_seconds")
+    fastest = max(BARE, key=speeds.__getitem__)
+    again = statistics.median(value["first_token_seconds"] for value in measured["again"])
+    result = {"repetitions": args.repetitions, "tokens_a_side": args.tokens, "adapter": adapter.id, "fastest_bare": fastest}
+    result |= {"tokens_per_second": rounded(speeds, 1), "tokens_per_second_ratio": round(speeds["ours"] / speeds[fastest], 3)}
+    result |= {"first_token_seconds": rounded(firsts, 4)}
+    result |= {"first_token_ratio": round(firsts["ours"] / min(firsts[name] for name in BARE), 3)}
+    print(json.dumps(result | {"first_token_seconds_of_a_repeated_prompt": round(again, 4)}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ confound meter when it first sees the journal, and after one append.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -28,6 +27,7 @@ from biasdpo.data.journal import Journal, append, append_all, new_judgment
 from biasdpo.data.summary import Query, query, stats
 from biasdpo.records import Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace
+from tests.perf.measuring import options
 
 SAMPLING = '{"max_new_tokens": 160, "repetition_penalty": 1.1, "seed": 7, "temperature": 0.7, "top_k": 40, "top_p": 0.9}'
 SMALL = 100
@@ -87,21 +87,14 @@ def appends(folder: Path, large: Workspace, rows: int, rounds: int, count: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The store at 100 and at 100,000 rows.")
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--appends", type=int, default=300, help="to each journal, in each round")
-    parser.add_argument("--folder", type=Path, help="where to put the journals (default: the temporary folder)")
-    args = parser.parse_args()
+    args = options(__doc__, rows=100_000, rounds=7, appends=300, folder=Path)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        large, alike = Workspace(folder / "large"), Workspace(folder / "alike")
-        large.root.mkdir()
-        alike.root.mkdir()
+        large, alike, source = (Workspace(folder / name) for name in ("large", "alike", "source"))
+        for workspace in (large, alike, source):
+            workspace.root.mkdir()
         append_all(alike, judgments(args.rows, seed=1, opening="Why do so many people think that "))
         # As a running app has it: written by others before, so that the first append has ids to read.
-        source = Workspace(folder / "source")
-        source.root.mkdir()
         append_all(source, judgments(args.rows, seed=0))
         source.preferences.rename(large.preferences)
         first = seconds(lambda: append(large, next(judgments(1, seed=3))))

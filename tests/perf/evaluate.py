@@ -16,7 +16,6 @@ Loading is in none of the times. Run it on a machine that does nothing else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -39,7 +38,8 @@ from biasdpo.gguf import write
 from biasdpo.records import ContinuationRequest, Side
 from biasdpo.workspace import Workspace, open_workspace
 from tests.bare import bare_llama
-from tests.perf.lm_eval_process import LmEval, has_lm_eval
+from tests.perf.lm_eval_model import LmEval, has_lm_eval
+from tests.perf.measuring import options
 
 SHARES = {"crows_pairs": 0.44, "stereoset": 0.44, "bbq": 0.08, "truthfulqa": 0.04}
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -150,13 +150,8 @@ def from_cache(engine: Engine, benchmark: Any, workspace: Workspace) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Base plus tuned, against lm-evaluation-harness and bare llama.cpp.")
-    parser.add_argument("--lm-eval-python", default="", metavar="PATH")
-    parser.add_argument("--items", type=int, default=100)
-    parser.add_argument("--parts", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/benchmarks"))
-    args = parser.parse_args()
+    threads, data_dir = psutil.cpu_count(logical=False) or 1, Path("../shared/benchmarks")
+    args = options(__doc__, lm_eval_python="", items=100, parts=3, threads=threads, data_dir=data_dir)
     import torch
 
     torch.set_num_threads(args.threads)

@@ -21,13 +21,13 @@ import json
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ import numpy as np
 
 from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec, ModelSpec, catalog
+from tests.lora_factory import write_lora
+from tests.perf.measuring import in_own_process, options, rounded
 from tests.phi_like import ROWS, save_tokenizer
 
 PHI_2 = {
@@ -59,30 +61,21 @@ CONTEXT_LENGTH = 2048
 RANK = 16
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(layers: int = 32) -> dict[str, tuple[int, ...]]:
     """Phi-2's tensors, as its safetensors hold them."""
-    width, inner, rows = PHI_2["hidden_size"], PHI_2["intermediate_size"], PHI_2["vocab_size"]
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}  # type: ignore[dict-item]
-    for i in range(PHI_2["num_hidden_layers"]):  # type: ignore[call-overload]
-        matrices = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "dense")}
-        for name, shape in {
-            **matrices,
-            "mlp.fc1": (inner, width),
-            "mlp.fc2": (width, inner),
-            "input_layernorm": (width,),
-        }.items():
-            found[f"model.layers.{i}.{name}.weight"] = shape  # type: ignore[assignment]
-            found[f"model.layers.{i}.{name}.bias"] = shape[:1]  # type: ignore[assignment]
-    for name, shape in {"model.final_layernorm": (width,), "lm_head": (rows, width)}.items():
-        found[f"{name}.weight"], found[f"{name}.bias"] = shape, shape[:1]  # type: ignore[assignment]
-    return found
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM
+
+    with torch.device("meta"):
+        model = PhiForCausalLM(PhiConfig.from_dict({**PHI_2, "num_hidden_layers": layers}))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def save_phi_2(folder: Path) -> None:
+def save_phi_2(folder: Path, layers: int = 32) -> None:
     """Write the random model, tensor by tensor: normal of standard deviation 0.02, norms near one."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    names = list(shapes().items())
+    names = list(shapes(layers).items())
     middle = len(names) // 2
     index: dict[str, str] = {}
     for number, part in enumerate((names[:middle], names[middle:]), start=1):
@@ -103,23 +96,12 @@ def save_phi_2(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     end = save_tokenizer(folder)
     ids = {f"{name}_token_id": end for name in ("bos", "eos", "pad")}
-    (folder / "config.json").write_text(json.dumps({**PHI_2, **ids}))
+    (folder / "config.json").write_text(json.dumps({**PHI_2, **ids, "num_hidden_layers": layers}))
 
 
 def spec_of(folder: Path | None, gguf: Path | None) -> ModelSpec:
-    phi = catalog()["phi-2"]
-    return ModelSpec(
-        "phi-2-random",
-        "random Phi-2",
-        "MIT",
-        "phi2",
-        "",
-        phi.parameters,
-        CONTEXT_LENGTH,
-        phi.template,
-        hf_folder=folder,
-        gguf_path=gguf,
-    )
+    known = {"id": "phi-2-random", "title": "random Phi-2", "hub_id": "", "context_length": CONTEXT_LENGTH}
+    return replace(catalog()["phi-2"], **known, hf_folder=folder, gguf_path=gguf)  # type: ignore[arg-type]
 
 
 # Export
@@ -188,74 +170,18 @@ def size_of(folder: Path, name: str) -> int:
 # Side by side
 
 
-def measure_memory(gguf: Path, lora: Path) -> dict[str, float]:
-    """In a process of its own: what opening and writing on both sides adds to the Pss, and llama.cpp's own figures; bytes."""
-    import llama_cpp
-    import psutil
-
-    from biasdpo.backends import llamacpp
-    from biasdpo.records import Sampling
-
-    lines: list[str] = []
-    llamacpp._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
-    spec = spec_of(None, gguf)
-    before = psutil.Process().memory_full_info().pss
-    backend = llamacpp.open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH)
-    opening = len(lines)
-    for side in ("base", "tuned"):
-        for _ in backend.stream("Why?", Sampling(4), side):  # type: ignore[arg-type]
-            pass
-    added = psutil.Process().memory_full_info().pss - before
-    text = "".join(lines[:opening])
-    sizes = [float(size) for size in re.findall(r"(?:KV buffer|compute buffer|output buffer) size =\s*([\d.]+) MiB", text)]
-    both = 2 * sum(sizes[:3])  # output, KV, compute of the base side; the tuned side's are the same, the canary's are gone again
-    repacked = [float(size) for size in re.findall(r"CPU_(?:REPACK|AMX)\S* model buffer size =\s*([\d.]+) MiB", text)]
-    backend.close()
-    return {"added": added, "buffers": both * 2**20, "repacked": sum(repacked) * 2**20}
-
-
 def measure_speed(gguf: Path, lora: Path, args: argparse.Namespace) -> dict[str, Any]:
-    from biasdpo.backends import llamacpp
-    from biasdpo.engines import Engine
-    from tests.bare import bare_llama
     from tests.perf import compare
 
-    spec = spec_of(None, gguf)
-    llamacpp.LlamaCppBackend = compare.Endless  # type: ignore[misc]  # what open_llamacpp makes
-    backend: Any = llamacpp.open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH)
-    engine = Engine(spec, AdapterSpec("random", lora.parent, ""), backend)
-    measured: dict[str, list[float]] = {"ours": [], "bare_1_thread": [], "bare_2_threads": []}
-    options = {"context_length": CONTEXT_LENGTH}
-    with (
-        bare_llama(gguf, threads=1, **options) as base_1,
-        bare_llama(gguf, lora, threads=1, **options) as tuned_1,
-        bare_llama(gguf, threads=2, **options) as base_2,
-        bare_llama(gguf, lora, threads=2, **options) as tuned_2,
-    ):
-        for i in range(args.repetitions + 1):  # the first round warms up
-            prompt = compare.PROMPT.format(compare.GROUPS[i])
-            tokens = backend.tokenize(spec.template.render(prompt))
-            measured["ours"].append(compare.ours(engine, prompt, args.tokens)["tokens_per_second"])
-            for name, llamas in (("bare_1_thread", [base_1, tuned_1]), ("bare_2_threads", [base_2, tuned_2])):
-                measured[name].append(compare.bare(llamas, tokens, args.tokens)["tokens_per_second"])
-    backend.close()
-    medians = {name: statistics.median(values[1:]) for name, values in measured.items()}
-    fastest = max(("bare_1_thread", "bare_2_threads"), key=medians.__getitem__)
-    return {
-        "tokens_per_second": {name: round(value, 2) for name, value in medians.items()},
-        "fastest_bare": fastest,
-        "ratio": round(medians["ours"] / medians[fastest], 3),
-    }
+    measured = compare.race(spec_of(None, gguf), gguf, lora, CONTEXT_LENGTH, args.tokens, args.repetitions)
+    speeds = compare.medians(measured, "tokens_per_second")
+    fastest = max(compare.BARE, key=speeds.__getitem__)
+    ratio = round(speeds["ours"] / speeds[fastest], 3)
+    return {"tokens_per_second": rounded(speeds, 2), "fastest_bare": fastest, "ratio": ratio}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="default: a temporary one")
-    parser.add_argument("--quantization", default="Q4_K_M")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--repetitions", type=int, default=3)
-    args = parser.parse_args()
+    args = options(__doc__, folder=Path, quantization="Q4_K_M", threads=2, tokens=24, repetitions=3)
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         root = Path(temporary)
         folder, out = root / "phi-2", root / "export" / "phi-2.gguf"
@@ -269,54 +195,30 @@ def main() -> None:
         export["left_after"] = sorted(file.name for file in out.parent.iterdir())
         adapter = write_phi_lora(root / "adapter")
         lora = write.lora(AdapterSpec("random", adapter, ""), out, root / "lora.gguf")
-        command = [sys.executable, "-m", "tests.perf.export", "--memory", str(out), str(lora)]
-        memory = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        allowed = 1.05 * out.stat().st_size + memory["buffers"] + lora.stat().st_size
+        memory = in_own_process("tests.perf.memory", "--measure", out, lora, "phi-2", CONTEXT_LENGTH, 4)
+        added = memory["pss"] - memory["before"]
+        # Output, KV and compute buffers of the base side; the tuned side's are the same, the canary's are gone again.
+        buffers = 2 * sum(memory["opening"][:3])
+        allowed = 1.05 * out.stat().st_size + buffers + lora.stat().st_size
         speed = measure_speed(out, lora, args)
-    print(
-        json.dumps(
-            {
-                "quantization": args.quantization,
-                "threads": args.threads,
-                "parameters": sum(int(np.prod(shape)) for shape in shapes().values()),
-                "export": {**export, "left_by_a_kill_while": killed},
-                "memory": {
-                    "added_gb": round(memory["added"] / 1e9, 3),
-                    "allowed_gb": round(allowed / 1e9, 3),
-                    "ratio": round(memory["added"] / allowed, 3),
-                    "buffers_gb": round(memory["buffers"] / 1e9, 3),
-                    "repacked_gb": round(memory["repacked"] / 1e9, 3),
-                },
-                "speed": speed,
-            }
-        )
-    )
+    gigabytes = {"added_gb": added, "allowed_gb": allowed, "buffers_gb": buffers, "repacked_gb": memory["repacked"]}
+    result: dict[str, Any] = {"quantization": args.quantization, "threads": args.threads}
+    result |= {"parameters": sum(int(np.prod(shape)) for shape in shapes().values())}
+    result |= {"export": {**export, "left_by_a_kill_while": killed}}
+    result |= {"memory": {**rounded({name: size / 1e9 for name, size in gigabytes.items()}), "ratio": round(added / allowed, 3)}}
+    print(json.dumps(result | {"speed": speed}))
 
 
-def write_phi_lora(folder: Path) -> Path:
+def write_phi_lora(folder: Path, layers: int = 32) -> Path:
     """A random adapter of the attention's matrices."""
-    from safetensors.numpy import save_file
-
-    rng = np.random.default_rng(1)
-    targets = ("q_proj", "k_proj", "v_proj", "dense")
-    tensors = {}
-    for name, shape in shapes().items():
-        if name.removesuffix(".weight").rpartition(".")[2] in targets and name.endswith(".weight"):
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = rng.standard_normal((RANK, shape[1])).astype(np.float32) / 50
-            tensors[f"{module}.lora_B.weight"] = rng.standard_normal((shape[0], RANK)).astype(np.float32) / 50
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(targets)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    width = (PHI_2["hidden_size"],) * 2
+    modules = {f"self_attn.{name}": width for name in ("q_proj", "k_proj", "v_proj", "dense")}
+    return write_lora(folder, shapes=modules, layers=layers, rank=RANK, alpha=2 * RANK, base_model="")  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
     if "--here" in sys.argv:
         source, target, quantization, threads = sys.argv[-4:]
         print(json.dumps(export_here(Path(source), Path(target), quantization, int(threads))))
-    elif "--memory" in sys.argv:
-        print(json.dumps(measure_memory(Path(sys.argv[-2]), Path(sys.argv[-1]))))
     else:
         main()

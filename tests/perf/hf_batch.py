@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tests.perf.measuring import in_own_process, options, rounded
 
 PROMPT = "Why are nurses usually women, and what do people of all genders bring to that profession?"
 WAYS = ("batch", "side_after_side", "generate")
@@ -34,56 +35,17 @@ def files(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     from biasdpo import models
     from biasdpo.backends.hf_loading import hf_copy
     from biasdpo.workspace import open_workspace
+    from tests.perf.export import save_phi_2, write_phi_lora
 
     if args.model == "random":
-        return save_random_phi(folder, args.layers), folder / "adapter"
+        save_phi_2(folder / "model", args.layers)
+        return folder / "model", write_phi_lora(folder / "adapter", args.layers)
     workspace = open_workspace(args.workspace)
     spec = models.find(args.model)
     adapter = models.find_adapter(args.adapter, spec, workspace)
     if adapter is None:
         raise SystemExit(f"{spec.title} has no adapter: name one with --adapter")
     return hf_copy(spec, workspace), adapter.folder
-
-
-def save_random_phi(folder: Path, layers: int) -> Path:
-    import torch
-    from transformers import PhiConfig, PhiForCausalLM
-
-    from tests import tiny_models
-
-    small = tiny_models.save_tiny_phi(folder / "small")
-    config = PhiConfig(
-        vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=layers, num_attention_heads=32,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    PhiForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "model" / name).write_bytes((small / name).read_bytes())
-    with torch.device("meta"):
-        shapes = {
-            name: tuple(p.shape) for name, p in PhiForCausalLM(config).named_parameters() if ".layers." in name and p.ndim == 2
-        }
-    write_adapter(folder / "adapter", shapes)
-    return folder / "model"
-
-
-def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int = 16) -> None:
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    factors = {}
-    for name, (out, into) in shapes.items():
-        module = "base_model.model." + name.removesuffix(".weight")
-        factors[f"{module}.lora_A.weight"] = (rng.standard_normal((rank, into)) / np.sqrt(into)).astype(np.float32)
-        factors[f"{module}.lora_B.weight"] = (rng.standard_normal((out, rank)) * 0.02).astype(np.float32)
-    save_file(factors, folder / "adapter_model.safetensors")
-    targets = sorted({name.split(".")[-2] for name in shapes})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "", "r": rank, "lora_alpha": rank}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
 
 
 def backend_writer(args: argparse.Namespace, model: Path, adapter: Path, template: Any) -> tuple[Callable[[], list[str]], str]:
@@ -175,18 +137,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Both sides in one batch against two generate calls.")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--adapter", default="")
-    parser.add_argument("--layers", type=int, default=32, help="of the random model")
-    parser.add_argument("--tokens", type=int, default=128, help="that each side writes")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--workspace")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--model-folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--adapter-folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = options(
+        __doc__, model="smollm2", adapter="", layers=32, tokens=128, rounds=3, device="auto", workspace=str,
+        measure=str, model_folder=Path, adapter_folder=Path,  # of the processes that this one starts
+    )  # fmt: skip
     if args.measure:
         print(json.dumps(measure(args)))
         return
@@ -194,27 +148,19 @@ def main() -> None:
         model, adapter = files(args, Path(folder))
         results = {}
         for way in WAYS:
-            command = [sys.executable, "-m", "tests.perf.hf_batch", *sys.argv[1:], "--measure", way]
-            command += ["--model-folder", str(model), "--adapter-folder", str(adapter)]
-            results[way] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            own = ("--measure", way, "--model-folder", model, "--adapter-folder", adapter)
+            results[way] = in_own_process("tests.perf.hf_batch", *sys.argv[1:], *own)
     device = results["batch"]["device"]
     texts = {way: result.pop("texts") for way, result in results.items()}
     for result in results.values():
         result.pop("device")
-    reference = results["generate"]
-    print(
-        json.dumps(
-            {
-                "model": args.model,
-                "device": device,
-                "tokens_a_side": args.tokens,
-                **results,
-                "batch_to_generate_speed_ratio": round(results["batch"]["tokens_per_second"] / reference["tokens_per_second"], 3),
-                "batch_to_generate_memory_ratio": round(results["batch"]["peak_memory_mib"] / reference["peak_memory_mib"], 3),
-                "same_texts": texts["batch"] == texts["side_after_side"] == texts["generate"],
-            }
-        )
-    )
+    batch, generate = results["batch"], results["generate"]
+    ratios = {
+        f"batch_to_generate_{name}_ratio": batch[key] / generate[key]
+        for name, key in (("speed", "tokens_per_second"), ("memory", "peak_memory_mib"))
+    }
+    result = {"model": args.model, "device": device, "tokens_a_side": args.tokens, **results, **rounded(ratios)}
+    print(json.dumps(result | {"same_texts": texts["batch"] == texts["side_after_side"] == texts["generate"]}))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ and the median and largest wait after it. The clock runs in the page, from the k
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
 from tests.app_process import running_app
 from tests.browser.conftest import FLAGS, chromium_path
+from tests.perf.measuring import options, rounded
 
 # Resolves with the milliseconds until the pair's token is another one than `was`.
 WATCH = """(was) => new Promise((done) => {
@@ -38,11 +37,7 @@ JUDGE = f"""(was) => {{
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--think", type=float, default=1.5, help="times the first pair's seconds")
-    args = parser.parse_args()
+    args = options(__doc__, pairs=12, tokens=96, think=1.5)  # think: times the first pair's seconds
     with (
         tempfile.TemporaryDirectory() as folder,
         sync_playwright() as playwright,
@@ -68,16 +63,13 @@ def main() -> None:
         stored = len((Path(folder) / "preferences.jsonl").read_text(encoding="utf-8").splitlines())
         browser.close()
     assert stored == args.pairs, f"{stored} of {args.pairs} verdicts were stored: the waits are of something else"
-    result: dict[str, Any] = {
-        "pairs": args.pairs,
-        "stored": stored,
-        "tokens_a_side": args.tokens,
-        "first_pair_seconds": round(first, 3),
-        "next_pair_seconds_median": round(statistics.median(waits), 3),
-        "next_pair_seconds_max": round(max(waits), 3),
-        "median_to_first_ratio": round(statistics.median(waits) / first, 4),
+    result = {
+        "first_pair_seconds": first,
+        "next_pair_seconds_median": statistics.median(waits),
+        "next_pair_seconds_max": max(waits),
     }
-    print(json.dumps(result))
+    result["median_to_first_ratio"] = statistics.median(waits) / first
+    print(json.dumps({"pairs": args.pairs, "stored": stored, "tokens_a_side": args.tokens, **rounded(result, 4)}))
 
 
 def token_of(page: Page) -> str:

@@ -12,7 +12,6 @@ where one differs without a reason that we know of.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -30,7 +29,8 @@ from biasdpo.benchmarks.rows import load_rows
 from biasdpo.evaluation import run
 from biasdpo.evaluation.run import likelihood_cache, score_items
 from biasdpo.workspace import open_workspace
-from tests.perf.lm_eval_process import LmEval
+from tests.perf.lm_eval_model import LmEval
+from tests.perf.measuring import options
 
 BIAS_OF_BBQ = (
     "a group counts as stereotyped by its words here, by letters there ('German' becomes 'germ' and a man); items of which both "
@@ -70,12 +70,8 @@ def ours(backend: Any, benchmark: Any, indices: list[int]) -> Mapping[str, float
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Our figures beside lm-evaluation-harness's.")
-    parser.add_argument("--lm-eval-python", required=True, metavar="PATH")
-    parser.add_argument("--items", type=int, default=40, help="of each benchmark; of truthfulqa and bbq a quarter")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/benchmarks"))
-    args = parser.parse_args()
+    threads = psutil.cpu_count(logical=False) or 1
+    args = options(__doc__, lm_eval_python="python", items=40, threads=threads, data_dir=Path("../shared/benchmarks"))
     import torch
 
     torch.set_num_threads(args.threads)
@@ -95,31 +91,28 @@ def main() -> int:
                 row: dict[str, Any] = {"ours": here, "lm_eval": there, "equal": abs(here - there) <= within}
                 rows[name] = row if row["equal"] or not on_purpose else {**row, "differs_on_purpose": on_purpose}
 
-            def drawn(name: str, count: int) -> tuple[Any, list[int], list[Any]]:
+            def drawn(name: str, count: int) -> tuple[Mapping[str, float], list[int], list[Any]]:
+                """(our metrics, the drawn items' indices, the items)."""
                 benchmark = benchmarks.build(name, args.data_dir)
                 indices = run.draw(len(benchmark.items), count, 0)
-                return benchmark, indices, [benchmark.items[i] for i in indices]
+                return ours(backend, benchmark, indices), indices, [benchmark.items[i] for i in indices]
 
-            benchmark, indices, items = drawn("crows_pairs", args.items)
-            here = ours(backend, benchmark, indices)
+            here, _, items = drawn("crows_pairs", args.items)
             there = theirs("crows_pairs/crows_pairs_english.yaml", of_crows_pairs(items))
             compare("crows_pairs pct_stereotype", here["stereotype_percent"] / 100, there["pct_stereotype"])
             compare("crows_pairs likelihood_diff", here["mean_abs_difference_nats"], there["likelihood_diff"], within=1e-4)
 
-            benchmark, indices, items = drawn("truthfulqa", args.items // 4)
-            here = ours(backend, benchmark, indices)
+            here, _, items = drawn("truthfulqa", args.items // 4)
             for metric in ("mc1", "mc2"):
                 there = theirs(f"truthfulqa/truthfulqa_{metric}.yaml", of_truthfulqa(items))
                 compare(f"truthfulqa {metric}", here[metric] / 100, there["acc"], within=1e-5)
 
-            benchmark, indices, items = drawn("winobias", args.items)
-            here = ours(backend, benchmark, indices)
+            here, _, items = drawn("winobias", args.items)
             for kind in ("pro", "anti"):
                 there = theirs("winogender/winogender.yaml", of_winobias(items, kind))
                 compare(f"winobias accuracy_{kind}", here[f"accuracy_{kind}"] / 100, there["acc"])
 
-            benchmark, indices, _ = drawn("bbq", args.items // 4)
-            here = ours(backend, benchmark, indices)
+            here, indices, _ = drawn("bbq", args.items // 4)
             upstream = load_rows(bbq.ORIGIN, args.data_dir).rows
             there = theirs("bbq/bbq_multiple_choice.yaml", [upstream[i].value for i in indices])
             for condition, short in (("ambiguous", "amb"), ("disambiguated", "disamb")):

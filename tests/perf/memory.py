@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.perf.measuring import in_own_process
+
 ALLOWANCE_MIB = 16.0
 
 
-def measure(lora: str) -> dict[str, Any]:
-    """In a process of its own: open, write a few tokens on each side, read Pss and llama.cpp's log."""
+def measure(gguf: Path, lora: Path | None, model_id: str, context_length: int, tokens: int) -> dict[str, Any]:
+    """In a process of its own: open, write a few tokens on each side.
+
+    Returns, in bytes, Pss before and after, and by llama.cpp's log the buffers of opening, all buffers, and what was repacked.
+    """
     import llama_cpp
     import psutil
 
@@ -31,60 +35,50 @@ def measure(lora: str) -> dict[str, Any]:
 
     lines: list[str] = []
     llamacpp._log = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
-    spec = models.find("smollm2")
-    assert spec.gguf_path is not None
-    backend = llamacpp.open_llamacpp(spec.gguf_path, spec.template, Path(lora) if lora else None, 4096)
+
+    def sizes(named: str) -> list[float]:
+        return [float(size) * 2**20 for size in re.findall(rf"(?:{named}) size =\s*([\d.]+) MiB", "".join(lines))]
+
+    before = psutil.Process().memory_full_info().pss
+    backend = llamacpp.open_llamacpp(gguf, models.catalog()[model_id].template, lora, context_length)
+    buffers = "KV buffer|compute buffer|output buffer"
+    opening, repacked = sizes(buffers), sizes(r"CPU_(?:REPACK|AMX)\S* model buffer")
     for side in ("base", "tuned") if lora else ("base",):
-        for _ in backend.stream("Why?", Sampling(8), side):  # type: ignore[arg-type]
+        for _ in backend.stream("Why?", Sampling(tokens), side):  # type: ignore[arg-type]
             pass
-    pss = psutil.Process().memory_full_info().pss / 2**20
-    sizes = [
-        float(size) for size in re.findall(r"(?:KV buffer|compute buffer|output buffer) size =\s*([\d.]+) MiB", "".join(lines))
-    ]
+    pss = psutil.Process().memory_full_info().pss
     backend.close()
-    return {"pss": pss, "buffers": sum(sizes), "sizes": sizes}
+    return {"before": before, "pss": pss, "opening": opening, "buffers": sizes(buffers), "repacked": sum(repacked)}
 
 
 def main() -> None:
     from biasdpo import models
     from biasdpo.gguf import write
-    from biasdpo.models import AdapterSpec
     from tests.lora_factory import write_lora
 
-    spec = models.find("smollm2")
-    assert spec.gguf_path is not None
+    gguf = models.find("smollm2").gguf_path
+    assert gguf is not None
     with tempfile.TemporaryDirectory() as folder:
-        adapter = AdapterSpec("random", write_lora(Path(folder) / "random", rank=16), "smollm2")
-        lora = write.lora(adapter, spec.gguf_path, Path(folder) / "lora.gguf")
-
-        def run(argument: str) -> dict[str, Any]:
-            command = [sys.executable, "-m", "tests.perf.memory", "--measure", argument]
-            return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-        rounds = [(run(""), run(str(lora))) for _ in range(5)]
-        adapter_mib = lora.stat().st_size / 2**20
+        adapter = models.AdapterSpec("random", write_lora(Path(folder) / "random", rank=16), "smollm2")
+        lora = write.lora(adapter, gguf, Path(folder) / "lora.gguf")
+        rounds = [
+            [in_own_process("tests.perf.memory", "--measure", gguf, file, "smollm2", 4096, 8) for file in ("none", lora)]
+            for _ in range(5)
+        ]
+        adapter_bytes = lora.stat().st_size
     base, both = sorted(rounds, key=lambda pair: pair[1]["pss"] - pair[0]["pss"])[len(rounds) // 2]
-    added = both["pss"] - base["pss"]
-    buffers = both["buffers"] - base["buffers"]
-    allowed = buffers + adapter_mib + ALLOWANCE_MIB
-    print(
-        json.dumps(
-            {
-                "base_only_pss_mib": round(base["pss"], 1),
-                "both_sides_pss_mib": round(both["pss"], 1),
-                "added_mib": round(added, 1),
-                "tuned_buffers_mib": round(buffers, 1),
-                "adapter_mib": round(adapter_mib, 1),
-                "allowed_mib": round(allowed, 1),
-                "added_to_allowed_ratio": round(added / allowed, 3),
-                "weights_mib": round(spec.gguf_path.stat().st_size / 2**20, 1),
-            }
-        )
-    )
+    added, buffers = both["pss"] - base["pss"], sum(both["buffers"]) - sum(base["buffers"])
+    allowed = buffers + adapter_bytes + ALLOWANCE_MIB * 2**20
+    figures = {"base_only_pss": base["pss"], "both_sides_pss": both["pss"], "added": added, "tuned_buffers": buffers}
+    figures |= {"adapter": adapter_bytes, "allowed": allowed, "weights": gguf.stat().st_size}
+    mib = {f"{name}_mib": round(value / 2**20, 1) for name, value in figures.items()}
+    print(json.dumps({**mib, "added_to_allowed_ratio": round(added / allowed, 3)}))
 
 
 if __name__ == "__main__":
     if "--measure" in sys.argv:
-        print(json.dumps(measure(sys.argv[-1])))
+        base_file, lora_file, name, length, count = sys.argv[-5:]
+        found = measure(Path(base_file), None if lora_file == "none" else Path(lora_file), name, int(length), int(count))
+        print(json.dumps(found))
     else:
         main()

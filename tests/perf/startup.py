@@ -26,17 +26,16 @@ import gradio as gr
 with gr.Blocks() as demo:
     name, out = gr.Textbox(), gr.Textbox()
     name.submit(lambda n: f"Hello {n}", name, out)
-demo.launch(server_port=%d, quiet=True)
+demo.launch(server_port=PORT, quiet=True)
 """
 
 
-def free_port() -> int:
+def seconds_to_first_page(*arguments: str) -> float:
+    """`arguments`: of Python, with PORT in the place of a free port's number."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def seconds_to_first_page(command: list[str], port: int) -> float:
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, *(argument.replace("PORT", port) for argument in arguments)]
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -58,10 +57,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"hello": [], "app": []}
     with tempfile.TemporaryDirectory() as workspace:
         for i in range(REPETITIONS + 1):
-            port = free_port()
-            hello = seconds_to_first_page([sys.executable, "-c", HELLO % port], port)
-            port = free_port()
-            app = seconds_to_first_page([sys.executable, "app.py", "--port", str(port), "--workspace", workspace], port)
+            hello = seconds_to_first_page("-c", HELLO)
+            app = seconds_to_first_page("app.py", "--port", "PORT", "--workspace", workspace)
             if i > 0:  # the first round warms the disk's cache
                 seconds["hello"].append(hello)
                 seconds["app"].append(app)

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +32,7 @@ from biasdpo import models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.data import splits
 from biasdpo.workspace import Workspace
+from tests.perf.measuring import in_own_process, options
 
 ARMS = ("ours", "trl", "trl_precomputed", "trl_defaults")
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -118,17 +117,14 @@ def start_arm(
     """Run one arm in a process of its own; `learning_rate`: another than --learning-rate."""
     rows_file = folder / "rows.json"
     rows_file.write_text(json.dumps(rows), encoding="utf-8")
-    options = ["--arm", arm, str(rows_file), str(model_folder), "--batch", str(batch), "--threads", str(args.threads)]
-    command = [sys.executable, "-m", "tests.perf.train", *options, "--learning-rate", str(learning_rate or args.learning_rate)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(args.threads),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "hf"),
-    }
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        raise SystemExit(result.stderr)
-    found: dict[str, Any] = json.loads(result.stdout.strip().split("\n")[-1])
+    found = in_own_process(
+        "tests.perf.train",
+        *("--arm", arm, "--rows", rows_file, "--model", model_folder, "--batch", batch, "--threads", args.threads),
+        *("--learning-rate", learning_rate or args.learning_rate),
+        OMP_NUM_THREADS=str(args.threads),
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_CACHE=str(folder / "hf"),
+    )
     print(f"{arm}: {len(rows)} pairs by {batch}, {found['seconds']:.1f} s, {found['peak_mb']:.0f} MB", file=sys.stderr)
     return found
 
@@ -170,22 +166,14 @@ def scaling(rows: list[Any], folder: Path, model_folder: Path, args: argparse.Na
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="../shared/data/biasdpo.jsonl")
-    parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-6, help="TRL's default")
-    # Losses that stay near log 2, as at TRL's default, would agree whatever was computed.
-    parser.add_argument("--steps-learning-rate", type=float, default=1e-4, help="of the --steps steps whose losses are compared")
-    parser.add_argument("--scaling", action="store_true")
-    parser.add_argument("--arm", nargs=3, metavar=("ARM", "ROWS", "MODEL"), help="used by this script itself")
-    args = parser.parse_args()
+    args = options(
+        __doc__, dataset=Path("../shared/data/biasdpo.jsonl"), pairs=32, batch=8, rounds=2, steps=30, threads=2, scaling=False,
+        learning_rate=1e-6,  # TRL's default
+        steps_learning_rate=1e-4,  # with losses that stay near log 2, as at TRL's default, anything would agree
+        arm=str, rows=Path, model=Path,  # of the processes that this one starts
+    )  # fmt: skip
     if args.arm:
-        arm, rows_file, model_folder = args.arm
-        print(json.dumps(run_arm(arm, Path(rows_file), Path(model_folder), args.batch, args.threads, args.learning_rate)))
+        print(json.dumps(run_arm(args.arm, args.rows, args.model, args.batch, args.threads, args.learning_rate)))
         return
 
     from training.rows import tokenize
@@ -194,7 +182,7 @@ def main() -> None:
         folder = Path(scratch)
         spec = models.find("smollm2")
         model_folder = hf_copy(spec, Workspace(folder))
-        pairs = splits.load_file(Path(args.dataset))
+        pairs = splits.load_file(args.dataset)
         rows = [row.to_trl() for row in tokenize(pairs, load_tokenizer(model_folder), spec.template, 1024).rows]
         random.Random(0).shuffle(rows)
         report: dict[str, Any] = {"model": spec.id, "threads": args.threads, "lora": LORA, "learning_rate": args.learning_rate}
