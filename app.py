@@ -18,7 +18,7 @@ from typing import Any
 from biasdpo.cli_options import LogLevel, configure_logging, new_app, options_of, run
 from biasdpo.config import ServeConfig
 from biasdpo.errors import ConfigError
-from biasdpo.workspace import open_workspace
+from biasdpo.migrations import open_workspace
 
 _PORTS_TRIED = 100
 

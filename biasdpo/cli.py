@@ -33,8 +33,8 @@ from biasdpo.cli_options import (
 )
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
 from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
+from biasdpo.migrations import open_workspace
 from biasdpo.records import Sampling
-from biasdpo.workspace import open_workspace
 
 if TYPE_CHECKING:
     from biasdpo.workspace import Workspace

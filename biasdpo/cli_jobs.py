@@ -61,7 +61,7 @@ def _act(
 ) -> None:
     from biasdpo.jobs import store
     from biasdpo.jobs.job import NOUNS
-    from biasdpo.workspace import open_workspace
+    from biasdpo.migrations import open_workspace
 
     if bool(job_id) == (action == "list") or (text is None) == (action == "note"):
         needs = {"list": "no ID", "note": "an ID and a TEXT"}.get(action, "an ID alone")

@@ -1,4 +1,4 @@
-"""Upgrades a workspace of version 0.1 to the layout of `biasdpo.jobs.job`, when it is opened.
+"""Opens a workspace, and upgrades one of version 0.1 to the layout of `biasdpo.jobs.job`.
 
 Version 0.1 had no version.json and three layouts:
 
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -28,12 +29,50 @@ from pydantic import TypeAdapter, ValidationError
 
 from biasdpo.errors import BiasDPOError, WorkspaceError
 from biasdpo.jobs.job import ACTIVE, NOUNS, JobRecord, Kind, Resolved, Status, is_alive
-from biasdpo.workspace import VERSION_FILE, locked, read_json, version_value
+from biasdpo.workspace import Workspace, locked, read_json, write_json
 
+FORMAT = 2  # of a workspace; version 0.1 had no version file
+VERSION_FILE = "version.json"
 _log = logging.getLogger(__name__)
 _PLAN, _DONE = "plan.json", "done.json"
 _STATUS = TypeAdapter(Status)
 _Json = dict[str, Any]
+
+
+def open_workspace(folder: str | os.PathLike[str] | None = None) -> Workspace:
+    """The workspace at `folder`, else $BIASDPO_WORKSPACE, else ./workspace; made if missing, upgraded if old.
+
+    Raises WorkspaceError if it can't be written, was made by a newer version, or is of version 0.1 with an active job.
+    """
+    root = Path(folder or os.environ.get("BIASDPO_WORKSPACE") or "workspace").expanduser().resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+        _check_version(root)
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise WorkspaceError(f"Can't write to the workspace {root}: {reason}; name a writable folder with --workspace") from exc
+    return Workspace(root)
+
+
+def _check_version(root: Path) -> None:
+    file = root / VERSION_FILE
+    if not file.exists():
+        if any((root / name).is_dir() for name in ("runs", "evaluations", "exports")):
+            upgrade(root)
+        else:
+            write_json(file, {"format": FORMAT})
+        return
+    value = read_json(file)
+    written = value.get("format") if isinstance(value, dict) else None
+    if type(written) is not int or written < FORMAT:
+        raise WorkspaceError(f"{file} is damaged (format: {written!r:.40}): restore it from a backup or delete it")
+    if written > FORMAT:
+        raise WorkspaceError(
+            f"The workspace {root} has format {written}, and this version of BiasDPO reads up to {FORMAT}: update BiasDPO, or "
+            "name another folder with --workspace"
+        )
 
 
 def upgrade(root: Path) -> None:
@@ -49,7 +88,7 @@ def upgrade(root: Path) -> None:
                 (backup / _PLAN).rename(backup / _DONE)
                 # A warning, since it must be seen where no logging is configured.
                 _log.warning("Upgraded the workspace %s from version 0.1; the files that it replaced are in %s", root, backup)
-            _write(root / VERSION_FILE, version_value())
+            _write(root / VERSION_FILE, {"format": FORMAT})
         except OSError as exc:
             reason = f"{exc.strerror or exc}: {exc.filename}"
             raise WorkspaceError(f"Can't upgrade the workspace {root} ({reason}): fix that, then open it again") from exc

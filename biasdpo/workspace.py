@@ -18,8 +18,6 @@ from filelock import FileLock, Timeout
 from biasdpo.errors import ConfigError, RefusedError, WorkspaceError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-FORMAT = 2  # of a workspace; version 0.1 had no version file
-VERSION_FILE = "version.json"
 MAX_JSON_BYTES = 256 * 1024 * 1024
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -47,49 +45,6 @@ class Workspace:
         if not _RUN_ID.fullmatch(run_id):
             raise ConfigError(f"A run id is 1 to 64 letters, digits, '.', '_' or '-': got {run_id!r}; choose such a name")
         return self.runs / run_id
-
-
-def open_workspace(folder: str | os.PathLike[str] | None = None) -> Workspace:
-    """The workspace at `folder`, else $BIASDPO_WORKSPACE, else ./workspace; made if missing, upgraded if old.
-
-    Raises WorkspaceError if it can't be written, was made by a newer version, or is of version 0.1 with an active job.
-    """
-    root = Path(folder or os.environ.get("BIASDPO_WORKSPACE") or "workspace").expanduser().resolve()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-        _check_version(root)
-    except OSError as exc:
-        reason = exc.strerror or exc
-        raise WorkspaceError(f"Can't write to the workspace {root}: {reason}; name a writable folder with --workspace") from exc
-    return Workspace(root)
-
-
-def _check_version(root: Path) -> None:
-    file = root / VERSION_FILE
-    if not file.exists():
-        if any((root / name).is_dir() for name in ("runs", "evaluations", "exports")):
-            from biasdpo.migrations import upgrade
-
-            upgrade(root)
-        else:
-            write_json(file, version_value())
-        return
-    value = read_json(file)
-    written = value.get("format") if isinstance(value, dict) else None
-    if type(written) is not int or written < FORMAT:
-        raise WorkspaceError(f"{file} is damaged (format: {written!r:.40}): restore it from a backup or delete it")
-    if written > FORMAT:
-        raise WorkspaceError(
-            f"The workspace {root} has format {written}, and this version of BiasDPO reads up to {FORMAT}: update BiasDPO, or "
-            "name another folder with --workspace"
-        )
-
-
-def version_value() -> dict[str, int]:
-    """The content of a workspace's version file."""
-    return {"format": FORMAT}
 
 
 def is_public_space() -> bool:

@@ -14,7 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two torch processes with two threads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from biasdpo import models
-from biasdpo.workspace import Workspace, open_workspace
+from biasdpo.migrations import open_workspace
+from biasdpo.workspace import Workspace
 from tests import byte_model, tiny_models
 from tests.run_line import CommandLine
 

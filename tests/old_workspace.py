@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from biasdpo.workspace import open_workspace
+from biasdpo.migrations import open_workspace
 from tests.lora_factory import write_lora
 
 DEAD = {"pid": 2**31 - 2, "pid_created": 1.0}

@@ -22,8 +22,6 @@ LEVELS = [
     {"ui", "cli", "cli_jobs", "cli_options"},
     {"__main__"},
 ]
-# Opening an old workspace upgrades it: the one lazy import that points right.
-UPGRADE = ("biasdpo.workspace", "biasdpo.migrations")
 # Libraries that take seconds to import, and who may import them.
 HEAVY = {
     "gradio": ("biasdpo/ui/", "app.py"),
@@ -67,15 +65,13 @@ def test_imports_point_left(path):
         if package in HEAVY:
             assert name.startswith(HEAVY[package]), f"{name} imports {package}"
         assert package != "training" or name.startswith("training/"), f"{name} imports training"
-        if (f"biasdpo.{own}", module) == UPGRADE:
-            continue
         if package == "biasdpo" and own and level(own) is not None and level(rest) is not None:
             assert level(rest) <= level(own), f"{name} imports {module}, which is to its right"
 
 
 def test_no_import_cycle():
     modules = {str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p for p in SOURCES}
-    graph = {name: {m for m in imports(path) if m in modules and (name, m) != UPGRADE} - {name} for name, path in modules.items()}
+    graph = {name: {m for m in imports(path) if m in modules} - {name} for name, path in modules.items()}
     while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:
         for name in leaves:
             del graph[name]

@@ -13,9 +13,10 @@ from biasdpo.data.journal import Journal
 from biasdpo.errors import AdapterError, BiasDPOError, WorkspaceError
 from biasdpo.evaluation.run import AnswerCache
 from biasdpo.jobs.job import JobFolder
+from biasdpo.migrations import open_workspace
 from biasdpo.model_files import ForeignJson, read_json_as
 from biasdpo.models import find_adapter, list_adapters
-from biasdpo.workspace import Workspace, open_workspace, read_json
+from biasdpo.workspace import Workspace, read_json
 from tests.run_folders import write_run
 from tests.run_line import CommandLine
 

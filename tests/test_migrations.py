@@ -19,8 +19,9 @@ from biasdpo.errors import WorkspaceError
 from biasdpo.gguf.export import load_record
 from biasdpo.jobs.job import START_MARK, Job
 from biasdpo.jobs.store import find_job, list_jobs, load_result, resume_job
+from biasdpo.migrations import open_workspace
 from biasdpo.models import list_adapters
-from biasdpo.workspace import Workspace, open_workspace
+from biasdpo.workspace import Workspace
 from tests import old_workspace
 from tests.old_workspace import AT, DEAD, tree
 from tests.run_line import CommandLine, ended, kill_jobs, wait_for

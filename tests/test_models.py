@@ -11,8 +11,9 @@ from biasdpo import models
 from biasdpo.backends import choose_backend
 from biasdpo.chat import PromptTemplate, Segment
 from biasdpo.errors import BackendError, ConfigError, ModelError, WorkspaceError
+from biasdpo.migrations import open_workspace
 from biasdpo.ui.components import own_choices, pasted
-from biasdpo.workspace import locked, open_workspace, read_json, replacing, write_json
+from biasdpo.workspace import locked, read_json, replacing, write_json
 
 
 def test_the_catalog(smollm2):

@@ -21,7 +21,7 @@ APP = """
 import sys, time
 from biasdpo.engines import EngineKey, EnginePool
 from biasdpo.jobs import memory
-from biasdpo.workspace import open_workspace
+from biasdpo.migrations import open_workspace
 pool = EnginePool(open_workspace(sys.argv[1]))
 memory.serve_requests(pool, pool.workspace)
 key = EngineKey(sys.argv[2], "none")

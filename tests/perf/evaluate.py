@@ -35,8 +35,9 @@ from biasdpo.engines import Engine
 from biasdpo.evaluation import run
 from biasdpo.evaluation.run import likelihood_cache, score_items
 from biasdpo.gguf import write
+from biasdpo.migrations import open_workspace
 from biasdpo.records import ContinuationRequest, Side
-from biasdpo.workspace import Workspace, open_workspace
+from biasdpo.workspace import Workspace
 from tests.bare import bare_llama
 from tests.perf.lm_eval_model import LmEval, has_lm_eval
 from tests.perf.measuring import options

@@ -34,7 +34,7 @@ def files(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     """(model folder, adapter folder)."""
     from biasdpo import models
     from biasdpo.backends.hf_loading import hf_copy
-    from biasdpo.workspace import open_workspace
+    from biasdpo.migrations import open_workspace
     from tests.perf.export import save_phi_2, write_phi_lora
 
     if args.model == "random":

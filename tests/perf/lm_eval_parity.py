@@ -28,7 +28,7 @@ from biasdpo.benchmarks import bbq
 from biasdpo.benchmarks.rows import load_rows
 from biasdpo.evaluation import run
 from biasdpo.evaluation.run import likelihood_cache, score_items
-from biasdpo.workspace import open_workspace
+from biasdpo.migrations import open_workspace
 from tests.perf.lm_eval_model import LmEval
 from tests.perf.measuring import options
 

@@ -21,7 +21,8 @@ from biasdpo.benchmarks.utility import Utility, load_texts
 from biasdpo.data import pairs, splits
 from biasdpo.engines import EngineKey, open_engine
 from biasdpo.evaluation import run
-from biasdpo.workspace import open_workspace, read_json, write_json
+from biasdpo.migrations import open_workspace
+from biasdpo.workspace import read_json, write_json
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
