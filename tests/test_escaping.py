@@ -79,7 +79,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     ),
     "bad rows": lambda: dataset.bad_rows([BadLine(1, EVIL)], "Bad rows"),
     "imported": lambda: dataset.imported(Imported(1, 1, (BadLine(1, EVIL),), (EVIL,), MAPPING, f"import:{EVIL}", (EVIL,))),
-    "probe": lambda: train.probes(
+    "probe": lambda: train.probes_html(
         [{"step": 1, "prompt": EVIL, "category": "", "base": EVIL, "tuned": f"{EVIL} x"}], None, expected=True
     ),
     "chart": lambda: charts.figure(Chart("x", "X", "", (Curve(EVIL, ((0.0, 1.0), (1.0, 2.0))),))),

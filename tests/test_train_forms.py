@@ -45,7 +45,7 @@ def test_every_setting_has_a_field_with_an_explanation():
 
 def test_fields_bring_back_the_config_that_they_show():
     assert TrainConfig(**train.to_values(page_of(CONFIG))) == CONFIG
-    shown = train.field_values(page_of(CONFIG))
+    shown = train.form_values(page_of(CONFIG))
     assert shown["learning_rate"] == "5e-5"
     assert shown["loss_weights"] == "1, 0.5"
     assert shown["target_modules"] == "q_proj, o_proj"
@@ -60,10 +60,10 @@ def test_every_shipped_preset_can_be_filled_in(preset):
 
 
 def test_settings_without_an_effect_are_hidden_and_at_their_defaults():
-    values = train.field_values(page_of(CONFIG))
-    assert all(train.effects(values).values())
+    values = train.form_values(page_of(CONFIG))
+    assert all(train.visible_settings(values).values())
     fewer = values | {"loss_type": ["sigmoid"], "max_steps": 7, "eval_every": 0, "probe_every": 0, "schedule": "constant"}
-    effects = train.effects(fewer)
+    effects = train.visible_settings(fewer)
     hidden = {name for name, effect in effects.items() if not effect}
     assert hidden == {"loss_weights", "label_smoothing", "epochs", "early_stopping", "keep", "probe_prompts", "warmup_share"}
     read = train.to_values([fewer[setting.name] for setting in SETTINGS])
@@ -72,9 +72,9 @@ def test_settings_without_an_effect_are_hidden_and_at_their_defaults():
 
 
 def test_what_matters_hangs_on_nothing_else_than_what_the_page_listens_to():
-    values = train.field_values(page_of(CONFIG))
+    values = train.form_values(page_of(CONFIG))
     deciding = {name: values[name] for name in DECIDING}
-    assert train.effects(deciding) == train.effects(values)
+    assert train.visible_settings(deciding) == train.visible_settings(values)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.ui import components
 from biasdpo.ui.components import Store, own_choices, pasted
 from biasdpo.ui.jobs import QUICK, RAW, JobsLayout, JobsView, Mark, Updates
-from biasdpo.ui.train import chip, duration, model_title, size, told, when
+from biasdpo.ui.train import chip, duration, model_title, size_text, told, when
 from biasdpo.workspace import is_public_space, refuse_on_public_space
 
 # --- export render: What the Export tab shows, as HTML: pure functions of records
@@ -76,7 +76,7 @@ def _row(name: str, export: Job, chosen: bool, tabbed: bool) -> str:
         escape(model_of(export)),
         escape(adapter_of(export)),
         escape(kind_of(export)),
-        size(export.file.stat().st_size) if export.file.is_file() else "–",
+        size_text(export.file.stat().st_size) if export.file.is_file() else "–",
         escape(verdict(export)),
         escape(when(export.started_at)),
     )
@@ -176,7 +176,7 @@ def _numbers(export: Job) -> str:
     record = record_of(export)
     facts = [("model", escape(model_of(export))), ("adapter", escape(adapter_of(export))), ("kind", escape(kind_of(export)))]
     if record is not None:
-        facts.append(("size", size(record.bytes)))
+        facts.append(("size", size_text(record.bytes)))
         facts.append(("SHA-256", f'<code title="{escape(record.sha256)}">{escape(record.sha256[:12])}</code>'))
         if record.seconds:
             facts.append(("took", f"{duration(sum(record.seconds.values()))}, proof {duration(record.seconds.get('proof', 0))}"))
@@ -298,7 +298,11 @@ def modelfile(record: ExportRecord) -> str:
 
 def deleting(export: Job) -> str:
     """What is lost when an export is deleted."""
-    lost = f"the file ({size(export.file.stat().st_size)}), its record and its Modelfile" if export.file.is_file() else "its log"
+    lost = (
+        f"the file ({size_text(export.file.stat().st_size)}), its record and its Modelfile"
+        if export.file.is_file()
+        else "its log"
+    )
     return (
         f'<div class="bd-error" role="alert"><b>Delete {escape(export.file.name)}?</b> Lost are {lost}. The adapter stays, so '
         "it can be exported again.</div>"
@@ -312,9 +316,9 @@ def plan(about_bytes: int | None, free_bytes: int, needs_bytes: int | None) -> s
     """What the chosen export takes: disk, and memory for its proof."""
     if about_bytes is None:
         return ""
-    text = f"About <b>{size(about_bytes)}</b>; {size(free_bytes)} are free on that disk."
+    text = f"About <b>{size_text(about_bytes)}</b>; {size_text(free_bytes)} are free on that disk."
     if needs_bytes is not None:
-        text += f" The proof takes about {size(needs_bytes)} of memory, and is left out where there is less."
+        text += f" The proof takes about {size_text(needs_bytes)} of memory, and is left out where there is less."
     return f'<div class="bd-note"><span>{text}</span></div>'
 
 
@@ -395,7 +399,7 @@ class ExportsView(JobsView[Job]):
         if export.file not in self.served:
             gr.set_static_paths([export.file])
             self.served.add(export.file)
-        return gr.update(label=f"Download ({size(export.file.stat().st_size)})", value=str(export.file), visible=True)
+        return gr.update(label=f"Download ({size_text(export.file.stat().st_size)})", value=str(export.file), visible=True)
 
 
 # --- export new: The panel for a new export: what, as what, how small
@@ -602,7 +606,7 @@ class NewExportPanel(ExportsView):
                 if value == quantization:
                     shown[self.new_notice] = components.note(str(exc))
                 continue
-            choices.append((f"{title} · {size(sizes[value])} · {cost}", value))
+            choices.append((f"{title} · {size_text(sizes[value])} · {cost}", value))
         wanted = (quantization, DEFAULT_QUANTIZATION, *sizes)
         chosen = next(name for name in wanted if name in sizes)
         shown[self.quantization] = gr.update(choices=choices, value=chosen, visible=True)

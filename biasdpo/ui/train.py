@@ -333,7 +333,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes for people."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
@@ -393,7 +393,7 @@ def deleting(run: SeenRun, stored: int) -> str:
     kept = "its adapter, " if run.has_adapter else ""
     return (
         f'<div class="bd-error" role="alert"><b>Delete run {escape(run.id)}?</b> Lost are {kept}its checkpoints, curves, log '
-        f"and its snapshot of the data ({escape(size(stored))} in all). Nothing brings them back.</div>"
+        f"and its snapshot of the data ({escape(size_text(stored))} in all). Nothing brings them back.</div>"
     )
 
 
@@ -424,7 +424,7 @@ def evaluate_command(run: SeenRun) -> str:
 # --- train plan render: What the New run panel shows before a start, as HTML: the preset, the data, what the run will t
 
 
-def preset(chosen: Preset | None) -> str:
+def preset_html(chosen: Preset | None) -> str:
     """What a preset does and costs."""
     if chosen is None:
         return components.note("No preset for this model: the fields below are the defaults. Lower them for a first look.")
@@ -463,7 +463,7 @@ def estimate(known: Estimate) -> str:
     total = max(known.memory_bytes, known.memory_free_bytes, 1)
     used = 100 * known.memory_bytes / total
     free = 100 * known.memory_free_bytes / total
-    needs, has = size(known.memory_bytes), size(known.memory_free_bytes)
+    needs, has = size_text(known.memory_bytes), size_text(known.memory_free_bytes)
     bar = f'<i class="{"" if known.fits else "bd-too-much"}" style="width: {used:.1f}%"></i><b style="left: {free:.1f}%"></b>'
     memory = (
         f'<div class="bd-memory"><span>Memory</span><span class="bd-memory-track" role="img" aria-label="{needs} needed, {has} '
@@ -549,24 +549,24 @@ def problem(setting: Setting, value: Any) -> str:
     return ""
 
 
-def field_values(given: Sequence[Any]) -> dict[str, Any]:
+def form_values(given: Sequence[Any]) -> dict[str, Any]:
     """The fields' values by name, in the order of SETTINGS."""
     return dict(zip((setting.name for setting in SETTINGS), given, strict=True))
 
 
 def problems(given: Sequence[Any]) -> list[str]:
     """One line (or "") per field; a field without effect has no problem."""
-    values = field_values(given)
+    values = form_values(given)
     return [problem(one, values[one.name]) if one.has_effect(values) else "" for one in SETTINGS]
 
 
 def to_values(given: Sequence[Any]) -> dict[str, Any]:
     """The config's values; settings without effect are at their defaults."""
-    values = field_values(given)
+    values = form_values(given)
     return {s.name: from_field(s, values[s.name]) if s.has_effect(values) else s.default for s in SETTINGS}
 
 
-def effects(values: Mapping[str, Any]) -> dict[str, bool]:
+def visible_settings(values: Mapping[str, Any]) -> dict[str, bool]:
     """Whether each setting has an effect, by name; `values`: those of DECIDING at least."""
     return {setting.name: setting.has_effect(values) for setting in SETTINGS}
 
@@ -592,7 +592,7 @@ def seed_pairs() -> int:
         return sum(1 for line in file if line.strip())
 
 
-def choices(store: Store, named: Sequence[str] = ()) -> list[tuple[str, str]]:
+def source_choices(store: Store, named: Sequence[str] = ()) -> list[tuple[str, str]]:
     """What a row offers; `named`: sources beside, such as an uploaded file. Others may be typed."""
     try:
         usable = store.confounds().pairs
@@ -677,7 +677,7 @@ class DataActions:
 
     def rows_shown(self, rows: Rows, named: Sequence[str] = ()) -> Updates:
         rows = rows[:MOST_SOURCES] or [("", 1.0)]
-        choices = _choices_fn(self.store, named)
+        choices = source_choices(self.store, named)
         shown: Updates = {self.shown_sources: len(rows), self.add_button: gr.update(visible=len(rows) < MOST_SOURCES)}
         for i, (row, source, weight, _remove) in enumerate(self.source_rows):
             name, factor = rows[i] if i < len(rows) else ("", 1.0)
@@ -778,7 +778,7 @@ def position(rows: ProbeRows, wanted: int | None) -> str:
     return f'<span class="bd-position">After step <b>{at:,}</b> · probe {number} of {len(known)}{latest}</span>'
 
 
-def probes(rows: ProbeRows, wanted: int | None, expected: bool) -> str:
+def probes_html(rows: ProbeRows, wanted: int | None, expected: bool) -> str:
     """The prompts with both completions; words that only one of them has are marked. `expected`: the run makes probes."""
     at = step_shown(rows, wanted)
     if at is None:
@@ -988,7 +988,7 @@ class RunsView:
             self.charts: train_charts.charts(drawn, _NO_CURVES, [run.id]),
             self.probe_position: position(probes, probe_at),
             self.probe_buttons: gr.update(visible=len(steps(probes)) > 1),
-            self.probes: _probes_fn(probes, probe_at, expected),
+            self.probes: probes_html(probes, probe_at, expected),
             self.log: self.log_of(run) if log_open else "",
             self.details: details(run),
             self.evaluate: evaluate_command(run) if here and run.has_adapter and not run.active else "",
@@ -1192,11 +1192,11 @@ class StartActions(DataActions):
 
     def _filled(self, preset: Preset | None) -> Updates:
         config = TrainConfig(**preset.values | {"model": ""} if preset else {})
-        return {self.preset_text: _preset_fn(preset), self.estimate_view: ""} | self._fields_of(config)
+        return {self.preset_text: preset_html(preset), self.estimate_view: ""} | self._fields_of(config)
 
     def _fields_of(self, config: TrainConfig) -> Updates:
         values = from_config(config)
-        effects = _effects_fn(_field_values_fn(values)).values()
+        effects = visible_settings(form_values(values)).values()
         return {f: gr.update(value=v, visible=e) for f, v, e in zip(self.fields, values, effects, strict=True)}
 
     def _proposal(self, model: str) -> Updates:
@@ -1206,7 +1206,7 @@ class StartActions(DataActions):
     def open_new(self, model: Any, run_id: Any, proposed: str, *sources: Any) -> Updates:
         """The panel was opened: what can be chosen now, and a name that is free now."""
         named = [name for name in sources[::2] if isinstance(name, str)]
-        shown: Updates = {source: gr.update(choices=choices(self.store, named)) for _, source, _, _ in self.source_rows}
+        shown: Updates = {source: gr.update(choices=source_choices(self.store, named)) for _, source, _, _ in self.source_rows}
         shown |= {self.model: gr.update(choices=self.model_choices(model if isinstance(model, str) else "")), self.new_notice: ""}
         if isinstance(model, str) and (not run_id or run_id == proposed):
             shown |= self._proposal(model)
@@ -1245,7 +1245,7 @@ class StartActions(DataActions):
 
     def show_effects(self, *deciding: Any) -> list[Any]:
         """Only settings that have an effect are shown."""
-        effects = _effects_fn(dict(zip(DECIDING, deciding, strict=True)))
+        effects = visible_settings(dict(zip(DECIDING, deciding, strict=True)))
         return [gr.update(visible=effects[setting.name]) for setting in SETTINGS if setting.when]
 
     def checking(self, setting: Setting) -> Callable[[Any], Any]:
@@ -1361,7 +1361,7 @@ class NewRunPanel(StartActions):
         preset = first_preset(FIRST_MODEL)
         config = TrainConfig(**preset.values if preset else {})
         values = dict(zip(SETTINGS, from_config(config), strict=True))
-        visible = _effects_fn(dict(config))
+        visible = visible_settings(dict(config))
         with gr.Row(elem_id="train-what"):
             here = "catalog id" if is_public_space() else "catalog id, Hub id, HF folder or .gguf"
             self.model = gr.Dropdown(
@@ -1379,7 +1379,7 @@ class NewRunPanel(StartActions):
                 elem_id="train-preset",
                 min_width=300,
             )
-        self.preset_text = gr.HTML(_preset_fn(preset), js_on_load=None, elem_id="train-preset-text")
+        self.preset_text = gr.HTML(preset_html(preset), js_on_load=None, elem_id="train-preset-text")
         self._build_data()
         self.fields: list[Any] = []
         self.groups: list[gr.Accordion] = []
@@ -1411,7 +1411,7 @@ class NewRunPanel(StartActions):
             for i in range(MOST_SOURCES):
                 with gr.Row(visible=i == 0, elem_id=f"train-source-row-{i + 1}", elem_classes="bd-source") as row:
                     source = gr.Dropdown(
-                        choices(self.store),
+                        source_choices(self.store),
                         value=str(SEED_SET) if i == 0 else "",
                         label="Data (choose, or type hub:OWNER/NAME or a file's path)" if i == 0 else f"Data {i + 1}",
                         allow_custom_value=True,
@@ -1625,7 +1625,7 @@ class RunActions(RunsView):
             except BiasDPOError as exc:
                 return {self.run_notice: components.error(str(exc))}
             at = turned(rows, probe_at, by)
-            return {self.probe_at: at, self.probe_position: position(rows, at), self.probes: probes(rows, at, expected=True)}
+            return {self.probe_at: at, self.probe_position: position(rows, at), self.probes: probes_html(rows, at, expected=True)}
 
         return turn
 
@@ -1651,7 +1651,7 @@ class RunActions(RunsView):
                 file = self._zip(run, Path(folder))
                 # Gradio serves its own cache to whoever has the address, and nothing else: the workspace stays closed.
                 served = save_file_to_cache(file, self.download.GRADIO_CACHE)
-                size = _size_fn(file.stat().st_size)
+                size = size_text(file.stat().st_size)
         except Exception as exc:
             yield {self.run_notice: components.error(told(exc, "Not exported"))}
             return
@@ -1894,21 +1894,3 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
         except BiasDPOError as exc:
             return {self.run_notice: components.error(str(exc))}
         return self._news(self.every(), "", {}, None, False) | self.turn_to("new") | filled
-
-
-_choices_fn = choices
-
-
-_effects_fn = effects
-
-
-_field_values_fn = field_values
-
-
-_preset_fn = preset
-
-
-_probes_fn = probes
-
-
-_size_fn = size
