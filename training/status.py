@@ -179,7 +179,7 @@ def cause_and_remedy(exc: BaseException, log: str = "the run's log.txt") -> str:
         return "The disk is full: free some space, then resume the run; its checkpoints are kept"
     if any(words in text for words in _CONNECTION_WORDS):
         return (
-            "Another of the run's processes ended without a word, as it does when it is killed or the machine runs out of "
+            "Another of the run's processes ended unexpectedly, as it does when it is killed or the machine runs out of "
             f"memory: resume the run, or start a new one with fewer num_processes; {log} has more"
         )
     first_line = (text.strip() or type(exc).__name__).split("\n")[0]

@@ -87,12 +87,12 @@ def test_a_failed_run_says_why_and_retry_takes_its_settings_over(trainer):
     trainer.page.wait_for_selector("#train-resume")
     trainer.choose("second")
     trainer.page.click("#train-retry")
-    for field, value in (("learning-rate", "1e-4"), ("beta", "0.3"), ("max-steps", "40")):
+    for field, value in (("learning-rate", "0.0001"), ("beta", "0.3"), ("max-steps", "40")):
         trainer.visitor.wait_value(f"train-{field}", value)
     trainer.wait_mixture("258 rows read")
     trainer.visitor.set("train-run-id", "second")
     trainer.page.click("#train-start")
-    trainer.visitor.wait("#train-new-notice .bd-error", "exists already")
+    trainer.visitor.wait("#train-new-notice .bd-error", "already exists")
 
 
 def test_deleting_asks_and_says_what_is_lost(trainer, library):
@@ -198,7 +198,7 @@ def test_a_run_whose_process_is_gone_is_interrupted(new_visitor, library):
         trainer.wait_run("killed", "step 8 of 40")
         run.at(9, pid_created=1.0)  # as it is when another process has its number now
         trainer.wait_state("killed", "interrupted")
-        trainer.visitor.wait("#train-head [role=alert]", "ended without a word at step 9")
+        trainer.visitor.wait("#train-head [role=alert]", "ended unexpectedly at step 9")
         trainer.page.wait_for_selector("#train-resume")
 
 
@@ -223,7 +223,7 @@ def test_settings_out_of_range_are_named_at_the_field_and_nothing_starts(new_vis
     for name, value in (("train-beta", "0.1"), ("train-rank", "4"), ("train-run-id", "../../etc")):
         visitor.set(name, value)
     trainer.page.click("#train-start")
-    visitor.wait("#train-new-notice .bd-error", "A run id is")
+    visitor.wait("#train-new-notice .bd-error", "letters, digits")
     assert trainer.page.locator("#train-trouble .bd-error").count() == 0
     assert sorted((app.workspace.root / "runs").iterdir()) == before
 
