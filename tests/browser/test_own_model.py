@@ -96,7 +96,7 @@ def test_what_does_not_fit_or_is_not_there_is_one_line_and_the_next_try_works(
     for path, line in (
         (tmp_path / "none.gguf", "No model file"),
         (tmp_path / "note.gguf", "is not a complete GGUF file"),
-        (tmp_path, "has no config.json, but GGUF files: name one of them, such as"),
+        (tmp_path, "has no config.json, but GGUF files: select one of them, such as"),
         (tiny_llama_adapter, "is an adapter, not a model"),
     ):
         visitor.choose("model", str(path))
