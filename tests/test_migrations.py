@@ -97,7 +97,7 @@ def test_everything_is_there_afterwards(old: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_opened_again_nothing_changes_and_two_at_once_upgrade_once(old: Path) -> None:
-    script = f"from biasdpo.workspace import open_workspace; open_workspace({str(old)!r})"
+    script = f"from biasdpo.migrations import open_workspace; open_workspace({str(old)!r})"
     processes = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = "".join(process.communicate(timeout=60)[1] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]

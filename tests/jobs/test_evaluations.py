@@ -191,7 +191,7 @@ def test_an_estimate_is_measured_once_and_then_known(asked, workspace):
 
 def test_starting_needs_no_engine_in_this_process(asked, workspace):
     script = (
-        "import sys, json; from biasdpo.jobs import store, estimate; from biasdpo.workspace import open_workspace\n"
+        "import sys, json; from biasdpo.jobs import store, estimate; from biasdpo.migrations import open_workspace\n"
         "from biasdpo.config import EvaluationConfig\n"
         "config = EvaluationConfig(**json.loads(sys.argv[1]))\n"
         "estimate.known_seconds(config, open_workspace(sys.argv[2]))\n"
