@@ -17,7 +17,9 @@ from filelock import FileLock, Timeout
 
 from biasdpo.errors import ConfigError, RefusedError, WorkspaceError
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_PACKAGE = Path(__file__).resolve().parent
+ASSETS = next(path for path in (_PACKAGE.parent / "assets", _PACKAGE / "assets") if (path / "models.toml").is_file())
+"""In a checkout beside the package, installed in it."""
 MAX_JSON_BYTES = 256 * 1024 * 1024
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
