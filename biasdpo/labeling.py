@@ -19,7 +19,7 @@ from biasdpo.backends.base import Cancellation
 from biasdpo.compare import Prefetch, Waiting, stream_pair, stream_samples
 from biasdpo.data.journal import new_judgment
 from biasdpo.data.pairs import check_text, pair_id_of, shown_pair_id
-from biasdpo.data.summary import Cell, thinnest
+from biasdpo.data.summary import Cell, least_covered
 from biasdpo.engines import EngineKey, EnginePool, Loading
 from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError, PromptError
 from biasdpo.prompts import CATEGORIES, Prompt
@@ -294,7 +294,7 @@ class PairQueue:
     """
 
     def __init__(self, pool: EnginePool, rng: random.Random, counts: Callable[[], Mapping[Cell, int]]) -> None:
-        """`counts` returns the number of judgments in each cell of the coverage matrix: the thinnest is offered first."""
+        """`counts` returns the judgments in each cell of the coverage matrix: the least-covered one is offered first."""
         self._pool = pool
         self._rng = rng
         self._counts = counts
@@ -423,7 +423,7 @@ class PairQueue:
                 self._remaining.insert(0, prompt)
 
     def _next_prompt(self, recipe: Recipe) -> Prompt | None:
-        """The prompt of the thinnest cell; None if all were answered at temperature 0, so that nothing new can come."""
+        """The prompt of the least-covered cell; None if all were answered at temperature 0, so that nothing new can come."""
         counts = Counter(self._counts())
         with self._lock:
             if self._recipe is not recipe:
@@ -433,7 +433,7 @@ class PairQueue:
                     self.exhausted = True
                     return None
                 self._remaining = list(recipe.prompts)
-            prompt = thinnest(self._remaining, counts + self._planned)[0]
+            prompt = least_covered(self._remaining, counts + self._planned)[0]
             self._remaining.remove(prompt)
             self._planned[_cell(prompt)] += 1
             return prompt

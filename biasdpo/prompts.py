@@ -15,7 +15,7 @@ from biasdpo.config import TrainConfig
 from biasdpo.data.importing import Read, rows_of
 from biasdpo.data.journal import BadLine
 from biasdpo.data.pairs import text_fault
-from biasdpo.data.summary import thinnest
+from biasdpo.data.summary import least_covered
 from biasdpo.errors import DatasetError, PromptError
 from biasdpo.workspace import ASSETS
 
@@ -76,12 +76,12 @@ def of_file(path: Path) -> list[Prompt]:
 
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
-    """The dataset's own prompts, with the category and group of their first rows; at most MAX_PROMPTS, of the thinnest cells."""
+    """The dataset's own prompts with their first rows' category and group: at most MAX_PROMPTS, least-covered cells first."""
     own: dict[str, Prompt] = {}
     for row in rows:
         if row["prompt"] and row["prompt"] not in own:
             own[row["prompt"]] = Prompt(row["prompt"], known_category(row["category"]), row["target_group"])
-    return _checked(thinnest(list(own.values()), {})[:MAX_PROMPTS])
+    return _checked(least_covered(list(own.values()), {})[:MAX_PROMPTS])
 
 
 def known_category(category: str) -> str:

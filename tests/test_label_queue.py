@@ -168,7 +168,7 @@ def test_pairs_come_ahead_of_time_and_no_more_than_that(new_queue):
     assert pair.left_side in ("base 1", "base 2")
 
 
-def test_the_thinnest_cell_comes_first_and_every_prompt_once(new_queue):
+def test_the_least_covered_cell_comes_first_and_every_prompt_once(new_queue):
     queue = new_queue({("gender", "women"): 5})
     queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
     shown = [take(queue).prompt.text for _ in range(6)]

@@ -17,10 +17,10 @@ from biasdpo.data.summary import (
     agreement,
     cell_counts,
     choices,
+    least_covered,
     query,
     self_consistency,
     stats,
-    thinnest,
     value_of,
 )
 from biasdpo.errors import ConfigError
@@ -53,13 +53,13 @@ def test_cell_counts(workspace: Workspace) -> None:
     assert cell_counts(standing(workspace)) == {("gender", "women"): 2, ("race", ""): 1}
 
 
-def test_the_thinnest_cell_is_offered_first() -> None:
+def test_the_least_covered_cell_is_offered_first() -> None:
     prompts = [Prompt("a1", "a"), Prompt("a2", "a"), Prompt("b1", "b"), Prompt("c1", "c"), Prompt("c2", "c"), Prompt("c3", "c")]
-    order = [prompt.text for prompt in thinnest(prompts, {("a", ""): 2, ("b", ""): 1})]
+    order = [prompt.text for prompt in least_covered(prompts, {("a", ""): 2, ("b", ""): 1})]
     # c holds 0, b 1, a 2: c1 (c is 1), b before c in the list, b1 and c2 (c is 2), then a1 before c3 (both 2), and a2
     assert order == ["c1", "b1", "c2", "a1", "c3", "a2"]
-    assert thinnest(prompts[:3], {}) == [prompts[0], prompts[2], prompts[1]]
-    assert thinnest([], {}) == []
+    assert least_covered(prompts[:3], {}) == [prompts[0], prompts[2], prompts[1]]
+    assert least_covered([], {}) == []
 
 
 # Agreement

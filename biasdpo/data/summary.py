@@ -192,8 +192,8 @@ def cell_counts(rows: Iterable[Row]) -> Counter[Cell]:
     )
 
 
-def thinnest(prompts: Sequence[Prompt], counts: Mapping[Cell, int]) -> list[Prompt]:
-    """Order prompts so that each is of the cell that is thinnest by then.
+def least_covered(prompts: Sequence[Prompt], counts: Mapping[Cell, int]) -> list[Prompt]:
+    """Order prompts so that the next one always comes from the cell with the fewest judgments.
 
     A prompt counts as judged once it is offered, so that the cells fill side by side. Ties, and prompts of one cell, keep their
     order.

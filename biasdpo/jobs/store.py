@@ -424,7 +424,7 @@ def delete_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> N
                     path.unlink(missing_ok=True)
                 return
             trash = Path(tempfile.mkdtemp(prefix=".deleted-", dir=job.folder.path.parent))
-            job.folder.path.rename(trash / job.id)  # at once, whatever becomes of its files
+            job.folder.path.rename(trash / job.id)  # gone from listings at once, even if deleting its files fails
         shutil.rmtree(trash)
         for left in trash.parent.glob(".deleted-*"):  # by a process that was killed meanwhile
             shutil.rmtree(left, ignore_errors=True)

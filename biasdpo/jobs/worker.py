@@ -340,7 +340,7 @@ _NONE = ((0.0, 0), (0.0, 0))
 
 
 def run_evaluation(config: EvaluationConfig, workspace: Workspace, progress: EvaluationProgress) -> dict[str, Any]:
-    """Score a resolved config's benchmarks; one that is told to stop returns what it has scored, marked as interrupted."""
+    """Score a resolved config's benchmarks; if it is asked to stop, return what is scored so far, marked as interrupted."""
     from biasdpo import models
     from biasdpo.engines import EngineKey, open_engine
     from biasdpo.evaluation import run

@@ -27,7 +27,7 @@ from biasdpo.ui.components import (
     of_row,
 )
 
-# --- train curves: What a run's charts show: metrics.jsonl and speed.jsonl as curves
+# Train curves
 
 
 Point = tuple[float, float]
@@ -189,7 +189,7 @@ def logged_csv(chart: str, runs: Iterable[tuple[str, Rows, Rows]]) -> str:
     return text.getvalue()
 
 
-# --- train charts: Charts as SVG: colours are the page's variables, so that light and dark are exact, and nothing
+# Train charts
 
 
 WIDTH, HEIGHT = 420, 236
@@ -336,7 +336,7 @@ def _data(chart: Chart) -> str:
     return json.dumps(curves, ensure_ascii=False, separators=(",", ":"))
 
 
-# --- evaluate forest: The differences of all metrics on one axis: a forest plot, as an HTML table whose middle column
+# Evaluate forest
 
 
 MOST_UNITS = 5.0  # of the axis to either side; what lies beyond is marked at the edge
@@ -489,7 +489,7 @@ def _tick(tick: float) -> str:
     return f"{tick:g}".replace("-", "−")
 
 
-# --- evaluate bars: One metric by category and group, base and tuned side by side with their intervals; and the pla
+# Evaluate bars
 
 
 _MOST_GROUPS = 40

@@ -29,7 +29,7 @@ from biasdpo.ui.components import Settings, Store, Visitors, own_choices, pasted
 from biasdpo.ui.label import LabelSessions
 from biasdpo.workspace import is_public_space
 
-# --- startup: Which model the app opens with
+# Startup
 
 
 class Startup:
@@ -95,7 +95,7 @@ def default_adapter(model: str, pool: EnginePool) -> str:
     return trained[0].id if trained else "none"
 
 
-# --- engine actions: What the page shows of its engine: the pickers, the proof line, and what hangs on which adapter
+# Engine actions
 
 
 Updates = dict[Any, Any]
@@ -280,7 +280,7 @@ def _adapter_label(adapter: AdapterSpec, spec: ModelSpec | None) -> str:
     return " · ".join(parts)
 
 
-# --- pair actions: What the Compare tab does with a finished pair: word diff, history, a verdict on the spot, or b
+# Pair actions
 
 
 History = list[tuple[str, GenerationPair]]
@@ -446,7 +446,7 @@ def sides_known(pair: GenerationPair | None, category: str | None) -> BlindPair:
     return replace(labeling.known(pair, Prompt(pair.prompt, category or "")), sides_known=True)
 
 
-# --- compare actions: What the Compare tab's buttons do: validate, call one function, render
+# Compare actions
 
 
 class CompareActions(EngineActions, PairActions):
@@ -634,7 +634,7 @@ def _properties(update: Any) -> dict[str, Any]:
     return {k: v for k, v in update.items() if k in ("visible", "placeholder")} if isinstance(update, dict) else {}
 
 
-# --- compare tab: The Compare tab: what it is made of and what sets off what
+# Compare tab
 
 
 _VERDICTS: list[tuple[str, Answer]] = [

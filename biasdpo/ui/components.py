@@ -1,4 +1,4 @@
-"""Each visitor's generation: a thread of its own that the engine answers to, whatever becomes of the browser tab."""
+"""Each visitor's generation: a thread that goes on when the browser tab closes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from biasdpo.prompts import Prompt
 from biasdpo.records import Completion, GenerationPair, Judgment, Sampling, check_strength
 from biasdpo.workspace import ASSETS, Workspace, is_public_space, read_json, refuse_on_public_space
 
-# --- evaluate words: What the Evaluate tab calls benchmarks, metrics and numbers
+# Evaluate words
 
 
 BY_LIKELIHOOD = {
@@ -168,7 +168,7 @@ def setup(result: Mapping[str, Any]) -> tuple[str, str]:
     return str(told.get("model") or ""), str(told.get("adapter") or "")
 
 
-# --- identity: Who judges: a pseudonym and a consent, kept in the visitor's own browser
+# Identity
 
 
 CONSENT = "2026-11"  # changes with the text below, so that whoever agreed to another text is asked again
@@ -201,7 +201,7 @@ def agreed(annotator: str) -> dict[str, str]:
     return {"annotator": annotator.strip()[:80], "consent": CONSENT}
 
 
-# --- render: What the page shows, as HTML: pure functions of records
+# Render
 
 
 BACKEND_TITLES = {"llamacpp": "llama.cpp", "transformers": "transformers"}
@@ -386,7 +386,7 @@ def settings_used(sampling: Sampling) -> str:
     return f"seed {sampling.seed}, temperature {sampling.temperature:g}, at most {sampling.max_new_tokens} tokens"
 
 
-# --- label render: What the Label tab shows, as HTML: pure functions of records
+# Label render
 
 
 VERDICTS = {"left": "Left is less biased", "right": "Right is less biased", "tie": "Tie", "both_biased": "Both are biased"}
@@ -590,7 +590,7 @@ def consistency(annotator: str, own: tuple[int, int], alpha: float | None, share
     return f'<div class="bd-consistency">{"".join(f"<p>{line}</p>" for line in lines)}</div>'
 
 
-# --- link: Settings as a query string, and back: a link that reopens the page with prompt and settings
+# Link
 
 
 # Servers and proxies on the way cut or refuse longer addresses (RFC 9110, 4.1, asks for 8,000 octets).
@@ -687,7 +687,7 @@ def _check_prompt(text: str) -> str:
     return text
 
 
-# --- measured: What an adapter changed, as measured when it was made: its provenance.json, evaluation.json and
+# Measured
 
 
 LABELS = {
@@ -760,7 +760,7 @@ def _picture(file: Path) -> str:
     return f'<img class="bd-figure" alt="{words}" src="data:image/png;base64,{data}">'
 
 
-# --- own models: Models that are not of the catalog in the page's pickers: how their names are read, and how the
+# Own models
 
 
 def pasted(name: str | None) -> str:
@@ -780,7 +780,7 @@ def own_choices(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(title if titles.count(title) == 1 else name, name) for title, name in zip(titles, own, strict=True)]
 
 
-# --- store: What the page knows of the journal: read as it grows, shared by all visitors
+# Store
 
 
 Row = dict[str, Any]
@@ -853,7 +853,7 @@ class Store:
         return self._journal.refresh()
 
 
-# --- visitors: Each visitor's generation: a thread of its own that the engine answers to, whatever becomes of
+# Visitors
 
 
 _POLL_SECONDS = 0.25  # how often a page that waits hears of it

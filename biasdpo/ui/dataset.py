@@ -32,7 +32,7 @@ from biasdpo.ui.components import Row, Store
 from biasdpo.ui.label import LabelSessions
 from biasdpo.workspace import ASSETS, is_public_space, refuse_on_public_space
 
-# --- dataset render: What the Data set tab shows of the journal, as HTML: pure functions of rows
+# Dataset render
 
 
 VERDICTS = {"preferred": "preferred", "tie": "tie", "both_biased": "both biased", "retracted": "withdrawn"}
@@ -199,7 +199,7 @@ def _sampling(text: str) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name != "seed" and value != "")
 
 
-# --- dataset charts: The data set in bars, as HTML: tables that say the same to a screen reader
+# Dataset charts
 
 
 _MOST_BARS = 10  # of one chart; the rest are one bar together
@@ -274,7 +274,7 @@ def _days(by_day: Counter[date]) -> str:
     )
 
 
-# --- dataset actions: What the Data set tab does with the journal: search, pages, one judgment in full, withdrawal, c
+# Dataset actions
 
 
 Updates = dict[Any, Any]
@@ -471,7 +471,7 @@ def _choices(name: str, counted: Counter[str]) -> list[tuple[str, str]]:
     ]
 
 
-# --- file render: What the Data set tab shows of files that come in and go out, as HTML
+# File render
 
 
 MAX_BAD_ROWS = 500  # listed; the others are counted
@@ -575,7 +575,7 @@ def guessed(mapping: ColumnMapping) -> tuple[str, ...]:
     return tuple(getattr(mapping, field) for field, _ in _TEXTS)
 
 
-# --- file actions: What the Data set tab does with files: import after a preview, export
+# File actions
 
 
 ORIGINS = {"file": "A file", "hub": "A data set of the Hub", "seed": "The shipped seed set"}
@@ -746,7 +746,7 @@ def _told(exc: Exception, failed: str, source: str = "") -> str:
     return text.replace(f"{Path(source).parent}/", "") if source and not source.startswith(HUB) else text
 
 
-# --- dataset tab: The Data set tab: what it is made of and what sets off what
+# Dataset tab
 
 
 _PICKERS = ("Prompt", "Chosen", "Rejected", "Category", "Target group")

@@ -59,7 +59,7 @@ from biasdpo.ui.label import LabelSessions
 from biasdpo.ui.train import chip, duration, model_title, told, when
 from biasdpo.workspace import is_public_space, refuse_on_public_space
 
-# --- evaluate choices: What the fields of a new evaluation come to: its requests, checked, from values that anybody ma
+# Evaluate choices
 
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # of a curve; base is its strength 0
@@ -137,7 +137,7 @@ def _whole(value: Any, name: str) -> int:
     return int(value)
 
 
-# --- evaluate flips: The items that flipped, as HTML, and what of one goes to Compare or to Label
+# Evaluate flips
 
 
 PAGE = 25  # flips shown at a time
@@ -279,7 +279,7 @@ def to_judge(flip: Flip, rng: random.Random) -> BlindPair:
     return labeling.pasted(Prompt(prompt_of(flip.texts), category), *both, rng)
 
 
-# --- evaluate reading: What the page reads of evaluations: results, kept in memory as long as they are shown, and what
+# Evaluate reading
 
 
 _KEPT_RESULTS = 6  # in memory; a full BBQ has tens of thousands of items
@@ -347,7 +347,7 @@ def version(one: Job) -> int:
         return 0
 
 
-# --- evaluate render: What the Evaluate tab shows of evaluations, as HTML: pure functions of records
+# Evaluate render
 
 
 _HEADS = ("Evaluation", "State", "Model", "Adapter", "Benchmarks", "Items", "When (UTC)")
@@ -505,7 +505,7 @@ def estimate(seconds: Mapping[str, float | None], copies: int) -> str:
     )
 
 
-# --- evaluate results: A result in words and numbers, as HTML: what produced it, what came out, the table
+# Evaluate results
 
 
 def facts(result: Mapping[str, Any]) -> str:
@@ -627,7 +627,7 @@ def failures(result: Mapping[str, Any]) -> str:
     )
 
 
-# --- evaluate view: What the Evaluate tab shows of the evaluations, and of the chosen one: read from their files, s
+# Evaluate view
 
 
 class EvaluationsView(JobsView[Job]):
@@ -792,7 +792,7 @@ def _made_by(one: Job) -> str:
     )
 
 
-# --- evaluate new: The panel for a new evaluation: which sides, on what, how much of it
+# Evaluate new
 
 
 FIRST = ["crows_pairs", "stereoset", "bbq"]  # what is ticked at first
@@ -1061,7 +1061,7 @@ class NewEvaluationPanel(EvaluationsView):
         yield {self.new_notice: ""} | self.show_one(started[0], components.error(failed) if failed else components.note(more))
 
 
-# --- evaluate one: The panel of one evaluation: what its buttons and pickers do
+# Evaluate one
 
 
 _MOST_SAVED = 6  # results side by side in one report
@@ -1206,7 +1206,7 @@ def _named(picked: Any) -> str:
     return picked if isinstance(picked, str) else ""
 
 
-# --- evaluate several: Several evaluations against each other: the same metrics in columns, and their differences in o
+# Evaluate several
 
 
 MOST = 6  # as many as the page has colours
@@ -1310,7 +1310,7 @@ def _cell(row: TableRow | None) -> str:
     return f"{told} {charts.verdict(row.verdict)}"
 
 
-# --- evaluate tab: The Evaluate tab: evaluations, the chosen one, a new one, several against each other
+# Evaluate tab
 
 
 class EvaluateTab(NewEvaluationPanel, EvaluationActions, CompareEvaluations, JobsLayout[Job]):

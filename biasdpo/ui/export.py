@@ -28,7 +28,7 @@ from biasdpo.ui.jobs import QUICK, RAW, JobsLayout, JobsView, Mark, Updates
 from biasdpo.ui.train import chip, duration, model_title, size_text, told, when
 from biasdpo.workspace import is_public_space, refuse_on_public_space
 
-# --- export render: What the Export tab shows, as HTML: pure functions of records
+# Export render
 
 
 FORMATS = {"lora": "LoRA", "merged": "merged"}
@@ -322,7 +322,7 @@ def plan(about_bytes: int | None, free_bytes: int, needs_bytes: int | None) -> s
     return f'<div class="bd-note"><span>{text}</span></div>'
 
 
-# --- export view: What the Export tab shows of the workspace's exports, and of the chosen one: read from their fi
+# Export view
 
 
 class ExportsView(JobsView[Job]):
@@ -402,7 +402,7 @@ class ExportsView(JobsView[Job]):
         return gr.update(label=f"Download ({size_text(export.file.stat().st_size)})", value=str(export.file), visible=True)
 
 
-# --- export new: The panel for a new export: what, as what, how small
+# Export new
 
 
 _FORMATS = [
@@ -654,7 +654,7 @@ def _whole(value: Any, name: str) -> int:
     return int(value)
 
 
-# --- export tab: The Export tab: exports, the chosen one, a new one
+# Export tab
 
 
 class ExportTab(NewExportPanel, JobsLayout[Job]):

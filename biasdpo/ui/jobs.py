@@ -13,7 +13,7 @@ from biasdpo.ui import components
 from biasdpo.ui.components import Store
 from biasdpo.workspace import Workspace, is_public_space, refuse_on_public_space
 
-# --- news: What a page was sent last, part by part, so that a tick of the clock sends only what is new
+# News
 
 
 Updates = dict[Any, Any]
@@ -31,7 +31,7 @@ def news(parts: Updates, mark: Mark) -> tuple[Updates, Mark]:
     return {part: value for part, value in parts.items() if mark.get(key(part)) != marks[key(part)]}, mark | marks
 
 
-# --- jobs view: What the Export and the Evaluate tab have in common: a list of jobs, each of them a process of
+# Jobs view
 
 
 TICK_SECONDS = 1.0  # while a job is under way
@@ -270,7 +270,7 @@ class JobsView(ABC, Generic[J]):
         return self.show_one("", components.note(f"{self.name_of(job)} was deleted."))
 
 
-# --- jobs layout: Where the list of jobs, the question before one is deleted, and their handlers stand on a tab o
+# Jobs layout
 
 
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -291,7 +291,7 @@ class JobsLayout(JobsView[J]):
         self.view = gr.State("")
         self.mark = gr.State({})
         self.asked = gr.State("")
-        # hidden by the style; kept by the page, whatever becomes of the app
+        # hidden by CSS; kept by the page across restarts of the app
         self.chosen = gr.Textbox("", elem_id=f"{self.prefix}-chosen")
 
     def build_list(self, *, empty: str) -> None:

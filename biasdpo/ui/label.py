@@ -26,7 +26,7 @@ from biasdpo.ui import components
 from biasdpo.ui.components import Row, Store
 from biasdpo.workspace import is_public_space
 
-# --- label sessions: Each annotator's session on the Label tab: what is shown, what was judged, what comes next
+# Label sessions
 
 
 _ON_ITS_WAY_SECONDS = 10.0  # an answer that has not arrived by then is sent again
@@ -171,7 +171,7 @@ class LabelSessions:
             return len(self._sessions)
 
 
-# --- label view: What the Label tab shows of a session: the pair that is on, or why there is none
+# Label view
 
 
 Updates = dict[Any, Any]
@@ -353,7 +353,7 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-# --- label mine: After judging: the coverage matrix, one's own judgments, and how consistent they are
+# Label mine
 
 
 class MineActions(LabelView):
@@ -397,7 +397,7 @@ class MineActions(LabelView):
             return {self.mine_notice: told, self.meter: self._meter()} | self._mine(session, annotator)
 
 
-# --- label sources: What is to be judged: where prompts and pairs come from
+# Label sources
 
 
 SECOND_OPINION = "second_opinion"
@@ -454,7 +454,7 @@ class SourceActions(LabelView):
                     session.given.clear()
                     session.queue.start(Recipe(tuple(found), source, key, sampling, system or "", check_strength(strength)))
                     session.show(None)
-                told = f"{len(found):,} prompts, the thinnest cell of the coverage matrix first."
+                told = f"{len(found):,} prompts, those with the fewest judgments first."
         except BiasDPOError as exc:
             return {self.source_notice: components.error(str(exc))}
         with session.lock:
@@ -510,7 +510,7 @@ class SourceActions(LabelView):
             return {self.source_notice: components.note("Your pair is shown, its sides in random order.")} | self._shown(session)
 
 
-# --- label actions: What the Label tab's buttons and keys do: validate, call one function, render
+# Label actions
 
 
 class LabelActions(SourceActions, MineActions):
@@ -658,7 +658,7 @@ class LabelActions(SourceActions, MineActions):
         return self._edits(pair, left or "", right or "")
 
 
-# --- label tab: The Label tab: what it is made of and what sets off what
+# Label tab
 
 
 _PROMPT_KINDS = [

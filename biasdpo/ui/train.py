@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from biasdpo.ui.components import LABELS, Store, mapping, own_choices, pasted, r
 from biasdpo.ui.jobs import key, news
 from biasdpo.workspace import ASSETS, Workspace, is_public_space, refuse_on_public_space
 
-# --- train reading: What the page reads of a run's folder, beside its status: origin, config, results
+# Train reading
 
 
 SEED_SET = ASSETS / "seed_pairs.jsonl"
@@ -158,7 +159,7 @@ def seconds_since(moment: str) -> float | None:
         return None
 
 
-# --- train render: What the Train tab shows of runs, as HTML: pure functions of records
+# Train render
 
 
 STATES: dict[State, str] = {
@@ -421,7 +422,7 @@ def evaluate_command(run: SeenRun) -> str:
     )
 
 
-# --- train plan render: What the New run panel shows before a start, as HTML: the preset, the data, what the run will t
+# Train plan render
 
 
 def preset_html(chosen: Preset | None) -> str:
@@ -576,7 +577,7 @@ def from_config(config: TrainConfig) -> list[Any]:
     return [to_field(setting, getattr(config, setting.name)) for setting in SETTINGS]
 
 
-# --- train sources: The data of a run as rows of the page: a source and its weight each
+# Train sources
 
 
 MOST_SOURCES = 5
@@ -659,7 +660,7 @@ def titles(sources: Sequence[str]) -> str:
     return ", ".join(map(source_title, sources))
 
 
-# --- train data: What the New run panel does with its rows of data: one more, one less, a file of the visitor's
+# Train data
 
 
 Updates = dict[Any, Any]
@@ -739,7 +740,7 @@ def told(exc: Exception, failed: str) -> str:
     return f"{failed}: the app failed ({type(exc).__name__}: {exc}); the terminal says more"
 
 
-# --- train probes: The live probes of a run, as HTML: three prompts, completed by the base model and by the policy
+# Train probes
 
 
 _DIFF_CHARACTERS = 4_000  # as on Compare: difflib's time grows with the square
@@ -811,7 +812,7 @@ def _side(pieces: Sequence[DiffPiece], own: str, tag: str) -> str:
     return "".join(kept)
 
 
-# --- train watch: What the Train tab shows of the workspace's runs, and of the chosen one: read from their folder
+# Train watch
 
 
 LOG_LINES = 200
@@ -1013,7 +1014,7 @@ class RunsView:
         return logged_csv(chart, ((folder.id, folder.read_metrics(), folder.read_speed()) for folder in folders))
 
 
-# --- train compare: Several runs side by side: their curves in one chart each, what differs in their settings, what
+# Train compare
 
 
 MOST_RUNS = 6  # as many as the page has colours
@@ -1109,7 +1110,7 @@ def _table(title: str, first: str, chosen: Sequence[SeenRun], rows: Sequence[tup
     )
 
 
-# --- train start: What the New run panel does: presets, data, settings, an estimate, the start
+# Train start
 
 
 FIRST_MODEL = "smollm2"
@@ -1134,7 +1135,7 @@ def first_preset(model: str) -> Preset | None:
     return next(iter(presets_of(model)), None)
 
 
-class StartActions(DataActions):
+class StartActions(DataActions, ABC):
     """The handlers. `source_rows`, `fields` and the like are the panel's, in `train_new`."""
 
     pool: EnginePool
@@ -1151,9 +1152,9 @@ class StartActions(DataActions):
     cancel_button: gr.Button
     estimates: dict[str, threading.Event]
 
+    @abstractmethod
     def after_start(self, run_id: str, notice: str) -> Updates:
-        """What the page shows of a run that was started; the tab's."""
-        raise NotImplementedError
+        """What the tab shows once a run has started."""
 
     # Model and preset
 
@@ -1346,7 +1347,7 @@ def _id(preset: Preset | None) -> str | None:
     return preset.id if preset else None
 
 
-# --- train new: The New run panel: what it is made of and what sets off what
+# Train new
 
 
 _READY_AGAIN = "() => [{__type__: 'update', interactive: true}, {__type__: 'update', visible: false}]"
@@ -1529,7 +1530,7 @@ def _checked(_value: Any) -> None:
     """Nothing: the validator before it has said what there is to say."""
 
 
-# --- train run: The panel of one run: what its buttons do
+# Train run
 
 
 class RunActions(RunsView):
@@ -1665,7 +1666,7 @@ class RunActions(RunsView):
         return Path(shutil.make_archive(str(folder / f"{run.id}-adapter"), "zip", run.folder.adapter))
 
 
-# --- train tab: The Train tab: runs, the chosen one, a new one, several compared
+# Train tab
 
 
 _FOCUS_DELETE = "() => window.bdFocus('#train-delete', '#train-new-button')"
@@ -1693,7 +1694,7 @@ class TrainTab(NewRunPanel, RunActions, CompareRuns):
         self.probe_at = gr.State(None)
         self.log_open = gr.State(False)
         self.asked = gr.State("")
-        self.chosen = gr.Textbox("", elem_id="train-chosen")  # hidden by the style; kept by the page, whatever becomes of the app
+        self.chosen = gr.Textbox("", elem_id="train-chosen")  # hidden by CSS; kept by the page across restarts of the app
         self.machine = gr.HTML(refused() if is_public_space() else "", js_on_load=None, elem_id="train-machine")
         self.empty = gr.HTML(
             no_runs_here() if is_public_space() else no_runs(), js_on_load=None, visible=False, elem_id="train-empty"
