@@ -87,10 +87,9 @@ def serve(config: ServeConfig) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from biasdpo.data import journal
-    from biasdpo.engines import EnginePool
+    from biasdpo.engines import EnginePool, Startup
     from biasdpo.jobs import memory
     from biasdpo.ui import build_ui, launch_options
-    from biasdpo.ui.compare import Startup
 
     options = launch_options(config.address, config.allowed_hosts)
     workspace = open_workspace(config.workspace)

@@ -229,7 +229,8 @@ def _stats_lines(source: Any, numbers: dict[str, Any], benchmark_files: int) -> 
         return "no data" if value is None else f"{value:.1%}"
 
     yield f"{source}: {numbers['rows']:,} rows, {numbers['pairs']:,} pairs to train on"
-    yield f"{numbers['ties']:,} ties, {numbers['both_biased']:,} both biased, {numbers['retracted']:,} retracted"
+    undecided = f"{numbers['ties']:,} ties, {numbers['both_biased']:,} both biased, {numbers['both_unusable']:,} both unusable"
+    yield f"{undecided}, {numbers['retracted']:,} retracted"
     categories = ", ".join(f"{name or '(none)'} {number:,}" for name, number in numbers["by_category"].items())
     yield f"by category: {categories or 'nothing yet'}"
     yield f"chosen is longer: {share(numbers['chosen_longer_share'])}; left side chosen: {share(numbers['chosen_left_share'])}"

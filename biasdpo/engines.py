@@ -12,9 +12,9 @@ from typing import Literal
 from biasdpo import models
 from biasdpo.backends import open_backend
 from biasdpo.backends.base import Backend, Cancellation
-from biasdpo.errors import BackendError, BiasDPOError
+from biasdpo.errors import BackendError, BiasDPOError, ModelError
 from biasdpo.models import AdapterSpec, ModelSpec
-from biasdpo.workspace import Workspace
+from biasdpo.workspace import Workspace, is_public_space, refuse_on_public_space
 
 log = logging.getLogger(__name__)
 
@@ -186,3 +186,85 @@ class EnginePool:
         with self._changed:
             loading.engine, loading.error = engine, error
             self._changed.notify_all()
+
+
+# The app's own model
+
+
+class Startup:
+    """The model that the app was started with; `resolve` settles "auto" in a background thread."""
+
+    def __init__(self, model: str = "auto", backend: str = "auto") -> None:
+        self.requested = model
+        self.backend = backend
+        self.reason = ""  # why "auto" chose this model, one sentence for the page
+        self.error: BiasDPOError | None = None
+        self._model = "" if model == "auto" else models.absolute_name(model)
+        self._resolved = threading.Event()
+        if self._model:
+            self._resolved.set()
+
+    @property
+    def model(self) -> str:
+        """The model's id; "" while it is not settled, or where `error` says why it never will be."""
+        return self._model
+
+    def resolve(self, pool: EnginePool) -> None:
+        """Settle the model and start loading it with its default adapter."""
+        if not self._resolved.is_set():
+            try:
+                spec, self.reason = models.choose_auto()
+                self._model = spec.id
+            except BiasDPOError as exc:
+                self.error = exc
+            except Exception as exc:
+                self.error = ModelError(f"No model could be chosen ({type(exc).__name__}: {exc}): name one with --model")
+                raise
+            finally:
+                self._resolved.set()
+        if self._model:
+            pool.load(EngineKey(self._model, default_adapter(self._model, pool.workspace), self.backend))
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait until the model is settled; False if it still is not."""
+        return self._resolved.wait(timeout_seconds)
+
+    def key(self, model: str, adapter: str, workspace: Workspace) -> EngineKey | None:
+        """The engine that a visitor's choice means; None while "auto" is not settled.
+
+        `model` may be "auto", `adapter` "" (the model's default). On a public Space visitors choose from the catalog and the
+        known adapters only; the owner may start the app with any model.
+        """
+        if model not in ("auto", self.requested, self.model):
+            check_model(model)
+        check_adapter(adapter, workspace)
+        if model == "auto" and self.error is not None:
+            raise self.error
+        name = self.model if model == "auto" else models.absolute_name(model)
+        if not name:
+            return None
+        return EngineKey(name, adapter or default_adapter(name, workspace), self.backend)
+
+
+def default_adapter(model: str, workspace: Workspace) -> str:
+    """The adapter that a model opens with: the shipped one, else that of its newest run, else "none" (base only)."""
+    try:
+        spec = models.catalog()[model] if model in models.catalog() else models.find(model)
+        if spec.default_adapter:
+            return spec.default_adapter
+        trained = models.adapters_made_for(spec, workspace)
+    except BiasDPOError:
+        return "none"  # loading the model gives the reason
+    return trained[0].id if trained else "none"
+
+
+def check_model(model: str) -> None:
+    """Raise RefusedError for a model from outside the catalog on a public Space."""
+    if is_public_space() and model != "auto" and model not in models.catalog():
+        refuse_on_public_space(f"A model from outside the catalog ({', '.join(models.catalog())})")
+
+
+def check_adapter(adapter: str, workspace: Workspace) -> None:
+    """Raise RefusedError for an adapter that is no known one's id on a public Space."""
+    if is_public_space() and adapter not in {"", "none", *(known.id for known in models.adapters(workspace))}:
+        refuse_on_public_space("An adapter from a path")

@@ -27,8 +27,8 @@ from biasdpo.records import SEED_RANGE, GenerationPair, Judgment, JudgmentMeta, 
 
 logger = logging.getLogger(__name__)
 
-Answer = Literal["left", "right", "tie", "both_biased"]
-ANSWERS: tuple[Answer, ...] = ("left", "right", "tie", "both_biased")
+Answer = Literal["left", "right", "tie", "both_biased", "both_unusable"]
+ANSWERS: tuple[Answer, ...] = ("left", "right", "tie", "both_biased", "both_unusable")
 
 DiffPiece = tuple[Literal["same", "out", "in"], str]
 
@@ -181,6 +181,7 @@ class Details:
     target_group: str = ""
     note: str = ""
     annotator: str = ""
+    browser: str = ""  # see `JudgmentMeta`
 
     def __post_init__(self) -> None:
         if self.category not in ("", *CATEGORIES):
@@ -213,13 +214,13 @@ def judgment(
         raise DatasetError("After the edit a completion is empty: write something, or switch editing off to bring the text back")
     if edited[0] == edited[1]:
         raise DatasetError("After the edit both completions are the same text, which teaches nothing: change one back")
-    preferred = answer in ("left", "right")
-    verdict: Verdict = "preferred" if preferred else "tie" if answer == "tie" else "both_biased"
+    verdict: Verdict = "preferred" if answer == "left" or answer == "right" else answer
     meta = JudgmentMeta(
         **{key: getattr(pair, key) for key in _ORIGIN},
         left_side=pair.left_side,
-        chosen_side=sides[0] if preferred else "",
+        chosen_side=sides[0] if verdict == "preferred" else "",
         seconds=round(max(0.0, seconds), 3),
+        browser=details.browser,
     )
     return new_judgment(
         pair.prompt.text,

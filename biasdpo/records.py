@@ -8,7 +8,7 @@ from typing import Any, Literal
 from biasdpo.errors import ConfigError
 
 Side = Literal["base", "tuned"]
-Verdict = Literal["preferred", "tie", "both_biased", "retracted"]
+Verdict = Literal["preferred", "tie", "both_biased", "both_unusable", "retracted"]
 FinishReason = Literal["end_of_text", "limit", "cancelled"]
 
 STRENGTH_RANGE = (0.0, 1.5)
@@ -110,6 +110,9 @@ class JudgmentMeta:
     left_side: str = ""  # shown on the left: base or tuned; "base 1" or "base 2" (two samples); "pasted 1" or "pasted 2"
     chosen_side: str = ""  # in the same words; "" for a tie
     seconds: float = 0.0  # from showing the pair to the verdict
+    left_finish: str = ""  # why the left completion ended: a `FinishReason`; "" for text that was not generated here
+    right_finish: str = ""
+    browser: str = ""  # hash of the secret of the annotator's browser, which finds its own judgments again
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import random
 from typing import Any
 
 import pytest
+from biasdpo.ui.evaluate import STRENGTHS, missing, requests_of
 
 from biasdpo.errors import ConfigError, EvaluationError
 from biasdpo.evaluation.results import CurvePoint, Flip
 from biasdpo.ui import charts, evaluate
 from biasdpo.ui.components import decimals, interval, number, p_value
-from biasdpo.ui.evaluate import STRENGTHS, missing, requests_of
 from tests.evaluation_results import result
 
 CHOSEN = ["smollm2", ["none"], "benchmarks", ["crows_pairs"], ["perplexity"], [], "bbq", 200, 0, "", "run"]

@@ -24,7 +24,7 @@ from biasdpo.workspace import Workspace
 
 # Agreement
 
-VALUES = ("first", "second", "tie", "both_biased")
+VALUES = ("first", "second", "tie", "both_biased", "both_unusable")
 """What a judgment can say of a pair; first and second are its completions in alphabetical order."""
 
 
@@ -224,8 +224,8 @@ def stats(source: Workspace | Journal | Iterable[Row], overlap: Overlap | None =
 
     rows                 judgments, including retracted ones, and rows that retract one
     pairs                what training reads: distinct pairs by majority, see `pairs.derive`
-    ties, both_biased    standing judgments without hidden repeats, as are those of `by_category` ("" if none was given), which
-                         prefer one completion
+    ties, both_biased, both_unusable    standing judgments without hidden repeats
+    by_category          those of them that prefer one completion, by category ("" if none was given)
     retracted            judgments that were withdrawn
     repaired_lines       truncated lines that were set aside; 0 unless a workspace is given
     bad_lines            lines that are not rows; 0 for rows
@@ -253,6 +253,7 @@ def stats(source: Workspace | Journal | Iterable[Row], overlap: Overlap | None =
         "pairs": pairs,
         "ties": verdicts["tie"],
         "both_biased": verdicts["both_biased"],
+        "both_unusable": verdicts["both_unusable"],
         "retracted": sum(row["verdict"] != "retracted" and row["id"] in retracted for row in rows),
         "by_category": dict(sorted(Counter(row["category"] for row in preferred).items())),
         "chosen_longer_share": confounds.chosen_longer_share,

@@ -1,4 +1,4 @@
-"""The page: `build_ui` makes it, `launch_options` dresses it. Gradio is imported here and in app.py only."""
+"""The page: `build_ui` makes it, `launch_options` configures how it is served. Gradio is imported here and in app.py only."""
 
 from __future__ import annotations
 
@@ -8,92 +8,88 @@ from typing import Any
 
 import gradio as gr
 
-from biasdpo.engines import EnginePool
-from biasdpo.ui import components
-from biasdpo.ui.compare import CompareTab, Startup
-from biasdpo.ui.components import Store
-from biasdpo.ui.dataset import DatasetTab
-from biasdpo.ui.evaluate import EvaluateTab
-from biasdpo.ui.export import ExportTab
-from biasdpo.ui.label import LabelSessions, LabelTab
+from biasdpo.data.reader import DatasetReader
+from biasdpo.engines import EnginePool, Startup
+from biasdpo.errors import BiasDPOError
+from biasdpo.jobs import store
+from biasdpo.jobs.job import Kind
+from biasdpo.ui.compare import build_compare
+from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity, plural
+from biasdpo.ui.dataset import build_dataset
+from biasdpo.ui.export import build_export
+from biasdpo.ui.jobs import state_word
+from biasdpo.ui.label import build_label
+from biasdpo.ui.measure import build_measure
 from biasdpo.ui.security import GuardedApp, allowed_hosts
-from biasdpo.ui.train import TrainTab
+from biasdpo.ui.train import build_train
 from biasdpo.workspace import ASSETS, is_public_space
 
 # Fonts of the visitor's own system: a web font would ask another host.
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 _MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
-_HEADER = """
-<header class="bd-header"><h1>BiasDPO</h1>
-<p>One prompt, two completions: a language model before and after Direct Preference Optimization against bias.</p></header>
-"""
-_WARNING = """
-<div class="bd-warning" id="content-warning" role="note"><p><b>Content warning.</b> This page shows what language models write
-about gender, race and religion. The base model's text, and sometimes the tuned one's, can be prejudiced, false or hurtful.
-It is shown to be measured and mended, and is nobody's opinion.</p>
-<button type="button" id="dismiss-warning">I understand</button></div>
-"""
-_SPACE = """
-<div class="bd-space" id="space-banner" role="note"><b>Public Space.</b> Training, export, import and deletion are switched off
-here, and models come from the catalog. Duplicate the Space, or run BiasDPO on your own machine, for the whole workbench.</div>
-"""
+_TITLE = """# BiasDPO
+See a language model's bias, label it, train it away with Direct Preference Optimization, and measure what changed."""
+# HTML, because Gradio has no dismissible banner; assets/page.js remembers that it was dismissed.
+_WARNING = """<div id="content-warning" role="note"><span><b>Content warning.</b> Language models write prejudiced and false
+statements about people. This page shows them so that they can be measured and reduced.</span>
+<button type="button" id="dismiss-warning">I understand</button></div>"""
+_SPACE = """**Public Space.** Training, measuring, export, import and deletion are turned off here. Duplicate the Space, or run
+BiasDPO on your own machine, to use everything."""
 
-_QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-_CACHE_SECONDS = (3600, 86400)  # how often uploads and exports in Gradio's cache are looked through, and how old they may get
-
-# What assets/style.css can't say, since Gradio puts its own scope before every selector there.
-_STYLE = "html.bd-warned .block:has(#content-warning) { display: none !important; }"
+_STEPS_SECONDS = 15.0  # how often the steps look for changes made elsewhere
+_CACHE_SECONDS = (3600, 86400)  # how often Gradio's cache of uploads and downloads is cleaned, and the age to remove
 
 
 def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None) -> gr.Blocks:
-    """The whole page over these engines. Nothing is loaded here: `startup.resolve` does that once the page is served.
+    """The whole page. Nothing is loaded here: `startup.resolve` does that once the page is served.
 
     `benchmarks`: the folder of --data-dir, if any.
     """
     demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True, delete_cache=_CACHE_SECONDS)
+    builders = {
+        "compare": build_compare,
+        "label": build_label,
+        "dataset": build_dataset,
+        "train": build_train,
+        "measure": build_measure,
+        "export": build_export,
+    }
     with demo:
-        gr.HTML(_HEADER, js_on_load=None)
+        gr.Markdown(_TITLE, elem_id="title")
         if is_public_space():
-            gr.HTML(_SPACE, js_on_load=None)
-        gr.HTML(_WARNING, js_on_load=None)
-        store = Store(pool.workspace, benchmarks)
-        sessions = LabelSessions(pool, store)
-        who = components.browser_state()
-        compare = CompareTab(pool, startup, sessions, store, who)
-        with gr.Tabs() as tabs:
-            with gr.Tab("Compare", id="compare") as tab:
-                compare.build(demo, tabs)
-                tab.select(compare.refresh_adapters, compare.engine_inputs[:2], compare.adapter, **_QUICK)
-            with gr.Tab("Label", id="label") as tab:
-                LabelTab(sessions, store, who, compare.key, compare.engine_inputs).build(demo, tab)
-            with gr.Tab("Data set", id="dataset") as tab:
-                DatasetTab(store, sessions, who).build(tab)
-            with gr.Tab("Train", id="train") as train_tab:
-                train = TrainTab(store, pool, compare.pick_adapter, compare.engine_outputs)
-                train.build(demo, tabs, train_tab)
-            with gr.Tab("Evaluate", id="evaluate") as evaluate_tab:
-                evaluate = EvaluateTab(
-                    store, pool, sessions, benchmarks, compare.pick_adapter, compare.engine_outputs, compare.prompt
-                )
-                evaluate.build(demo, tabs, evaluate_tab)
-            with gr.Tab("Export", id="export") as tab:
-                export = ExportTab(store, compare.pick_adapter, compare.engine_outputs)
-                export.build(tabs, tab)
-        train.export_button.click(
-            export.open_run, [train.chosen, *export.plan_inputs], [tabs, *export.all_outputs], **_QUICK, preprocess=False
-        )
-        train.evaluate_button.click(
-            evaluate.open_run, [train.chosen, *evaluate.new_inputs], [tabs, *evaluate.all_outputs], **_QUICK, preprocess=False
-        )
-        for tab in tabs.children:  # the address names the run or evaluation that its tab shows, and none on the others
-            shows = f"window.bdTrainTab({_js(tab is train_tab)}); window.bdEvaluateTab({_js(tab is evaluate_tab)})"
-            tab.select(None, None, None, js=f"() => {{ {shows}; }}", api_visibility="private")
+            gr.Markdown(_SPACE, elem_id="space-banner")
+        gr.HTML(_WARNING, elem_id="content-warning-box")
+        tabs = gr.Tabs(elem_id="steps", render=False)
+        studio = Studio(pool, startup, DatasetReader(pool.workspace, benchmarks), benchmarks, tabs, build_identity())
+        studio.requests = {name: gr.State({}) for name in TABS}
+        tabs.render()  # type: ignore[no-untyped-call]
+        steps: dict[str, gr.Tab] = {}
+        with tabs:  # holds tabs only: Gradio numbers them by their place among its children
+            for name, build in builders.items():
+                with gr.Tab(_step(name), id=name) as steps[name]:
+                    build(studio, steps[name])
+        timer = gr.Timer(_STEPS_SECONDS)
+        labels = gr.State({})
+
+        def look(shown: dict[str, str]) -> Updates:
+            return step_updates(studio, shown, steps) | {labels: step_states(studio)}
+
+        outputs = [labels, *steps.values()]
+        gr.on([demo.load, timer.tick, tabs.select], look, labels, outputs, **QUICK)
+        for name, tab in steps.items():
+            tab.select(None, None, None, js=f"() => window.bdAddress('{name}')", api_visibility="private")
+
+        def follow_address(request: gr.Request) -> Updates:
+            """Show what the page's address names: `?tab=train&job=run-3`, or a link of the Compare tab."""
+            query = {name: str(value) for name, value in request.query_params.items()}
+            name = query.pop("tab", "compare")
+            if name in TABS and name != "compare":
+                return studio.open(name, **{key: query[key] for key in ("job",) if key in query})
+            return studio.open("compare", link=query)
+
+        demo.load(follow_address, None, [tabs, *studio.requests.values()], **QUICK)
     return demo
-
-
-def _js(value: bool) -> str:
-    return "true" if value else "false"
 
 
 def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
@@ -108,21 +104,23 @@ def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
         neutral_hue=gr.themes.colors.slate,
         font=_FONTS,
         font_mono=_MONO_FONTS,
-    ).set(  # the hues that give text its contrast (WCAG AA), in light and dark
+    ).set(  # contrast of text (WCAG AA), in light and dark
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover_dark="*primary_600",
         slider_color="*primary_600",
         slider_color_dark="*primary_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
     )
-    script = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "charts.js", "evaluate.js"))
+    script = (ASSETS / "page.js").read_text(encoding="utf-8")
     return {
         "_app": GuardedApp(allowed_hosts(host, names)),
         "server_name": host,
         "theme": theme,
-        "css_paths": [ASSETS / "style.css", ASSETS / "train.css", ASSETS / "export.css", ASSETS / "evaluate.css"],
-        "head": f"<style>{_STYLE}</style><script>{script}</script>",
+        "css_paths": [ASSETS / "style.css"],
+        "head": f"<script>{script}</script>",
         "footer_links": [],
         "run_history": False,
         "ssr_mode": False,
@@ -131,3 +129,49 @@ def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
         "quiet": True,
         "max_threads": 256,  # each visitor who waits or reads holds one
     }
+
+
+# The steps of the loop
+
+
+def step_states(studio: Studio) -> dict[str, str]:
+    """Where the loop stands, by tab: "12 verdicts", "run-3 finished"."""
+
+    def newest(kind: Kind) -> str:
+        jobs = store.list_jobs(studio.workspace, kind)
+        job = next((job for job in jobs if job.is_active), jobs[0] if jobs else None)
+        return "" if job is None else f"{job.id}: {state_word(job).lower()}"
+
+    judgments, results = "", ""
+    pairs = 0
+    try:
+        standing = studio.dataset.standing()
+        own = sum(row["source"] in ("label", "compare") for row in standing)
+        pairs = sum(row["verdict"] == "preferred" and not row["repeat_of"] for row in standing)
+        judgments = plural(own, "verdict")
+    except BiasDPOError:
+        judgments = "can't be read"
+    evaluations = store.list_jobs(studio.workspace, "evaluate")
+    if any(job.is_active for job in evaluations):
+        results = newest("evaluate")
+    elif evaluations:
+        results = plural(len(evaluations), "evaluation")
+    return {
+        "compare": "base and tuned",
+        "label": judgments,
+        "dataset": plural(pairs, "pair"),
+        "train": newest("train") or "no run yet",
+        "measure": results or "nothing measured yet",
+        "export": newest("export") or "nothing exported yet",
+    }
+
+
+def _step(name: str, state: str = "") -> str:
+    """A step's label: its number and title, and under them its state (assets/style.css shows the line break)."""
+    return f"{list(TABS).index(name) + 1} {TABS[name]}\n{state}"
+
+
+def step_updates(studio: Studio, shown: dict[str, str], steps: dict[str, gr.Tab]) -> Updates:
+    """New labels of the steps whose state has changed."""
+    states = step_states(studio)
+    return {tab: gr.Tab(label=_step(name, states[name])) for name, tab in steps.items() if shown.get(name) != states[name]}

@@ -1,0 +1,80 @@
+"""The preference data as the page reads it: judgments, health, coverage and agreement, always up to date."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+
+from biasdpo.data.health import Confounds, Meter, load_overlap
+from biasdpo.data.journal import Journal, Row, journal_of
+from biasdpo.data.summary import Agreement, Page, Query, agreement, cell_counts, choices, query
+from biasdpo.errors import BiasDPOError
+from biasdpo.workspace import Workspace
+
+
+class DatasetReader:
+    """The preference data of a workspace, read again when its file has grown. One per app; safe across threads."""
+
+    def __init__(self, workspace: Workspace, benchmarks: Path | None = None) -> None:
+        """`benchmarks`: folder of benchmark files, whose items no pair should repeat; read in the background."""
+        self.workspace = workspace
+        self.overlap_error: BiasDPOError | None = None
+        self._benchmarks = benchmarks
+        self._journal = journal_of(workspace)
+        self._meter = Meter()
+        if benchmarks is not None:
+            threading.Thread(target=self.read_benchmarks, name="benchmarks", daemon=True).start()
+
+    def read_benchmarks(self) -> None:
+        """Read the benchmark files; until then no overlap is counted."""
+        assert self._benchmarks is not None
+        try:
+            meter = Meter(load_overlap(self._benchmarks))
+        except BiasDPOError as exc:
+            self.overlap_error = exc
+            return
+        self._meter = meter
+
+    def confounds(self) -> Confounds:
+        """Data health, now."""
+        return self._meter.refresh(self._read())
+
+    def standing(self) -> list[Row]:
+        """The judgments that were not withdrawn, oldest first."""
+        return self._read().standing()
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Number of judgments by category and target group."""
+        return cell_counts(self.standing())
+
+    def judged_by(self, annotator: str) -> list[Row]:
+        """An annotator's standing judgments in their order."""
+        return [row for row in self.standing() if annotator and row["annotator"] == annotator]
+
+    def agreement(self) -> Agreement:
+        """How consistent annotators are with themselves and each other."""
+        return agreement(self.standing())
+
+    def page(self, wanted: Query, number: int, page_rows: int) -> Page:
+        """One page of the judgments that match, newest first."""
+        return query(self._read(), wanted, number, page_rows)
+
+    def choices(self) -> dict[str, Counter[str]]:
+        """The values to filter by, and their counts, by column."""
+        return choices(self._read())
+
+    def judgment(self, judgment_id: str) -> tuple[Row, Row | None] | None:
+        """A judgment and the row that withdraws it, if any; None for an unknown id."""
+        rows, _mark = self._read().since((0, 0))
+        row = next((row for row in rows if row["id"] == judgment_id and row["verdict"] != "retracted"), None)
+        if row is None:
+            return None
+        return row, next((other for other in rows if other["retracts"] == judgment_id), None)
+
+    def bad_lines(self) -> int:
+        """Number of lines that can't be read."""
+        return len(self._read().bad_lines)
+
+    def _read(self) -> Journal:
+        return self._journal.refresh()
