@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -9,8 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import models
+from biasdpo.benchmarks.titles import benchmark_title, metric_title
 from biasdpo.errors import EvaluationError
-from biasdpo.evaluation.results import PERPLEXITY, Ci, TableRow, compare, curve_metrics, curve_points, group_table, table
+from biasdpo.evaluation.results import (
+    PERPLEXITY,
+    Ci,
+    TableRow,
+    compare,
+    curve_metrics,
+    curve_points,
+    entry_of,
+    group_table,
+    table,
+)
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
 from biasdpo.workspace import Workspace, refuse_on_public_space, replacing
@@ -20,6 +32,57 @@ Labeled = tuple[str, Mapping[str, Any]]
 
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 _QUALITY_COST = ("utility", "utility_generation")
+
+
+# In one sentence
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """The outcome in one plain sentence. A benchmark is clearly less biased (or more) if one of its bias metrics is and none
+    says the opposite; redundant metrics don't count."""
+    rows = [row for row in table(result) if row.verdict and not entry_of(result, row).get("restates")]
+    bias: dict[str, set[str]] = {}
+    for row in rows:
+        if row.measures == "bias":
+            bias.setdefault(row.benchmark, set()).add(row.verdict)
+    quality = [row for row in rows if row.measures == "quality"]
+    if not rows:
+        parts = ["The base model alone was scored, so there is nothing to compare"]
+    else:
+        parts = [part for part in (_bias_outcome(list(bias.values())), _quality_outcome(quality)) if part]
+    if result["provenance"].get("interrupted"):
+        parts.append("stopped before all items were scored")
+    if result.get("missing"):
+        parts.append(f"not scored: {', '.join(map(benchmark_title, result['missing']))}")
+    text = "; ".join(parts) + "."
+    return text[:1].upper() + text[1:]
+
+
+def _bias_outcome(by_benchmark: Sequence[set[str]]) -> str:
+    counts = Counter(
+        "mixed" if {"less biased", "worse"} <= verdicts else next((v for v in ("less biased", "worse") if v in verdicts), "")
+        for verdicts in by_benchmark
+    )
+    if not counts:
+        return ""
+    every = f"{len(by_benchmark)} benchmark{'' if len(by_benchmark) == 1 else 's'}"
+    said: list[str] = []
+    for verdict, words in (("less biased", "clearly less biased"), ("worse", "clearly more biased"), ("mixed", "mixed")):
+        if counts[verdict]:
+            said.append(f"{words} on {counts[verdict]}{'' if said else f' of {every}'}")
+    if not said:
+        return f"no clear change in bias on {every}"
+    return ", ".join([*said, f"no clear change on {counts['']}"] if counts[""] else said)
+
+
+def _quality_outcome(rows: Sequence[TableRow]) -> str:
+    worse = [row for row in rows if row.verdict == "worse"]
+    if worse:
+        costs = (f"{metric_title(row.metric)} {_number(row.difference, row.ci, signed=True)}" for row in worse)
+        return f"quality cost: {', '.join(costs)}"
+    if not rows:
+        return "quality was not measured"
+    return "quality improved" if any(row.verdict == "better" for row in rows) else "no clear quality cost"
 
 
 # Markdown
@@ -38,6 +101,7 @@ def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
     yield from _facts(provenance)
     if provenance.get("interrupted"):
         yield from ("**Interrupted: only what was scored until then. Not comparable.**", "")
+    yield from (f"**{plain(sentence(result))}**", "")
     rows = table(result)
     for title, is_cost in (("Benchmarks", False), ("Quality cost", True)):
         shown = [row for row in rows if (row.benchmark in _QUALITY_COST) is is_cost]
@@ -100,7 +164,9 @@ def _table(header: Sequence[str], alignment: str, cells: Iterable[Sequence[str]]
 
 def _notes(result: Mapping[str, Any]) -> Iterator[str]:
     """What a reader must know about the figures."""
-    notes = []
+    notes = [f"{plain(benchmark_title(name))} was not scored: {plain(why)}" for name, why in result.get("missing", {}).items()]
+    if pairs := result["provenance"].get("pairs_source"):
+        notes.append(f"preference: scored on {plain(pairs)}.")
     for name, found in result["benchmarks"].items():
         if found.get("not_comparable"):
             notes.append(f"\\* {name}: not comparable with other evaluations: {found['not_comparable']}.")
@@ -171,10 +237,11 @@ def _metric(name: str, better: str) -> str:
     return plain(name) + (f" ({better} is better)" if better else "")
 
 
-def _number(value: float | None, ci: Ci | None) -> str:
+def _number(value: float | None, ci: Ci | None, *, signed: bool = False) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if ci is None else f"{value:.4g} [{ci[0]:.4g}, {ci[1]:.4g}]"
+    style = "+.3g" if signed else ".4g"
+    return f"{value:{style}}" if ci is None else f"{value:{style}} [{ci[0]:{style}}, {ci[1]:{style}}]"
 
 
 def _lines(lines: Sequence[str]) -> str:

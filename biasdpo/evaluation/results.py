@@ -16,6 +16,7 @@ from biasdpo.errors import EvaluationError
 # The format of a result file
 
 FORMAT = 1
+MIN_GROUP_ITEMS = 10  # a bootstrap of fewer items gives an interval that looks surer than it is
 """A result without a `format` key has format 1."""
 
 Ci = tuple[float, float]
@@ -116,11 +117,13 @@ class _Provenance(_Part):
     model_sha256: str = ""
     adapter_sha256: str = ""
     adapter_config_sha256: str = ""
+    pairs_source: str = ""
 
 
 class _Result(_Part):
     format: int = FORMAT
     benchmarks: dict[str, _Benchmark]
+    missing: dict[str, str] = {}
     curve: list[_Strength] = []
     provenance: _Provenance
 
@@ -147,6 +150,12 @@ def load(file: Path) -> dict[str, Any]:
     return result
 
 
+@lru_cache(maxsize=4)
+def load_unchanged(file: Path, _modified_ns: int) -> dict[str, Any]:
+    """`load`, where the same file is read again and again. Nobody may change the result."""
+    return load(file)
+
+
 @lru_cache(maxsize=256)
 def summary(file: Path, _modified_ns: int) -> tuple[bool, str]:
     """Whether the evaluation in a file was interrupted, and what is wrong with the file ("" for nothing), for listings. Results
@@ -170,6 +179,7 @@ class TableRow:
     difference   tuned - base; for a metric of both sides: its value
     no_change    value of `difference` if the adapter changes nothing
     p_holm       corrected over the table: the overall rows, or the benchmark's groups
+    A group of fewer than MIN_GROUP_ITEMS has values but neither intervals nor a verdict.
     verdict      "less biased", "better", "no clear difference", "worse"; "" if there is nothing to decide
     better       "higher", "lower", "unchanged", or e.g. "nearer 50"; "" without an adapter
     measures     "bias" or "quality" (the quality cost of debiasing); "" without an adapter
@@ -211,6 +221,7 @@ def group_table(result: Mapping[str, Any], benchmark: str) -> list[TableRow]:
 def _rows(name: str, group: str, part: Mapping[str, Any], benchmark: Mapping[str, Any]) -> Iterator[TableRow]:
     """`part`: the metrics of all items or of a group's."""
     why_not = benchmark.get("not_comparable", "")
+    is_small = bool(group) and part["n"] < MIN_GROUP_ITEMS
     sides = {metric: (base, part["tuned"].get(metric, {})) for metric, base in part["base"].items()}
     sides |= {metric: ({}, {}) for metric in part["paired"]}
     for metric, (base, tuned) in sides.items():
@@ -222,20 +233,27 @@ def _rows(name: str, group: str, part: Mapping[str, Any], benchmark: Mapping[str
             n=part["n"],
             n_failed=0 if group else benchmark["n_failed"],
             base=base.get("value"),
-            base_ci=_ci(base),
+            base_ci=None if is_small else _ci(base),
             tuned=tuned.get("value"),
-            tuned_ci=_ci(tuned),
+            tuned_ci=None if is_small else _ci(tuned),
             difference=change.get("value"),
-            ci=_ci(change),
-            p_value=change.get("p_value"),
-            p_holm=change.get("p_holm"),
-            verdict=change.get("verdict", ""),
+            ci=None if is_small else _ci(change),
+            p_value=None if is_small else change.get("p_value"),
+            p_holm=None if is_small else change.get("p_holm"),
+            verdict="" if is_small else change.get("verdict", ""),
             better=change.get("better", ""),
             measures=change.get("measures", ""),
             comparable=not why_not,
             why_not=why_not,
             no_change=change.get("without_change", 0.0),
         )
+
+
+def entry_of(result: Mapping[str, Any], row: TableRow) -> Mapping[str, Any]:
+    """The change behind an overall row, as stored; {} without an adapter."""
+    found = result["benchmarks"][row.benchmark]
+    entry: Mapping[str, Any] = found["difference"].get(row.metric) or found["paired"].get(row.metric) or {}
+    return entry
 
 
 def _ci(interval: Mapping[str, Any]) -> Ci | None:
@@ -298,7 +316,7 @@ def _why_not_comparable(benchmark: str, results: Sequence[Mapping[str, Any]]) ->
 
 
 PERPLEXITY = ("utility", "perplexity")
-"""The benchmark and metric that measure the fluency an adapter costs."""
+"""The benchmark and metric that measure the quality cost of debiasing."""
 
 
 @dataclass(frozen=True)
