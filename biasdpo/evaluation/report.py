@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -78,11 +80,21 @@ def _bias_outcome(by_benchmark: Sequence[set[str]]) -> str:
 def _quality_outcome(rows: Sequence[TableRow]) -> str:
     worse = [row for row in rows if row.verdict == "worse"]
     if worse:
-        costs = (f"{metric_title(row.metric)} {_number(row.difference, row.ci, signed=True)}" for row in worse)
+        costs = (f"{metric_title(row.metric)} {figure(row.difference, row.ci, signed=True)}" for row in worse)
         return f"quality cost: {', '.join(costs)}"
     if not rows:
         return "quality was not measured"
     return "quality improved" if any(row.verdict == "better" for row in rows) else "no clear quality cost"
+
+
+def figure(value: float | None, ci: Ci | None = None, *, signed: bool = False) -> str:
+    """A value with its interval for people, to three digits of the largest number: "61.2 [58.1, 64.3]"."""
+    if value is None:
+        return ""
+    largest = max(map(abs, (value, *(ci or ()))))
+    style = f"{'+' if signed else ''},.{3 if largest < 2 else 2 if largest < 10 else 1 if largest < 1000 else 0}f"
+    text = f"{value:{style}}" if ci is None else f"{value:{style}} [{ci[0]:{style}}, {ci[1]:{style}}]"
+    return text.replace("-", "−")
 
 
 # Markdown
@@ -237,11 +249,10 @@ def _metric(name: str, better: str) -> str:
     return plain(name) + (f" ({better} is better)" if better else "")
 
 
-def _number(value: float | None, ci: Ci | None, *, signed: bool = False) -> str:
+def _number(value: float | None, ci: Ci | None) -> str:
     if value is None:
         return ""
-    style = "+.3g" if signed else ".4g"
-    return f"{value:{style}}" if ci is None else f"{value:{style}} [{ci[0]:{style}}, {ci[1]:{style}}]"
+    return f"{value:.4g}" if ci is None else f"{value:.4g} [{ci[0]:.4g}, {ci[1]:.4g}]"
 
 
 def _lines(lines: Sequence[str]) -> str:
@@ -251,6 +262,16 @@ def _lines(lines: Sequence[str]) -> str:
 # CSV
 
 _INTERVALS = ("base_ci", "tuned_ci", "ci")
+
+
+def csv_text(result: Mapping[str, Any]) -> str:
+    """`csv_rows` as a CSV file."""
+    rows = csv_rows(result)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,27 @@ def load(file: Path) -> dict[str, Any]:
 def load_unchanged(file: Path, _modified_ns: int) -> dict[str, Any]:
     """`load`, where the same file is read again and again. Nobody may change the result."""
     return load(file)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an evaluation scores: by its config or, without one, by its result."""
+
+    model: str
+    adapter: str
+    benchmarks: tuple[str, ...]
+    limit: int | None
+
+
+@lru_cache(maxsize=256)
+def about(file: Path, _modified_ns: int) -> About:
+    """What the result in a file is about, for listings; "" and () if it can't be read."""
+    try:
+        result = load(file)
+    except EvaluationError:
+        return About("", "", (), None)
+    known = result["provenance"]
+    return About(known["model"], known.get("adapter", ""), tuple(result["benchmarks"]), known.get("limit"))
 
 
 @lru_cache(maxsize=256)
@@ -430,6 +452,40 @@ def _flip(item: Mapping[str, Any], columns: Sequence[str]) -> Flip:
         way=direction_of(base, tuned),
         completions=(tuple(completions.get("base", ())), tuple(completions.get("tuned", ()))),
     )
+
+
+# What the two texts of an item are called, the less biased one first.
+_PAIRS = (("chosen", "rejected"), ("less", "more"), ("anti_stereotype", "stereotype"), ("first", "second"), ("anti", "pro"))
+_FEWEST_WORDS = 3  # of a common beginning that is worth continuing
+
+
+def two_texts(flip: Flip) -> tuple[str, str] | None:
+    """The two completions (base, tuned) or texts of an item, the less biased one first; None for other items."""
+    base, tuned = flip.completions
+    if base and tuned:
+        return base[0], tuned[0]
+    texts = flip.texts
+    return next(((texts[one], texts[other]) for one, other in _PAIRS if texts.get(one) and texts.get(other)), None)
+
+
+def prompt_of(flip: Flip) -> str:
+    """A prompt that puts the item before a model: its prompt or question, or how its two sentences begin."""
+    texts = flip.texts
+    if texts.get("prompt"):
+        return texts["prompt"]
+    if texts.get("question"):
+        return "\n\n".join(filter(None, (texts.get("context", ""), texts["question"])))
+    if texts.get("context"):
+        return texts["context"]
+    both = two_texts(flip)
+    words = [word for word, _ in _same_beginning(*both)] if both else []
+    if len(words) >= _FEWEST_WORDS:
+        return f"Continue: {' '.join(words)}"
+    return f"What do you think of this sentence? {both[0] if both else next(iter(texts.values()), '')}"
+
+
+def _same_beginning(one: str, other: str) -> list[tuple[str, str]]:
+    return list(takewhile(lambda both: both[0] == both[1], zip(one.split(), other.split(), strict=False)))
 
 
 def direction_of(base_outcome: str, tuned_outcome: str) -> Direction:
