@@ -80,7 +80,7 @@ def _bias_outcome(by_benchmark: Sequence[set[str]]) -> str:
 def _quality_outcome(rows: Sequence[TableRow]) -> str:
     worse = [row for row in rows if row.verdict == "worse"]
     if worse:
-        costs = (f"{metric_title(row.metric)} {figure(row.difference, row.ci, signed=True)}" for row in worse)
+        costs = (f"{metric_title(row.metric)} {figure(row.difference, signed=True)}" for row in worse)
         return f"quality cost: {', '.join(costs)}"
     if not rows:
         return "quality was not measured"

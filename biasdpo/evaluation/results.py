@@ -437,6 +437,14 @@ def flips(result: Mapping[str, Any], benchmark: str) -> list[Flip]:
     return sorted(flipped, key=lambda flip: (-flip.size, flip.index))
 
 
+def find_flip(result: Mapping[str, Any], benchmark: str, index: str) -> Flip:
+    """The flipped item with this index. Raises EvaluationError if there is none."""
+    found = next((flip for flip in flips(result, benchmark) if str(flip.index) == index), None)
+    if found is None:
+        raise EvaluationError(f"No flipped item {index!r:.20} of {benchmark}: choose one of the list")
+    return found
+
+
 def _flip(item: Mapping[str, Any], columns: Sequence[str]) -> Flip:
     numbers = {name: (base, tuned) for name, base, tuned in zip(columns, item["base"], item.get("tuned", ()), strict=False)}
     completions = item.get("completions", {})
