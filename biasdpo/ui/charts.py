@@ -87,8 +87,9 @@ def training_chart(name: str, runs: Mapping[str, Rows], *, pairs: int = 0, longe
                 figure.add_scatter(**_xy(thinned(train)), name=", ".join([*words, "training"]), line_color=color)
             if held_out:
                 bars = _intervals(held_out, pairs) if name == "accuracy" and pairs else None
-                look = {"line": {"color": color if len(runs) > 1 else WARN, "dash": "dot"}, "mode": "lines+markers"}
-                figure.add_scatter(**_xy(held_out), name=", ".join([*words, "held-out"]), error_y=bars, **look)
+                look: dict[str, Any] = {"line": {"color": color if len(runs) > 1 else WARN, "dash": "dot"}}
+                look |= {"name": ", ".join([*words, "held-out"]), "error_y": bars, "mode": "lines+markers"}
+                figure.add_scatter(**_xy(held_out) | look)
     if not figure.data:
         return None
     if longer is not None and name == "accuracy":

@@ -34,6 +34,7 @@ class JobPanel:
     studio: Studio
     kind: Kind
     row_of: Callable[[Job], list[Any]]
+    detail: Callable[[Job], str]
     selected: gr.Textbox  # hidden: id of the chosen job, "" for none; kept by the page when the app restarts
     versions: dict[str, gr.State]  # by file of the job's folder; "list" and "status" beside them
     table: gr.Dataframe
@@ -169,7 +170,7 @@ class JobPanel:
         resumable = job.state in _RESUME_WORDS and job.loose is None and job.config is not None
         return {
             self.box: gr.Column(visible=True),
-            self.head: head(job),
+            self.head: "\n\n".join(filter(None, (head(job), self.detail(job)))),
             self.stop: gr.Button(visible=may and job.is_active, interactive=job.state != "stopping"),
             self.resume: gr.Button(_RESUME_WORDS.get(job.state, "Resume"), visible=may and resumable),
             self.delete: gr.Button(visible=may and not job.is_active),
@@ -205,8 +206,17 @@ def refuse_if_public(action: str) -> None:
         refuse_on_public_space(action)
 
 
-def build_jobs(studio: Studio, kind: Kind, headers: Sequence[str], row_of: Callable[[Job], list[Any]]) -> JobPanel:
-    """Lay out the list and the chosen job's head. `row_of`: a job's row under `headers`; its first cell is the job's id.
+def build_jobs(
+    studio: Studio,
+    kind: Kind,
+    headers: Sequence[str],
+    row_of: Callable[[Job], list[Any]],
+    detail: Callable[[Job], str] = lambda _job: "",
+) -> JobPanel:
+    """Lay out the list and the chosen job's head.
+
+    row_of   a job's row under `headers`; its first cell is the job's id
+    detail   what the head says of a job beside its state, in Markdown
 
     A tab adds what it shows of the job below, inside `with panel.box:`, then calls `watch` and `wire`.
     """
@@ -235,6 +245,7 @@ def build_jobs(studio: Studio, kind: Kind, headers: Sequence[str], row_of: Calla
         studio=studio,
         kind=kind,
         row_of=row_of,
+        detail=detail,
         selected=gr.Textbox("", label="Chosen", visible="hidden", elem_id=f"{kind}-selected"),
         versions={name: gr.State(()) for name in ("list", "status")},
         table=table,

@@ -5,14 +5,12 @@ Training is a process of its own. The tab only reads run folders, so neither a c
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,18 @@ from biasdpo.config import Preset, Setting, TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.health import Confounds
 from biasdpo.data.importing import HUB
-from biasdpo.data.splits import WORKSPACE, Mixture
+from biasdpo.data.splits import SEED_PAIRS, WORKSPACE, Mixture
 from biasdpo.errors import BiasDPOError, ConfigError, JobError
 from biasdpo.jobs import store
 from biasdpo.jobs.estimate import Estimate, estimate_training, known_estimate
 from biasdpo.jobs.job import Job
-from biasdpo.jobs.outcome import accuracy_text, held_out_metrics, held_out_pairs, outcome, pairs_needed
+from biasdpo.jobs.outcome import best_accuracy, held_out_metrics, held_out_pairs, outcome, pack_run, pairs_needed, run_table
 from biasdpo.labeling import word_diff
 from biasdpo.ui.charts import TRAINING, training_chart
-from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, plural
+from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, plural
 from biasdpo.ui.jobs import JobPanel, build_jobs, refuse_if_public, state_word
-from biasdpo.workspace import ASSETS, is_public_space
+from biasdpo.workspace import is_public_space
 
-SEED_PAIRS = str(ASSETS / "seed_pairs.jsonl")
 FIRST_MODEL = "smollm2"
 MAX_COMPARED = 6  # as many as the charts have colors
 _FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"]
@@ -59,7 +56,7 @@ def build_train(studio: Studio, tab: gr.Tab) -> None:
             form = build_form(studio)
         with gr.Column(scale=7, min_width=340):
             empty = gr.Markdown(_NO_RUNS, elem_id="train-empty")
-            panel = build_jobs(studio, "train", ("Run", "State", "Held-out accuracy", "Data", "Started"), row_of)
+            panel = build_jobs(studio, "train", ("Run", "State", "Held-out accuracy", "Data", "Started"), row_of, outcome_text)
             with panel.box:
                 build_outcome(studio, panel, form)
                 build_probes(panel)
@@ -78,10 +75,6 @@ def build_train(studio: Studio, tab: gr.Tab) -> None:
 # The settings of a run as fields of the form, generated from TrainConfig
 
 SETTINGS = tuple(one for name, one in TrainConfig.settings().items() if name not in ("model", "datasets"))
-DECIDING = tuple(dict.fromkeys(name for one in SETTINGS for name in one.when if name != "datasets"))
-"""A change of these shows and hides other fields."""
-COUNTED = ("dataset_weights", "held_out_share", "seed")
-"""On these, and the data, depends what is trained on."""
 
 
 def build_field(setting: Setting, value: Any) -> Any:
@@ -121,9 +114,9 @@ def from_field(setting: Setting, value: Any) -> Any:
     return int(value) if setting.kind == "integer" and isinstance(value, float) and value.is_integer() else value
 
 
-def effects(data: Sequence[str], values: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether each setting changes anything; `values`: those of DECIDING at least, as the fields show them."""
-    return {one.name: one.has_effect({**values, "datasets": data}) for one in SETTINGS}
+def effects(values: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each setting changes anything beside these values, which may be as the fields show them."""
+    return {one.name: one.has_effect(values) for one in SETTINGS}
 
 
 def config_of(model: Any, data: Any, *values: Any) -> TrainConfig:
@@ -137,7 +130,7 @@ def config_of(model: Any, data: Any, *values: Any) -> TrainConfig:
     if not names:
         raise ConfigError("No data to train on: choose at least one source")
     shown = {one.name: value for one, value in zip(SETTINGS, values, strict=True)}
-    matters = effects(names, shown)
+    matters = effects({**shown, "datasets": names})
     read = {one.name: from_field(one, shown[one.name]) if matters[one.name] else one.default for one in SETTINGS}
     return TrainConfig(**read | {"model": models.absolute_name(_typed(model)), "datasets": names})
 
@@ -148,20 +141,6 @@ def _typed(name: str) -> str:
 
 
 # Models, presets and data
-
-
-def model_choices(studio: Studio, chosen: str = "") -> list[tuple[str, str]]:
-    """The catalog, then models of one's own: the chosen one and those that are loaded."""
-    specs = [models.with_files(spec) for spec in models.catalog().values()]
-    names = dict.fromkeys([chosen, *(spec.id for spec in studio.pool.opened())])
-    choices = [(spec.title if spec.present else f"{spec.title} (not on this machine)", spec.id) for spec in specs]
-    return choices + [(model_title(name), name) for name in names if name and name not in models.catalog()]
-
-
-def model_title(name: str) -> str:
-    """A catalog model's title, else the last part of a path, or the Hub id."""
-    known = models.catalog().get(name)
-    return known.title if known is not None else Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
 def presets_of(model: str) -> list[Preset]:
@@ -187,33 +166,14 @@ def source_of(name: str) -> str:
     return name if name == WORKSPACE or name.startswith(HUB) else str(Path(name).expanduser().resolve())
 
 
-def source_title(source: str) -> str:
-    """A data source for people: never a folder of this machine."""
-    if source in (SEED_PAIRS, WORKSPACE):
-        return "Seed pairs" if source == SEED_PAIRS else "Your judgments"
-    path = Path(source)
-    is_snapshot = path.name == splits.DATASET and path.parent.parent.name == "runs"
-    return f"Data of {path.parent.name}" if is_snapshot else splits.public_name(source)
-
-
-def data_title(config: TrainConfig) -> str:
-    return ", ".join(map(source_title, config.datasets))
-
-
-@cache
-def seed_count() -> int:
-    """The number of shipped seed pairs."""
-    return len(splits.load_file(SEED_PAIRS))
-
-
 def source_choices(studio: Studio, chosen: Sequence[str] = ()) -> list[tuple[str, str]]:
     """What can be trained on; `chosen`: what is chosen beside that, such as an uploaded file."""
     try:
         mine = f"Your judgments ({studio.dataset.confounds().pairs:,})"
     except BiasDPOError:
         mine = "Your judgments (can't be read)"
-    offered = [(f"Seed pairs ({seed_count():,})", SEED_PAIRS), (mine, WORKSPACE)]
-    return offered + [(source_title(name), name) for name in chosen if name not in (SEED_PAIRS, WORKSPACE)]
+    offered = [("Seed pairs (shipped)", SEED_PAIRS), (mine, WORKSPACE)]
+    return offered + [(splits.source_title(name), name) for name in chosen if name not in (SEED_PAIRS, WORKSPACE)]
 
 
 def mixture_line(found: Mixture, needed: int) -> str:
@@ -273,15 +233,13 @@ class Form:
 
     def fill(self, config: TrainConfig) -> Updates:
         """Show a config's settings, but for its model and data."""
-        shown = effects(config.datasets, dict(config))
-        settings = zip(SETTINGS, self.fields, strict=True)
-        return {field: gr.update(value=to_field(s, getattr(config, s.name)), visible=shown[s.name]) for s, field in settings}
+        return {field: to_field(s, getattr(config, s.name)) for s, field in zip(SETTINGS, self.fields, strict=True)}
 
     def show(self, studio: Studio, config: TrainConfig, snapshot: Path | None = None) -> Updates:
         """Show a config. Data that is gone is replaced by `snapshot`, a run's own copy."""
         gone = [name for name in config.datasets if name != WORKSPACE and not name.startswith(HUB) and not Path(name).is_file()]
         if gone and snapshot is not None and snapshot.is_file():
-            names = escape(", ".join(map(source_title, gone)))
+            names = escape(", ".join(map(splits.source_title, gone)))
             gr.Warning(f"{names}: no longer there, so the run's own copy of its data is chosen, without weights.")
             config = config.replace(datasets=(str(snapshot),), dataset_weights=())
         return self.fill(config) | {
@@ -339,53 +297,49 @@ def build_form(studio: Studio) -> Form:
 def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
     """Connect the left column."""
     workspace = studio.workspace
-    by_name = dict(zip((one.name for one in SETTINGS), form.fields, strict=True))
-
-    def count_pairs(data: Any, *given: Any) -> Updates:
-        """The pairs that would be trained on; with too few the way to more, with none no Start. `given`: COUNTED."""
-        if is_public_space():
-            return {form.data_line: _OFF}
-        try:
-            values = {name: from_field(TrainConfig.settings()[name], value) for name, value in zip(COUNTED, given, strict=True)}
-            if len(data or ()) < 2:
-                del values["dataset_weights"]
-            config = TrainConfig(datasets=tuple(map(source_of, data or ())), **values)
-            found, needed = splits.resolve(config, workspace).mixture(), pairs_needed(config.held_out_share)
-        except BiasDPOError as exc:
-            about = f"⚠ {escape(str(exc))}. About {pairs_needed(TrainConfig().held_out_share)} pairs are needed."
-            return {form.data_line: about, form.more_data: gr.update(visible=True), form.start: gr.update(interactive=False)}
-        is_few = found.pairs_train + found.pairs_held_out < needed
-        line = mixture_line(found, needed)
-        return {form.data_line: line, form.more_data: gr.update(visible=is_few), form.start: gr.update(interactive=True)}
+    conditional = [(one, field) for one, field in zip(SETTINGS, form.fields, strict=True) if one.when]
 
     def describe(name: Any, *given: Any) -> Updates:
-        """The cost, if it was measured before, and the config file of what the form shows."""
+        """All that follows from what the form shows: the pairs, the cost if it was measured before, the config file."""
         if is_public_space():
-            return {form.cost: _OFF}
+            return {form.data_line: _OFF}
+        matters = effects({one.name: value for one, value in zip(SETTINGS, given[2:], strict=True)} | {"datasets": given[1]})
+        shown: Updates = {field: gr.update(visible=matters[one.name]) for one, field in conditional}
         try:
             config = config_of(*given)
-            known = known_estimate(config, workspace)
         except BiasDPOError as exc:
-            return {form.cost: f"⚠ {escape(str(exc))}", form.preview: f"# {exc}"}
+            return shown | {
+                form.data_line: f"⚠ {escape(str(exc))}",
+                form.preview: f"# {exc}",
+                form.start: gr.update(interactive=False),
+            }
         command = f"# python -m biasdpo train --config FILE --run-id {name or 'NAME'} --workspace {workspace.root}\n"
-        cost = "Time and memory: not measured for these settings yet." if known is None else estimate_line(known)
-        return {form.cost: cost, form.preview: command + config.to_toml()}
+        known, needed = known_estimate(config, workspace), pairs_needed(config.held_out_share)
+        shown[form.cost] = "Time and memory: not measured for these settings yet." if known is None else estimate_line(known)
+        shown[form.preview] = command + config.to_toml()
+        try:
+            found = splits.mixture_of(config, workspace)
+            line, few = mixture_line(found, needed), found.pairs_train + found.pairs_held_out < needed
+        except BiasDPOError as exc:
+            line, few, found = f"⚠ {escape(str(exc))}. About {needed:,} pairs are needed.", True, None
+        return shown | {
+            form.data_line: line,
+            form.more_data: gr.update(visible=few),
+            form.start: gr.update(interactive=found is not None),
+        }
 
-    def show_effects(data: Any, *deciding: Any) -> list[Any]:
-        shown = effects(data or (), dict(zip(DECIDING, deciding, strict=True)))
-        return [gr.update(visible=shown[one.name]) for one in SETTINGS if one.when]
-
-    def pick_model(model: Any, data: Any) -> Updates:
+    def pick_model(model: Any) -> Updates:
         refuse_if_public("Training")
         name = models.absolute_name(_typed(str(model or "")))
         presets = presets_of(name)
         preset = gr.update(choices=preset_cards(presets), value=presets[0].id if presets else None)
         chosen = gr.update(choices=model_choices(studio, name), value=name)
-        return pick_preset(presets[0].id if presets else "", data) | {form.preset: preset, form.model: chosen}
+        return pick_preset(presets[0].id if presets else "") | {form.preset: preset, form.model: chosen}
 
-    def pick_preset(preset_id: Any, data: Any) -> Updates:
+    def pick_preset(preset_id: Any) -> Updates:
         values = next((preset.values for preset in configs.presets() if preset.id == preset_id), {})
-        return form.fill(TrainConfig(**values | {"model": "", "datasets": tuple(data or ())}))
+        filled = form.fill(TrainConfig(**values))
+        return {field: value for field, value in filled.items() if field is not form.fields[0]}  # the weights of the data
 
     def import_config(file: str) -> Updates:
         refuse_if_public("Training")
@@ -423,31 +377,21 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         job = store.start_training(config_of(*given), workspace, str(name or "").strip(), command="Train tab")
         return panel.show(job.id) | {form.name: ""}
 
-    counted = [form.data, *(by_name[name] for name in COUNTED)]
-    count = partial(dict, fn=handles(count_pairs), inputs=counted, outputs=[form.data_line, form.more_data, form.start])
-    described = [form.name, form.model, form.data, *form.fields]
-    description = partial(dict, fn=handles(describe), inputs=described, outputs=[form.cost, form.preview])
-    deciding = [form.data, *(by_name[name] for name in DECIDING)]
+    everything = [form.name, form.model, form.data, *form.fields]
+    outcome_ = [form.data_line, form.more_data, form.start, form.cost, form.preview, *(field for _, field in conditional)]
+    described = {"fn": handles(describe), "inputs": everything, "outputs": outcome_, **QUICK}
     refresh = tab.select(lambda data: gr.update(choices=source_choices(studio, data or ())), form.data, form.data, **QUICK)
-    refresh.then(**count(), **QUICK).then(**description(), **QUICK)
-    latest: dict[str, Any] = {"trigger_mode": "always_last", **QUICK}
-    gr.on([field.change for field in counted], **count(), **latest)
-    gr.on([field.change for field in described], **description(), **latest)
-    conditional = [by_name[one.name] for one in SETTINGS if one.when]
-    gr.on([field.change for field in deciding], show_effects, deciding, conditional, **latest)
-    # A folded field is not built yet and reports no change, so what the form holds is described once it was filled.
-    fills: list[tuple[Callable[..., Any], Callable[..., Any], list[Any]]] = [
-        (form.model.input, pick_model, [form.model, form.data]),
-        (form.preset.input, pick_preset, [form.preset, form.data]),
-        (form.imported.upload, import_config, [form.imported]),
-    ]
-    for event, handler, inputs in fills:
-        event(handles(handler), inputs, form.filled, **QUICK).then(**description(), **QUICK)
+    refresh.then(**described)
+    gr.on([field.change for field in everything], trigger_mode="always_last", **described)
+    # A folded field is not built yet and reports no change, so what was filled in is described by hand.
+    form.model.input(handles(pick_model), form.model, form.filled, **QUICK).then(**described)
+    form.preset.input(handles(pick_preset), form.preset, form.filled, **QUICK).then(**described)
+    form.imported.upload(handles(import_config), form.imported, form.filled, **QUICK).then(**described)
     form.upload.upload(handles(add_file), [form.upload, form.data], form.data, **QUICK)
     progress = [form.cost, form.measure, form.cancel]
-    measuring = form.measure.click(handles(measure), described[1:], progress, **QUICK | {"concurrency_limit": 1})
+    measuring = form.measure.click(handles(measure), everything[1:], progress, **QUICK | {"concurrency_limit": 1})
     form.cancel.click(lambda: estimated("Cancelled."), None, progress, cancels=[measuring], **QUICK)
-    form.start.click(handles(start), described, [form.name, *panel.chosen_outputs()], **QUICK)
+    form.start.click(handles(start), everything, [form.name, *panel.chosen_outputs()], **QUICK)
 
 
 # The chosen run
@@ -455,26 +399,13 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
 
 def row_of(job: Job) -> list[Any]:
     """A run in the list."""
-    data = data_title(job.config) if job.config is not None else ""
+    data = splits.data_title(job.config) if job.config is not None else ""
     return [job.id, state_word(job), best_accuracy(job), data, local_time(job.started_at)]
-
-
-def best_accuracy(job: Job) -> str:
-    """The final held-out accuracy, else the best so far, with its interval; "" where there is none."""
-    final = held_out_metrics(job)
-    if final.get("reward_accuracy") is not None:
-        return accuracy_text(final["reward_accuracy"], final.get("pairs", 0))
-    return "" if job.status.best_accuracy is None else accuracy_text(job.status.best_accuracy, held_out_pairs(job))
-
-
-def has_adapter(job: Job) -> bool:
-    """Whether the run has finished an adapter that can be used."""
-    return not job.is_active and job.config is not None and (job.file / "adapter_model.safetensors").is_file()
 
 
 def outcome_text(job: Job) -> str:
     """What the run came to, in Markdown."""
-    if has_adapter(job):
+    if job.has_adapter:
         return f"**{outcome(held_out_metrics(job))}**"
     if job.status.best_step is None or not (accuracy := best_accuracy(job)):
         return ""
@@ -492,21 +423,23 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
         download = gr.Button("Download (.zip)", elem_id="train-zip", **small)
         retry = gr.Button("Retry with changes", elem_id="train-retry", **small)
     file = gr.DownloadButton("Download", visible="hidden", elem_id="train-zip-file")
-    sentence = gr.Markdown(elem_id="train-outcome")
 
     def show(job: Job | None) -> Updates:
-        if job is None:
-            return {sentence: ""}
-        ready, here = has_adapter(job), not is_public_space()
-        buttons = {compare: ready, measure: ready, export: ready, download: ready and here}
-        buttons[retry] = job.config is not None and here
-        return {sentence: outcome_text(job)} | {button: gr.update(visible=visible) for button, visible in buttons.items()}
+        ready, here = job is not None and job.has_adapter, not is_public_space()
+        shown = {compare: ready, measure: ready, export: ready, download: ready and here}
+        shown[retry] = job is not None and job.config is not None and here
+        return {button: gr.update(visible=visible) for button, visible in shown.items()}
 
     def finished(selected: str) -> Job:
         job = store.find_job(selected, studio.workspace, "train")
-        if not has_adapter(job):
+        if not job.has_adapter:
             raise JobError(f"Run {selected!r} has no adapter: it is {job.state}")
         return job
+
+    def open_tab(name: str, selected: str) -> Updates:
+        job = finished(selected)
+        asked = {"model": job.config.model, "adapter": job.id} if name == "compare" else {"run": job.id}
+        return studio.open(name, **asked)
 
     def copy_settings(selected: str) -> Updates:
         refuse_if_public("Training")
@@ -516,26 +449,12 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
         return form.show(studio, job.config, job.folder.snapshot)
 
     def pack(selected: str) -> str:
-        """A PEFT folder, with the run's config, metrics and probes beside it."""
         refuse_if_public("Downloading a run")
-        folder = finished(selected).folder
-        studio.workspace.cache.mkdir(exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix="run-", dir=studio.workspace.cache)) / f"{selected}.zip"
-        with zipfile.ZipFile(path, "w") as packed:
-            for one in [*sorted(folder.adapter.iterdir()), folder.config, folder.metrics, folder.probes]:
-                if one.is_file():
-                    packed.write(one, f"{selected}/{one.name}")
-        return str(path)
+        return str(pack_run(finished(selected)))
 
-    panel.watch("status", show, [sentence, compare, measure, export, download, retry])
-    opens: list[tuple[gr.Button, str, Callable[[Job], dict[str, str]]]] = [
-        (compare, "compare", lambda job: {"model": job.config.model, "adapter": job.id}),
-        (measure, "measure", lambda job: {"run": job.id}),
-        (export, "export", lambda job: {"run": job.id}),
-    ]
-    for button, name, request in opens:
-        handler = partial(lambda name, request, selected: studio.open(name, **request(finished(selected))), name, request)
-        button.click(handles(handler), panel.selected, studio.open_outputs(name), **QUICK)
+    panel.watch("status", show, [compare, measure, export, download, retry])
+    for button, name in ((compare, "compare"), (measure, "measure"), (export, "export")):
+        button.click(handles(partial(open_tab, name)), panel.selected, studio.open_outputs(name), **QUICK)
     # Gradio's download button needs its file before the click.
     download.click(handles(pack), panel.selected, file, **QUICK).success(
         None, None, None, js="() => document.querySelector('#train-zip-file').click()", api_visibility="private"
@@ -550,32 +469,28 @@ Shown = tuple[str, int] | None  # a run's id and the step of its probe; None: th
 Pieces = list[tuple[str, str | float | None]]
 
 
-def probe_steps(rows: Probes) -> list[int]:
-    return sorted({row["step"] for row in rows if isinstance(row.get("step"), int)})
-
-
-def shown_step(rows: Probes, run_id: str, at: Shown) -> int | None:
-    """The step of the probe that is shown: the wanted one of this run, else the latest."""
-    steps = probe_steps(rows)
-    return at[1] if at is not None and at[0] == run_id and at[1] in steps else (steps[-1] if steps else None)
-
-
-def turn(rows: Probes, run_id: str, at: Shown, by: int) -> Shown:
-    """The probe `by` places later or earlier. The latest is None, so that it stays the latest when others follow."""
-    steps, step = probe_steps(rows), shown_step(rows, run_id, at)
-    if step is None:
-        return None
-    place = min(max(steps.index(step) + by, 0), len(steps) - 1)
-    return None if place == len(steps) - 1 else (run_id, steps[place])
+def find_probe(rows: Probes, run_id: str, at: Shown, by: int = 0) -> tuple[list[int], int | None, Shown]:
+    """All steps with a probe, the one that is shown, or `by` places later, and where that is. The latest is None, so that it
+    stays the latest when others follow."""
+    steps = sorted({row["step"] for row in rows if isinstance(row.get("step"), int)})
+    if not steps:
+        return steps, None, None
+    place = steps.index(at[1]) if at is not None and at[0] == run_id and at[1] in steps else len(steps) - 1
+    place = min(max(place + by, 0), len(steps) - 1)
+    return steps, steps[place], None if place == len(steps) - 1 else (run_id, steps[place])
 
 
 def diff_sides(base: str, tuned: str) -> tuple[Pieces, Pieces]:
     """Both texts, with the words that only one of them has marked."""
     if max(len(base), len(tuned)) > _DIFF_CHARACTERS:
         return [(base, None)], [(tuned, None)]
-    pieces = word_diff(base, tuned)
-    left: Pieces = [(text, "base only" if kind == "out" else None) for kind, text in pieces if kind != "in"]
-    return left, [(text, "new" if kind == "in" else None) for kind, text in pieces if kind != "out"]
+    left: Pieces = []
+    right: Pieces = []
+    for kind, text in word_diff(base, tuned):
+        for side, own, label in ((left, "out", "base only"), (right, "in", "new")):
+            if kind in ("same", own):  # white space between two marked words is marked, too
+                side.append((text, label if kind == own or (text.isspace() and side and side[-1][1]) else None))
+    return left, right
 
 
 def build_probes(panel: JobPanel) -> None:
@@ -595,9 +510,9 @@ def build_probes(panel: JobPanel) -> None:
                 sides.append(gr.HighlightedText(label="Tuned", color_map={"new": "#14b8a6"}, **look))
         boxes.append(box)
 
-    def show(job: Job | None, at: Shown) -> Updates:
+    def show(job: Job | None, at: Shown, by: int = 0) -> Updates:
         rows = [] if job is None else job.folder.read_probes()
-        steps, step = probe_steps(rows), None if job is None else shown_step(rows, job.id, at)
+        steps, step, at = find_probe(rows, job.id if job is not None else "", at, by)
         text = "#### What the model answers"
         if step is not None:
             text += f" after step {step:,}" if step else " before training"
@@ -605,6 +520,7 @@ def build_probes(panel: JobPanel) -> None:
             every = f"The first answers come before training, then every {plural(job.config.probe_every, 'step')}."
             text += f"\n{every if job.config.probe_every else 'This run has no probes: set “Probe every” under Advanced.'}"
         shown: Updates = {
+            state: at,
             title: text,
             earlier: gr.update(visible=len(steps) > 1, interactive=step not in steps[:1]),
             later: gr.update(visible=len(steps) > 1, interactive=step not in steps[-1:]),
@@ -620,15 +536,11 @@ def build_probes(panel: JobPanel) -> None:
                 shown[sides[2 * i + 1]] = gr.update(value=right, label=label)
         return shown
 
-    def go(by: int, selected: str, at: Shown) -> Updates:
-        job = panel.job(selected)
-        wanted = None if job is None else turn(job.folder.read_probes(), job.id, at, by)
-        return show(job, wanted) | {state: wanted}
-
-    outputs = [title, earlier, later, *boxes, *prompts, *sides]
+    outputs = [state, title, earlier, later, *boxes, *prompts, *sides]
     panel.watch("probes.jsonl", show, outputs, [state])
     for button, by in ((earlier, -1), (later, 1)):
-        button.click(handles(partial(go, by)), [panel.selected, state], [state, *outputs], **QUICK)
+        turn = partial(lambda by, selected, at: show(panel.job(selected), at, by), by)
+        button.click(handles(turn), [panel.selected, state], outputs, **QUICK)
 
 
 def build_curves(panel: JobPanel) -> None:
@@ -651,7 +563,7 @@ def build_details(panel: JobPanel) -> None:
     """Results, data and settings of the run."""
     with gr.Accordion("Data and settings", open=False, elem_id="train-details"):
         table = gr.Dataframe(interactive=False, show_label=False, wrap=True, max_height=400, buttons=[])
-    panel.watch("config.json", lambda job: {} if job is None else {table: facts([job])}, [table])
+    panel.watch("config.json", lambda job: {} if job is None else {table: run_table([job])}, [table])
 
 
 # Several runs
@@ -676,40 +588,8 @@ def build_comparison(studio: Studio) -> gr.Accordion:
         metrics = {job.id: job.folder.read_metrics() for job in jobs}
         charts = {plot: training_chart(name, metrics) for name, plot in plots.items()}
         shown: Updates = {plot: gr.Plot(value=chart, visible=chart is not None) for plot, chart in charts.items()}
-        return shown | {table: gr.Dataframe(value=facts(jobs), visible=bool(jobs))}
+        return shown | {table: gr.Dataframe(value=run_table(jobs), visible=bool(jobs))}
 
     box.expand(choices, picked, picked, **QUICK)
     picked.change(handles(compare), picked, [table, *plots.values()], trigger_mode="always_last", **QUICK)
     return box
-
-
-_METRICS = {
-    "Reward margin (nats)": "reward_margin_nats",
-    "KL (nats per token)": "kl_base_to_tuned_nats_per_token",
-    "Length-normalized accuracy, base": "length_normalised_accuracy_base",
-    "Length-normalized accuracy, tuned": "length_normalised_accuracy_tuned",
-}
-
-
-def facts(jobs: Sequence[Job]) -> dict[str, Any]:
-    """A table of runs, one column each: results, data, and settings; of several runs only the settings that differ."""
-    rows: dict[str, list[Any]] = {
-        "State": [state_word(job) for job in jobs],
-        "Steps": [f"{job.status.step:,}" for job in jobs],
-        "Reward accuracy (held-out)": [best_accuracy(job) for job in jobs],
-    }
-    metrics = [held_out_metrics(job) for job in jobs]
-    rows |= {label: [f"{one[key]:.3g}" if one.get(key) is not None else "" for one in metrics] for label, key in _METRICS.items()}
-    found = [job.config for job in jobs]
-    origins = [job.record.origin() for job in jobs]
-    rows["Model"] = ["" if config is None else model_title(config.model) for config in found]
-    rows["Data"] = ["" if config is None else data_title(config) for config in found]
-    rows["SHA-256 of the data"] = [origin.get("dataset_sha256", "") for origin in origins]
-    rows["Pairs"] = [(origin.get("dataset_rows") or {}).get("pairs", "") for origin in origins]
-    rows |= {label: [origin[key] for origin in origins] for label, key in (("Code", "code_version"), ("Command", "command"))}
-    for one in SETTINGS:
-        values = ["" if config is None else one.format(getattr(config, one.name)) for config in found]
-        if len(jobs) == 1 or len(set(values)) > 1:
-            rows[one.label] = values
-    shown = [[label, *map(str, values)] for label, values in rows.items() if any(value != "" for value in values)]
-    return {"headers": ["", *(job.id for job in jobs)], "data": shown}
