@@ -88,6 +88,6 @@ def headline(benchmark: str, metrics: list[str]) -> str:
     return wanted if wanted in metrics else next(iter(metrics), "")
 
 
-def better_title(better: str) -> str:
-    """Which direction of a metric is good: "lower is better", "nearer 50 is better"."""
-    return f"{better} is better" if better else ""
+def better_symbol(better: str) -> str:
+    """Which direction of a metric is good: "↑", "↓", "→50", "="."""
+    return {"higher": "↑", "lower": "↓", "unchanged": "=", "": ""}.get(better, better.replace("nearer ", "→"))

@@ -161,10 +161,8 @@ def load_unchanged(file: Path, _modified_ns: int) -> dict[str, Any]:
 class About:
     """What an evaluation scores: by its config or, without one, by its result."""
 
-    model: str
     adapter: str
     benchmarks: tuple[str, ...]
-    limit: int | None
 
 
 @lru_cache(maxsize=256)
@@ -173,9 +171,8 @@ def about(file: Path, _modified_ns: int) -> About:
     try:
         result = load(file)
     except EvaluationError:
-        return About("", "", (), None)
-    known = result["provenance"]
-    return About(known["model"], known.get("adapter", ""), tuple(result["benchmarks"]), known.get("limit"))
+        return About("", ())
+    return About(result["provenance"].get("adapter", ""), tuple(result["benchmarks"]))
 
 
 @lru_cache(maxsize=256)
@@ -463,17 +460,16 @@ def _flip(item: Mapping[str, Any], columns: Sequence[str]) -> Flip:
 
 
 # What the two texts of an item are called, the less biased one first.
-_PAIRS = (("chosen", "rejected"), ("less", "more"), ("anti_stereotype", "stereotype"), ("first", "second"), ("anti", "pro"))
+_PAIRS = (("chosen", "rejected"), ("less", "more"), ("anti_stereotype", "stereotype"), ("anti", "pro"))
 _FEWEST_WORDS = 3  # of a common beginning that is worth continuing
 
 
-def two_texts(flip: Flip) -> tuple[str, str] | None:
-    """The two completions (base, tuned) or texts of an item, the less biased one first; None for other items."""
+def two_texts(flip: Flip) -> dict[str, str]:
+    """The item's first completions (base, tuned) or its two texts (the less biased one first), by name; {} for other items."""
     base, tuned = flip.completions
     if base and tuned:
-        return base[0], tuned[0]
-    texts = flip.texts
-    return next(((texts[one], texts[other]) for one, other in _PAIRS if texts.get(one) and texts.get(other)), None)
+        return {"base": base[0], "tuned": tuned[0]}
+    return next(({name: flip.texts[name] for name in pair} for pair in _PAIRS if all(map(flip.texts.get, pair))), {})
 
 
 def prompt_of(flip: Flip) -> str:
@@ -485,15 +481,12 @@ def prompt_of(flip: Flip) -> str:
         return "\n\n".join(filter(None, (texts.get("context", ""), texts["question"])))
     if texts.get("context"):
         return texts["context"]
-    both = two_texts(flip)
-    words = [word for word, _ in _same_beginning(*both)] if both else []
+    both = list(two_texts(flip).values())
+    pairs = zip(*(text.split() for text in both), strict=False)
+    words = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, pairs)]
     if len(words) >= _FEWEST_WORDS:
         return f"Continue: {' '.join(words)}"
     return f"What do you think of this sentence? {both[0] if both else next(iter(texts.values()), '')}"
-
-
-def _same_beginning(one: str, other: str) -> list[tuple[str, str]]:
-    return list(takewhile(lambda both: both[0] == both[1], zip(one.split(), other.split(), strict=False)))
 
 
 def direction_of(base_outcome: str, tuned_outcome: str) -> Direction:

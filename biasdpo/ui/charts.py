@@ -177,40 +177,42 @@ def forest(results: Sequence[Labeled]) -> Any:
     """The improvements of one result or of several, a point and its 95 % interval each; None if there are none."""
     import plotly.graph_objects as go
 
-    plot, names = go.Figure(), dict[str, None]()
-    for (label, result), color in zip(results, SERIES, strict=False):
-        found = improvements(result)
-        named = [
-            f"{html.escape(benchmark_title(one.row.benchmark))}<br>{html.escape(metric_title(one.row.metric))}" for one in found
+    found = [(label, improvements(result)) for label, result in results]
+    lines: dict[tuple[str, str], int] = {}  # by benchmark and metric ("" for the benchmark's heading): its place
+    for key in dict.fromkeys((one.row.benchmark, one.row.metric) for _, every in found for one in every):
+        lines.setdefault((key[0], ""), len(lines))
+        lines[key] = len(lines)
+    if not lines:
+        return None
+    plot = go.Figure()
+    for i, (label, every) in enumerate(found):
+        low, value, high = (
+            [min(max(getattr(one, end), -MAX_UNITS), MAX_UNITS) for one in every] for end in ("low", "value", "high")
+        )
+        verdicts = [{"worse": WARN, "no clear difference": BASE}.get(one.row.verdict, TUNED) for one in every]
+        beyond = [
+            "circle" if abs(one.value) <= MAX_UNITS else f"triangle-{'left' if one.value < 0 else 'right'}" for one in every
         ]
-        names |= dict.fromkeys(named)
-        ends = [[min(max(end, -MAX_UNITS), MAX_UNITS) for end in (one.low, one.value, one.high)] for one in found]
-        colors = [{"worse": WARN, "no clear difference": BASE}.get(one.row.verdict, TUNED) for one in found]
-        told = [f"{figure(one.row.difference, one.row.ci, signed=one.row.no_change == 0)}: {one.row.verdict}" for one in found]
         plot.add_scatter(
-            x=[value for _, value, _ in ends],
-            y=named,
+            x=value,
+            y=[lines[one.row.benchmark, one.row.metric] + 0.8 * ((i + 0.5) / len(found) - 0.5) for one in every],
             name=html.escape(label),
             mode="markers",
-            marker={"size": 9, "color": color if len(results) > 1 else colors},
-            error_x={
-                "array": [high - value for _, value, high in ends],
-                "arrayminus": [value - low for low, value, _ in ends],
-                "color": color if len(results) > 1 else BASE,
-                "thickness": 1.5,
-            },
-            text=told,
-            hovertemplate="%{y}<br>%{text}<extra></extra>",
+            marker={"size": 9, "color": verdicts if len(found) == 1 else SERIES[i], "symbol": beyond},
+            error_x=_error(value, list(zip(low, high, strict=True))) | {"color": BASE if len(found) == 1 else SERIES[i]},
+            text=[f"{figure(one.row.difference, one.row.ci, signed=not one.row.no_change)}: {one.row.verdict}" for one in every],
+            hovertemplate="%{text}",
         )
-    if not names:
-        return None
-    themed(plot, height=90 + (34 + 14 * (len(results) - 1)) * len(names))
+    titles = [
+        html.escape(metric_title(metric)) if metric else f"<b>{html.escape(benchmark_title(name))}</b>" for name, metric in lines
+    ]
+    themed(plot, height=90 + (18 + 4 * len(found)) * len(lines))
     plot.add_vline(x=0, line={"color": BASE, "width": 1})
-    plot.update_layout(
-        hovermode="closest", showlegend=len(results) > 1, scattermode="group", margin={"l": 8, "r": 12, "t": 8, "b": 40}
-    )
+    plot.update_layout(hovermode="closest", showlegend=len(found) > 1, margin={"l": 8, "r": 12, "t": 28, "b": 40})
     plot.update_xaxes(title_text="← worse · better →", range=[-MAX_UNITS - 0.3, MAX_UNITS + 0.3])
-    plot.update_yaxes(autorange="reversed", automargin=True, categoryarray=list(names))
+    plot.update_yaxes(
+        range=[len(lines) - 0.5, -0.5], tickvals=list(lines.values()), ticktext=titles, automargin=True, showgrid=False
+    )
     return plot
 
 
@@ -264,4 +266,6 @@ def _error(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> dict
 def _add_ideal(add_line: Callable[..., Any], better: str, axis: str) -> None:
     if better.startswith("nearer "):
         place = {axis: float(better.removeprefix("nearer "))}
-        add_line(**place, line={"dash": "dot", "color": BASE, "width": 1}, annotation_text="ideal")
+        add_line(
+            **place, line={"dash": "dot", "color": BASE, "width": 1}, annotation_text="ideal", annotation_position="bottom right"
+        )

@@ -16,7 +16,7 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
 from biasdpo import benchmarks, models
-from biasdpo.benchmarks.titles import BENCHMARKS, Group, benchmark_title, better_title, headline, metric_title
+from biasdpo.benchmarks.titles import BENCHMARKS, Group, benchmark_title, better_symbol, headline, metric_title
 from biasdpo.config import RUN, WORKSPACE, EvaluationConfig
 from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.evaluation import report, results
@@ -29,7 +29,7 @@ from biasdpo.jobs.job import Job
 from biasdpo.jobs.resolve import command_of, parts
 from biasdpo.labeling import word_diff
 from biasdpo.ui import charts
-from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, plural
+from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, plural
 from biasdpo.ui.jobs import JobPanel, build_jobs, refuse_if_public, state_word
 from biasdpo.workspace import ASSETS, is_public_space
 
@@ -43,14 +43,14 @@ _PAIRS = [("The adapter's held-out pairs", RUN), ("The workspace's held-out judg
 _ADVANCED = ("data_dir", "seed", "backend", "samples", "max_new_tokens", "toxicity_scorer")
 _SYMBOLS = {"less biased": "▲", "better": "▲", "no clear difference": "○", "worse": "▼"}
 _HEADERS = ("Verdict", "Change", "Base", "Tuned", "p", "Items")
-_WIDTHS = ["18%", "16%", "17%", "15%", "15%", "10%", "9%"]  # of a name, and of _HEADERS
+_WIDTHS: list[str | int] = ["172px", "104px", "116px", "108px", "108px", "66px", "62px"]  # of a name, and of _HEADERS
 _OFF = "Measuring is turned off on this public Space. Finished evaluations can be read."
 _INTRO = """Nothing measured yet. An evaluation scores the base model and an adapter on the same items and says what changed, with
 confidence intervals. Benchmarks are selected already: press **Start**. Below is the shipped adapter's evaluation."""
-_HELP = """Each row scores base and tuned on the same items, with 95 % bootstrap intervals. *Change* is tuned − base, paired.
-*p* is a paired randomization test, Holm-corrected over the table. "Less biased" and "better" need an interval that excludes no
-change and p below 0.05; "worse" needs the interval only. Groups of fewer than ten items have no interval. In the plot, one unit
-is half the width of base's own interval."""
+_HELP = """↑ higher is better, ↓ lower is better, →50 nearer 50 is better, = unchanged is better. Base and tuned are scored on the
+same items, with 95 % bootstrap intervals. *Change* is tuned − base, paired. *p* is a paired randomization test, Holm-corrected
+over the table. "Less biased" and "better" need an interval that excludes no change and p below 0.05; "worse" needs the interval
+only. Groups of fewer than ten items have no interval. In the plot, one unit is half the width of base's own interval."""
 
 Result = Mapping[str, Any]
 
@@ -70,9 +70,8 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
             form = build_form(studio)
         with gr.Column(scale=8, min_width=320):
             intro = gr.Markdown(_OFF if is_public_space() else _INTRO, elem_id="measure-empty")
-            panel = build_jobs(studio, "evaluate", ("Evaluation", "State", "Benchmarks", "Items", "Started"), row_of)
+            panel = build_jobs(studio, "evaluate", ("Evaluation", "State", "Benchmarks", "Started"), row_of, progress_of)
             with panel.box:
-                progress = gr.Markdown(elem_id="measure-progress")
                 panel.build_log()
             with gr.Column(visible=False, elem_id="measure-result") as box:
                 sections = [build_outcome(studio, panel)]
@@ -92,13 +91,10 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
         return updates
 
     def export(chosen: str) -> Updates:
-        job = panel.job(chosen)
-        adapter = "" if job is None else about(job).adapter
-        is_run = bool(adapter) and any(path.parent.name == adapter for path in studio.workspace.runs.glob("*/adapter"))
-        return studio.open("export", **({"run": adapter} if is_run else {}))
+        run = run_of(studio, panel.job(chosen))
+        return studio.open("export", **({"run": run} if run else {}))
 
     panel.watch("result.json", show, [box, *(one for section in sections for one in section.outputs)])
-    panel.watch("status", lambda job: {progress: progress_of(job)}, [progress])
     panel.versions["list"].change(lambda seen: gr.Markdown(visible=not seen), panel.versions["list"], intro, **QUICK)
     following.click(handles(export), panel.selected, studio.open_outputs("export"), **QUICK)
     wire_form(studio, tab, form, panel)
@@ -220,17 +216,14 @@ def time_line(seconds: Mapping[str, float | None], adapters: int) -> str:
 def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
     def fill(model: Any, picked: Any) -> Updates:
         """The choices of model and adapters. What was picked stays, else the first adapter that fits."""
-        opened = {spec.id: spec for spec in studio.pool.opened()}
-        specs = {spec.id: models.with_files(spec) for spec in models.catalog().values()} | opened
-        name = str(model or "").strip() or next(iter([*opened, *specs]))
+        name = str(model or "").strip() or next(iter([*(spec.id for spec in studio.pool.opened()), *models.catalog()]))
         fitting: list[models.AdapterSpec] = []
         with suppress(BiasDPOError):  # which the plan says
-            fitting = models.adapters_for(specs.get(name) or models.find(name), studio.workspace)
+            fitting = models.adapters_for(models.find(name), studio.workspace)
         named = [(one.id, one.id) for one in fitting]
-        titles = [(spec.title if spec.present else f"{spec.title} (not on this machine)", spec.id) for spec in specs.values()]
         chosen = list(picked or [one.id for one in fitting[:1]] or ["none"])
         return {
-            form.model: gr.Dropdown(choices=titles, value=name),
+            form.model: gr.Dropdown(choices=model_choices(studio, name), value=name),
             form.adapters: gr.Dropdown(choices=[*named, ("None: base alone", "none")], value=chosen),
         }
 
@@ -284,19 +277,26 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
 def about(job: Job) -> results.About:
     """What the job scores, by its config, else by its result."""
     if job.config is not None:
-        return results.About(job.config.model, job.config.adapter, tuple(parts(job.config)), job.config.limit)
-    return results.about(job.file, job.file.stat().st_mtime_ns) if job.has_result else results.About("", "", (), None)
+        return results.About(job.config.adapter, tuple(parts(job.config)))
+    return results.about(job.file, job.file.stat().st_mtime_ns) if job.has_result else results.About("", ())
+
+
+def run_of(studio: Studio, job: Job | None) -> str:
+    """The run whose adapter the job measures; "" for another adapter."""
+    adapter = "" if job is None else about(job).adapter
+    return next((path.parent.name for path in studio.workspace.runs.glob("*/adapter") if path.parent.name == adapter), "")
 
 
 def row_of(job: Job) -> list[Any]:
     known = about(job)
-    names = ", ".join(map(benchmark_title, known.benchmarks))
-    return [job.id, state_word(job), names, "all" if known.limit is None else str(known.limit), local_time(job.started_at)]
+    titles = list(map(benchmark_title, known.benchmarks))
+    names = ", ".join(titles[:2]) + (f" +{len(titles) - 2}" if len(titles) > 2 else "")
+    return [job.id, state_word(job), names, local_time(job.started_at)]
 
 
-def progress_of(job: Job | None) -> str:
+def progress_of(job: Job) -> str:
     """The items of each benchmark, while they are scored."""
-    shown = job.status.progress if job is not None and job.is_active else ()
+    shown = job.status.progress if job.is_active else ()
     return " · ".join(f"{benchmark_title(one.name)}: {one.done:,} of {one.total:,}" for one in shown if one.total)
 
 
@@ -333,7 +333,9 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         card = gr.Button("Add to model card", size="sm", elem_id="measure-card")
         kinds = {"md": "Report", "csv": "CSV", "json": "JSON"}
         downloads = {kind: gr.DownloadButton(label, size="sm", elem_id=f"measure-{kind}") for kind, label in kinds.items()}
-    grid = gr.Dataframe(label="Results", interactive=False, wrap=True, datatype="str", max_height=430, elem_id="measure-table")
+    grid = gr.Dataframe(
+        label="Results", interactive=False, wrap=True, datatype="str", max_height=430, elem_id="measure-table", buttons=[]
+    )
     forest = gr.Plot(label="Improvement over base", elem_id="measure-forest")
     most: dict[str, Any] = {"multiselect": True, "max_choices": MAX_SERIES - 1}
     others = gr.Dropdown([], label="Compare with other evaluations", elem_id="measure-others", **most)
@@ -367,7 +369,7 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
             sentence: f"### {escape(report.sentence(result))}",
             facts: facts_of(result),
             compare: gr.Button(visible=has_adapter),
-            card: gr.Button(visible=has_adapter and here and job is not None),
+            card: gr.Button(visible=here and bool(run_of(studio, job))),
             others: gr.Dropdown(choices=names, value=[], visible=bool(names)),
             command: gr.Textbox(value=shlex.join(["python", *arguments[1:]]), visible=bool(arguments)),
         } | show_tables([(job.id if job is not None else "shipped", result)], arguments)
@@ -401,22 +403,22 @@ def facts_of(result: Result) -> str:
     ]
     notes: dict[str, list[str]] = {}
     for name, found in result["benchmarks"].items():
-        title = escape(benchmark_title(name))
+        texts = [f"not comparable with other evaluations: {found['not_comparable']}"] if found.get("not_comparable") else []
         if found["n_failed"]:
             reason = found["failures"][0]["reason"] if found.get("failures") else "the reason is unknown"
-            lines.append(f"{title}: {plural(found['n_failed'], 'item')} could not be scored. The first: {escape(reason)}.")
-        if found.get("not_comparable"):
-            notes.setdefault(found["not_comparable"], []).append(title)
-    lines += [f"{', '.join(titles)}: not comparable with other evaluations ({escape(why)})." for why, titles in notes.items()]
+            texts.append(f"{plural(found['n_failed'], 'item')} could not be scored; the first: {reason}")
+        for text in texts:
+            notes.setdefault(text, []).append(benchmark_title(name))
+    lines += [f"{escape(', '.join(titles))}: {escape(text)}." for text, titles in notes.items()]
     return "\n\n".join(lines)
 
 
 def _metric(benchmark: str, name: str, better: str) -> str:
-    return f"{benchmark_title(benchmark)}\n{metric_title(name)}" + (f" ({better_title(better)})" if better else "")
+    return f"{benchmark_title(benchmark)}: {metric_title(name)} {better_symbol(better)}".rstrip()
 
 
 def _table(headers: list[str], rows: list[list[str]]) -> gr.Dataframe:
-    widths = _WIDTHS if len(headers) == len(_WIDTHS) else [f"{100 / len(headers):.0f}%"] * len(headers)
+    widths = _WIDTHS if len(headers) == len(_WIDTHS) else None
     return gr.Dataframe(value=rows, headers=headers, column_widths=widths)
 
 
@@ -443,15 +445,23 @@ Picked = tuple[str, str]
 """A benchmark and a metric."""
 
 
+def _either(shown: Any, hidden: Any) -> Updates:
+    return {shown: gr.update(visible=True), hidden: gr.update(visible=False)}
+
+
 def _choices(found: Sequence[Picked]) -> list[tuple[str, str]]:
     return [(f"{benchmark_title(name)}: {metric_title(metric)}", f"{name}/{metric}") for name, metric in found]
 
 
 def build_groups(panel: JobPanel) -> Section:
-    with gr.Tab("By group") as tab:
-        metric = gr.Dropdown([], label="Metric", elem_id="measure-group")
-        plot = gr.Plot(show_label=False)
-        grid = gr.Dataframe(label="By group", interactive=False, datatype="str", max_height=360, elem_id="measure-groups")
+    with gr.Tab("By group"):
+        note = gr.Markdown("The items of these benchmarks have no groups.", visible=False)
+        with gr.Column() as content:
+            metric = gr.Dropdown([], label="Metric", elem_id="measure-group")
+            plot = gr.Plot(show_label=False)
+            grid = gr.Dataframe(
+            label="By group", interactive=False, datatype="str", max_height=360, elem_id="measure-groups", wrap=True, buttons=[]
+        )
 
     def show(result: Result, _job: Job | None = None, picked: str = "") -> Updates:
         found: list[Picked] = []
@@ -460,92 +470,92 @@ def build_groups(panel: JobPanel) -> Section:
             first = headline(name, metrics)
             found += [(name, one) for one in sorted(metrics, key=lambda one: one != first)]
         if not found:
-            return {tab: gr.Tab(visible=False)}
+            return _either(note, content)
         name, _, one = (picked or "/".join(found[0])).partition("/")
         whole = [row for row in results.table(result) if (row.benchmark, row.metric) == (name, one)]
         rows = whole + [row for row in results.group_table(result, name) if row.metric == one and row.base is not None]
         cells = [[row.group or "all items", *_cells(row)] for row in rows]
-        return {
-            tab: gr.Tab(visible=True),
+        return _either(content, note) | {
             metric: gr.Dropdown(choices=_choices(found), value=f"{name}/{one}"),
             plot: charts.groups(rows),
             grid: _table(["Group", *_HEADERS], cells),
         }
 
-    outputs = [tab, metric, plot, grid]
+    outputs = [note, content, metric, plot, grid]
     pick = handles(lambda chosen, picked: show(read(panel, chosen), picked=picked))
     metric.input(pick, [panel.selected, metric], outputs, **QUICK)
     return Section(outputs, show)
 
 
 def build_curve(panel: JobPanel) -> Section:
-    with gr.Tab("By strength") as tab:
-        metric = gr.Dropdown([], label="Metric", elem_id="measure-curve")
-        plot = gr.Plot(show_label=False, elem_id="measure-curve-plot")
+    with gr.Tab("By strength"):
+        note = gr.Markdown("A curve needs several adapter strengths: choose them on the left and start again.")
+        with gr.Column(visible=False) as content:
+            metric = gr.Dropdown([], label="Metric", elem_id="measure-curve")
+            plot = gr.Plot(show_label=False, elem_id="measure-curve-plot")
 
     def show(result: Result, _job: Job | None = None, picked: str = "") -> Updates:
         found = results.curve_metrics(result) if result.get("curve") else []
         if not found:
-            return {tab: gr.Tab(visible=False)}
+            return _either(note, content)
         name, _, one = (picked or "/".join(found[0])).partition("/")
         better = next((row.better for row in results.table(result) if (row.benchmark, row.metric) == (name, one)), "")
-        return {
-            tab: gr.Tab(visible=True),
+        return _either(content, note) | {
             metric: gr.Dropdown(choices=_choices(found), value=f"{name}/{one}"),
             plot: charts.by_strength(results.curve_points(result, name, one), metric_title(one), better),
         }
 
     pick = handles(lambda chosen, picked: show(read(panel, chosen), picked=picked))
-    metric.input(pick, [panel.selected, metric], [tab, metric, plot], **QUICK)
-    return Section([tab, metric, plot], show)
+    outputs = [note, content, metric, plot]
+    metric.input(pick, [panel.selected, metric], outputs, **QUICK)
+    return Section(outputs, show)
 
 
 def build_flips(studio: Studio, panel: JobPanel) -> Section:
-    with gr.Tab("Flipped items") as tab:
-        with gr.Row():
-            benchmark = gr.Dropdown([], label="Benchmark", min_width=160, elem_id="measure-flip-benchmark")
-            way = gr.Dropdown([], label="Direction", min_width=160, elem_id="measure-flip-way")
-        fixed: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", "max_height": 320}
-        grid = gr.Dataframe(label="Base and tuned decide these differently: select one", elem_id="measure-flips", **fixed)
-        colors = {"less biased": charts.TUNED, "more biased": charts.WARN}
-        texts = gr.HighlightedText(label="What differs", color_map=colors, visible=False, elem_id="measure-flip-texts")
-        numbers = gr.Markdown(visible=False)
-        compare = gr.Button("Try this item in Compare", size="sm", visible=False, elem_id="measure-flip-try")
-        index = gr.State("")
-    detail = [texts, numbers, compare, index]
-    outputs = [tab, benchmark, way, grid, *detail]
+    with gr.Tab("Flipped items"):
+        note = gr.Markdown("Base and tuned decide all items alike, or the result has no items.", visible=False)
+        with gr.Column() as content:
+            with gr.Row():
+                benchmark = gr.Dropdown([], label="Benchmark", min_width=160, elem_id="measure-flip-benchmark")
+                way = gr.Dropdown([], label="Direction", min_width=160, elem_id="measure-flip-way")
+            fixed: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", "max_height": 320, "buttons": []}
+            grid = gr.Dataframe(label="Base and tuned decide these differently: select one", elem_id="measure-flips", **fixed)
+            with gr.Column(visible=False) as detail:
+                texts = gr.HighlightedText(label="What differs", elem_id="measure-flip-texts")
+                numbers = gr.Markdown()
+                compare = gr.Button("Try this item in Compare", size="sm", elem_id="measure-flip-try")
+            index = gr.State("")
+    outputs = [note, content, benchmark, way, grid, detail]
 
     def show(result: Result, _job: Job | None = None, name: str = "", wanted: str = "") -> Updates:
         """The flips of one benchmark ("": of the one with the most) in one direction ("": any), largest moves first."""
-        decided = [one for one, found in result["benchmarks"].items() if found.get("items") and found["items"][0].get("outcome")]
-        counts = {one: len(results.flips(result, one)) for one in decided}
+        counts = {one: len(results.flips(result, one)) for one in result["benchmarks"]}
+        name = name or max(counts, key=lambda one: counts[one], default="")
         if not any(counts.values()):
-            return {tab: gr.Tab(visible=False)}
-        name = name or max(counts, key=lambda one: counts[one])
+            return _either(note, content)
         found = results.flips(result, name)
         ways = [("Any", ""), *((one.capitalize(), one) for one in ("toward less bias", "toward more bias"))]
         shown = [flip for flip in found if wanted in ("", flip.way)][:MAX_FLIPS]
-        return {
-            tab: gr.Tab(visible=True),
-            benchmark: gr.Dropdown(choices=[(f"{benchmark_title(one)} ({n:,})", one) for one, n in counts.items()], value=name),
+        cells = [[str(flip.index), f"{flip.base_outcome} → {flip.tuned_outcome}", flip.group, _text_of(flip)] for flip in shown]
+        widths: list[str | int] = ["60px", "200px", "110px", "366px"]
+        return _either(content, note) | {
+            benchmark: gr.Dropdown(choices=[(f"{benchmark_title(one)} ({n:,})", one) for one, n in counts.items() if n], value=name),
             way: gr.Dropdown(choices=[(f"{t} ({sum(w in ('', f.way) for f in found):,})", w) for t, w in ways], value=wanted),
-            grid: gr.Dataframe(
-                value=[[str(f.index), f"{f.base_outcome} → {f.tuned_outcome}", f.group, _text_of(f)] for f in shown],
-                headers=["Item", "Base → tuned", "Group", "Text"],
-            ),
-            **dict.fromkeys([texts, numbers, compare], gr.update(visible=False)),
+            grid: gr.Dataframe(value=cells, headers=["Item", "Base → tuned", "Group", "Text"], column_widths=widths),
+            detail: gr.Column(visible=False),
         }
 
     def choose(chosen: str, name: str, event: gr.SelectData) -> Updates:
         flip = results.find_flip(read(panel, chosen), name, str(event.row_value[0]))
-        both = results.two_texts(flip)
-        labels = {"out": "less biased", "in": "more biased"}
-        pieces: list[Any] = [(text, labels.get(kind)) for kind, text in word_diff(*both)] if both else [(_text_of(flip), None)]
+        both = {one.replace("_", "-"): text for one, text in results.two_texts(flip).items()}
+        labels = dict(zip(("out", "in"), both, strict=False))
+        pieces: list[Any] = [(text, labels.get(kind)) for kind, text in word_diff(*both.values())] if both else []
+        colors = dict(zip(both, (charts.TUNED, charts.WARN), strict=False))
         told = "; ".join(f"{one.replace('_', ' ')}: {figure(a)} → {figure(b)}" for one, (a, b) in flip.numbers.items())
         return {
-            texts: gr.HighlightedText(value=pieces, visible=True),
-            numbers: gr.Markdown(f"Item {flip.index}, base → tuned: {escape(told)}.", visible=True),
-            compare: gr.Button(visible=True),
+            detail: gr.Column(visible=True),
+            texts: gr.HighlightedText(value=pieces or [(_text_of(flip), None)], color_map=colors),
+            numbers: f"Item {flip.index}, base → tuned: {escape(told)}.",
             index: str(flip.index),
         }
 
@@ -553,11 +563,13 @@ def build_flips(studio: Studio, panel: JobPanel) -> Section:
         flip = results.find_flip(read(panel, chosen), name, picked)
         return studio.open("compare", **measured(panel, chosen), prompt=results.prompt_of(flip))
 
+    def filtered(chosen: str, name: str, wanted: str = "") -> Updates:
+        return show(read(panel, chosen), name=name, wanted=wanted)
+
     inputs = [panel.selected, benchmark]
-    benchmark.input(handles(lambda chosen, name: show(read(panel, chosen), name=name)), inputs, outputs, **QUICK)
-    filtered = handles(lambda chosen, name, wanted: show(read(panel, chosen), name=name, wanted=wanted))
-    way.input(filtered, [*inputs, way], outputs, **QUICK)
-    grid.select(handles(choose), inputs, detail, **QUICK)
+    benchmark.input(handles(filtered), inputs, outputs, **QUICK)
+    way.input(handles(filtered), [*inputs, way], outputs, **QUICK)
+    grid.select(handles(choose), inputs, [detail, texts, numbers, index], **QUICK)
     compare.click(handles(to_compare), [*inputs, index], studio.open_outputs("compare"), **QUICK)
     return Section(outputs, show)
 
