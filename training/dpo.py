@@ -79,7 +79,7 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
     trained = callbacks.adapter_tensors(trainer.model) if step == last_step else callbacks.load_best(folder, step)
     if not writer.is_main:
         return
-    writer.note(f"The adapter is that of {reason}")
+    writer.note(f"The adapter is that of step {step:,} of {last_step:,}")
     adapter = bake(trained, config)
     held_out = None
     if not trainer.is_packed:  # under FSDP no process holds the whole model
