@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from biasdpo.benchmarks.titles import headline
 from biasdpo.errors import EvaluationError
 
 # The format of a result file
@@ -237,6 +238,16 @@ def group_table(result: Mapping[str, Any], benchmark: str) -> list[TableRow]:
     return [row for group, part in found.get("groups", {}).items() for row in _rows(benchmark, group, part, found)]
 
 
+def group_metrics(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The (benchmark, metric) pairs that base has by group, each benchmark's headline metric first."""
+    found = []
+    for name in result["benchmarks"]:
+        metrics = list(dict.fromkeys(row.metric for row in group_table(result, name) if row.base is not None))
+        first = headline(name, metrics)
+        found += [(name, metric) for metric in ([first] if first else []) + [metric for metric in metrics if metric != first]]
+    return found
+
+
 def _rows(name: str, group: str, part: Mapping[str, Any], benchmark: Mapping[str, Any]) -> Iterator[TableRow]:
     """`part`: the metrics of all items or of a group's."""
     why_not = benchmark.get("not_comparable", "")
@@ -365,7 +376,9 @@ def curve_points(result: Mapping[str, Any], benchmark: str, metric: str) -> list
 
 
 def curve_metrics(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The (benchmark, metric) pairs with two points or more, without perplexity's own."""
+    """The (benchmark, metric) pairs with two points or more, without perplexity's own; [] of one strength."""
+    if not result.get("curve"):
+        return []
     names = [
         (name, metric)
         for name, found in result["benchmarks"].items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shlex
 import threading
@@ -16,9 +17,9 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
 from biasdpo import benchmarks, models
-from biasdpo.benchmarks.titles import BENCHMARKS, Group, benchmark_title, better_symbol, headline, metric_title
+from biasdpo.benchmarks.titles import BENCHMARKS, Group, benchmark_title, metric_title
 from biasdpo.config import RUN, WORKSPACE, EvaluationConfig
-from biasdpo.errors import BiasDPOError, ConfigError
+from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError
 from biasdpo.evaluation import report, results
 from biasdpo.evaluation.report import figure
 from biasdpo.evaluation.results import Flip, TableRow
@@ -41,9 +42,7 @@ _POLL_SECONDS = 0.5
 _SHIPPED = ASSETS / "adapters" / "smollm2-biasdpo" / "evaluation.json"
 _PAIRS = [("The adapter's held-out pairs", RUN), ("The workspace's held-out judgments", WORKSPACE)]
 _ADVANCED = ("data_dir", "seed", "backend", "samples", "max_new_tokens", "toxicity_scorer")
-_SYMBOLS = {"less biased": "▲", "better": "▲", "no clear difference": "○", "worse": "▼"}
-_HEADERS = ("Verdict", "Change", "Base", "Tuned", "p", "Items")
-_WIDTHS: list[str | int] = ["172px", "104px", "116px", "108px", "108px", "66px", "62px"]  # of a name, and of _HEADERS
+_WIDTHS: list[str | int] = ["172px", "104px", "116px", "108px", "108px", "66px", "62px"]  # of a table's columns
 _OFF = "Measuring is turned off on this public Space. Finished evaluations can be read."
 _INTRO = """Nothing measured yet. An evaluation scores the base model and an adapter on the same items and says what changed, with
 confidence intervals. Benchmarks are selected already: press **Start**. Below is the shipped adapter's evaluation."""
@@ -51,6 +50,9 @@ _HELP = """↑ higher is better, ↓ lower is better, →50 nearer 50 is better,
 same items, with 95 % bootstrap intervals. *Change* is tuned − base, paired. *p* is a paired randomization test, Holm-corrected
 over the table. "Less biased" and "better" need an interval that excludes no change and p below 0.05; "worse" needs the interval
 only. Groups of fewer than ten items have no interval. In the plot, one unit is half the width of base's own interval."""
+
+_NO_GROUPS = "The items of these benchmarks have no groups."
+_NO_CURVE = "A curve needs several adapter strengths: choose them on the left, then start again."
 
 Result = Mapping[str, Any]
 
@@ -76,13 +78,19 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
             with gr.Column(visible=False, elem_id="measure-result") as box:
                 sections = [build_outcome(studio, panel)]
                 with gr.Tabs(elem_id="measure-details"):
-                    sections += [build_groups(panel), build_flips(studio, panel), build_curve(panel)]
+                    sections.append(build_by_metric(panel, "By group", _NO_GROUPS, results.group_metrics, draw_groups))
+                    sections.append(build_flips(studio, panel))
+                    sections.append(build_by_metric(panel, "By strength", _NO_CURVE, results.curve_metrics, draw_curve))
                 with gr.Accordion("How to read this", open=False):
                     gr.Markdown(_HELP)
             following = gr.Button("Next: Export", elem_id="measure-next", elem_classes="next-step")
 
     def show(job: Job | None) -> Updates:
-        result = result_of(job)
+        result = None
+        try:
+            result = result_of(job)
+        except EvaluationError as exc:
+            gr.Warning(html.escape(str(exc)))
         if result is None:
             return {box: gr.Column(visible=False)}
         updates: Updates = {box: gr.Column(visible=True)}
@@ -345,17 +353,10 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
     def show_tables(labeled: Sequence[tuple[str, Result]], arguments: Sequence[str] = ()) -> Updates:
         """One result, or several side by side."""
         name, result = labeled[0]
-        if len(labeled) == 1:
-            headers = ["Metric", *_HEADERS]
-            rows = [[_metric(row.benchmark, row.metric, row.better), *_cells(row)] for row in results.table(result)]
-        else:
-            headers = ["Metric", *(label for label, _ in labeled)]
-            compared = results.compare(labeled)
-            rows = [[_metric(row.benchmark, row.metric, row.better), *map(_compared, row.cells)] for row in compared]
         text = report.markdown(result, arguments) if len(labeled) == 1 else report.markdown(labeled)
         files = {"md": text, "csv": report.csv_text(result), "json": json.dumps(result, ensure_ascii=False)}
         plot = charts.forest(labeled)
-        shown: Updates = {grid: _table(headers, rows), forest: gr.Plot(value=plot, visible=plot is not None)}
+        shown: Updates = {grid: _table(*report.text_table(labeled)), forest: gr.Plot(value=plot, visible=plot is not None)}
         for kind, button in downloads.items():  # into the folder that Gradio serves and cleans
             shown[button] = save_bytes_to_cache(files[kind].encode(), f"{name}.{kind}", button.GRADIO_CACHE)
         return shown
@@ -382,7 +383,7 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         job = panel.job(chosen)
         arguments = command_of(job.config) if job is not None and job.config is not None else ()
         file = report.add_to_card(read(panel, chosen), studio.workspace, arguments)
-        gr.Info(f"The model card of run {escape(file.parent.parent.name)} now has a section “Evaluation”.")
+        gr.Info(f"The model card of run {file.parent.parent.name} now has a section “Evaluation”.")
 
     others.input(handles(side_by_side), [panel.selected, others], tables, **QUICK)
     card.click(handles(add_to_card), panel.selected, None, **QUICK)
@@ -396,119 +397,71 @@ def facts_of(result: Result) -> str:
     known = result["provenance"]
     strengths = ", ".join(f"{strength:g}" for strength in known.get("strengths") or [known.get("strength", 1.0)])
     adapter = escape(Path(known["adapter"]).name) if known.get("adapter") else "no adapter"
-    lines = [f"**{adapter}** on **{escape(Path(known['model']).name)}** · strength {strengths} · seed {known.get('seed', 0)}"]
-    lines += [f"Preference pairs: {escape(known['pairs_source'])}."] if known.get("pairs_source") else []
-    lines += [
-        f"⚠ {escape(benchmark_title(name))} was not scored: {escape(why)}." for name, why in result.get("missing", {}).items()
-    ]
-    notes: dict[str, list[str]] = {}
-    for name, found in result["benchmarks"].items():
-        texts = [f"not comparable with other evaluations: {found['not_comparable']}"] if found.get("not_comparable") else []
-        if found["n_failed"]:
-            reason = found["failures"][0]["reason"] if found.get("failures") else "the reason is unknown"
-            texts.append(f"{plural(found['n_failed'], 'item')} could not be scored; the first: {reason}")
-        for text in texts:
-            notes.setdefault(text, []).append(benchmark_title(name))
-    lines += [f"{escape(', '.join(titles))}: {escape(text)}." for text, titles in notes.items()]
-    return "\n\n".join(lines)
+    line = f"**{adapter}** on **{escape(Path(known['model']).name)}** · strength {strengths} · seed {known.get('seed', 0)}"
+    return "\n\n".join([line, *map(escape, report.notes(result))])
 
 
-def _metric(benchmark: str, name: str, better: str) -> str:
-    return f"{benchmark_title(benchmark)}: {metric_title(name)} {better_symbol(better)}".rstrip()
-
-
-def _table(headers: list[str], rows: list[list[str]]) -> gr.Dataframe:
+def _table(headers: list[str], rows: list[list[str]], **more: Any) -> gr.Dataframe:
     widths = _WIDTHS if len(headers) == len(_WIDTHS) else None
-    return gr.Dataframe(value=rows, headers=headers, column_widths=widths)
-
-
-def _cells(row: TableRow) -> list[str]:
-    """A row's cells under _HEADERS."""
-    p = "" if row.p_holm is None else "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
-    change = figure(row.difference, row.ci, signed=row.no_change == 0)
-    return [_verdict(row), change, figure(row.base, row.base_ci), figure(row.tuned, row.tuned_ci), p, f"{row.n:,}"]
-
-
-def _compared(row: TableRow | None) -> str:
-    if row is None:
-        return ""
-    return f"{figure(row.tuned, row.tuned_ci) or figure(row.base, row.base_ci) or figure(row.difference, row.ci)} {_verdict(row)}"
-
-
-def _verdict(row: TableRow) -> str:
-    return f"{_SYMBOLS[row.verdict]} {row.verdict}" if row.verdict in _SYMBOLS else row.verdict
+    return gr.Dataframe(value=rows, headers=headers, column_widths=widths, **more)
 
 
 # The details: by group, flipped items, by strength
 
-Picked = tuple[str, str]
-"""A benchmark and a metric."""
+
+def build_by_metric(
+    panel: JobPanel,
+    label: str,
+    empty: str,
+    metrics_of: Callable[[Result], list[tuple[str, str]]],
+    draw: Callable[[Result, str, str], tuple[Any, list[TableRow]]],
+) -> Section:
+    """A tab with a chart, and a table of rows, of one metric.
+
+    metrics_of   the (benchmark, metric) pairs to choose from
+    draw         the chart and the rows of one of them
+    """
+    name = label.lower().replace(" ", "-")
+    with gr.Tab(label):
+        note = gr.Markdown(empty, visible=False)
+        with gr.Column() as content:
+            metric = gr.Dropdown([], label="Metric", elem_id=f"measure-{name}")
+            plot = gr.Plot(show_label=False, elem_id=f"measure-{name}-plot")
+            fixed: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", "max_height": 360, "buttons": []}
+            grid = gr.Dataframe(label=label, elem_id=f"measure-{name}-table", **fixed)
+    outputs = [note, content, metric, plot, grid]
+
+    def show(result: Result, _job: Job | None = None, picked: str = "") -> Updates:
+        found = metrics_of(result)
+        if not found:
+            return _either(note, content)
+        benchmark, _, one = (picked or "/".join(found[0])).partition("/")
+        choices = [(f"{benchmark_title(b)}: {metric_title(m)}", f"{b}/{m}") for b, m in found]
+        chart, rows = draw(result, benchmark, one)
+        return _either(content, note) | {
+            metric: gr.Dropdown(choices=choices, value=f"{benchmark}/{one}"),
+            plot: chart,
+            grid: _table(*report.text_of_groups(rows), visible=bool(rows)),
+        }
+
+    pick = handles(lambda chosen, picked: show(read(panel, chosen), picked=picked))
+    metric.input(pick, [panel.selected, metric], outputs, **QUICK)
+    return Section(outputs, show)
+
+
+def draw_groups(result: Result, benchmark: str, metric: str) -> tuple[Any, list[TableRow]]:
+    rows = [row for row in results.table(result) if row.benchmark == benchmark] + results.group_table(result, benchmark)
+    rows = [row for row in rows if row.metric == metric and row.base is not None]
+    return charts.groups(rows), rows
+
+
+def draw_curve(result: Result, benchmark: str, metric: str) -> tuple[Any, list[TableRow]]:
+    better = next((row.better for row in results.table(result) if (row.benchmark, row.metric) == (benchmark, metric)), "")
+    return charts.by_strength(results.curve_points(result, benchmark, metric), metric_title(metric), better), []
 
 
 def _either(shown: Any, hidden: Any) -> Updates:
     return {shown: gr.update(visible=True), hidden: gr.update(visible=False)}
-
-
-def _choices(found: Sequence[Picked]) -> list[tuple[str, str]]:
-    return [(f"{benchmark_title(name)}: {metric_title(metric)}", f"{name}/{metric}") for name, metric in found]
-
-
-def build_groups(panel: JobPanel) -> Section:
-    with gr.Tab("By group"):
-        note = gr.Markdown("The items of these benchmarks have no groups.", visible=False)
-        with gr.Column() as content:
-            metric = gr.Dropdown([], label="Metric", elem_id="measure-group")
-            plot = gr.Plot(show_label=False)
-            grid = gr.Dataframe(
-            label="By group", interactive=False, datatype="str", max_height=360, elem_id="measure-groups", wrap=True, buttons=[]
-        )
-
-    def show(result: Result, _job: Job | None = None, picked: str = "") -> Updates:
-        found: list[Picked] = []
-        for name in result["benchmarks"]:
-            metrics = list(dict.fromkeys(row.metric for row in results.group_table(result, name) if row.base is not None))
-            first = headline(name, metrics)
-            found += [(name, one) for one in sorted(metrics, key=lambda one: one != first)]
-        if not found:
-            return _either(note, content)
-        name, _, one = (picked or "/".join(found[0])).partition("/")
-        whole = [row for row in results.table(result) if (row.benchmark, row.metric) == (name, one)]
-        rows = whole + [row for row in results.group_table(result, name) if row.metric == one and row.base is not None]
-        cells = [[row.group or "all items", *_cells(row)] for row in rows]
-        return _either(content, note) | {
-            metric: gr.Dropdown(choices=_choices(found), value=f"{name}/{one}"),
-            plot: charts.groups(rows),
-            grid: _table(["Group", *_HEADERS], cells),
-        }
-
-    outputs = [note, content, metric, plot, grid]
-    pick = handles(lambda chosen, picked: show(read(panel, chosen), picked=picked))
-    metric.input(pick, [panel.selected, metric], outputs, **QUICK)
-    return Section(outputs, show)
-
-
-def build_curve(panel: JobPanel) -> Section:
-    with gr.Tab("By strength"):
-        note = gr.Markdown("A curve needs several adapter strengths: choose them on the left and start again.")
-        with gr.Column(visible=False) as content:
-            metric = gr.Dropdown([], label="Metric", elem_id="measure-curve")
-            plot = gr.Plot(show_label=False, elem_id="measure-curve-plot")
-
-    def show(result: Result, _job: Job | None = None, picked: str = "") -> Updates:
-        found = results.curve_metrics(result) if result.get("curve") else []
-        if not found:
-            return _either(note, content)
-        name, _, one = (picked or "/".join(found[0])).partition("/")
-        better = next((row.better for row in results.table(result) if (row.benchmark, row.metric) == (name, one)), "")
-        return _either(content, note) | {
-            metric: gr.Dropdown(choices=_choices(found), value=f"{name}/{one}"),
-            plot: charts.by_strength(results.curve_points(result, name, one), metric_title(one), better),
-        }
-
-    pick = handles(lambda chosen, picked: show(read(panel, chosen), picked=picked))
-    outputs = [note, content, metric, plot]
-    metric.input(pick, [panel.selected, metric], outputs, **QUICK)
-    return Section(outputs, show)
 
 
 def build_flips(studio: Studio, panel: JobPanel) -> Section:
@@ -539,7 +492,9 @@ def build_flips(studio: Studio, panel: JobPanel) -> Section:
         cells = [[str(flip.index), f"{flip.base_outcome} → {flip.tuned_outcome}", flip.group, _text_of(flip)] for flip in shown]
         widths: list[str | int] = ["60px", "200px", "110px", "366px"]
         return _either(content, note) | {
-            benchmark: gr.Dropdown(choices=[(f"{benchmark_title(one)} ({n:,})", one) for one, n in counts.items() if n], value=name),
+            benchmark: gr.Dropdown(
+                choices=[(f"{benchmark_title(one)} ({n:,})", one) for one, n in counts.items() if n], value=name
+            ),
             way: gr.Dropdown(choices=[(f"{t} ({sum(w in ('', f.way) for f in found):,})", w) for t, w in ways], value=wanted),
             grid: gr.Dataframe(value=cells, headers=["Item", "Base → tuned", "Group", "Text"], column_widths=widths),
             detail: gr.Column(visible=False),
