@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+from huggingface_hub.constants import HF_HOME
 
 from biasdpo.data.importing import SourceRow, rows_of
 from biasdpo.errors import DatasetError
@@ -63,6 +66,14 @@ class Rows(NamedTuple):
 
     rows: tuple[Row, ...]
     sha256: str
+
+
+def is_present(origin: Origin, data_dir: Path | None) -> bool:
+    """Whether DATA_DIR has the folder, or, if it is None, the cache of `datasets` the dataset."""
+    if data_dir is not None:
+        return (data_dir / origin.folder).is_dir()
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
+    return (cache / origin.hub_id.replace("/", "___")).is_dir()
 
 
 def load_items(origin: Origin, data_dir: Path | None, parse: Callable[[Row], Item]) -> tuple[list[Item], str]:

@@ -255,7 +255,8 @@ def known_seconds(config: EvaluationConfig, workspace: Workspace) -> dict[str, f
 def estimate_evaluation(
     config: EvaluationConfig, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Seconds by benchmark, where nothing is scored yet. What is unknown is measured on a few items, in a process of its own.
+    """Seconds by benchmark, where nothing is scored yet. What is unknown is measured on a few items, in a process of its own;
+    benchmarks that can't be loaded are left out.
 
     Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be evaluated, EvaluationError
     where it fails or is cancelled.
@@ -267,7 +268,7 @@ def estimate_evaluation(
         missing = tuple("perplexity" if name == "utility" else name for name in unknown)  # which stands for that one alone
         for name, speed in _measured(config.replace(benchmarks=missing), workspace, cancelled).items():
             write_json(_speed_file(config, name, workspace), asdict(speed))
-    return {name: seconds or 0.0 for name, seconds in known_seconds(config, workspace).items()}
+    return {name: seconds for name, seconds in known_seconds(config, workspace).items() if seconds is not None}
 
 
 def _measured(config: EvaluationConfig, workspace: Workspace, cancelled: Callable[[], bool]) -> dict[str, Speed]:
@@ -392,7 +393,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = EvaluationConfig(**read_json(request))
         adapter = models.find_adapter(config.adapter, models.find(config.model), workspace)
-        benchmarks = build_benchmarks(config, adapter, workspace)
+        benchmarks, _missing = build_benchmarks(config, adapter, workspace)
         engine = open_engine(EngineKey(config.model, config.adapter, config.backend), workspace)
         try:
             write_json(answer, measure(engine, benchmarks))
