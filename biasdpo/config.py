@@ -546,7 +546,7 @@ class ExportConfig(Settings):
     out: Annotated[Path, Field(strict=False)] = setting(..., label="Name", metavar="FILE")
     """File to write. FILE.json beside it is its record."""
     format: ExportFormat = setting(...)
-    """lora: the adapter alone; merged: one complete model that includes the adapter."""
+    """lora: the adapter alone, to be loaded beside its base model; merged: one complete model with the adapter in it."""
     run: str = setting("", metavar="ID")
     """Finished run whose adapter is exported. Give this or --adapter."""
     adapter: str = setting("", metavar="ID|PATH|none")
@@ -556,8 +556,8 @@ class ExportConfig(Settings):
     quantization: Literal["", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0", "keep"] = setting("")
     """Quantization of a merged file. keep: as in the base GGUF. Default: Q8_0."""
     proof: ProofDepth = setting("full")
-    """How thoroughly the file is compared with the original. full: tokenizers, next-token probabilities and held-out pairs;
-    quick: fewer texts and no pairs; none: not at all, and the file is recorded as not verified."""
+    """Comparison with the original. full: tokens, probabilities and held-out pairs; quick: a fifth of the texts, no pairs;
+    none: recorded as not verified."""
     source: ExportSource = setting("auto", group="Advanced", when={"format": _is_merged})
     """What a merged file is made from: the Hugging Face folder (hf) or the base GGUF. auto: the first one present."""
     pairs: int = setting(64, range=(0, 10**9), label="Held-out pairs", unit="pairs", group="Advanced", when={"proof": _is_full})
@@ -578,7 +578,7 @@ class ExportConfig(Settings):
         if bool(self.run) == bool(self.adapter):
             raise ValueError("An export needs either a run or an adapter: give --run, --adapter, or --adapter none with --model")
         if self.adapter == "none" and self.format == "lora":
-            raise ValueError("format lora needs an adapter: got none; name one with --adapter or --run")
+            raise ValueError("format lora needs an adapter: got none; choose one, or export merged")
         if self.adapter == "none" and not self.model:
             raise ValueError("adapter none exports a model alone: name it with --model")
         if self.format == "lora" and self.quantization:

@@ -64,6 +64,17 @@ class ExportRecord:
         values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in self.template.items()}
         return PromptTemplate(**values)
 
+    @property
+    def adapter_name(self) -> str:
+        """The adapter as `models.find_adapter` finds it again."""
+        return str(self.request.get("run") or self.request.get("adapter") or self.adapter)
+
+    def notes(self) -> list[str]:
+        """What to know of the file beside its proof."""
+        fallen = len(self.written.get("fallbacks") or ())
+        what = f"{fallen:,} tensor{'s have' if fallen != 1 else ' has'} a larger type than {self.quantization}"
+        return [f"{what}, since their widths don't fit it"] if fallen else []
+
     def to_json(self) -> dict[str, Any]:
         """The object of `export --json`."""
         return {**asdict(self), "out": str(self.out)}
@@ -267,6 +278,11 @@ def ollama(record: ExportRecord, modelfile: Path) -> str:
     """The commands that create an Ollama model from the file, and run it."""
     name = record.out.name.removesuffix(".gguf").lower()
     return f"{shlex.join(['ollama', 'create', name, '-f', str(modelfile)])} && {shlex.join(['ollama', 'run', name])}"
+
+
+def commands(record: ExportRecord) -> list[str]:
+    """To serve the file with llama.cpp, ask that server, serve it with Ollama; and Ollama's Modelfile."""
+    return [llama_server(record), request(record), ollama(record, modelfile_file(record.out)), modelfile(record)]
 
 
 def modelfile(record: ExportRecord) -> str:

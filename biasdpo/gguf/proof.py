@@ -141,6 +141,26 @@ class ExportProof:
         verdict = "Equal to the original, up to rounding" if self.passed else f"{self.quantization}, compared with the original"
         return f"{verdict}{' (quick proof)' if self.depth == 'quick' else ''}: {'; '.join(parts)}"
 
+    def rows(self) -> list[list[str]]:
+        """Each measurement, what was found, and what is required."""
+        rows: list[list[str]] = []
+        if (tokens := self.tokenizer) is not None:
+            rows.append([f"Tokens of {tokens.strings:,} texts", f"{tokens.different:,} differ", "0 differ"])
+        if (e := self.equality) is not None:
+            exact, limit = ("100%", f"at most {MAX_KL_NATS:g}") if self.lossless else ("–", "–")
+            rows.append([f"Mean KL, {e.positions:,} positions", f"{e.mean_kl:.2g}", limit])
+            rows.append(["Largest KL", f"{e.max_kl:.2g}", "–"])
+            rows.append(["Same most likely token", f"{e.agreement:.2%}", "–"])
+            rows.append(
+                [f"Same at the {e.clear_positions:,} positions with no near tie", f"{e.clear_agreement:.2%}", exact]
+            )
+            if e.adapter_kl is not None:
+                rows.append(["For comparison: mean KL if the adapter were left out", f"{e.adapter_kl:.2g}", "–"])
+        if (s := self.survival) is not None:
+            found = f"{s.before:.1%} before, {s.after:.1%} after"
+            rows.append([f"Reward accuracy on {s.pairs:,} held-out pairs", found, f"drops by at most {MAX_DROP:.0%}"])
+        return rows
+
     def to_json(self) -> dict[str, Any]:
         """All fields, with `verdict`, `passed` and `sentence`."""
         return {"verdict": self.verdict, "passed": self.passed, "sentence": self.sentence(), **asdict(self)}
@@ -259,7 +279,7 @@ def judge(proof: ExportProof, adapter_id: str = "") -> ExportProof:
                 f"{proof.quantization} changes the model more (mean KL {equality.mean_kl:.2g} nats) than the adapter does "
                 f"({equality.adapter_kl:.2g}): {remedy}"
             )
-        if adapter_id and survival is None:
+        if adapter_id and survival is None and not proof.lossless:
             warnings.append(
                 f"Whether the debiasing survives was not measured: no pairs are known that adapter {adapter_id} never saw"
             )
