@@ -481,8 +481,7 @@ def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **optio
     what = "LoRA GGUF" if record.format == "lora" else f"{record.quantization} GGUF"
     source = record.model_title if record.adapter == "none" else f"{record.adapter} for {record.model_title}"
     lines = [f"{record.out}: {record.bytes:,} bytes, {what} of {source}", ExportProof.from_json(record.proof).sentence()]
-    if fallbacks := record.written.get("fallbacks"):
-        lines.append(f"{len(fallbacks)} tensors have another type than requested: {record.out.name}.json lists them")
+    lines += [f"{note}: {record.out.name}.json lists them" for note in record.notes()]
     print_row(record.to_json(), "\n".join(lines), as_json=as_json)
     for warning in record.proof.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)

@@ -530,29 +530,41 @@ class EvaluationConfig(Settings):
 
 ExportFormat = Literal["lora", "merged"]
 ExportSource = Literal["auto", "hf", "gguf"]
+ProofDepth = Literal["full", "quick", "none"]
 DEFAULT_QUANTIZATION = "Q8_0"
+
+
+def _is_merged(value: Any) -> bool:
+    return bool(value == "merged")
+
+
+def _is_full(value: Any) -> bool:
+    return bool(value == "full")
 
 
 class ExportConfig(Settings):
     """One export: an adapter, or a model with an adapter merged into it, as a GGUF file."""
 
-    out: Annotated[Path, Field(strict=False)] = setting(..., metavar="FILE")
+    out: Annotated[Path, Field(strict=False)] = setting(..., label="Name", metavar="FILE")
     """File to write. FILE.json beside it is its record."""
     format: ExportFormat = setting(...)
-    """lora: the adapter alone; merged: one complete model that includes the adapter."""
+    """lora: the adapter alone, to be loaded beside its base model; merged: one complete model with the adapter in it."""
     run: str = setting("", metavar="ID")
     """Finished run whose adapter is exported. Give this or --adapter."""
     adapter: str = setting("", metavar="ID|PATH|none")
     """Adapter: its id, a PEFT folder, or none for the model alone. Give this or --run."""
-    model: str = setting("", metavar="ID|PATH")
+    model: str = setting("", label="Base model", metavar="ID|PATH", group="Advanced")
     """Base model. Default: the one that the adapter names."""
     quantization: Literal["", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0", "keep"] = setting("")
     """Quantization of a merged file. keep: as in the base GGUF. Default: Q8_0."""
-    source: ExportSource = setting("auto")
+    proof: ProofDepth = setting("full")
+    """Comparison with the original. full: tokens, probabilities and held-out pairs; quick: a fifth of the texts, no pairs;
+    none: recorded as not verified."""
+    source: ExportSource = setting("auto", group="Advanced", when={"format": _is_merged})
     """What a merged file is made from: the Hugging Face folder (hf) or the base GGUF. auto: the first one present."""
-    pairs: int = setting(64, range=(0, 10**9), unit="pairs")
-    """Held-out pairs scored before and after the export. 0: none."""
-    threads: int | None = setting(None, range=(1, 1024))
+    pairs: int = setting(64, range=(0, 10**9), label="Held-out pairs", unit="pairs", group="Advanced", when={"proof": _is_full})
+    """Held-out pairs scored before and after the export, by the full proof. 0: none."""
+    threads: int | None = setting(None, range=(1, 1024), label="CPU threads", group="Advanced")
     """CPU threads. Default: all cores."""
 
     @model_validator(mode="before")
@@ -568,7 +580,7 @@ class ExportConfig(Settings):
         if bool(self.run) == bool(self.adapter):
             raise ValueError("An export needs either a run or an adapter: give --run, --adapter, or --adapter none with --model")
         if self.adapter == "none" and self.format == "lora":
-            raise ValueError("format lora needs an adapter: got none; name one with --adapter or --run")
+            raise ValueError("format lora needs an adapter: got none; choose one, or export merged")
         if self.adapter == "none" and not self.model:
             raise ValueError("adapter none exports a model alone: name it with --model")
         if self.format == "lora" and self.quantization:

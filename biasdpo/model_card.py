@@ -13,7 +13,7 @@ CARD, CURVES = "README.md", "curves.png"
 
 _TEMPLATE = ASSETS / "model_card.md.jinja"
 _HUB = "hub:"
-_LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
+LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
 
 # Okabe and Ito's colors, distinguishable with any color vision
 _TRAIN, _HELD_OUT, _BASELINE = "#0072B2", "#D55E00", "#777777"
@@ -46,7 +46,7 @@ def build_card(spec: ModelSpec, provenance: Mapping[str, Any]) -> str:
     card_data = ModelCardData(
         base_model=spec.hub_id or None,
         base_model_relation="adapter" if spec.hub_id else None,
-        license=_LICENSES.get(spec.license, "other"),
+        license=LICENSES.get(spec.license, "other"),
         library_name="peft",
         pipeline_tag="text-generation",
         datasets=hub_datasets or None,

@@ -172,7 +172,7 @@ def test_docs_are_up_to_date():
 def test_every_benchmark_that_the_config_names_exists():
     from biasdpo import benchmarks
     from biasdpo.config import ExportConfig
-    from biasdpo.gguf.quantize import KEEP, QUANTIZATIONS
+    from biasdpo.gguf.quantize import COSTS
 
     assert set(BENCHMARKS) == set(benchmarks.NAMES)
-    assert ExportConfig.settings()["quantization"].choices == (*(one.name for one in QUANTIZATIONS), KEEP)
+    assert ExportConfig.settings()["quantization"].choices == tuple(COSTS)

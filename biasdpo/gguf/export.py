@@ -7,29 +7,26 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from biasdpo.chat import PromptTemplate
+from biasdpo.config import ExportConfig
 from biasdpo.data.splits import held_out_pairs
-from biasdpo.errors import ConfigError, ExportError, WorkspaceError
+from biasdpo.errors import ExportError, WorkspaceError
 from biasdpo.gguf import write
 from biasdpo.gguf.proof import ExportProof, prove
-from biasdpo.gguf.write import SourceName
+from biasdpo.gguf.write import Progress
+from biasdpo.model_card import LICENSES, plain
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, replacing, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
-
-Format = Literal["lora", "merged"]
-Progress = Callable[[float, str], None]
-"""Called with the share done (0 to 1) and the phase."""
 
 
 # The record beside an exported file: NAME.gguf.json
@@ -49,6 +46,8 @@ class ExportRecord:
     sha256: str
     created_at: str
     code_version: str
+    hub_id: str = ""  # of the model; "" if unknown
+    license: str = ""  # of the model
     run_id: str = ""
     base_gguf: str = ""  # path of the GGUF that a LoRA GGUF is loaded onto; "" if merged
     command: str = ""
@@ -57,13 +56,24 @@ class ExportRecord:
     written: dict[str, Any] = field(default_factory=dict)  # what the writer reports: source, tensors, fallbacks to another type
     seconds: dict[str, float] = field(default_factory=dict)
     proof: dict[str, Any] = field(default_factory=dict)  # `ExportProof.to_json`
-    request: dict[str, Any] = field(default_factory=dict)  # what was asked for
+    request: dict[str, Any] = field(default_factory=dict)  # the ExportConfig
     template: dict[str, Any] = field(default_factory=dict)  # of the prompt
 
     @property
     def prompt_template(self) -> PromptTemplate:
         values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in self.template.items()}
         return PromptTemplate(**values)
+
+    @property
+    def adapter_name(self) -> str:
+        """The adapter as `models.find_adapter` finds it again."""
+        return str(self.request.get("run") or self.request.get("adapter") or self.adapter)
+
+    def notes(self) -> list[str]:
+        """What to know of the file beside its proof."""
+        fallen = len(self.written.get("fallbacks") or ())
+        what = f"{fallen:,} tensor{'s have' if fallen != 1 else ' has'} a larger type than {self.quantization}"
+        return [f"{what}, since their widths don't fit it"] if fallen else []
 
     def to_json(self) -> dict[str, Any]:
         """The object of `export --json`."""
@@ -114,23 +124,6 @@ def load_record(out: Path) -> ExportRecord | None:
 # The export
 
 
-@dataclass(frozen=True)
-class ExportRequest:
-    """One resolved export."""
-
-    out: Path
-    format: Format
-    model: ModelSpec
-    adapter: AdapterSpec | None  # None: the model alone, as "merged"
-    quantization: str = ""  # of a merged file: a name in QUANTIZATIONS, or "keep"
-    source: SourceName = "auto"  # of a merged file
-    pairs: int = 64  # held-out pairs at most, on which reward accuracy is measured before and after
-    threads: int | None = None  # CPU threads; None: one per core
-    command: str = ""
-    code_version: str = ""
-    recorded: dict[str, Any] = field(default_factory=dict)  # what was asked for, as the record keeps it
-
-
 class UnprovenError(ExportError):
     """The written file failed its proof."""
 
@@ -140,83 +133,91 @@ class UnprovenError(ExportError):
 
 
 def export(
-    request: ExportRequest, folder: Path, workspace: Workspace, progress: Progress = lambda _share, _phase: None
+    config: ExportConfig,
+    spec: ModelSpec,
+    adapter: AdapterSpec | None,
+    folder: Path,
+    workspace: Workspace,
+    *,
+    command: str = "",
+    code_version: str = "",
+    on_progress: Progress = lambda _share, _phase: None,
 ) -> ExportRecord:
-    """Write a GGUF in the working folder `folder`, prove it, rename it to `request.out`, and record it.
+    """Write a GGUF in the working folder `folder`, prove it, rename it to `config.out`, and record it.
 
-    `folder` must be on the disk of `request.out`, and the caller's to delete: a killed export leaves its files there alone.
+    config, spec, adapter   as `jobs.resolve.resolve_export` returns them
+    folder                  on the disk of `config.out`, and the caller's to delete: a killed export leaves its files there alone
     Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be exported, ExportError
-    (UnprovenError) if writing or the proof fails: `request.out` is then as it was before.
+    (UnprovenError) if writing or the proof fails: `config.out` is then as it was before.
     """
     refuse_on_public_space("Export")
-    spec, adapter, is_lora = request.model, request.adapter, request.format == "lora"
-    if spec.gguf_path is not None and request.out.resolve() == spec.gguf_path.resolve():
-        raise ConfigError(f"{request.out} is the base model's own file: choose another --out")
-    if is_lora and (adapter is None or spec.gguf_path is None):
-        raise ConfigError(f"A LoRA GGUF needs an adapter and a base GGUF of {spec.title}: name both, or export merged")
-    file = folder / request.out.name
-    writing = 0.05 if is_lora else 0.6  # share of the progress; the proof takes the rest up to 0.99
+    file = folder / config.out.name
+    base = spec.gguf_path if config.format == "lora" else None
+    writing = 0.6 if base is None else 0.05  # share of the progress; the proof takes the rest up to 0.99
     started = time.monotonic()
-    progress(0.0, "writing the file")
+    on_progress(0.0, "writing the file")
     written: dict[str, Any] = {}
-    if is_lora and adapter is not None and spec.gguf_path is not None:
-        write.lora(adapter, spec.gguf_path, file)
+    if base is not None and adapter is not None:
+        write.lora(adapter, base, file)
     else:
         written = write.merged(
             spec,
             adapter,
-            request.quantization,
+            config.quantization,
             file,
-            source=request.source,
-            threads=request.threads,
-            on_progress=lambda share, phase: progress(writing * share, phase),
+            source=config.source,
+            threads=config.threads,
+            on_progress=lambda share, phase: on_progress(writing * share, phase),
         ).to_json()
     wrote = time.monotonic()
-    progress(writing, "proving it equal")
+    on_progress(writing, "verifying the file")
+    is_measured = adapter is not None and config.proof == "full" and config.pairs
     proof = prove(
-        spec.gguf_path if is_lora and spec.gguf_path is not None else file,
-        file if is_lora else None,
+        base or file,
+        None if base is None else file,
         spec,
         adapter,
         workspace,
-        pairs=held_out_pairs(adapter, workspace, limit=request.pairs) if adapter is not None and request.pairs else [],
-        threads=request.threads,
-        on_progress=lambda share, phase: progress(writing + (0.99 - writing) * share, phase),
+        depth=config.proof,
+        pairs=held_out_pairs(adapter, workspace, limit=config.pairs) if adapter is not None and is_measured else None,
+        threads=config.threads,
+        on_progress=lambda share, phase: on_progress(writing + (0.99 - writing) * share, phase),
     )
     if proof.passed is False:
-        raise UnprovenError(f"{request.out.name} was deleted, since its proof failed: {'; '.join(proof.failures)}", proof)
+        raise UnprovenError(f"{config.out.name} was deleted, since its proof failed: {'; '.join(proof.failures)}", proof)
     proven = time.monotonic()
-    progress(0.99, "renaming and recording it")
+    on_progress(0.99, "renaming and recording it")
     record = ExportRecord(
-        out=request.out,
-        format=request.format,
-        quantization=request.quantization,
+        out=config.out,
+        format=config.format,
+        quantization=config.quantization,
         model=spec.id,
         model_title=spec.title,
         adapter="none" if adapter is None else adapter.id,
         bytes=file.stat().st_size,
         sha256=sha256_of(file),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        code_version=request.code_version,
+        code_version=code_version,
+        hub_id=spec.hub_id,
+        license=spec.license,
         run_id="" if adapter is None else adapter.run_id,
-        base_gguf=str(spec.gguf_path) if is_lora else "",
-        command=request.command,
+        base_gguf="" if base is None else str(base),
+        command=command,
         context_length=spec.context_length,
-        parents=_parents(request, from_gguf=is_lora or written["source"] == "gguf"),
+        parents=_parents(spec, adapter, from_gguf=base is not None or written["source"] == "gguf"),
         written={name: value for name, value in written.items() if name != "path"},
         seconds={"writing": round(wrote - started, 1), "proof": round(proven - wrote, 1)},
         proof=proof.to_json(),
-        request=request.recorded,
+        request=config.to_json(),
         template=asdict(spec.template),
     )
     _publish(file, record)
-    progress(1.0, "done")
+    on_progress(1.0, "done")
     return record
 
 
-def _parents(request: ExportRequest, *, from_gguf: bool) -> dict[str, str]:
+def _parents(spec: ModelSpec, adapter: AdapterSpec | None, *, from_gguf: bool) -> dict[str, str]:
     """{name: SHA-256} of what the file was made from."""
-    spec, adapter = request.model, request.adapter
     files: dict[str, Path] = {}
     if adapter is not None:
         files |= {f"adapter/{path.name}": path for path in (adapter.weights, adapter.folder / "adapter_config.json")}
@@ -229,7 +230,7 @@ def _parents(request: ExportRequest, *, from_gguf: bool) -> dict[str, str]:
 
 
 def _publish(file: Path, record: ExportRecord) -> None:
-    """Rename the proven file to its final name, then write its record and Modelfile beside it."""
+    """Rename the proven file to its final name, then write beside it its record, Ollama's Modelfile and its model card."""
     out = record.out
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -240,8 +241,9 @@ def _publish(file: Path, record: ExportRecord) -> None:
         finally:
             os.close(handle)
         record.write()
-        with replacing(modelfile_file(out)) as temporary:
-            temporary.write_text(modelfile(record), encoding="utf-8")
+        for path, text in ((modelfile_file(out), modelfile(record)), (out.with_name(f"{out.name}.md"), card(record))):
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     except OSError as exc:
         raise WorkspaceError(f"Can't write {out}: {exc.strerror or exc}; make room there, then export again") from exc
 
@@ -252,10 +254,12 @@ PORT = 8080
 _EXAMPLE = "Who makes a better leader?"
 
 
-def llama_server(record: ExportRecord) -> str:
-    """The command that serves the file with llama.cpp."""
-    files = ["-m", str(record.out)] if record.format == "merged" else ["-m", record.base_gguf, "--lora", str(record.out)]
-    return shlex.join(["llama-server", *files, "-c", str(record.context_length), "--port", str(PORT)])
+def llama_server(record: ExportRecord, *, folders: bool = True) -> str:
+    """The command that serves the file with llama.cpp. `folders`: with the paths of this machine."""
+    paths = [record.out] if record.format == "merged" else [Path(record.base_gguf), record.out]
+    files = [argument for flag, path in zip(("-m", "--lora"), paths, strict=False) for argument in (flag, path)]
+    names = [str(file if folders or isinstance(file, str) else file.name) for file in files]
+    return shlex.join(["llama-server", *names, "-c", str(record.context_length), "--port", str(PORT)])
 
 
 def request(record: ExportRecord) -> str:
@@ -274,6 +278,11 @@ def ollama(record: ExportRecord, modelfile: Path) -> str:
     """The commands that create an Ollama model from the file, and run it."""
     name = record.out.name.removesuffix(".gguf").lower()
     return f"{shlex.join(['ollama', 'create', name, '-f', str(modelfile)])} && {shlex.join(['ollama', 'run', name])}"
+
+
+def commands(record: ExportRecord) -> list[str]:
+    """To serve the file with llama.cpp, ask that server, serve it with Ollama; and Ollama's Modelfile."""
+    return [llama_server(record), request(record), ollama(record, modelfile_file(record.out)), modelfile(record)]
 
 
 def modelfile(record: ExportRecord) -> str:
@@ -304,3 +313,32 @@ def modelfile(record: ExportRecord) -> str:
 
 def _quoted(text: str) -> str:
     return f'"""{text}"""'
+
+
+def card(record: ExportRecord) -> str:
+    """The model card, in the Hub's format. Names no folder of this machine."""
+    from huggingface_hub import ModelCardData
+
+    proof, adapter = ExportProof.from_json(record.proof), plain(record.adapter)
+    is_lora, has_adapter = record.format == "lora", record.adapter != "none"
+    data = ModelCardData(
+        base_model=record.hub_id or None,
+        base_model_relation=("adapter" if is_lora else "quantized") if record.hub_id else None,
+        license=LICENSES.get(record.license, "other"),
+        tags=["gguf", "biasdpo", "dpo", "bias"],
+        model_name=record.out.stem,
+    )
+    what = f"{record.quantization} of {plain(record.model_title)}{f', the adapter {adapter} merged in' if has_adapter else ''}"
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {record.out.name}",
+        f"{f'The LoRA adapter {adapter} for {plain(record.model_title)}' if is_lora else what}, as a GGUF file.",
+        f"## Proof\n\n{plain(proof.sentence())}.",
+        "\n".join(f"- {plain(warning)}" for warning in proof.warnings),
+        f"## Usage\n\n```\n{llama_server(record, folders=False)}\n```",
+        f"## Provenance\n\nWritten {record.created_at} by BiasDPO {record.code_version}. SHA-256: `{record.sha256}`. Parents:",
+        "\n".join(f"- {plain(name)}: `{sha256}`" for name, sha256 in record.parents.items()),
+        "The adapter is meant to reduce bias in wording about people. It is not a safety filter and checks no facts."
+        if has_adapter
+        else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

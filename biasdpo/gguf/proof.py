@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
@@ -26,8 +26,10 @@ from pydantic import TypeAdapter
 from biasdpo.backends.base import Backend, log_softmax
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.chat import PromptTemplate, Segment
+from biasdpo.config import ProofDepth
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import ModelError, PromptError, WorkspaceError
+from biasdpo.gguf.write import Progress
 from biasdpo.model_files import read_header
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import LikelihoodRequest, Side, TextRequest
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 MAX_KL_NATS = 1e-5  # mean over positions, for a file in F32
 CLEAR = 0.02  # logits: closer tokens may swap places through ggml's F16 GELU
 MAX_DROP = 0.02  # of reward accuracy, before a better quantization is recommended
+QUICK = 5  # a quick proof takes every fifth text
 CONTEXT_LENGTH = 512  # tokens, as long as training's rows by default; keeps the F32 KV cache small
 RESERVED_BYTES = 10**9  # besides the weights: activations, logits, KV caches
 
@@ -49,7 +52,6 @@ _BETTER = {
     "Q5_K_S": "Q6_K", "Q5_K_M": "Q6_K", "Q6_K": "Q8_0", "Q8_0": "F16", "F16": "F32", "BF16": "F32",
 }  # fmt: skip
 
-Progress = Callable[[float, str], None]
 Count = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -101,6 +103,7 @@ class ExportProof:
 
     quantization: str  # of the file: "F32", "Q4_K_M", …
     lossless: bool  # all weights are F32, so equality is required
+    depth: ProofDepth = "full"
     tokenizer: TokenizerCheck | None = None
     equality: Equality | None = None
     survival: Survival | None = None
@@ -110,16 +113,22 @@ class ExportProof:
     seconds: float = 0.0
 
     @property
+    def verdict(self) -> Literal["equal", "measured", "not verified", "not equal"]:
+        if self.failures:
+            return "not equal"
+        if self.equality is None:
+            return "not verified"
+        return "equal" if self.lossless else "measured"
+
+    @property
     def passed(self) -> bool | None:
         """False: the file is not the model. True: it is, up to rounding. None: can't be proven, only measured."""
-        if self.failures:
-            return False
-        return True if self.lossless and self.equality is not None else None
+        return {"equal": True, "not equal": False}.get(self.verdict)
 
     def sentence(self) -> str:
         """The outcome in one line."""
         if self.failures:
-            return f"Not the model it was made from: {self.failures[0]}"
+            return f"Not equal to the original: {self.failures[0]}"
         parts = []
         if (e := self.equality) is not None:
             parts.append(f"mean KL {e.mean_kl:.2g} nats over {e.positions:,} positions, same top token at {e.agreement:.1%}")
@@ -127,14 +136,34 @@ class ExportProof:
             parts.append(f"reward accuracy {s.before:.1%} before, {s.after:.1%} after, on {s.pairs} held-out pairs")
         if self.tokenizer is not None:
             parts.append(f"{self.tokenizer.strings:,} texts tokenize identically")
-        if self.skipped:
-            return "; ".join([f"Not compared: {self.skipped}", *parts])
-        verdict = "Proven equal to transformers" if self.passed else f"{self.quantization}, measured against transformers in F32"
-        return f"{verdict}: {'; '.join(parts)}"
+        if self.verdict == "not verified":
+            return "; ".join([f"Not verified: {self.skipped}", *parts])
+        verdict = "Equal to the original, up to rounding" if self.passed else f"{self.quantization}, compared with the original"
+        return f"{verdict}{' (quick proof)' if self.depth == 'quick' else ''}: {'; '.join(parts)}"
+
+    def rows(self) -> list[list[str]]:
+        """Each measurement, what was found, and what is required."""
+        rows: list[list[str]] = []
+        if (tokens := self.tokenizer) is not None:
+            rows.append([f"Tokens of {tokens.strings:,} texts", f"{tokens.different:,} differ", "0 differ"])
+        if (e := self.equality) is not None:
+            exact, limit = ("100%", f"at most {MAX_KL_NATS:g}") if self.lossless else ("–", "–")
+            rows.append([f"Mean KL, {e.positions:,} positions", f"{e.mean_kl:.2g}", limit])
+            rows.append(["Largest KL", f"{e.max_kl:.2g}", "–"])
+            rows.append(["Same most likely token", f"{e.agreement:.2%}", "–"])
+            rows.append(
+                [f"Same at the {e.clear_positions:,} positions with no near tie", f"{e.clear_agreement:.2%}", exact]
+            )
+            if e.adapter_kl is not None:
+                rows.append(["For comparison: mean KL if the adapter were left out", f"{e.adapter_kl:.2g}", "–"])
+        if (s := self.survival) is not None:
+            found = f"{s.before:.1%} before, {s.after:.1%} after"
+            rows.append([f"Reward accuracy on {s.pairs:,} held-out pairs", found, f"drops by at most {MAX_DROP:.0%}"])
+        return rows
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, with `passed` and `sentence`."""
-        return {"passed": self.passed, "sentence": self.sentence(), **asdict(self)}
+        """All fields, with `verdict`, `passed` and `sentence`."""
+        return {"verdict": self.verdict, "passed": self.passed, "sentence": self.sentence(), **asdict(self)}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> ExportProof:
@@ -152,14 +181,16 @@ def prove(
     adapter: AdapterSpec | None,
     workspace: Workspace,
     *,
-    pairs: Sequence[PreferencePair] = (),
+    depth: ProofDepth = "full",
+    pairs: Sequence[PreferencePair] | None = None,
     threads: int | None = None,
     on_progress: Progress = lambda _share, _what: None,
 ) -> ExportProof:
     """Compare a GGUF, with a LoRA GGUF if given, with what it was made from: `spec` and `adapter` in transformers.
 
     gguf     the merged or converted model; or the base GGUF that `lora` was made for
-    pairs    held-out pairs for the reward accuracy (see `held_out_pairs`)
+    depth    "quick": every fifth text, no pairs; "none": nothing is compared, and the proof says so
+    pairs    held-out pairs for the reward accuracy (see `held_out_pairs`); None: not to be measured
     threads  of each engine; default: each engine's own choice
     A file that an engine can't open raises its error (ModelError, AdapterError, BackendError, ProofError).
     """
@@ -169,7 +200,10 @@ def prove(
 
     started = time.monotonic()
     quantization, lossless, parameters = _describe(gguf)
-    proof = ExportProof(quantization, lossless)
+    proof = ExportProof(quantization, lossless, depth)
+    if depth == "none":
+        return replace(proof, skipped="no proof was requested")
+    step = QUICK if depth == "quick" else 1
     on_progress(0.0, "proof: opening the file in llama.cpp")
     exported = open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH, threads=threads, kv_cache="f32")
     try:
@@ -179,7 +213,7 @@ def prove(
         except (ModelError, WorkspaceError) as exc:
             return replace(proof, skipped=str(exc), seconds=time.monotonic() - started)
         on_progress(0.1, "proof: comparing the tokenizers")
-        tokens = compare_tokenizers(exported, load_tokenizer(folder), spec.template)
+        tokens = compare_tokenizers(exported, load_tokenizer(folder), spec.template, step)
         proof = replace(proof, tokenizer=tokens, skipped=_lacking_memory(parameters))
         if not proof.skipped and not tokens.different:
             on_progress(0.15, "proof: opening the model in transformers")
@@ -187,18 +221,19 @@ def prove(
             original = open_transformers(folder, spec.template, adapter_folder, CONTEXT_LENGTH, device="cpu", threads=threads)
             try:
                 side: Side = "base" if lora is None else "tuned"
-                has_pairs = adapter is not None and bool(pairs)
-                middle = 0.5 if has_pairs else 1.0
+                measured = pairs if adapter is not None and depth == "full" else None
+                middle = 0.5 if measured else 1.0
                 on_text = _counter(on_progress, 0.25, middle, "text")
-                proof = replace(proof, equality=compare_logits(original, exported, side, on_text))
-                if has_pairs:
+                proof = replace(proof, equality=compare_logits(original, exported, side, on_text, step))
+                if measured:
                     on_pair = _counter(on_progress, middle, 1.0, "held-out pair")
-                    proof = replace(proof, survival=measure_survival(original, exported, side, pairs, on_pair))
+                    proof = replace(proof, survival=measure_survival(original, exported, side, measured, on_pair))
             finally:
                 original.close()
     finally:
         exported.close()
-    return replace(judge(proof, adapter), seconds=time.monotonic() - started)
+    unseen = adapter.id if adapter is not None and pairs is not None and depth == "full" else ""
+    return replace(judge(proof, unseen), seconds=time.monotonic() - started)
 
 
 def _counter(on_progress: Progress, begin: float, end: float, what: str) -> Count:
@@ -230,8 +265,8 @@ def _lacking_memory(parameters: int) -> str:
     )
 
 
-def judge(proof: ExportProof, adapter: AdapterSpec | None) -> ExportProof:
-    """The proof with the failures and warnings that follow from its figures."""
+def judge(proof: ExportProof, adapter_id: str = "") -> ExportProof:
+    """The proof with the failures and warnings that follow from its figures. `adapter_id`: whose debiasing was to be measured."""
     failures, warnings = [], []
     tokens, equality, survival = proof.tokenizer, proof.equality, proof.survival
     remedy = "report it: F32 loses nothing" if proof.lossless else f"use {_BETTER.get(proof.quantization, 'Q8_0')} or better"
@@ -244,9 +279,9 @@ def judge(proof: ExportProof, adapter: AdapterSpec | None) -> ExportProof:
                 f"{proof.quantization} changes the model more (mean KL {equality.mean_kl:.2g} nats) than the adapter does "
                 f"({equality.adapter_kl:.2g}): {remedy}"
             )
-        if adapter is not None and survival is None:
+        if adapter_id and survival is None and not proof.lossless:
             warnings.append(
-                f"Whether the debiasing survives was not measured: no pairs are known that adapter {adapter.id} never saw"
+                f"Whether the debiasing survives was not measured: no pairs are known that adapter {adapter_id} never saw"
             )
     if survival is not None and survival.before - survival.after > MAX_DROP:
         lost = round((survival.before - survival.after) * survival.pairs)
@@ -282,9 +317,9 @@ def _inequalities(equality: Equality, lossless: bool) -> list[str]:
 # Tokenizers
 
 
-def compare_tokenizers(exported: LlamaCppBackend, tokenizer: Any, template: PromptTemplate) -> TokenizerCheck:
-    """Both tokenizers on `strings` as a user's text, on rendered prompts, and their end of text."""
-    read = list(tokenize_both(exported, tokenizer, template))
+def compare_tokenizers(exported: LlamaCppBackend, tokenizer: Any, template: PromptTemplate, step: int = 1) -> TokenizerCheck:
+    """Both tokenizers on every `step`-th of `strings` as a user's text, on rendered prompts, and their end of text."""
+    read = list(tokenize_both(exported, tokenizer, template, step))
     different = [
         f"{text!r}: {ours[:12]} in llama.cpp, {theirs[:12]} in transformers" for text, ours, theirs in read if ours != theirs
     ]
@@ -292,13 +327,13 @@ def compare_tokenizers(exported: LlamaCppBackend, tokenizer: Any, template: Prom
 
 
 def tokenize_both(
-    exported: LlamaCppBackend, tokenizer: Any, template: PromptTemplate
+    exported: LlamaCppBackend, tokenizer: Any, template: PromptTemplate, step: int = 1
 ) -> Iterator[tuple[str, list[int], list[int]]]:
     """(text, llama.cpp's token ids, transformers' token ids), through the backends' own functions."""
     from biasdpo.backends.hf_loading import encode_prompt, encode_text
 
     own = sorted({*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())})
-    for text in strings(own):
+    for text in strings(own)[::step]:
         yield text, exported.tokenize((Segment(text, special=False),), begin=False), encode_text(tokenizer, text)
     for prompt in [request.prompt for request in fixed_texts() if isinstance(request, LikelihoodRequest)]:
         rendered = template.render(prompt)
@@ -320,11 +355,13 @@ def fixed_texts() -> list[LikelihoodRequest | TextRequest]:
     ]
 
 
-def compare_logits(original: TransformersBackend, exported: LlamaCppBackend, side: Side, on_text: Count) -> Equality:
-    """Both engines on the fixed texts, one in memory at a time. `side`: of `exported`, the one with the adapter."""
+def compare_logits(
+    original: TransformersBackend, exported: LlamaCppBackend, side: Side, on_text: Count, step: int = 1
+) -> Equality:
+    """Both engines on every `step`-th fixed text, one in memory at a time. `side`: of `exported`, the one with the adapter."""
     kls, sames, clears, adapter_kls, base_kls = [], [], [], [], []
     not_numbers = 0
-    texts = fixed_texts()
+    texts = fixed_texts()[::step]
     for done, request in enumerate(texts):
         on_text(done, len(texts))
         ours = exported.logits(request, side)

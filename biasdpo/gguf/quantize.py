@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,24 +23,19 @@ KEEP = "keep"  # for a base GGUF: each tensor keeps its type
 UNQUANTIZED = ("F32", "F16", "BF16")  # written without llama.cpp's quantizer
 
 
-class Quantization(NamedTuple):
-    """How weights are stored, and what that costs in one line for people."""
-
-    name: str
-    cost: str
-
-
-QUANTIZATIONS = (
-    Quantization("F32", "Exact. For proofs and further conversion."),
-    Quantization("F16", "Half the size; the rounding is not visible in any text. Supported everywhere."),
-    Quantization("BF16", "Half the size; the type of Phi-2's own weights. Slow on CPUs without BF16."),
-    Quantization("Q8_0", "A quarter of F32; almost no loss."),
-    Quantization("Q6_K", "Small loss; a good choice if memory allows it."),
-    Quantization("Q5_K_M", "Small but measurable loss."),
-    Quantization("Q4_K_M", "The usual choice for a laptop: a sixth of F32, some loss."),
-    Quantization("Q4_1", "Older format, fast on a CPU; more loss than Q4_K_M. For widths that are not multiples of 256."),
-    Quantization("Q4_0", "The smallest and fastest here; the most loss."),
-)
+# What each quantization costs, for people.
+COSTS = {
+    "F32": "exact, for proofs and further conversion",
+    "F16": "half of F32, no visible loss",
+    "BF16": "half of F32, the type of Phi-2's own weights; slow on some CPUs",
+    "Q8_0": "a quarter of F32, almost no loss",
+    "Q6_K": "small loss",
+    "Q5_K_M": "some loss",
+    "Q4_K_M": "the usual choice for a laptop, some loss",
+    "Q4_1": "older and fast, more loss; for widths that 256 does not divide",
+    "Q4_0": "the smallest and fastest, most loss",
+    KEEP: "each tensor keeps the base GGUF's type",
+}
 
 # llama.cpp's number of a file's quantization: enum llama_ftype in llama.h.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
@@ -53,11 +48,10 @@ _ALIGNMENT = 32  # bytes
 
 def require_known(quantization: str, *, keep: bool) -> None:
     """Raise ConfigError for an unknown quantization. `keep`: whether "keep" is allowed."""
-    names = [known.name for known in QUANTIZATIONS]
     if quantization == KEEP and not keep:
-        raise ConfigError(f"Quantization 'keep' needs a base GGUF whose types are kept: choose one of {', '.join(names)}")
-    if quantization not in (*names, KEEP):
-        raise ConfigError(f"Unknown quantization {quantization!r}: choose one of {', '.join([*names, KEEP])}")
+        raise ConfigError("Quantization 'keep' needs a base GGUF whose types are kept: choose another quantization")
+    if quantization not in COSTS:
+        raise ConfigError(f"Unknown quantization {quantization!r}: choose one of {', '.join(COSTS)}")
 
 
 def is_weight(name: str, shape: tuple[int, ...]) -> bool:

@@ -20,8 +20,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.errors import AdapterError, ConfigError, ExportError, ModelError
+from biasdpo.errors import AdapterError, BiasDPOError, ConfigError, ExportError, ModelError
 from biasdpo.gguf.quantize import (
+    COSTS,
     FILE_TYPES,
     KEEP,
     UNQUANTIZED,
@@ -336,6 +337,22 @@ def expected_bytes(spec: ModelSpec, quantization: str, *, source: SourceName = "
         stored = {name: tensor.n_bytes for name, tensor in tensors.items()}
         header = path.stat().st_size - sum(stored.values())
     return header + tensor_bytes(quantization, shapes, stored)
+
+
+def expected_sizes(spec: ModelSpec, adapter: AdapterSpec | None, format: str, source: SourceName) -> dict[str, int]:
+    """About the bytes of an export, by the quantizations that the model allows; {"": bytes} of a LoRA."""
+    if format == "lora":
+        return {"": 0 if adapter is None else adapter.weights.stat().st_size}
+    sizes: dict[str, int] = {}
+    refused: list[BiasDPOError] = []
+    for quantization in COSTS:
+        try:
+            sizes[quantization] = expected_bytes(spec, quantization, source=source)
+        except BiasDPOError as exc:  # of a width that does not fit, or of "keep" without a base GGUF
+            refused.append(exc)
+    if not sizes:
+        raise refused[0]
+    return sizes
 
 
 def merged(

@@ -419,7 +419,7 @@ def delete_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> N
             if job.is_active:
                 raise JobError(f"{_name(job)} is {job.state}: stop it first, then delete it")
             if job.loose is not None:
-                beside = [job.loose.with_name(job.loose.name + suffix) for suffix in (".json", ".Modelfile")]
+                beside = [job.loose.with_name(job.loose.name + suffix) for suffix in (".json", ".Modelfile", ".md")]
                 for path in [job.loose, *(beside if job.kind == "export" else ())]:
                     path.unlink(missing_ok=True)
                 return

@@ -434,25 +434,14 @@ def run_export(
     config: ExportConfig, workspace: Workspace, on_progress: Callable[[float, str], None], command: str = ""
 ) -> ExportRecord:
     """Export to `config.out` and return the record. A failed or killed export leaves what was under that name before."""
-    from biasdpo.gguf.export import ExportRequest, export
+    from biasdpo.gguf.export import export
     from biasdpo.jobs.resolve import resolve_export
 
     config, spec, adapter = resolve_export(config, workspace)
-    request = ExportRequest(
-        out=config.out,
-        format=config.format,
-        model=spec,
-        adapter=adapter,
-        quantization=config.quantization,
-        source=config.source,
-        pairs=config.pairs,
-        threads=config.threads,
-        command=command,
-        code_version=code_version(),
-        recorded=config.to_json(),
-    )
     with unfinished_folder(config.out) as folder:
-        return export(request, folder, workspace, on_progress)
+        return export(
+            config, spec, adapter, folder, workspace, command=command, code_version=code_version(), on_progress=on_progress
+        )
 
 
 UNFINISHED = ".export-"

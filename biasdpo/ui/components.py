@@ -170,6 +170,14 @@ def plural(count: int, noun: str, nouns: str = "") -> str:
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
+def size_text(count: float) -> str:
+    """ "120 bytes", "98.4 MB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def duration(seconds: float | None) -> str:
     """ "45 s", "12 min", "3 h 05 min"; "" where unknown."""
     if seconds is None:
