@@ -575,6 +575,7 @@ class LabelSession:
         self.shown: BlindPair | None = None
         self.token = ""
         self.judged: list[Judged] = []
+        self.goal = 24  # verdicts
         self.lock = threading.Lock()
         self.used_at = time.monotonic()
         self._reader = reader

@@ -6,7 +6,7 @@ import re
 
 _END = re.compile(r"""(?:[.!?…]+|[。！？]+)["'”’»)\]*_]*(?=\s|$)|[。！？]+[”’」』）]*""")
 _ABBREVIATION = re.compile(
-    r"m(r|rs|s|x|t)|dr|prof|rev|hon|st|[sj]r|sen|rep|gov|gen|col|lt|sgt|capt|vs|approx|dept|est|fig|nos?|vol|pp|eds?|inc|ltd|co"
+    r"m(r|rs|s|x|t)|dr|prof|rev|hon|st|[sj]r|sen|rep|gov|gen|col|lt|sgt|capt|vs|approx|dept|est|fig|nos|vol|pp|eds?|inc|ltd|co"
     r"|corp|e\.g|i\.e|cf|viz|al|jan|feb|mar|apr|ju[nl]|aug|sept?|oct|nov|dec|u\.[skn]|d\.c|ph\.d|[mb]\.[ad]|[ap]\.m",
     re.IGNORECASE,
 )
@@ -36,6 +36,8 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     line = text[: match.start()].rpartition("\n")[2]
     word = line.split()[-1].lstrip("\"'“‘«([*_") if line.split() else ""
     if word.isdigit() and (not rest or line.strip(" -*_#>") == word):  # "2." of a list; "3." that may become "3.5"
+        return False
+    if word.casefold() == "no" and rest[:1].isdigit():  # "No. 5"
         return False
     is_initial = len(word) == 1 and word.isalpha() and word != "I"
     return bool(word) and not is_initial and not _ABBREVIATION.fullmatch(word)

@@ -15,9 +15,10 @@ from typing import Any
 
 import gradio as gr
 
+from biasdpo.data.exporting import ANNOTATIONS_LICENSE
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
-from biasdpo.errors import BiasDPOError
+from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.workspace import Workspace
 
 Updates = dict[Any, Any]
@@ -103,6 +104,10 @@ def handles(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 CONSENT = "2026-11"
 """Version of the text that annotators agree to."""
+CONSENT_TEXT = f"""These texts can be prejudiced, false or hurtful. **What is stored with a verdict:** the pair, your edits, category and
+note, the time you took, your nickname, and a random code of this browser, by which you can withdraw your verdicts later. They are used to
+train models and may be published under
+[{ANNOTATIONS_LICENSE.replace("-", " ").upper()}](https://creativecommons.org/licenses/by/4.0/)."""
 _MAX_NICKNAME = 80
 
 
@@ -139,7 +144,9 @@ def annotator_of(identity: Any) -> Annotator:
 
 
 def agree(identity: Any, nickname: str) -> dict[str, str]:
-    """The browser's new memory after its annotator has agreed."""
+    """The browser's new memory after its annotator has agreed. ConfigError without a nickname."""
+    if not isinstance(nickname, str) or not nickname.strip():
+        raise ConfigError("Enter a nickname first, so that your verdicts can be told from others'")
     secret = annotator_of(identity).secret or secrets.token_hex(16)
     return {"annotator": nickname.strip()[:_MAX_NICKNAME], "consent": CONSENT, "secret": secret}
 
