@@ -22,8 +22,11 @@
   const isTimer = (callback) => /performance\.now\(\)-.{1,9}\)\/1e3/.test(String(callback));
   window.requestAnimationFrame = (callback) => (isTimer(callback) && !document.querySelector(".progress-text") ? 0 : nextFrame(callback));
 
-  // The address names the open tab, so that a reload shows it again.
+  // The address names the open tab, so that a reload shows it again. The first call is Gradio's own selection of the first tab, before
+  // the page has read its address.
+  let isOpen = false;
   window.bdAddress = (tab) => {
+    if (!isOpen) { isOpen = true; return; }
     const url = new URL(window.location);
     url.search = tab === "compare" ? "" : `?tab=${tab}`;
     history.replaceState(history.state, "", url);

@@ -25,7 +25,7 @@ Updates = dict[Any, Any]
 """New values by component, as Gradio's handlers return them."""
 
 QUICK: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-"""For handlers that answer at once: they wait for no other visitor. Through Gradio's queue, which carries `gr.Error` as a message."""
+"""For handlers that answer at once: they wait for no other visitor. Through Gradio's queue, which carries `gr.Error`."""
 
 TABS = {"compare": "Compare", "label": "Label", "dataset": "Dataset", "train": "Train", "measure": "Measure", "export": "Export"}
 """The loop's steps in their order: tab id and title."""
@@ -104,9 +104,9 @@ def handles(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 CONSENT = "2026-11"
 """Version of the text that annotators agree to."""
-CONSENT_TEXT = f"""These texts can be prejudiced, false or hurtful. **What is stored with a verdict:** the pair, your edits, category and
-note, the time you took, your nickname, and a random code of this browser, by which you can withdraw your verdicts later. They are used to
-train models and may be published under
+CONSENT_TEXT = f"""These texts can be prejudiced, false or hurtful. **What is stored with a verdict:** the pair, your edits,
+category and note, the time you took, your nickname, and a random code of this browser, by which you can withdraw your verdicts
+later. They are used to train models and may be published under
 [{ANNOTATIONS_LICENSE.replace("-", " ").upper()}](https://creativecommons.org/licenses/by/4.0/)."""
 _MAX_NICKNAME = 80
 
@@ -141,6 +141,14 @@ def annotator_of(identity: Any) -> Annotator:
     if identity.get("consent") != CONSENT or not isinstance(nickname, str) or not isinstance(secret, str):
         return Annotator(secret=secret if isinstance(secret, str) else "")
     return Annotator(nickname.strip()[:_MAX_NICKNAME], secret[:64])
+
+
+def agreed_annotator(identity: Any) -> Annotator:
+    """The annotator, who must have agreed."""
+    annotator = annotator_of(identity)
+    if not annotator.agreed:
+        raise ConfigError("Enter a nickname and agree to what is stored before you judge")
+    return annotator
 
 
 def agree(identity: Any, nickname: str) -> dict[str, str]:
