@@ -10,7 +10,7 @@ from biasdpo.data.health import Confounds, Meter, load_overlap
 from biasdpo.data.journal import Journal, Row, journal_of
 from biasdpo.data.summary import Agreement, Page, Query, agreement, cell_counts, choices, query
 from biasdpo.errors import BiasDPOError
-from biasdpo.workspace import Workspace
+from biasdpo.workspace import Workspace, is_public_space
 
 
 class DatasetReader:
@@ -48,9 +48,20 @@ class DatasetReader:
         """Number of judgments by category and target group."""
         return cell_counts(self.standing())
 
-    def judged_by(self, annotator: str) -> list[Row]:
-        """An annotator's standing judgments in their order."""
-        return [row for row in self.standing() if annotator and row["annotator"] == annotator]
+    def own(self, browser: str, annotator: str) -> list[Row]:
+        """The standing judgments that were made in a browser, oldest first."""
+        return [row for row in self.standing() if self.is_own(row, browser, annotator)]
+
+    @staticmethod
+    def is_own(row: Row, browser: str, annotator: str) -> bool:
+        """Whether a judgment was made in the browser with this hash (see `JudgmentMeta`).
+
+        Rows of old versions have no browser: they belong to their nickname, except on a public Space, where anyone can take it.
+        """
+        if row["meta"]["browser"]:
+            return bool(row["meta"]["browser"] == browser)
+        own_name = bool(annotator) and row["annotator"] == annotator and row["source"] in ("label", "compare")
+        return own_name and not is_public_space()
 
     def agreement(self) -> Agreement:
         """How consistent annotators are with themselves and each other."""

@@ -16,16 +16,17 @@ from typing import Any
 import gradio as gr
 
 from biasdpo import models
+from biasdpo.data.exporting import ANNOTATIONS_LICENSE
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
-from biasdpo.errors import BiasDPOError
+from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.workspace import Workspace
 
 Updates = dict[Any, Any]
 """New values by component, as Gradio's handlers return them."""
 
 QUICK: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-"""For handlers that answer at once: they wait for no other visitor. Through Gradio's queue, which carries `gr.Error` as a message."""
+"""For handlers that answer at once: they wait for no other visitor. Through Gradio's queue, which carries `gr.Error`."""
 
 TABS = {"compare": "Compare", "label": "Label", "dataset": "Dataset", "train": "Train", "measure": "Measure", "export": "Export"}
 """The loop's steps in their order: tab id and title."""
@@ -104,6 +105,10 @@ def handles(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 CONSENT = "2026-11"
 """Version of the text that annotators agree to."""
+CONSENT_TEXT = f"""These texts can be prejudiced, false or hurtful. **What is stored with a verdict:** the pair, your edits,
+category and note, the time you took, your nickname, and a random code of this browser, by which you can withdraw your verdicts
+later. They are used to train models and may be published under
+[{ANNOTATIONS_LICENSE.replace("-", " ").upper()}](https://creativecommons.org/licenses/by/4.0/)."""
 _MAX_NICKNAME = 80
 
 
@@ -139,8 +144,18 @@ def annotator_of(identity: Any) -> Annotator:
     return Annotator(nickname.strip()[:_MAX_NICKNAME], secret[:64])
 
 
+def agreed_annotator(identity: Any) -> Annotator:
+    """The annotator, who must have agreed."""
+    annotator = annotator_of(identity)
+    if not annotator.agreed:
+        raise ConfigError("Enter a nickname and agree to what is stored before you judge")
+    return annotator
+
+
 def agree(identity: Any, nickname: str) -> dict[str, str]:
-    """The browser's new memory after its annotator has agreed."""
+    """The browser's new memory after its annotator has agreed. ConfigError without a nickname."""
+    if not isinstance(nickname, str) or not nickname.strip():
+        raise ConfigError("Enter a nickname first, so that your verdicts can be told from others'")
     secret = annotator_of(identity).secret or secrets.token_hex(16)
     return {"annotator": nickname.strip()[:_MAX_NICKNAME], "consent": CONSENT, "secret": secret}
 
