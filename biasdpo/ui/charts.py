@@ -22,3 +22,25 @@ def themed(figure: Any, *, height: int = 260) -> Any:
     figure.update_xaxes(gridcolor="rgba(127,127,127,0.2)", zeroline=False)
     figure.update_yaxes(gridcolor="rgba(127,127,127,0.2)", zeroline=False)
     return figure
+
+
+# Dataset
+
+_MOST_BARS = 12
+
+
+def counted(title: str, numbers: dict[str, int]) -> Any:
+    """Bars of a count by name, or by day: {"gender": 12, ...} in the order to show. Names are text, never markup."""
+    import html
+
+    from plotly import graph_objects
+
+    names = list(numbers)[:_MOST_BARS] if title != "Judgments per day" else list(numbers)
+    labels = [html.escape(name if len(name) <= 24 else name[:23] + "…") for name in names]
+    figure = graph_objects.Figure(graph_objects.Bar(x=labels, y=[numbers[name] for name in names], marker_color=TUNED))
+    figure.update_layout(title={"text": title, "font": {"size": 13}})
+    if title != "Judgments per day":
+        figure.update_xaxes(type="category")
+    if rest := sum(numbers.values()) - sum(numbers[name] for name in names):
+        figure.update_xaxes(title=f"{rest:,} more in others")
+    return themed(figure, height=230)
