@@ -331,19 +331,45 @@ def dataset_export(
     print_row(done.to_json(), text, as_json=as_json)
 
 
-@dataset.command("retract")
-def dataset_retract(
-    id: Annotated[str, Argument(metavar="ID", help="A judgment's id, as in an export or in the dataset table.")],
+@dataset.command("edit")
+def dataset_edit(
+    ids: Annotated[list[str], Argument(metavar="ID...", help="Judgments' ids, as in an export or in the dataset table.")],
+    settings: Annotated[
+        list[str],
+        Option(
+            "--set",
+            metavar="COLUMN=TEXT",
+            help="The column's new text: prompt, chosen, rejected, category, target_group or note. Repeatable.",
+        ),
+    ],
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Retract a judgment: it stays in the journal, but no longer counts."""
+    """Change judgments: each is retracted, and one with the changes takes its place."""
     from biasdpo.data import journal
 
-    judgment = journal.retract(open_workspace(workspace), id)
-    row = {"id": judgment.id, "retracts": judgment.retracts, "pair_id": judgment.pair_id}
-    text = f"{judgment.retracts}: retracted; training, statistics and exports leave it out"
-    print_row(row, text, as_json=as_json)
+    changes = {column: text for column, _equals, text in (setting.partition("=") for setting in settings)}
+    edited = journal.edit(open_workspace(workspace), ids, changes)
+    print_row({"edited": edited}, "\n".join((f"{len(edited):,} edited", *edited)), as_json=as_json)
+
+
+@dataset.command("retract")
+def dataset_retract(
+    ids: Annotated[
+        list[str] | None, Argument(metavar="[ID...]", help="Judgments' ids, as in an export or in the dataset table.")
+    ] = None,
+    source: Annotated[str, Option("--import", metavar="NAME", help="Undo a whole import: all that stands of import:NAME.")] = "",
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Retract judgments: they stay in the journal, but no longer count."""
+    from biasdpo.data import journal
+
+    if bool(ids) == bool(source):
+        raise ConfigError("Name judgments by their ids, or an import with --import NAME")
+    folder = open_workspace(workspace)
+    count = journal.undo_import(folder, f"import:{source}") if source else journal.withdraw(folder, ids or ())
+    print_row({"retracted": count}, f"{count:,} retracted; training, statistics and exports leave them out", as_json=as_json)
 
 
 # Training

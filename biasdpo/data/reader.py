@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from biasdpo.data.health import Confounds, Meter, load_overlap
-from biasdpo.data.journal import Journal, Row, journal_of
-from biasdpo.data.summary import Agreement, Page, Query, agreement, cell_counts, choices, query
+from biasdpo.data.journal import Journal, Row, journal_of, replacement
+from biasdpo.data.summary import Agreement, Page, Query, agreement, cell_counts, choices, find, query
 from biasdpo.errors import BiasDPOError
 from biasdpo.workspace import Workspace, is_public_space
 
@@ -71,6 +71,16 @@ class DatasetReader:
         """One page of the judgments that match, newest first."""
         return query(self._read(), wanted, number, page_rows)
 
+    def ids(self, wanted: Query) -> list[str]:
+        """The ids of the standing judgments that match."""
+        found, retractions = find(self._read(), wanted)
+        return [row["id"] for row in found if row["id"] not in retractions]
+
+    def imports(self) -> dict[str, int]:
+        """The imports of which something stands, the latest first: source and number of judgments."""
+        counted = Counter(row["source"] for row in self.standing() if row["source"].startswith("import:"))
+        return dict(reversed(counted.items()))
+
     def choices(self) -> dict[str, Counter[str]]:
         """The values to filter by, and their counts, by column."""
         return choices(self._read())
@@ -82,6 +92,16 @@ class DatasetReader:
         if row is None:
             return None
         return row, next((other for other in rows if other["retracts"] == judgment_id), None)
+
+    def earlier_versions(self, judgment_id: str) -> list[Row]:
+        """What a judgment was before each edit, the latest first."""
+        journal = self._read()
+        rows, _mark = journal.since((0, 0))
+        before = {replacement(row): row["retracts"] for row in rows if row["verdict"] == "retracted"}
+        versions = []
+        while (judgment_id := before.get(judgment_id, "")) in journal.rows:
+            versions.append(journal.rows[judgment_id])
+        return versions
 
     def bad_lines(self) -> int:
         """Number of lines that can't be read."""

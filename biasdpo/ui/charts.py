@@ -269,3 +269,23 @@ def _add_ideal(add_line: Callable[..., Any], better: str, axis: str) -> None:
         add_line(
             **place, line={"dash": "dot", "color": BASE, "width": 1}, annotation_text="ideal", annotation_position="bottom right"
         )
+
+
+# Dataset
+
+_MOST_BARS = 12
+
+
+def counted(title: str, numbers: dict[str, int]) -> Any:
+    """Bars of a count by name, or by day: {"gender": 12, ...} in the order to show. Names are text, never markup."""
+    from plotly import graph_objects
+
+    names = list(numbers)[:_MOST_BARS] if title != "Judgments per day" else list(numbers)
+    labels = [html.escape(name if len(name) <= 24 else name[:23] + "…") for name in names]
+    figure = graph_objects.Figure(graph_objects.Bar(x=labels, y=[numbers[name] for name in names], marker_color=TUNED))
+    figure.update_layout(title={"text": title, "font": {"size": 13}})
+    if title != "Judgments per day":
+        figure.update_xaxes(type="category")
+    if rest := sum(numbers.values()) - sum(numbers[name] for name in names):
+        figure.update_xaxes(title=f"{rest:,} more in others")
+    return themed(figure, height=230)
