@@ -42,17 +42,19 @@ from biasdpo.backends.base import (
     VisitorQueue,
     check_prompt_fits,
     check_scorable,
+    log_softmax,
     missing_side,
     prove,
 )
 from biasdpo.backends.prefixes import Row, TokenPath, lay_out, sort_paths, split_into_rows, trunk_length
 from biasdpo.benchmarks.toxicity import ToxicityScorer, name_of_classifier
-from biasdpo.chat import PromptTemplate
+from biasdpo.chat import BARE, PromptTemplate, Turn
 from biasdpo.models import AdapterSpec, check_fits_file
 from biasdpo.records import (
     ContinuationRequest,
     FinishReason,
     Likelihood,
+    LikelihoodRequest,
     Proof,
     Request,
     Sampling,
@@ -172,6 +174,7 @@ class TransformersBackend:
         side: Side,
         *,
         system: str = "",
+        history: Sequence[Turn] = (),
         strength: float = 1.0,
         template: PromptTemplate | None = None,
         cancellation: Cancellation | None = None,
@@ -181,7 +184,7 @@ class TransformersBackend:
         template = template or self.template
         self._check(side, strength)
         with self._tokenizer_lock:
-            tokens = hf_loading.encode_prompt(self._tokenizer, template, prompt, system)
+            tokens = hf_loading.encode_prompt(self._tokenizer, template, prompt, system, history)
         check_prompt_fits(tokens, self.context_length)
         with hf_loading.released_errors():
             try:
@@ -250,6 +253,14 @@ class TransformersBackend:
         with hf_loading.released_errors():
             return self._shared.compute(_row_strength(side, strength), partial(logits_of, given=given, scored=scored))
 
+    def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
+        """See `backends.base.Backend.score_tokens`."""
+        _given, scored = self._request_tokens(request)
+        logps = log_softmax(self.logits(request, side, strength=strength))[np.arange(len(scored)), scored]
+        shown = CompletionText(self._decode, BARE)
+        pieces = [shown.add(token, final=i == len(scored))[0] for i, token in enumerate(scored, start=1)]
+        return list(zip(pieces, map(float, logps), strict=True))
+
     def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
         """(given, scored) token ids of a request."""
         with self._tokenizer_lock:
@@ -259,7 +270,7 @@ class TransformersBackend:
             elif isinstance(request, ContinuationRequest):
                 given, scored = hf_loading.encode_continuation(self._tokenizer, request.context, request.continuation)
             else:
-                given = hf_loading.encode_prompt(self._tokenizer, self.template, request.prompt, request.system)
+                given = hf_loading.encode_prompt(self._tokenizer, self.template, request.prompt, request.system, request.history)
                 scored = hf_loading.encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
         check_scorable(given, scored, self.context_length)
         return given, scored
