@@ -35,7 +35,21 @@
     history.replaceState(history.state, "", url);
   };
 
-  // Compare: keys
+  // Compare: Ctrl+Enter generates (in the follow-up field: asks both), Esc stops.
+  const press = (id) => {
+    const button = document.getElementById(id);
+    if (!button || button.disabled || button.offsetParent === null) return false;
+    button.click();
+    return true;
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      const inFollowUp = event.target instanceof Element && event.target.closest("#follow-up");
+      if (!press(inFollowUp ? "ask-both" : "generate")) return;
+      event.preventDefault();
+      event.stopPropagation();
+    } else if (event.key === "Escape" && !document.querySelector("[role=listbox]")) press("stop");
+  }, true);
 
   // (end of Compare)
 

@@ -279,6 +279,11 @@ class Generation:
         self._ended = False
         self._error: BaseException | None = None
 
+    @property
+    def pair(self) -> GenerationPair | None:
+        """The latest pair, if anything was generated."""
+        return self._latest if isinstance(self._latest, GenerationPair) else None
+
     def start(self, pool: EnginePool, key: EngineKey, prompt: str, sampling: Sampling, **settings: Any) -> None:
         """Load the engine if necessary and generate; `settings` as in `stream_pair`. Call it once."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -40,6 +40,11 @@ class PairSettings:
                 raise ConfigError(f"{name} must be text: got {type(value).__name__}; send a string")
         named = {name: value or "" for name, value in texts.items()} | {"model": model or "auto"}
         return cls(**named, strength=check_strength(strength), sampling=Sampling(*sampling))
+
+    def values(self) -> list[Any]:
+        """The fields in the order of `checked`."""
+        sampling = [getattr(self.sampling, field.name) for field in fields(Sampling)]
+        return [self.prompt, self.model, self.adapter, self.system, self.strength, *sampling]
 
     def to_query(self) -> str:
         """The query string ("?prompt=...") that names these settings; ConfigError if it is too long for an address."""

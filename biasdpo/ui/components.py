@@ -8,10 +8,11 @@ import html
 import inspect
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import gradio as gr
 
@@ -219,3 +220,33 @@ def escape(text: str) -> str:
     """Someone else's text inside Markdown: shown as it is, neither markup nor HTML."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|>~$" else c for c in text)
     return html.escape(escaped, quote=False).replace("&gt;", ">")
+
+
+# Models by name
+
+
+def pasted(name: str | None) -> str:
+    """A name or path as typed or pasted: file managers put quotes around it, or file:// before it."""
+    name = (name or "").strip().strip("'\"").strip()
+    return unquote(urlsplit(name).path) if name.startswith("file://") else name
+
+
+def own_choices(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Models outside the catalog, for a picker: a path by its last two parts, where these tell them apart.
+
+    Not by the whole path: a dropdown takes typed text for the choice that contains it, so a folder's path would choose a file in
+    it.
+    """
+    own = dict.fromkeys(name for name in names if name and name != "auto" and name not in models.catalog())
+    titles = [f"{Path(name).name} · in {Path(name).parent.name}" if Path(name).is_absolute() else name for name in own]
+    return [(title if titles.count(title) == 1 else name, name) for title, name in zip(titles, own, strict=True)]
+
+
+def model_choices(studio: Studio, picked: str = "") -> list[tuple[str, str]]:
+    """A model picker's choices: own models (the picked one, the app's, loaded ones), then the catalog with what is here."""
+    startup = studio.startup
+    choices = [("Automatic", "auto")] if startup.requested == "auto" and not startup.model else []
+    choices += own_choices([picked, startup.model, *(spec.id for spec in studio.pool.opened())])
+    for spec in map(models.with_files, models.catalog().values()):
+        choices.append((spec.title if spec.present else f"{spec.title} · not on this machine", spec.id))
+    return choices
