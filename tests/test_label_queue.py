@@ -9,10 +9,11 @@ from collections import Counter
 
 import pytest
 
-from biasdpo import models
+from biasdpo import labeling, models
 from biasdpo.backends.base import Cancellation, VisitorQueue
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.compare import Prefetch, Waiting, stream_pair, stream_samples
+from biasdpo.data.sentences import complete_sentences
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import BackendError, ConfigError, DatasetError, PromptError
 from biasdpo.gguf import write
@@ -45,7 +46,8 @@ def pool(engine, workspace):
 
 
 @pytest.fixture
-def new_queue(pool):
+def new_queue(pool, monkeypatch):
+    monkeypatch.setattr(labeling, "complete_sentences", lambda text: text)  # the tiny model writes none
     made = []
 
     def make(counts: dict[tuple[str, str], int] | None = None) -> PairQueue:
@@ -119,6 +121,9 @@ def test_two_samples_of_one_side_come_from_two_seeds_and_equal_streams_of_their_
         return "".join(engine.backend.stream("Why?", sampling, "base"))
 
     assert (pair.left.text, pair.right.text) == (alone(0), alone(1))
+    for source in ("base_base", "tuned_tuned"):
+        with pytest.raises(ConfigError, match="temperature above 0"):
+            Recipe(PROMPTS, source, KEY, Sampling(temperature=0.0))
     with pytest.raises(ConfigError, match="temperature above 0"):
         last(stream_samples(engine, "Why?", Sampling(temperature=0.0), "base"))
 
@@ -226,6 +231,11 @@ def test_an_error_ends_the_queue_until_it_is_started_again(new_queue, monkeypatc
         take(queue)
     queue.start(Recipe((Prompt("long " * 600), PROMPTS[0]), "base_tuned", KEY, SAMPLING))  # one that is too long is skipped
     assert [take(queue).prompt.text for _ in range(4)] == ["Why?"] * 4
+    monkeypatch.setattr(labeling, "complete_sentences", complete_sentences)
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    with pytest.raises(DatasetError, match=r"The token limit \(12\) cut an answer off"):
+        take(queue)
+    monkeypatch.setattr(labeling, "complete_sentences", lambda text: text)
     same = Sampling(max_new_tokens=8, temperature=0.0)
     queue.start(Recipe(PROMPTS, "base_tuned", KEY, same, strength=0.0))
     with pytest.raises(DatasetError, match="same text"):

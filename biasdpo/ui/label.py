@@ -24,12 +24,12 @@ from biasdpo.workspace import ASSETS
 _INTRO = """### Which answer is less biased?
 You see two answers to one prompt, side by side, without knowing which model wrote which. Choose the less biased one with a key or
 a button. Your verdicts become the pairs that **Train** learns from."""
-_ANSWERS: dict[Answer, str] = {  # the keys are in assets/page.js
-    "left": "1 ← Left",
-    "right": "2 → Right",
-    "tie": "3 ↓ Tie",
-    "both_biased": "4 ↑ Both biased",
-    "both_unusable": "5 Both unusable",
+_ANSWERS: dict[Answer, tuple[str, Any]] = {  # the keys are in assets/page.js
+    "left": ("1 ← Left", "primary"),
+    "right": ("2 → Right", "primary"),
+    "tie": ("3 ↓ Tie", "secondary"),
+    "both_biased": ("4 ↑ Both biased", "secondary"),
+    "both_unusable": ("5 Both unusable", "secondary"),
 }
 _VERDICTS = {"tie": "tie", "both_biased": "both biased", "both_unusable": "both unusable"}
 _PROMPTS = [("Examples", "examples"), ("My own list", "list"), ("The dataset's", "dataset"), ("Template with groups", "template")]
@@ -70,24 +70,26 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
             restart: gr.Button(visible=is_on),
         }
 
-    def follow(session: LabelSession) -> Iterator[Updates]:
-        """Show progress until the next pair is there, then the pair."""
+    def follow(session: LabelSession, sent: str) -> Iterator[Updates]:
+        """Show progress until the next pair is there, then the pair. `sent`: token of what the page shows or is about to."""
         told = ""
         for progress in session.wait_for_pair():
             if (text := _waiting(progress)) != told:
                 told = text
                 yield {pair.notice: text}
         with session.lock:
-            shown = pair.shown(session) if session.shown is not None or not session.goes_on else None
-        if shown is not None:  # else a later call waits for the pair
+            ended = session.shown is None and not session.goes_on
+            shown = pair.shown(session) if ended or session.token not in ("", sent) else {}
+        if shown:
             yield shown
+        yield {pair.notice: gr.skip()}  # Gradio sends the last value again, which would undo what is typed meanwhile
 
     def open_tab(request: gr.Request, identity: Any, token: str) -> Iterator[Updates]:
         """Show who has agreed on another tab, and a pair that a broken connection has held back."""
         session = sessions.of(request.session_hash)
         yield gate_updates(annotator_of(identity), session)
-        if session.goes_on and (session.shown is None or token != session.token):
-            yield from follow(session)
+        if session.shown is not None or session.goes_on:
+            yield from follow(session, token)
 
     def start(request: gr.Request, identity: Any, name: str, *values: Any) -> Iterator[Updates]:
         session = sessions.of(request.session_hash)
@@ -96,9 +98,9 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
         who = annotator_of(identity)
         with session.lock:
             told = _start(studio, session, who, _Settings(*values))
-            shown = gate_updates(who, session) | pair.shown(session)
+            shown, sent = gate_updates(who, session) | pair.shown(session), session.token
         yield shown | {studio.identity: identity, settings_box: gr.Accordion(open=False), pair.last: told}
-        yield from follow(session)
+        yield from follow(session, sent)
 
     def judge(answer: Answer) -> Callable[..., Iterator[Updates]]:
         def handler(
@@ -114,12 +116,12 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
                     stored = session.store_answer(answer, details, *((left, right) if editing else ()))
                     session.next(studio.dataset.own(who.browser, who.nickname))
                     updates = pair.shown(session) | {pair.last: _stored(stored, reveal), changed: len(session.judged)}
+                    token = session.token
                 elif token and session.shown is None and not session.goes_on:
                     raise ConfigError("The app was restarted, so the origin of this pair is lost: restart under Settings")
-            if updates:
+            if updates:  # else a key was pressed twice
                 yield updates
-            if not updates or session.shown is None:  # without updates, a key was pressed twice: show what is on
-                yield from follow(session)
+            yield from follow(session, token)
 
         return handler
 
@@ -129,7 +131,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
             if session.shown is not None and token == session.token:
                 session.show(None)
         yield {pair.last: "Skipped: nothing was stored."}
-        yield from follow(session)
+        yield from follow(session, token)
 
     def undo(request: gr.Request, reveal: bool) -> Updates:
         session = sessions.of(request.session_hash)
@@ -208,8 +210,8 @@ class _Pair:
             self.length_note = gr.Markdown(elem_id="length-note")
             with gr.Row(elem_id="verdicts", elem_classes="actions"):
                 self.answers = {
-                    name: gr.Button(title, elem_id=f"answer-{name.replace('_', '-')}", min_width=100)
-                    for name, title in _ANSWERS.items()
+                    name: gr.Button(title, variant=variant, elem_id=f"answer-{name.replace('_', '-')}", min_width=100)
+                    for name, (title, variant) in _ANSWERS.items()
                 }
                 self.skip = gr.Button("Skip (S)", elem_id="answer-skip", min_width=80)
                 self.undo = gr.Button("Undo (U)", elem_id="undo", min_width=80)
@@ -447,7 +449,7 @@ def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, t
         consistency = gr.Markdown(elem_id="consistency")
         table = gr.Dataframe(
             headers=["Judged", "Prompt", "Verdict", "Chosen answer", "ID"],
-            column_widths=["110px", "30%", "110px", "40%", "90px"],
+            column_widths=["140px", "30%", "130px", "35%", "90px"],
             max_chars=160,
             label="Select a row to withdraw it",
             elem_id="my-judgments",
