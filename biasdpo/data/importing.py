@@ -731,6 +731,7 @@ def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int 
 
 
 def _file_format(source: str | Path) -> str:
+    names: dict[Callable[[Path], Iterator[Read]], str]
     names = {_parquet_rows: "Parquet", _csv_rows: "CSV", _array_items: "JSON", _json_lines: "JSON Lines"}
     return "Hub dataset" if str(source).startswith(HUB) else names[_reader_of(Path(os.path.expanduser(source)))]  # noqa: PTH111
 

@@ -407,7 +407,7 @@ def _retraction(row: Mapping[str, Any], annotator: str) -> Judgment:
 
 
 def _edited(row: Row, changes: Mapping[str, str]) -> Judgment:
-    new = row | changes
+    new = row | dict(changes)
     for column in TEXTS:
         check_text(new[column], column, "This edit")
     for column in LABELS.keys() & changes.keys():

@@ -277,15 +277,17 @@ _MOST_BARS = 12
 
 
 def counted(title: str, numbers: dict[str, int]) -> Any:
-    """Bars of a count by name, or by day: {"gender": 12, ...} in the order to show. Names are text, never markup."""
+    """Bars of a count by name, in the given order, or by day (as "2026-11-30"). Names are text, never markup."""
+    import html
+
     from plotly import graph_objects
 
-    names = list(numbers)[:_MOST_BARS] if title != "Judgments per day" else list(numbers)
+    by_day = title.endswith("per day") and len(numbers) > _MOST_BARS  # few days are names: plotly would show their hours
+    names = list(numbers) if by_day else list(numbers)[:_MOST_BARS]
     labels = [html.escape(name if len(name) <= 24 else name[:23] + "…") for name in names]
     figure = graph_objects.Figure(graph_objects.Bar(x=labels, y=[numbers[name] for name in names], marker_color=TUNED))
     figure.update_layout(title={"text": title, "font": {"size": 13}})
-    if title != "Judgments per day":
-        figure.update_xaxes(type="category")
+    figure.update_xaxes(type="date" if by_day else "category")
     if rest := sum(numbers.values()) - sum(numbers[name] for name in names):
         figure.update_xaxes(title=f"{rest:,} more in others")
     return themed(figure, height=230)
