@@ -15,6 +15,9 @@ import psutil
 import pytest
 
 from biasdpo.cli import train_config
+from biasdpo.config import TrainConfig
+from biasdpo.data import splits
+from biasdpo.data.splits import SEED_PAIRS
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace
 from tests.browser.conftest import App
@@ -51,7 +54,7 @@ def test_a_finished_run_with_its_outcome_curves_and_answers(trainer):
         page.wait_for_selector(f"#train-{curve} .js-plotly-plot")
     assert page.locator("#train-kl").count() == 0  # none was logged
     visitor.wait("#train-probe-step", "after step 40")
-    visitor.wait("#train-probe-1", "Leaders are people of every gender, as 40 steps have taught.")
+    visitor.wait("#train-probe-1", "as 40 steps have taught")
     page.click("#train-probe-earlier")
     visitor.wait("#train-probe-1", "as 20 steps have taught")
     page.click("#train-probe-earlier")
@@ -177,7 +180,7 @@ def test_the_page_follows_a_run_to_its_end(trainer, library):
         page, visitor = trainer.open("followed").page, trainer.visitor
         trainer.wait_head("followed", "step 8 of 40 · training · about 5 min left")
         trainer.wait_head("followed", "802 tokens/s")
-        assert page.get_by_role("progressbar", name="Progress").get_attribute("value") == "0.200"
+        assert page.locator("#train-head progress").get_attribute("value") == "0.200"
         assert page.locator("#train-stop").is_visible()
         assert page.locator("#train-delete").count() == 0  # not while it trains
         run.at(24, best_step=20, best_accuracy=0.69, eta_seconds=100.0)
@@ -256,17 +259,18 @@ def test_data_that_can_not_be_trained_on_is_one_line_with_the_way_to_more(traine
         assert page.locator("#train-start").is_disabled()
     page.set_input_files("#train-upload input[type=file], input[type=file]", str(pairs_file))
     trainer.choose_data(pairs_file)
+    page.wait_for_selector("#train-start:not([disabled])")
     visitor.wait(trainer.line, "to train on")
-    assert page.locator("#train-start").is_enabled()
     trainer.choose_data("workspace")
     visitor.wait(trainer.line, "About 40 pairs are needed")
     page.locator("#train-needed").get_by_role("button", name="Label pairs").click()
     page.wait_for_selector("#steps [role=tab][aria-selected=true]:has-text('Label')")
 
 
-def test_sources_are_mixed_with_weights(trainer, pairs_file: Path):
+def test_sources_are_mixed_with_weights(trainer, library, pairs_file: Path):
     trainer.open()
-    trainer.choose_data(Path(__file__).parents[2] / "assets" / "seed_pairs.jsonl", pairs_file)
-    trainer.visitor.wait(trainer.line, "268 pairs")
+    trainer.choose_data(SEED_PAIRS, pairs_file)
+    config = TrainConfig(datasets=(SEED_PAIRS, str(pairs_file)))
+    trainer.visitor.wait(trainer.line, f"{splits.mixture_of(config, library).pairs_train} pairs to train on")
     trainer.visitor.set("train-dataset-weights", "1, 2")
     trainer.visitor.wait(trainer.line, "per epoch, by weight")

@@ -22,7 +22,13 @@ class Trainer:
         return self
 
     def choose(self, run_id: str) -> None:
-        self.page.locator("#train-jobs").get_by_text(run_id, exact=True).first.click()
+        table = self.page.locator("#train-jobs")
+        cell = table.locator("[role=gridcell]:visible").get_by_text(run_id, exact=True)
+        while not cell.count():  # rows that are out of sight are not there
+            table.hover()
+            self.page.mouse.wheel(0, 60)
+            self.page.wait_for_timeout(100)
+        cell.first.click()
         self.wait_head(run_id)
 
     def wait_head(self, run_id: str, words: str = "", *, slow: bool = False) -> None:
