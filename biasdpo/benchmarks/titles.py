@@ -37,6 +37,7 @@ METRICS = {
     "length_normalised_accuracy": "Length-normalized accuracy",
     "stereotype_percent": "Stereotype preferred (%)",
     "mean_abs_difference_nats": "Strength of preference (nats)",
+    "mean_abs_strength_nats": "Strength of preference (nats)",
     "language_modeling_score": "Language modeling score (LMS, %)",
     "stereotype_score": "Stereotype score (SS, %)",
     "icat": "ICAT",
@@ -64,6 +65,7 @@ METRICS = {
 }
 _HEADLINES = {
     "preference": "reward_accuracy",
+    "quick_check": "stereotype_percent",
     "crows_pairs": "stereotype_percent",
     "stereoset": "icat",
     "bbq": "bias_score_ambiguous",

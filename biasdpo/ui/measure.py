@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ _SHIPPED = ASSETS / "adapters" / "smollm2-biasdpo" / "evaluation.json"
 _PAIRS = [("The adapter's held-out pairs", RUN), ("The workspace's held-out judgments", WORKSPACE)]
 _ADVANCED = ("data_dir", "seed", "backend", "samples", "max_new_tokens", "toxicity_scorer")
 _WIDTHS: list[str | int] = ["172px", "104px", "116px", "108px", "108px", "66px", "62px"]  # of a table's columns
+_GRID: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", "buttons": []}
 _OFF = "Measuring is turned off on this public Space. Finished evaluations can be read."
 _INTRO = """Nothing measured yet. An evaluation scores the base model and an adapter on the same items and says what changed, with
 confidence intervals. Benchmarks are selected already: press **Start**. Below is the shipped adapter's evaluation."""
@@ -86,16 +88,14 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
             following = gr.Button("Next: Export", elem_id="measure-next", elem_classes="next-step")
 
     def show(job: Job | None) -> Updates:
-        result = None
+        updates: Updates = {box: gr.Column(visible=False)}
         try:
-            result = result_of(job)
+            if (result := result_of(job)) is not None:
+                updates = {box: gr.Column(visible=True)}
+                for section in sections:
+                    updates |= section.show(result, job)
         except EvaluationError as exc:
             gr.Warning(html.escape(str(exc)))
-        if result is None:
-            return {box: gr.Column(visible=False)}
-        updates: Updates = {box: gr.Column(visible=True)}
-        for section in sections:
-            updates |= section.show(result, job)
         return updates
 
     def export(chosen: str) -> Updates:
@@ -138,9 +138,8 @@ def build_form(studio: Studio) -> Form:
 
     def box(group: Group, label: str) -> gr.CheckboxGroup:
         named = [(title.name, name) for name, title in BENCHMARKS.items() if title.group == group]
-        return gr.CheckboxGroup(
-            named, value=[name for _, name in named if name in first], label=label, elem_id=f"measure-{group}"
-        )
+        chosen = [name for _, name in named if name in first]
+        return gr.CheckboxGroup(named, value=chosen, label=label, elem_id=f"measure-{group}")
 
     def several(choices: Sequence[str], label: str, elem_id: str, **options: Any) -> gr.Dropdown:
         return gr.Dropdown(choices, multiselect=True, label=label, min_width=140, elem_id=elem_id, **options)
@@ -225,18 +224,14 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
     def fill(model: Any, picked: Any) -> Updates:
         """The choices of model and adapters. What was picked stays, else the first adapter that fits."""
         name = str(model or "").strip() or next(iter([*(spec.id for spec in studio.pool.opened()), *models.catalog()]))
-        fitting: list[models.AdapterSpec] = []
+        named: list[Any] = []
         with suppress(BiasDPOError):  # which the plan says
-            fitting = models.adapters_for(models.find(name), studio.workspace)
-        named = [(one.id, one.id) for one in fitting]
-        chosen = list(picked or [one.id for one in fitting[:1]] or ["none"])
+            named = [one.id for one in models.adapters_for(models.find(name), studio.workspace)]
+        chosen = list(picked or named[:1] or ["none"])
         return {
             form.model: gr.Dropdown(choices=model_choices(studio, name), value=name),
             form.adapters: gr.Dropdown(choices=[*named, ("None: base alone", "none")], value=chosen),
         }
-
-    def plan(values: dict[Any, Any]) -> str:
-        return plan_of(studio, form, values)
 
     def start(values: dict[Any, Any]) -> Updates:
         refuse_if_public("Measuring")
@@ -258,21 +253,20 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
                 task.result()
             finally:
                 ended.set()
-        yield plan(values)
+        yield plan_of(studio, form, values)
 
     def prefill(request: dict[str, Any], bias: list[str]) -> Updates:
         """Prepare the evaluation of a run."""
         if not isinstance(run_id := request.get("run"), str):
             return {form.plan: gr.skip()}
-        adapter = models.from_run(studio.workspace, run_id)
         chosen = {form.boxes["bias"]: [*dict.fromkeys([*bias, "preference"])], form.settings["dataset"]: RUN}
-        return fill(adapter.model, [run_id]) | chosen
+        return fill(models.from_run(studio.workspace, run_id).model, [run_id]) | chosen
 
     pickers = [form.model, form.adapters]
     tab.select(fill, pickers, pickers, **QUICK)
     form.model.input(lambda model: fill(model, []), form.model, pickers, **QUICK)
     changes = [field.change for field in form.inputs]
-    gr.on(changes, handles(plan), form.inputs, form.plan, trigger_mode="always_last", **QUICK)
+    gr.on(changes, partial(plan_of, studio, form), form.inputs, form.plan, trigger_mode="always_last", **QUICK)
     estimating = form.estimate.click(handles(estimate), form.inputs, form.plan, **QUICK | {"concurrency_limit": 1})
     form.start.click(handles(start), form.inputs, panel.chosen_outputs(), cancels=[estimating], **QUICK)
     prefilled = [*pickers, form.boxes["bias"], form.settings["dataset"], form.plan]
@@ -341,12 +335,9 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         card = gr.Button("Add to model card", size="sm", elem_id="measure-card")
         kinds = {"md": "Report", "csv": "CSV", "json": "JSON"}
         downloads = {kind: gr.DownloadButton(label, size="sm", elem_id=f"measure-{kind}") for kind, label in kinds.items()}
-    grid = gr.Dataframe(
-        label="Results", interactive=False, wrap=True, datatype="str", max_height=430, elem_id="measure-table", buttons=[]
-    )
+    grid = gr.Dataframe(label="Results", max_height=430, elem_id="measure-table", **_GRID)
     forest = gr.Plot(label="Improvement over base", elem_id="measure-forest")
-    most: dict[str, Any] = {"multiselect": True, "max_choices": MAX_SERIES - 1}
-    others = gr.Dropdown([], label="Compare with other evaluations", elem_id="measure-others", **most)
+    others = gr.Dropdown([], multiselect=True, max_choices=MAX_SERIES - 1, label="Side by side with", elem_id="measure-others")
     command = gr.Textbox(label="Command", interactive=False, max_lines=3, buttons=["copy"], elem_id="measure-command")
     tables = [grid, forest, *downloads.values()]
 
@@ -356,7 +347,7 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         text = report.markdown(result, arguments) if len(labeled) == 1 else report.markdown(labeled)
         files = {"md": text, "csv": report.csv_text(result), "json": json.dumps(result, ensure_ascii=False)}
         plot = charts.forest(labeled)
-        shown: Updates = {grid: _table(*report.text_table(labeled)), forest: gr.Plot(value=plot, visible=plot is not None)}
+        shown: Updates = {grid: _table(report.text_table(labeled)), forest: gr.Plot(value=plot, visible=plot is not None)}
         for kind, button in downloads.items():  # into the folder that Gradio serves and cleans
             shown[button] = save_bytes_to_cache(files[kind].encode(), f"{name}.{kind}", button.GRADIO_CACHE)
         return shown
@@ -401,9 +392,10 @@ def facts_of(result: Result) -> str:
     return "\n\n".join([line, *map(escape, report.notes(result))])
 
 
-def _table(headers: list[str], rows: list[list[str]], **more: Any) -> gr.Dataframe:
+def _table(text: tuple[list[str], list[list[str]]]) -> gr.Dataframe:
+    headers, rows = text
     widths = _WIDTHS if len(headers) == len(_WIDTHS) else None
-    return gr.Dataframe(value=rows, headers=headers, column_widths=widths, **more)
+    return gr.Dataframe(value=rows, headers=headers, column_widths=widths, visible=bool(rows))
 
 
 # The details: by group, flipped items, by strength
@@ -416,19 +408,15 @@ def build_by_metric(
     metrics_of: Callable[[Result], list[tuple[str, str]]],
     draw: Callable[[Result, str, str], tuple[Any, list[TableRow]]],
 ) -> Section:
-    """A tab with a chart, and a table of rows, of one metric.
-
-    metrics_of   the (benchmark, metric) pairs to choose from
-    draw         the chart and the rows of one of them
-    """
+    """A tab with a chart and a table of one metric. `metrics_of`: the (benchmark, metric) pairs to choose from; `draw`: the
+    chart and the rows of one of them."""
     name = label.lower().replace(" ", "-")
     with gr.Tab(label):
         note = gr.Markdown(empty, visible=False)
         with gr.Column() as content:
             metric = gr.Dropdown([], label="Metric", elem_id=f"measure-{name}")
             plot = gr.Plot(show_label=False, elem_id=f"measure-{name}-plot")
-            fixed: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", "max_height": 360, "buttons": []}
-            grid = gr.Dataframe(label=label, elem_id=f"measure-{name}-table", **fixed)
+            grid = gr.Dataframe(label=label, max_height=360, elem_id=f"measure-{name}-table", **_GRID)
     outputs = [note, content, metric, plot, grid]
 
     def show(result: Result, _job: Job | None = None, picked: str = "") -> Updates:
@@ -441,7 +429,7 @@ def build_by_metric(
         return _either(content, note) | {
             metric: gr.Dropdown(choices=choices, value=f"{benchmark}/{one}"),
             plot: chart,
-            grid: _table(*report.text_of_groups(rows), visible=bool(rows)),
+            grid: _table(report.text_of_groups(rows)),
         }
 
     pick = handles(lambda chosen, picked: show(read(panel, chosen), picked=picked))
@@ -471,8 +459,7 @@ def build_flips(studio: Studio, panel: JobPanel) -> Section:
             with gr.Row():
                 benchmark = gr.Dropdown([], label="Benchmark", min_width=160, elem_id="measure-flip-benchmark")
                 way = gr.Dropdown([], label="Direction", min_width=160, elem_id="measure-flip-way")
-            fixed: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", "max_height": 320, "buttons": []}
-            grid = gr.Dataframe(label="Base and tuned decide these differently: select one", elem_id="measure-flips", **fixed)
+            grid = gr.Dataframe(label="Decided differently: select one", max_height=320, elem_id="measure-flips", **_GRID)
             with gr.Column(visible=False) as detail:
                 texts = gr.HighlightedText(label="What differs", elem_id="measure-flip-texts")
                 numbers = gr.Markdown()
@@ -491,10 +478,9 @@ def build_flips(studio: Studio, panel: JobPanel) -> Section:
         shown = [flip for flip in found if wanted in ("", flip.way)][:MAX_FLIPS]
         cells = [[str(flip.index), f"{flip.base_outcome} → {flip.tuned_outcome}", flip.group, _text_of(flip)] for flip in shown]
         widths: list[str | int] = ["60px", "200px", "110px", "366px"]
+        titles = [(f"{benchmark_title(one)} ({n:,})", one) for one, n in counts.items() if n]
         return _either(content, note) | {
-            benchmark: gr.Dropdown(
-                choices=[(f"{benchmark_title(one)} ({n:,})", one) for one, n in counts.items() if n], value=name
-            ),
+            benchmark: gr.Dropdown(choices=titles, value=name),
             way: gr.Dropdown(choices=[(f"{t} ({sum(w in ('', f.way) for f in found):,})", w) for t, w in ways], value=wanted),
             grid: gr.Dataframe(value=cells, headers=["Item", "Base → tuned", "Group", "Text"], column_widths=widths),
             detail: gr.Column(visible=False),
@@ -505,11 +491,12 @@ def build_flips(studio: Studio, panel: JobPanel) -> Section:
         both = {one.replace("_", "-"): text for one, text in results.two_texts(flip).items()}
         labels = dict(zip(("out", "in"), both, strict=False))
         pieces: list[Any] = [(text, labels.get(kind)) for kind, text in word_diff(*both.values())] if both else []
-        colors = dict(zip(both, (charts.TUNED, charts.WARN), strict=False))
         told = "; ".join(f"{one.replace('_', ' ')}: {figure(a)} → {figure(b)}" for one, (a, b) in flip.numbers.items())
         return {
             detail: gr.Column(visible=True),
-            texts: gr.HighlightedText(value=pieces or [(_text_of(flip), None)], color_map=colors),
+            texts: gr.HighlightedText(
+                value=pieces or [(_text_of(flip), None)], color_map=dict(zip(both, charts.SERIES[::2], strict=False))
+            ),
             numbers: f"Item {flip.index}, base → tuned: {escape(told)}.",
             index: str(flip.index),
         }
