@@ -42,7 +42,8 @@ def generate(prompts: tuple[str, ...] = PROMPTS) -> dict[str, Any]:
         "adapter_sha256": models.adapter_sha256(engine.adapter),
         "sampling": asdict(GREEDY),
         "pairs": [
-            {"prompt": row["prompt"]} | {side: {key: row[side][key] for key in kept} for side in ("base", "tuned")} for row in rows
+            {"prompt": row["prompt"]} | {side: {key: row[side][key] for key in kept} for side in ("base", "tuned")}
+            for row in rows
         ],
     }
 

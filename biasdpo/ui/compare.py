@@ -149,7 +149,7 @@ class CompareTab:
         picker: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
         with gr.Row(elem_id="engine"):
             chosen = self.studio.startup.model or "auto"
-            self.model = gr.Dropdown(model_choices(self.studio), value=chosen, label=names[0], elem_id="model", **picker)
+            self.model = gr.Dropdown(model_choices(self.studio, chosen), value=chosen, label=names[0], elem_id="model", **picker)
             self.adapter = gr.Dropdown([("the model's own", "")], value="", label=names[1], elem_id="adapter", **picker)
             label = "Adapter strength (0: base, 1: as trained)"
             self.strength = gr.Slider(*STRENGTH_RANGE, 1.0, step=0.05, label=label, min_width=220, elem_id="strength", buttons=[])
@@ -555,7 +555,7 @@ class CompareTab:
         shown = replace(labeling.known(entry.pair, prompt), sides_known=True)
         details = Details(category=prompt.category, annotator=who.nickname, browser=who.browser)
         made = labeling.judgment(shown, answer, details)
-        mine = self.studio.dataset.judged_by(who.nickname)
+        mine = self.studio.dataset.own(who.browser, who.nickname)
         if any(row["pair_id"] == made.pair_id and not row["repeat_of"] for row in mine):
             raise ConfigError("You have judged this pair already: undo that verdict, or withdraw it on the Label tab")
         journal.append(self.studio.workspace, made)

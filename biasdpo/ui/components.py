@@ -164,14 +164,6 @@ def agree(identity: Any, nickname: str) -> dict[str, str]:
 # Models
 
 
-def model_choices(studio: Studio, chosen: str = "") -> list[tuple[str, str]]:
-    """The catalog, then models of one's own: the chosen one and those that are loaded."""
-    specs = [models.with_files(spec) for spec in models.catalog().values()]
-    names = dict.fromkeys([chosen, *(spec.id for spec in studio.pool.opened())])
-    choices = [(spec.title if spec.present else f"{spec.title} (not on this machine)", spec.id) for spec in specs]
-    return choices + [(model_title(name), name) for name in names if name and name not in models.catalog()]
-
-
 def model_title(name: str) -> str:
     """A catalog model's title, else the last part of a path, or the Hub id."""
     known = models.catalog().get(name)
@@ -242,11 +234,10 @@ def own_choices(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(title if titles.count(title) == 1 else name, name) for title, name in zip(titles, own, strict=True)]
 
 
-def model_choices(studio: Studio, picked: str = "") -> list[tuple[str, str]]:
-    """A model picker's choices: own models (the picked one, the app's, loaded ones), then the catalog with what is here."""
-    startup = studio.startup
-    choices = [("Automatic", "auto")] if startup.requested == "auto" and not startup.model else []
-    choices += own_choices([picked, startup.model, *(spec.id for spec in studio.pool.opened())])
+def model_choices(studio: Studio, chosen: str = "") -> list[tuple[str, str]]:
+    """A model picker's choices: own models (the chosen one, the app's, loaded ones), then the catalog. "auto" may be chosen."""
+    choices = [("Automatic", "auto")] if chosen == "auto" else []
+    choices += own_choices([chosen, studio.startup.model, *(spec.id for spec in studio.pool.opened())])
     for spec in map(models.with_files, models.catalog().values()):
-        choices.append((spec.title if spec.present else f"{spec.title} · not on this machine", spec.id))
+        choices.append((spec.title if spec.present else f"{spec.title} (not on this machine)", spec.id))
     return choices

@@ -52,7 +52,10 @@ class Trainer:
         if not self.page.locator("#train-run-id input, #train-run-id textarea").first.is_visible():
             self.visitor.unfold("train-advanced")
         for group, names in GROUPS.items():
-            if names & settings.keys() and not self.visitor.field(f"train-{min(names & settings.keys())}".replace("_", "-")).is_visible():
+            if (
+                names & settings.keys()
+                and not self.visitor.field(f"train-{min(names & settings.keys())}".replace("_", "-")).is_visible()
+            ):
                 self.visitor.unfold(f"train-group-{group}")
         for name, value in settings.items():
             element = f"train-{name.replace('_', '-')}"
