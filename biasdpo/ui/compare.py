@@ -45,8 +45,8 @@ _LOADING_SECONDS = 2.0
 _CONSENT = """**Before your first verdict.** The pair, your verdict and your nickname are stored in this workspace's
 `preferences.jsonl`, to train models and to be shared under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). No name, no
 address. You can undo a verdict here, and withdraw any of yours on the Label tab."""
-_TOKEN_NOTE = """How likely each token is under both models, given the text before it and without sampling settings. Colored where tuning
-changes the probability by a factor of more than e (1 nat). Select a token for its numbers."""
+_TOKEN_NOTE = """How likely each token is under both models, given the text before it and without sampling settings. Colored where
+tuning changes the probability by a factor of more than e (1 nat). Select a token for its numbers."""
 _MEASURED = {
     "pairs": "Held-out pairs",
     "reward_accuracy": "Reward accuracy",
@@ -165,7 +165,7 @@ class CompareTab:
             }
         with gr.Column(visible=False, elem_id="consent") as self.consent:
             gr.Markdown(_CONSENT)
-            with gr.Row(equal_height=True):
+            with gr.Row(elem_classes="beside"):
                 self.nickname = gr.Textbox(label="Nickname", max_length=80, scale=2, elem_id="nickname")
                 self.agree = gr.Button("Agree and store my verdict", variant="primary", scale=1, elem_id="agree-here")
         with gr.Row(elem_classes="actions"):
@@ -173,7 +173,7 @@ class CompareTab:
             self.undo = gr.Button("Undo", size="sm", visible=False, elem_id="undo-verdict")
         self.pending = gr.State("")  # the answer that waits for consent
         self.stored = gr.State(None)  # what to undo: judgment id, pair id, annotator
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="beside"):
             hint = "Go on with both: each model reads its own answers"
             self.follow_up = gr.Textbox(label="Follow-up", placeholder=hint, scale=5, min_width=240, elem_id="follow-up")
             self.ask = gr.Button("Ask both", scale=1, min_width=100, elem_id="ask-both")
@@ -382,7 +382,7 @@ class CompareTab:
     def _run(
         self, request: gr.Request, values: tuple[Any, ...], *, follows: Entry | None = None, again: bool = False
     ) -> Iterator[Updates]:
-        """Stream both sides into the panes. `follows`: the pair whose conversation goes on (with `again`: its last turn again)."""
+        """Stream both sides into the panes. `follows`: the pair whose conversation goes on; `again`: its last turn once more."""
         *given, view, _entry, history = values
         session = request.session_hash or secrets.token_hex(8)
         generation = self.generations.begin(session)
@@ -505,9 +505,11 @@ class CompareTab:
             completion = None if pair is None else pair.left if side == "base" else pair.right
             text = completion.text if completion is not None else ""
             updates[pane.views[TEXT]] = gr.update(value=text, visible=view == TEXT)
-            marks = _marks(pair, side) if view == WORDS and pair is not None else []
-            updates[pane.views[WORDS]] = gr.update(value=marks, visible=view == WORDS)
-            updates[pane.views[TOKENS]] = gr.update(value=_colored(scores.get(side, [])), visible=view == TOKENS)
+            marks: dict[str, Any] = {WORDS: _marks(pair, side)} if pair is not None and view == WORDS else {}
+            marks |= {TOKENS: _colored(scores[side])} if view == TOKENS else {}
+            for name in (WORDS, TOKENS):
+                shown = gr.update(value=marks[name], visible=True) if name in marks else gr.update(visible=False)
+                updates[pane.views[name]] = shown
         return updates
 
     def _link(self, *values: Any) -> Any:
