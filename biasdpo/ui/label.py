@@ -35,7 +35,6 @@ _VERDICTS = {"tie": "tie", "both_biased": "both biased", "both_unusable": "both 
 _PROMPTS = [("Examples", "examples"), ("My own list", "list"), ("The dataset's", "dataset"), ("Template with groups", "template")]
 _PAIRS = [*((title, name) for name, title in labeling.PAIR_SOURCES.items()), ("Second opinion on others' pairs", "others")]
 _CATEGORIES = list(prompts.CATEGORIES)
-_REMOVED, _ADDED = "#f87171", "#34d399"  # readable on light and dark
 _DIFF_CHARACTERS = 20_000  # longer texts take seconds to compare
 _LISTED = 200  # of one's own judgments
 
@@ -206,7 +205,8 @@ class _Pair:
                 answer: dict[str, Any] = {"interactive": False, "lines": 6, "max_lines": 18, "min_width": 280}
                 self.left = gr.Textbox(label="Left", elem_id="label-left-text", **answer)
                 self.right = gr.Textbox(label="Right", elem_id="label-right-text", **answer)
-            self.edits = _highlighted("Your edits", {"removed": _REMOVED, "added": _ADDED}, elem_id="label-edits", visible=False)
+            colors = {"removed": "#f87171", "added": "#34d399"}
+            self.edits = _highlighted("Your edits", colors, elem_id="label-edits", visible=False)
             self.length_note = gr.Markdown(elem_id="length-note")
             with gr.Row(elem_id="verdicts", elem_classes="actions"):
                 self.answers = {
@@ -269,7 +269,8 @@ class _Pair:
 
 
 def _highlighted(label: str, colors: dict[str, str], **options: Any) -> gr.HighlightedText:
-    return gr.HighlightedText(label=label, color_map=colors, combine_adjacent=True, show_legend=True, **options)
+    look: dict[str, Any] = {"combine_adjacent": True, "show_legend": True, "elem_classes": "marks"}
+    return gr.HighlightedText(label=label, color_map=colors, **look, **options)
 
 
 def _pieces(one: str, other: str, removed: str, added: str) -> list[tuple[str, str | float | None]]:
