@@ -205,8 +205,9 @@ class _Pair:
                 answer: dict[str, Any] = {"interactive": False, "lines": 6, "max_lines": 18, "min_width": 280}
                 self.left = gr.Textbox(label="Left", elem_id="label-left-text", **answer)
                 self.right = gr.Textbox(label="Right", elem_id="label-right-text", **answer)
-            colors = {"removed": "#f87171", "added": "#34d399"}
-            self.edits = _highlighted("Your edits", colors, elem_id="label-edits", visible=False)
+            self.edits = _highlighted(
+                "Your edits", {"removed": "#f87171", "added": "#34d399"}, elem_id="label-edits", visible=False
+            )
             self.length_note = gr.Markdown(elem_id="length-note")
             with gr.Row(elem_id="verdicts", elem_classes="actions"):
                 self.answers = {
