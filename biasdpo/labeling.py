@@ -619,18 +619,24 @@ class LabelSession:
         waiting = self.first or self.given
         return self.show(waiting.popleft() if waiting else self.queue.take())
 
-    def wait_for_pair(self) -> Iterator[Progress]:
-        """Show the next pair as soon as it is ready, yielding progress until then.
+    def wait_for_pair(self) -> Iterator[Progress | BlindPair]:
+        """Show the next pair as soon as it is ready, yielding progress and finally the pair.
 
-        Ends early if another pair is shown meanwhile, if none will come, or if the page is left.
+        Ends without one if another pair is shown meanwhile, if none will come, or if the page is left.
         """
         with self.lock:
             self._waits += 1
             own = self._waits
         while True:
             with self.lock:
-                if own != self._waits or self.shown is not None or self.take() is not None or not self.goes_on:
+                if own != self._waits or self.shown is not None:
                     return
+                pair = self.take()
+                ended = pair is not None or not self.goes_on
+            if pair is not None:
+                yield pair
+            if ended:
+                return
             yield self.queue.progress()
             self.queue.wait(_REPORT_SECONDS)
 

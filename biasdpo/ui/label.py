@@ -14,7 +14,7 @@ from biasdpo import labeling, models, prompts
 from biasdpo.compare import Waiting
 from biasdpo.engines import Loading
 from biasdpo.errors import BackendError, ConfigError
-from biasdpo.labeling import Answer, Details, Judged, LabelSession, LabelSessions, Progress, Recipe
+from biasdpo.labeling import Answer, BlindPair, Details, Judged, LabelSession, LabelSessions, Progress, Recipe
 from biasdpo.prompts import Prompt
 from biasdpo.records import GenerationPair, Sampling
 from biasdpo.ui import components
@@ -35,7 +35,6 @@ _VERDICTS = {"tie": "tie", "both_biased": "both biased", "both_unusable": "both 
 _PROMPTS = [("Examples", "examples"), ("My own list", "list"), ("The dataset's", "dataset"), ("Template with groups", "template")]
 _PAIRS = [*((title, name) for name, title in labeling.PAIR_SOURCES.items()), ("Second opinion on others' pairs", "others")]
 _CATEGORIES = list(prompts.CATEGORIES)
-_REMOVED, _ADDED = "#f87171", "#34d399"  # readable on light and dark
 _DIFF_CHARACTERS = 20_000  # longer texts take seconds to compare
 _LISTED = 200  # of one's own judgments
 
@@ -72,16 +71,16 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
 
     def follow(session: LabelSession, sent: str) -> Iterator[Updates]:
         """Show progress until the next pair is there, then the pair. `sent`: token of what the page shows or is about to."""
-        told = ""
-        for progress in session.wait_for_pair():
-            if (text := _waiting(progress)) != told:
+        is_new, told = session.token not in ("", sent), ""
+        for event in session.wait_for_pair():
+            is_new = is_new or isinstance(event, BlindPair)
+            if not isinstance(event, BlindPair) and (text := _waiting(event)) != told:
                 told = text
                 yield {pair.notice: text}
         with session.lock:
-            ended = session.shown is None and not session.goes_on
-            shown = pair.shown(session) if ended or session.token not in ("", sent) else {}
-        if shown:
-            yield shown
+            is_new = is_new or (session.shown is None and not session.goes_on)
+            shown = pair.shown(session) if is_new else {pair.notice: gr.skip()}
+        yield shown
         yield {pair.notice: gr.skip()}  # Gradio sends the last value again, which would undo what is typed meanwhile
 
     def open_tab(request: gr.Request, identity: Any, token: str) -> Iterator[Updates]:
@@ -107,7 +106,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
             request: gr.Request, identity: Any, token: str, reveal: bool, editing: bool, left: str, right: str, *said: str | None
         ) -> Iterator[Updates]:
             session = sessions.of(request.session_hash)
-            updates: Updates = {}
+            updates: Updates = {}  # none if a key was pressed twice
             with session.lock:
                 if session.shown is not None and token == session.token:
                     who = components.agreed_annotator(identity)
@@ -119,7 +118,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
                     token = session.token
                 elif token and session.shown is None and not session.goes_on:
                     raise ConfigError("The app was restarted, so the origin of this pair is lost: restart under Settings")
-            if updates:  # else a key was pressed twice
+            if updates:
                 yield updates
             yield from follow(session, token)
 
@@ -206,7 +205,9 @@ class _Pair:
                 answer: dict[str, Any] = {"interactive": False, "lines": 6, "max_lines": 18, "min_width": 280}
                 self.left = gr.Textbox(label="Left", elem_id="label-left-text", **answer)
                 self.right = gr.Textbox(label="Right", elem_id="label-right-text", **answer)
-            self.edits = _highlighted("Your edits", {"removed": _REMOVED, "added": _ADDED}, elem_id="label-edits", visible=False)
+            self.edits = _highlighted(
+                "Your edits", {"removed": "#f87171", "added": "#34d399"}, elem_id="label-edits", visible=False
+            )
             self.length_note = gr.Markdown(elem_id="length-note")
             with gr.Row(elem_id="verdicts", elem_classes="actions"):
                 self.answers = {
@@ -256,8 +257,7 @@ class _Pair:
         }
 
     def texts(self, left: str, right: str, editing: bool) -> Updates:
-        texts = {self.left: left, self.right: right}
-        return {box: gr.Textbox(value=text, interactive=editing) for box, text in texts.items()}
+        return {box: gr.Textbox(value=text, interactive=editing) for box, text in ((self.left, left), (self.right, right))}
 
     def said(self, judged: Judged) -> Updates:
         """What the annotator had said and written of the pair before an undo."""
@@ -270,7 +270,8 @@ class _Pair:
 
 
 def _highlighted(label: str, colors: dict[str, str], **options: Any) -> gr.HighlightedText:
-    return gr.HighlightedText(label=label, color_map=colors, combine_adjacent=True, show_legend=True, **options)
+    look: dict[str, Any] = {"combine_adjacent": True, "show_legend": True, "elem_classes": "marks"}
+    return gr.HighlightedText(label=label, color_map=colors, **look, **options)
 
 
 def _pieces(one: str, other: str, removed: str, added: str) -> list[tuple[str, str | float | None]]:
@@ -358,8 +359,7 @@ def _build_settings(studio: Studio, box: gr.Accordion) -> list[Any]:
         titles = [("The app's model", "auto"), *((spec.title, name) for name, spec in models.catalog().items())]
         own: dict[str, Any] = {"allow_custom_value": True, "min_width": 180}
         model = gr.Dropdown(titles, value="auto", label="Model", info="Or a path or Hub ID", elem_id="label-model", **own)
-        adapters = _adapters(studio)
-        adapter = gr.Dropdown(adapters, value="", label="Adapter", info="Or a folder", elem_id="label-adapter", **own)
+        adapter = gr.Dropdown(_adapters(studio), value="", label="Adapter", info="Or a folder", elem_id="label-adapter", **own)
         strength = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter strength", info="1: as trained", min_width=160, buttons=[])
     with gr.Row():
         info = "Longer answers are cut back to their last complete sentence"
