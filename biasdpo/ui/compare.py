@@ -158,7 +158,7 @@ class CompareTab:
             self.reload = gr.Button("Try again", size="sm", visible=False, elem_id="reload")
 
     def _build_verdicts(self) -> None:
-        with gr.Row(elem_id="verdicts", elem_classes="actions") as self.verdicts:
+        with gr.Row(elem_id="judge", elem_classes="actions") as self.verdicts:
             self.answers = {
                 answer: gr.Button(title, size="sm", elem_id=f"verdict-{answer.replace('_', '-')}")
                 for answer, title in VERDICTS.items()

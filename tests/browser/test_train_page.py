@@ -184,7 +184,7 @@ def test_the_page_follows_a_run_to_its_end(trainer, library):
         assert page.locator("#train-stop").is_visible()
         assert page.locator("#train-delete").count() == 0  # not while it trains
         run.at(24, best_step=20, best_accuracy=0.69, eta_seconds=100.0)
-        trainer.wait_head("followed", "Best so far: step 20, reward accuracy 0.69 [0.50, 0.84] on 26 held-out pairs.")
+        trainer.wait_head("followed", "Best so far: step 20, reward accuracy 0.69 [0.50, 0.83] on 26 held-out pairs.")
         visitor.wait("#train-probe-step", "after step 20")
         trainer.wait_listed("followed", "Running · 60 %")
         trainer.choose("waiting")

@@ -72,8 +72,7 @@ def test_an_estimate_is_measured_and_can_be_cancelled(new_visitor, tiny_bytes, p
     visitor, page = trainer.visitor, trainer.page
     trainer.choose_data(pairs_file)
     visitor.wait(trainer.line, "pairs")
-    visitor.choose("train-model", str(tiny_bytes))
-    page.wait_for_function("() => !document.querySelector('#train-preset input')")
+    trainer.choose_model(tiny_bytes)
     trainer.set(**SMALL, max_steps="7")
     page.click("#train-estimate")
     visitor.wait("#train-cost", "measuring a few steps")

@@ -47,15 +47,19 @@ class Trainer:
             self.page.keyboard.press("Enter")
         self.page.keyboard.press("Tab")
 
+    def choose_model(self, model: Path) -> None:
+        """A model for which there are presets: its first one is filled in."""
+        self.page.locator("#train-preset label").nth(1).click()
+        self.visitor.choose("train-model", str(model))
+        self.page.wait_for_function("() => document.querySelector('#train-preset input').checked")
+
     def set(self, **settings: str) -> None:
         """Unfold what is necessary and fill fields in, named as settings."""
         if not self.page.locator("#train-run-id input, #train-run-id textarea").first.is_visible():
             self.visitor.unfold("train-advanced")
         for group, names in GROUPS.items():
-            if (
-                names & settings.keys()
-                and not self.visitor.field(f"train-{min(names & settings.keys())}".replace("_", "-")).is_visible()
-            ):
+            folded = sorted(names & settings.keys())
+            if folded and not self.visitor.field(f"train-{folded[0].replace('_', '-')}").is_visible():
                 self.visitor.unfold(f"train-group-{group}")
         for name, value in settings.items():
             element = f"train-{name.replace('_', '-')}"
@@ -69,8 +73,7 @@ class Trainer:
         """Fill the form in and press Start."""
         self.choose_data(source)
         self.visitor.wait(self.line, pairs)
-        self.visitor.choose("train-model", str(model))
-        self.page.wait_for_function("() => !document.querySelector('#train-preset input')")  # no preset is made for such a model
+        self.choose_model(model)
         self.set(run_id=run_id, **settings)
         self.page.click("#train-start")
         self.wait_head(run_id)
