@@ -135,7 +135,6 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(asked, 
         ({"adapter": "no-such"}, AdapterError, "Unknown adapter"),
         ({"adapter": str(tiny_phi_adapter)}, AdapterError, "made for another base model"),
         ({"data_dir": str(tmp_path / "none")}, ConfigError, "No folder .*none"),
-        ({"benchmarks": ()}, ConfigError, "benchmarks is empty"),
     ):
         with pytest.raises(error, match=words):
             store.start_evaluation(asked.replace(**changes), workspace)
