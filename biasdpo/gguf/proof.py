@@ -151,9 +151,7 @@ class ExportProof:
             rows.append([f"Mean KL, {e.positions:,} positions", f"{e.mean_kl:.2g}", limit])
             rows.append(["Largest KL", f"{e.max_kl:.2g}", "–"])
             rows.append(["Same most likely token", f"{e.agreement:.2%}", "–"])
-            rows.append(
-                [f"Same at the {e.clear_positions:,} positions with no near tie", f"{e.clear_agreement:.2%}", exact]
-            )
+            rows.append([f"Same at the {e.clear_positions:,} positions with no near tie", f"{e.clear_agreement:.2%}", exact])
             if e.adapter_kl is not None:
                 rows.append(["For comparison: mean KL if the adapter were left out", f"{e.adapter_kl:.2g}", "–"])
         if (s := self.survival) is not None:
