@@ -14,8 +14,6 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from biasdpo.chat import PromptTemplate, template_from_chat
@@ -70,7 +68,7 @@ def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
     """(architecture, {tensor name in the file: shape}) of a .gguf file or a Hugging Face folder; a matrix is (out, in)."""
     if path.suffix == ".gguf":
         header = read_header(path)
-        return str(header.values.get("general.architecture", "")), {name: t.shape for name, t in header.tensors.items()}
+        return header.architecture, {name: t.shape for name, t in header.tensors.items()}
     architecture = _hf_architecture(path, _hf_config(path))
     return architecture, {name: shape for file in weight_files(path) for name, shape in safetensors_shapes(file).items()}
 
@@ -232,6 +230,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     n_bytes: int
     kind: str
+    start: int  # in the file
 
     @property
     def elements(self) -> int:
@@ -240,10 +239,32 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """`values`: metadata by key, arrays as lists. `tensors`: by name, in the file's order."""
+    """What a GGUF says before its weights. Bytes that are no UTF-8 are surrogate escapes in its texts."""
 
-    values: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    path: Path
+    values: dict[str, Any]  # metadata by key, arrays as lists
+    types: dict[str, tuple[int, ...]]  # the values' types (gguf.GGUFValueType); of an array, its items' type follows
+    tensors: dict[str, TensorInfo]  # in the file's order
+    size: int  # bytes, up to the weights
+
+    @property
+    def architecture(self) -> str:
+        return self.get("general.architecture", "")
+
+    @property
+    def pre_tokenizer(self) -> str:
+        """llama.cpp's name of the pre-tokenizer; "" if it is unknown. GGUFs of Phi-2 older than April 2024 name none."""
+        return self.get("tokenizer.ggml.pre", "phi-2" if self.architecture == "phi2" else "")
+
+    def get(self, key: str, default: _Value) -> _Value:
+        """A value, `default` where there is none. ModelError if it is not of the default's type."""
+        found = self.values.get(key, default)
+        if type(found) is type(default):
+            return found  # type: ignore[no-any-return]
+        if isinstance(default, float) and type(found) is int:
+            return float(found)  # type: ignore[return-value]
+        kinds = f"{type(found).__name__}, not {type(default).__name__}"
+        raise ModelError(f"{self.path}: its {key} is of type {kinds}; fetch or export it again")
 
 
 def read_header(path: Path) -> Header:
@@ -253,10 +274,11 @@ def read_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            header, end = _parse_header(_Cursor(data))
+            header = _parse_header(path, _Cursor(data))
     # Random bytes can fail anywhere: lengths past the end, unknown types, nesting, alignment 0.
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, MemoryError, struct.error) as exc:
         raise ModelError(f"{path} is not a complete GGUF file ({type(exc).__name__}: {exc}): fetch or export it again") from exc
+    end = max((tensor.start + tensor.n_bytes for tensor in header.tensors.values()), default=header.size)
     if end > size:
         raise ModelError(f"{path} is truncated: {size:,} of {end:,} bytes; fetch or export it again")
     return header
@@ -279,128 +301,92 @@ class _Cursor:
         if self.at + length > len(self._data):
             raise ValueError(f"a string of {length:,} bytes exceeds the file")
         self.at += length
-        return self._data[self.at - length : self.at].decode("utf-8", "replace")
+        return self._data[self.at - length : self.at].decode("utf-8", "surrogateescape")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> tuple[Any, tuple[int, ...]]:
+        """A value and its types."""
         if kind == _STRING:
-            return self.string()
+            return self.string(), (kind,)
         if kind != _ARRAY:
-            return self.take(_SCALARS[kind])[0]
+            return self.take(_SCALARS[kind])[0], (kind,)
         item, count = self.take("IQ")
         if item in _SCALARS:
-            return list(self.take(f"{count}{_SCALARS[item]}"))
-        return [self.value(item) for _ in range(count)]
+            return list(self.take(f"{count}{_SCALARS[item]}")), (kind, item)
+        return [self.value(item)[0] for _ in range(count)], (kind, item)
 
 
-def _parse_header(cursor: _Cursor) -> tuple[Header, int]:
-    """The header, and the offset at which the last tensor ends."""
+def _parse_header(path: Path, cursor: _Cursor) -> Header:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     magic, version = cursor.take("4sI")
     if magic != b"GGUF":
         raise ValueError(f"it begins with {magic!r}")
     if version not in _VERSIONS:
-        raise ValueError(f"GGUF version {version}, supported are {', '.join(map(str, _VERSIONS))}")
+        found = "it is big-endian" if version >> 24 in _VERSIONS else f"GGUF version {version}"
+        raise ValueError(f"{found}, supported are {', '.join(map(str, _VERSIONS))}, little-endian")
     tensor_count, value_count = cursor.take("QQ")
-    values = {}
+    values, types = {}, {}
     for _ in range(value_count):
         key = cursor.string()
-        values[key] = cursor.value(cursor.take("I")[0])
-    tensors: dict[str, TensorInfo] = {}
-    last = 0
+        values[key], types[key] = cursor.value(cursor.take("I")[0])
+    found_tensors: list[tuple[str, tuple[int, ...], int, str, int]] = []
     for _ in range(tensor_count):
         name = cursor.string()
         shape = cursor.take(f"{cursor.take('I')[0]}Q")[::-1]
         kind, offset = cursor.take("IQ")
         type_ = GGMLQuantizationType(kind)
-        block_elements, block_bytes = GGML_QUANT_SIZES[type_]
-        tensors[name] = TensorInfo(shape, math.prod(shape) // block_elements * block_bytes, type_.name)
-        last = max(last, offset + tensors[name].n_bytes)
+        elements, size = GGML_QUANT_SIZES[type_]
+        if shape[-1] % elements:
+            raise ValueError(f"{name} is {shape[-1]} wide, no multiple of {elements}")
+        found_tensors.append((name, shape, math.prod(shape) // elements * size, type_.name, offset))
     alignment = int(values.get("general.alignment", 32))
-    return Header(values, tensors), -(-cursor.at // alignment) * alignment + last
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {name: TensorInfo(shape, n_bytes, kind, start + at) for name, shape, n_bytes, kind, at in found_tensors}
+    return Header(path, values, types, tensors, start)
 
 
 def _describe_gguf(path: Path) -> Description:
     header = read_header(path)
-
-    def value(key: str, default: Any) -> Any:
-        found = header.values.get(key, default)
-        if type(found) is not type(default):
-            kind = type(default).__name__
-            raise ModelError(f"{path}: its {key} is of type {type(found).__name__}, not {kind}; fetch or export it again")
-        return found
-
-    architecture = value("general.architecture", "")
-    if value("general.type", "model") != "model" or not architecture:
+    if header.get("general.type", "model") != "model" or not header.architecture:
         raise ModelError(f"{path} is a GGUF of type {header.values.get('general.type')!r}, not a model: select a model's file")
-    tokens, types = value("tokenizer.ggml.tokens", []), value("tokenizer.ggml.token_type", [])
-    control = [str(token) for token, kind in zip(tokens, types, strict=False) if kind == TokenType.CONTROL]
-    chat = value("tokenizer.chat_template", "")
+    tokens, types = header.get("tokenizer.ggml.tokens", []), header.get("tokenizer.ggml.token_type", [])
+    control = [_printable(str(token)) for token, kind in zip(tokens, types, strict=False) if kind == TokenType.CONTROL]
+    chat = _printable(header.get("tokenizer.chat_template", ""))
     return Description(
-        architecture=architecture,
+        architecture=header.architecture,
         parameters=sum(tensor.elements for tensor in header.tensors.values()),
         bytes_of_weights=sum(tensor.n_bytes for tensor in header.tensors.values()),
-        context_length=value(f"{architecture}.context_length", 2048),
+        context_length=header.get(f"{header.architecture}.context_length", 2048),
         template=_template(path, chat, control),
         has_chat_template=bool(chat),
     )
 
 
-def open_gguf(path: Path) -> Any:
-    """A `gguf.GGUFReader`; ModelError if the file is missing, damaged or truncated."""
-    from gguf import GGUFReader
-
-    read_header(path)
-    try:
-        return GGUFReader(path)
-    except Exception as exc:  # the reader has no error class of its own
-        raise ModelError(f"{path} is not a complete GGUF file ({type(exc).__name__}: {exc}): fetch or export it again") from exc
-
-
-def gguf_value(reader: Any, key: str, default: Any = None) -> Any:
-    """A metadata value of an open GGUF, or `default` if the file lacks the key."""
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
-
-
-def pre_tokenizer_of(reader: Any) -> str | None:
-    """llama.cpp's name of a GGUF's pre-tokenizer; None if it is unknown."""
-    pre = gguf_value(reader, "tokenizer.ggml.pre")
-    if pre is None and gguf_value(reader, "general.architecture") == "phi2":
-        return "phi-2"  # GGUFs older than April 2024 name none
-    return None if pre is None else str(pre)
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 # Names of tensors and tokens
 
-# GGUF's modules -> Hugging Face's.
+# GGUF's modules -> Hugging Face's, by GGUF's name of the architecture.
+_LLAMA = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_PHI = {"output_norm": "model.final_layernorm", "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
 MODULES = {
-    "llama": {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    },
-    "phi2": {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.final_layernorm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.dense",
-        "ffn_up": "mlp.fc1",
-        "ffn_down": "mlp.fc2",
-    },
+    "llama": _LLAMA,
+    "phi2": {ours: _PHI.get(ours, its) for ours, its in _LLAMA.items() if ours not in ("ffn_norm", "ffn_gate")},
 }
 # Parts of a fused attn_qkv, in row order.
 QKV = ("attn_q", "attn_k", "attn_v")
@@ -416,25 +402,6 @@ def hf_name(name: str, architecture: str) -> str | None:
         return None
     block = "" if match["block"] is None else f"model.layers.{match['block']}."
     return f"{block}{module}" + (f".{match['kind']}" if match["kind"] else "")
-
-
-def is_permuted(gguf_tensor: str, architecture: str) -> bool:
-    """Whether a GGUF tensor's (or module's) rows are permuted relative to Hugging Face's: llama's q and k."""
-    return architecture == "llama" and re.search(r"\.attn_[qk](\.|$)", gguf_tensor) is not None
-
-
-def permute_rows(matrix: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Reorder the output rows, (heads * d, ...), from Hugging Face's rotary layout (two halves) to GGUF's (pairs)."""
-    rows = matrix.shape[0]
-    halves = matrix.reshape(heads, 2, rows // heads // 2, *matrix.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(matrix.shape))
-
-
-def unpermute_rows(matrix: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Reorder rows, (heads * d, ...), from GGUF's rotary layout (pairs) to Hugging Face's (two halves)."""
-    rows = matrix.shape[0]
-    pairs = matrix.reshape(heads, rows // heads // 2, 2, *matrix.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(matrix.shape))
 
 
 class TokenType(IntEnum):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from biasdpo.backends.base import kl_divergence
-from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.models import AdapterSpec, ModelSpec
 from tests import tiny_models
 
@@ -28,14 +28,13 @@ def adapter_of(folder: Path) -> AdapterSpec:
 
 
 def tensors_of(path: Path) -> dict[str, Any]:
-    return {tensor.name: tensor for tensor in open_gguf(path).tensors}
+    """By the gguf package's own reader."""
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """All keys but the name and the merged adapters."""
-    reader = open_gguf(path)
-    keys = [key for key in reader.fields if not key.startswith(("GGUF.", "biasdpo.")) and key != "general.name"]
-    return {key: gguf_value(reader, key) for key in keys}
+    fields = gguf.GGUFReader(path).fields
+    return {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
 
 
 def assert_equal_logits(logits: np.ndarray, reference: np.ndarray) -> None:

@@ -75,15 +75,15 @@ def planned_types(quantization: str, shapes: Mapping[str, tuple[int, ...]]) -> d
     for name, shape in weights.items():
         width = shape[-1]
         wanted = "Q6_K" if name in more_bits or (name == head and default != "Q8_0") else default
-        got = "Q8_0" if name == head and width % _block(default)[0] else wanted
-        if width % _block(got)[0]:
+        got = "Q8_0" if name == head and width % block_of(default)[0] else wanted
+        if width % block_of(got)[0]:
             if got not in _FALLBACKS:
                 raise ExportError(
-                    f"{quantization} needs widths that are multiples of {_block(got)[0]}, {name} is {width} wide: "
+                    f"{quantization} needs widths that are multiples of {block_of(got)[0]}, {name} is {width} wide: "
                     "choose F16, BF16 or F32"
                 )
             got = _FALLBACKS[got]
-            got = "F16" if width % _block(got)[0] else got
+            got = "F16" if width % block_of(got)[0] else got
         planned[name] = (wanted, got)
     return planned
 
@@ -112,24 +112,23 @@ def fallbacks(quantization: str, shapes: Mapping[str, tuple[int, ...]], types: M
     return tuple(
         Fallback(name, wanted, types[name])
         for name, (wanted, _) in planned_types(quantization, shapes).items()
-        if types[name] != wanted and shapes[name][-1] % _block(wanted)[0]
+        if types[name] != wanted and shapes[name][-1] % block_of(wanted)[0]
     )
 
 
-def bytes_of(type_name: str, shape: tuple[int, ...], *, padded: bool = True) -> int:
-    """Bytes of a tensor in a GGUF, by default with its padding."""
-    elements, size = _block(type_name)
-    unpadded = prod(shape) // elements * size
-    return -(-unpadded // _ALIGNMENT) * _ALIGNMENT if padded else unpadded
+def bytes_of(type_name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor's data."""
+    elements, size = block_of(type_name)
+    return prod(shape) // elements * size
 
 
-def tensor_bytes(quantization: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, int]) -> int:
-    """Bytes of all tensors in a quantization. `stored`: {tensor: its bytes now}, for those that stay as they are."""
-    planned = {} if quantization == KEEP else planned_types(quantization, shapes)
-    return sum(bytes_of(planned[name][1], shapes[name]) if name in planned else stored[name] for name in shapes)
+def padded_bytes(type_name: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor takes in a GGUF."""
+    return -(-bytes_of(type_name, shape) // _ALIGNMENT) * _ALIGNMENT
 
 
-def _block(type_name: str) -> tuple[int, int]:
+@cache
+def block_of(type_name: str) -> tuple[int, int]:
     """(elements, bytes) of one block."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -142,44 +141,39 @@ def _block(type_name: str) -> tuple[int, int]:
 _F16_MAX = 65504.0
 
 
-def decode(stored: NDArray[Any], kind: Any, name: str) -> NDArray[np.float32]:
-    """Stored rows -> float32 (rows, in). `kind`: gguf.GGMLQuantizationType."""
-    from gguf import dequantize
+def decode(stored: NDArray[Any], kind: str, name: str) -> NDArray[np.float32]:
+    """Stored rows -> float32 (rows, in). `kind`: ggml's name of their type."""
+    from gguf import GGMLQuantizationType, dequantize
 
     try:
-        return np.asarray(dequantize(stored, kind), np.float32)
+        return np.asarray(dequantize(stored, GGMLQuantizationType[kind]), np.float32)
     except NotImplementedError as exc:
-        raise ModelError(f"{name} is stored as {kind.name}, which can't be decoded: use another quantization") from exc
+        raise ModelError(f"{name} is stored as {kind}, which can't be decoded: use another quantization") from exc
 
 
-def encode(values: NDArray[np.float32], kind: Any, name: str) -> NDArray[Any]:
+def encode(values: NDArray[np.float32], kind: str, name: str) -> NDArray[Any]:
     """float32 (rows, in) -> rows as they are stored. NaN and infinity are a ModelError."""
     from gguf import GGMLQuantizationType, quantize
 
     if not np.isfinite(values).all():
         raise ModelError(f"{name} holds NaN or infinite weights: the model or the adapter is damaged; fetch it again")
-    if kind == GGMLQuantizationType.F32:
+    if kind == "F32":
         return values
-    if kind == GGMLQuantizationType.F16:
+    if kind == "F16":
         if np.abs(values).max(initial=0.0) > _F16_MAX:
             raise ExportError(f"{name} holds weights outside F16's range ({_F16_MAX:g}): choose F32 or BF16")
         return values.astype(np.float16)
-    if kind == GGMLQuantizationType.BF16:
-        return np.asarray(quantize(values, kind))
-    return _encode_blocks(values, kind, name)
-
-
-def _encode_blocks(values: NDArray[np.float32], kind: Any, name: str) -> NDArray[np.uint8]:
-    library = _ggml()
-    elements, size = _block(kind.name)
+    if kind == "BF16":
+        return np.asarray(quantize(values, GGMLQuantizationType.BF16))
+    library, number = _ggml(), int(GGMLQuantizationType[kind])
     rows, width = values.reshape(-1, values.shape[-1]).shape
-    out = np.empty((rows, width // elements * size), np.uint8)
+    out = np.empty((rows, bytes_of(kind, (width,))), np.uint8)
     written = 0
-    if not library.ggml_quantize_requires_imatrix(int(kind)):
+    if not library.ggml_quantize_requires_imatrix(number):
         flat = np.ascontiguousarray(values)
-        written = library.ggml_quantize_chunk(int(kind), flat.ctypes.data, out.ctypes.data, 0, rows, width, None)
+        written = library.ggml_quantize_chunk(number, flat.ctypes.data, out.ctypes.data, 0, rows, width, None)
     if written != out.nbytes:
-        raise ModelError(f"{name} is stored as {kind.name}, which can't be written: use another quantization of the base model")
+        raise ModelError(f"{name} is stored as {kind}, which can't be written: use another quantization of the base model")
     return out
 
 

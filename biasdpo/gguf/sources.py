@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,25 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biasdpo.errors import ModelError, WorkspaceError
-from biasdpo.gguf.quantize import decode
-from biasdpo.gguf.to_hf import CONFIG_KEYS, build_pre_tokenizer
+from biasdpo.gguf.quantize import KEEP, block_of, decode, padded_bytes, planned_types
 from biasdpo.model_files import (
     ARCHITECTURES,
     END_TOKENS,
     MODULES,
+    Header,
     TokenType,
     chat_template,
-    gguf_value,
     hf_name,
-    is_permuted,
-    open_gguf,
-    permute_rows,
-    pre_tokenizer_of,
     read_header,
     safetensors_shapes,
     weight_files,
 )
 from biasdpo.workspace import read_json
+
+_DTYPES = {"F32": "<f4", "F16": "<f2"}  # of mapped tensors; those of other types are bytes, as the gguf package has them
 
 
 @dataclass(frozen=True)
@@ -47,23 +42,29 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of_gguf(cls, path: Path) -> Layout:
-        """Read a GGUF's layout. ModelError if the file is damaged or has no count of blocks or heads."""
-        header = read_header(path)
-        architecture = str(header.values.get("general.architecture"))
-        blocks: Any = header.values.get(f"{architecture}.block_count")
-        heads: Any = header.values.get(f"{architecture}.attention.head_count")
-        kv_heads: Any = header.values.get(f"{architecture}.attention.head_count_kv", heads)
-        counts = (blocks, heads, kv_heads)
-        if not all(isinstance(count, int) and count > 0 for count in counts) or blocks > len(header.tensors):
-            raise ModelError(f"{path} lacks {architecture}.block_count or the number of heads, or they are wrong: fetch it again")
-        return cls(architecture, blocks, heads, kv_heads, {name: tensor.shape for name, tensor in header.tensors.items()})
+    def of(cls, header: Header) -> Layout:
+        """A GGUF's layout. ModelError if it has no count of blocks or heads."""
+        prefix = header.architecture
+        blocks, heads = header.get(f"{prefix}.block_count", 0), header.get(f"{prefix}.attention.head_count", 0)
+        kv_heads = header.get(f"{prefix}.attention.head_count_kv", heads)
+        if min(blocks, heads, kv_heads) <= 0 or blocks > len(header.tensors):
+            raise ModelError(
+                f"{header.path} lacks {prefix}.block_count or the number of heads, or they are wrong: fetch it again"
+            )
+        return cls(prefix, blocks, heads, kv_heads, {name: tensor.shape for name, tensor in header.tensors.items()})
 
-    def permute(self, tensor: str, rows: NDArray[Any]) -> NDArray[Any]:
-        """A tensor's rows in GGUF's order, from Hugging Face's: they differ for llama's q and k."""
-        if not is_permuted(tensor, self.architecture):
+    def is_permuted(self, tensor: str) -> bool:
+        """Whether GGUF's order of a tensor's rows differs from Hugging Face's: llama's q and k."""
+        return self.architecture == "llama" and re.search(r"\.attn_[qk]\.", tensor) is not None
+
+    def permute(self, tensor: str, rows: NDArray[Any], *, back: bool = False) -> NDArray[Any]:
+        """A tensor's rows, (heads * d, ...), from Hugging Face's rotary layout (two halves) to GGUF's (pairs); or `back`."""
+        if not self.is_permuted(tensor):
             return rows
-        return permute_rows(rows, self.heads if ".attn_q." in tensor else self.kv_heads)
+        heads = self.heads if ".attn_q." in tensor else self.kv_heads
+        half = rows.shape[0] // heads // 2
+        split = rows.reshape(heads, *((half, 2) if back else (2, half)), *rows.shape[1:])
+        return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,27 @@ class StoredTensor:
 
     name: str
     shape: tuple[int, ...]  # (out, in) or (n,)
-    kind: Any  # gguf.GGMLQuantizationType of `data`
+    kind: str  # ggml's name of the type of `data`
     data: NDArray[Any] = field(repr=False)  # (out, bytes or numbers of a row)
     order: NDArray[np.int64] | None = field(default=None, repr=False)  # rows of `data` in the GGUF's order; None: in order
+
+    @classmethod
+    def mapped(cls, name: str, shape: tuple[int, ...], kind: str, data: NDArray[np.uint8]) -> StoredTensor:
+        """`data`: its bytes in the file."""
+        elements, size = block_of(kind)
+        if kind in _DTYPES:
+            return cls(name, shape, kind, data.view(_DTYPES[kind]).reshape(shape))
+        return cls(name, shape, kind, data.reshape(*shape[:-1], shape[-1] // elements * size if shape else size))
 
     def rows(self, first: int, last: int) -> NDArray[Any]:
         """Rows as they are stored; vectors always whole."""
         if len(self.shape) == 1:
             return self.data
         return self.data[first:last] if self.order is None else self.data[self.order[first:last]]
+
+
+Entry = tuple[str, Any, int, int | None]
+"""Key, value, type and item type (gguf.GGUFValueType) of a GGUF's metadata."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +104,15 @@ class Source:
     layout: Layout
     tensors: tuple[StoredTensor, ...]
     header_bytes: int  # of a GGUF's header for this model, about
-    add_metadata: Callable[
-        [Any, str], None
-    ]  # adds all keys but file type and adapters; called with a gguf.GGUFWriter and a title
+    metadata: tuple[Entry, ...]  # all but architecture, name, file type and adapters
     file_type: int | None = None  # llama.cpp's number of the file's quantization; None if unknown, or a folder
     adapters: tuple[tuple[str, str], ...] = ()  # (id, SHA-256 of the weights) of those that were merged into the file before
+
+    def bytes_as(self, quantization: str) -> int:
+        """About the size of a GGUF of this model. ExportError if a width does not fit the quantization."""
+        planned = {} if quantization == KEEP else planned_types(quantization, self.layout.shapes)
+        kinds = {tensor.name: tensor.kind for tensor in self.tensors} | {name: got for name, (_, got) in planned.items()}
+        return self.header_bytes + sum(padded_bytes(kinds[tensor.name], tensor.shape) for tensor in self.tensors)
 
 
 def open_source(path: Path) -> Source:
@@ -112,172 +129,158 @@ _REWRITTEN = {
 
 
 def _open_gguf(path: Path) -> Source:
-    reader = open_gguf(path)
-    architecture = str(gguf_value(reader, "general.architecture", ""))
-    if gguf_value(reader, "general.type", "model") != "model":
-        raise ModelError(f"{path} is a GGUF, but no model (type {gguf_value(reader, 'general.type')!r}): choose a model's file")
-    if architecture not in MODULES:
+    header = read_header(path)
+    if header.get("general.type", "model") != "model":
+        raise ModelError(f"{path} is a GGUF, but no model (type {header.get('general.type', '')!r}): choose a model's file")
+    if header.architecture not in MODULES:
         known = " and ".join(MODULES)
         raise ModelError(
-            f"{path.name} has the architecture {architecture!r}; adapters can be merged into {known} only: export a LoRA"
+            f"{path.name} has the architecture {header.architecture!r}; adapters can be merged into {known} only: export a LoRA"
         )
-    if int(gguf_value(reader, "split.count", 1)) > 1:
+    if header.get("split.count", 1) > 1:
         raise ModelError(f"{path.name} is one part of several: join them with llama.cpp's llama-gguf-split --merge first")
-    if reader.byte_order != "I":
-        raise ModelError(f"{path.name} is big-endian: fetch the model's little-endian GGUF")
-    if gguf_value(reader, "tokenizer.ggml.model") == "gpt2" and pre_tokenizer_of(reader) is None:
+    if header.get("tokenizer.ggml.model", "") == "gpt2" and not header.pre_tokenizer:
         raise ModelError(
             f"{path.name} names no pre-tokenizer (tokenizer.ggml.pre), so llama.cpp would tokenize text wrongly: convert the "
             "model again with a current convert_hf_to_gguf.py"
         )
-    layout = Layout.of_gguf(path)
-    names, hashes = (gguf_value(reader, key, []) for key in ("biasdpo.adapters", "biasdpo.adapters_sha256"))
-    file_type = gguf_value(reader, "general.file_type")
+    metadata = [
+        (key, _as_bytes(value), types[0], types[1] if len(types) > 1 else None)
+        for key, types in header.types.items()
+        if key not in _REWRITTEN and (value := header.values[key]) != []  # the gguf package can't write an empty list
+    ]
+    if header.pre_tokenizer and "tokenizer.ggml.pre" not in header.values:
+        metadata.append(_entry("tokenizer.ggml.pre", header.pre_tokenizer))
+    adapters = (header.get(key, []) for key in ("biasdpo.adapters", "biasdpo.adapters_sha256"))
     return Source(
         kind="gguf",
-        layout=layout,
-        tensors=tuple(StoredTensor(t.name, layout.shapes[t.name], t.tensor_type, t.data) for t in reader.tensors),
-        header_bytes=int(reader.data_offset),
-        add_metadata=partial(_copy_metadata, reader),
-        file_type=None if file_type is None else int(file_type),
-        adapters=tuple(zip(names, hashes, strict=False)),
+        layout=Layout.of(header),
+        tensors=tuple(map_tensors(header)),
+        header_bytes=header.size,
+        metadata=tuple(metadata),
+        file_type=header.get("general.file_type", 0) if "general.file_type" in header.values else None,
+        adapters=tuple(zip(*adapters, strict=False)),
     )
 
 
-def _copy_metadata(reader: Any, writer: Any, title: str) -> None:
-    from gguf import GGUFValueType
+def map_tensors(header: Header) -> Iterable[StoredTensor]:
+    """A GGUF's tensors in the file's order, mapped."""
+    data = np.memmap(header.path, np.uint8, "r")
+    for name, info in header.tensors.items():
+        yield StoredTensor.mapped(name, info.shape, info.kind, data[info.start : info.start + info.n_bytes])
 
-    for entry in reader.fields.values():
-        if entry.name.startswith("GGUF.") or entry.name in _REWRITTEN:
-            continue
-        is_array = entry.types[0] == GGUFValueType.ARRAY
-        if is_array and len(entry.types) == 1:
-            continue  # an empty list, which the gguf package can't write; a missing key means the same
-        writer.add_key_value(entry.name, entry.contents(), entry.types[0], sub_type=entry.types[-1] if is_array else None)
-    writer.add_name(title)
-    pre = pre_tokenizer_of(reader)
-    if pre is not None and gguf_value(reader, "tokenizer.ggml.pre") is None:
-        writer.add_tokenizer_pre(pre)
+
+def _as_bytes(value: Any) -> Any:
+    """Texts as the file had them, UTF-8 or not."""
+    if isinstance(value, list):
+        return [_as_bytes(item) for item in value]
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+
+
+def _entry(key: str, value: Any) -> Entry:
+    from gguf import GGUFValueType as Type
+
+    types = {bool: Type.BOOL, int: Type.UINT32, float: Type.FLOAT32, str: Type.STRING}
+    if isinstance(value, list):
+        return key, value, Type.ARRAY, Type.STRING if isinstance(value[0], str) else Type.INT32
+    return key, value, types[type(value)], None
 
 
 # A Hugging Face folder
 
+# GGUF's keys of an architecture -> config.json's.
+CONFIG_KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+}
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.(bias|masked_bias))")  # in old checkpoints; follow from the config
-
-
-def _open_hf(folder: Path) -> Source:
-    config = _read_config(folder)
-    layout = config.layout()
-    stored = {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file).items()}
-    names = {ours: str(hf_name(ours, layout.architecture)) for ours in layout.shapes}
-    _check_tensors(stored, {names[ours]: shape for ours, shape in layout.shapes.items()}, config.tied, folder)
-    keys = {f"{config.architecture}.{key}": value for key, value in config.keys.items()} | _tokenizer_keys(folder, config)
-    tensors = tuple(_in_gguf(ours, stored[theirs], layout) for ours, theirs in names.items())
-    header_bytes = (folder / "tokenizer.json").stat().st_size + 100 * len(tensors) + 2000  # JSON is longer than GGUF
-    return Source("hf", layout, tensors, header_bytes, partial(_add_metadata, keys))
-
-
-def hf_layout(folder: Path) -> Layout:
-    """The layout of a folder's GGUF, from its config.json alone."""
-    return _read_config(folder).layout()
-
-
-@dataclass(frozen=True)
-class _HfConfig:
-    """What config.json says of a model."""
-
-    architecture: str
-    vocabulary: int
-    keys: dict[str, int | float]  # GGUF's metadata of the architecture
-    tied: bool
-    biased: dict[str, bool]  # {"attn": ..., "ffn": ...}
-    values: dict[str, Any] = field(repr=False)  # config.json itself
-
-    def layout(self) -> Layout:
-        """The layout of the model's GGUF: every tensor that such a model has."""
-        names = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "attention.head_count_kv")
-        width, inner, blocks, heads, kv_heads = (int(self.keys[name]) for name in names)
-        rows, kv_rows = (count * int(self.keys["attention.key_length"]) for count in (heads, kv_heads))
-        sizes: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(("token_embd", "output"), (self.vocabulary, width)),
-            **dict.fromkeys(("attn_norm", "ffn_norm", "output_norm"), (width,)),
-            "attn_q": (rows, width),
-            **dict.fromkeys(("attn_k", "attn_v"), (kv_rows, width)),
-            "attn_output": (width, rows),
-            **dict.fromkeys(("ffn_gate", "ffn_up"), (inner, width)),
-            "ffn_down": (width, inner),
-        }
-        outside = ("token_embd", "output_norm", *(() if self.tied else ("output",)))
-        inside = [module for module in MODULES[self.architecture] if module not in ("token_embd", "output_norm", "output")]
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name in (*outside, *(f"blk.{i}.{module}" for i in range(blocks) for module in inside)):
-            module = name.rpartition(".")[2]
-            shapes[f"{name}.weight"] = sizes[module]
-            if self._has_bias(module):
-                shapes[f"{name}.bias"] = sizes[module][:1]
-        return Layout(self.architecture, blocks, heads, kv_heads, shapes)
-
-    def _has_bias(self, module: str) -> bool:
-        if self.architecture == "phi2":
-            return module != "token_embd"
-        return not module.endswith("_norm") and self.biased.get(module.partition("_")[0], False)
-
-
 _MOST_BLOCKS = 1000  # a wrong number must not fill the memory with names
 
 
-def _read_config(folder: Path) -> _HfConfig:
+def _open_hf(folder: Path) -> Source:
     config = _json(folder / "config.json", required=True)
     try:
-        name = (config.get("architectures") or ["?"])[0]
-        if name not in ARCHITECTURES:
-            raise ModelError(f"{folder} is a {name}, which can't be written as a GGUF: supported are {', '.join(ARCHITECTURES)}")
-        phi = ARCHITECTURES[name] == "phi2"
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        rope_kind = rope.get("rope_type", rope.get("type", "default"))
-        activation = "gelu_new" if phi else "silu"
-        quantized = config.get("quantization_config")
-        unsupported = {
-            f"rope scaling {rope_kind!r}": rope_kind != "default",
-            f"activation {config.get('hidden_act')!r}": config.get("hidden_act", activation) != activation,
-            "qk_layernorm": config.get("qk_layernorm"),
-            "a tied head": phi and config.get("tie_word_embeddings"),
-            f"quantized weights ({quantized and quantized.get('quant_method')})": quantized,
-        }
-        if any(unsupported.values()):
-            what = ", ".join(name for name, present in unsupported.items() if present)
-            raise ModelError(f"{folder} has {what}, which is not supported here: convert it with convert_hf_to_gguf.py")
-        width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        if not 0 < int(config["num_hidden_layers"]) <= _MOST_BLOCKS:
-            raise ValueError(f"num_hidden_layers {config['num_hidden_layers']}")
-        head_width = width // heads if phi else int(config.get("head_dim") or width // heads)
-        share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if phi else 1.0
-        keys: dict[str, int | float] = {
-            "vocab_size": int(config["vocab_size"]),
-            **{ours: int(config[theirs]) for ours, theirs in CONFIG_KEYS.items()},
-            "attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
-            "attention.key_length": head_width,
-            "attention.value_length": head_width,
-            "rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            "rope.dimension_count": int(head_width * float(share)),
-        }
-        ours, theirs = ("layer_norm_epsilon", "layer_norm_eps") if phi else ("layer_norm_rms_epsilon", "rms_norm_eps")
-        keys[f"attention.{ours}"] = float(config[theirs])
-        biased = {"attn": bool(config.get("attention_bias")), "ffn": bool(config.get("mlp_bias"))}
-        tied = bool(config.get("tie_word_embeddings", False))
-        return _HfConfig(ARCHITECTURES[name], int(config["vocab_size"]), keys, tied, biased, config)
+        keys, layout = _read_config(config, folder)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as exc:
         raise ModelError(f"{folder / 'config.json'} is incomplete ({type(exc).__name__}: {exc}): fetch the model again") from exc
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file).items()}
+    names = {ours: str(hf_name(ours, layout.architecture)) for ours in layout.shapes}
+    _check_tensors(stored, {names[ours]: shape for ours, shape in layout.shapes.items()}, folder)
+    keys |= _tokenizer_keys(folder, config, layout) | {"general.type": "model"}
+    return Source(
+        kind="hf",
+        layout=layout,
+        tensors=tuple(_in_gguf(ours, stored[theirs], layout) for ours, theirs in names.items()),
+        # About, from what a token takes with its merge, a tensor, and all other keys.
+        header_bytes=36 * layout.shapes["token_embd.weight"][0] + 60 * len(layout.shapes) + 1500,
+        metadata=tuple(_entry(key, value) for key, value in keys.items()),
+    )
 
 
-def _add_metadata(keys: Mapping[str, Any], writer: Any, title: str) -> None:
-    add = {
-        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array
-    }  # fmt: skip
-    writer.add_type("model")
-    writer.add_name(title)
-    for key, value in keys.items():
-        add[type(value)](key, value)
+def _read_config(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Layout]:
+    """GGUF's metadata of the architecture, and every tensor that such a model has."""
+    name = (config.get("architectures") or ["?"])[0]
+    if name not in ARCHITECTURES:
+        raise ModelError(f"{folder} is a {name}, which can't be written as a GGUF: supported are {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[name]
+    phi = architecture == "phi2"
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope_kind = rope.get("rope_type", rope.get("type", "default"))
+    activation = "gelu_new" if phi else "silu"
+    quantized = config.get("quantization_config")
+    unsupported = {
+        f"rope scaling {rope_kind!r}": rope_kind != "default",
+        f"activation {config.get('hidden_act')!r}": config.get("hidden_act", activation) != activation,
+        "qk_layernorm": config.get("qk_layernorm"),
+        "a tied head": phi and config.get("tie_word_embeddings"),
+        f"quantized weights ({quantized and quantized.get('quant_method')})": quantized,
+    }
+    if any(unsupported.values()):
+        what = ", ".join(name for name, present in unsupported.items() if present)
+        raise ModelError(f"{folder} has {what}, which is not supported here: convert it with convert_hf_to_gguf.py")
+    sizes = {ours: int(config[theirs]) for ours, theirs in CONFIG_KEYS.items()}
+    width, inner, blocks, heads = (sizes[key] for key in list(CONFIG_KEYS)[1:])
+    kv_heads, vocabulary = int(config.get("num_key_value_heads") or heads), int(config["vocab_size"])
+    if not 0 < blocks <= _MOST_BLOCKS:
+        raise ValueError(f"num_hidden_layers {blocks}")
+    head = width // heads if phi else int(config.get("head_dim") or width // heads)
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)) if phi else 1.0
+    epsilon = ("layer_norm_epsilon", "layer_norm_eps") if phi else ("layer_norm_rms_epsilon", "rms_norm_eps")
+    keys: dict[str, int | float] = {
+        **sizes,
+        "vocab_size": vocabulary,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "rope.dimension_count": int(head * float(share)),
+        f"attention.{epsilon[0]}": float(config[epsilon[1]]),
+    }
+    rows, kv_rows = heads * head, kv_heads * head
+    modules: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("token_embd", "output"), (vocabulary, width)),
+        **dict.fromkeys(("attn_norm", "ffn_norm", "output_norm"), (width,)),
+        "attn_q": (rows, width),
+        **dict.fromkeys(("attn_k", "attn_v"), (kv_rows, width)),
+        "attn_output": (width, rows),
+        **dict.fromkeys(("ffn_gate", "ffn_up"), (inner, width)),
+        "ffn_down": (width, inner),
+    }
+    tied = bool(config.get("tie_word_embeddings", False))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, module in [(i, module) for i in range(-1, blocks) for module in MODULES[architecture]]:
+        is_outside = module in ("token_embd", "output_norm", "output")
+        if is_outside != (i < 0) or (module == "output" and tied):
+            continue
+        tensor = module if is_outside else f"blk.{i}.{module}"
+        shapes[f"{tensor}.weight"] = modules[module]
+        biased = config.get("attention_bias" if module.startswith("attn") else "mlp_bias") and not is_outside
+        if module != "token_embd" if phi else biased and not module.endswith("_norm"):
+            shapes[f"{tensor}.bias"] = modules[module][:1]
+    return {f"{architecture}.{key}": value for key, value in keys.items()}, Layout(architecture, blocks, heads, kv_heads, shapes)
 
 
 def _json(path: Path, *, required: bool = False) -> dict[str, Any]:
@@ -295,13 +298,9 @@ def _json(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 # Its weights
 
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "u1"}  # as the gguf package has them: BF16 as two bytes a number
-
 
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     """A safetensors file's tensors, mapped, by name. ModelError if it is damaged, or holds another dtype than F32, F16, BF16."""
-    from gguf import GGMLQuantizationType
-
     safetensors_shapes(file)  # checks the header, and the size of the file
     data = np.memmap(file, np.uint8, "r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -309,42 +308,38 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if dtype not in _DTYPES:
-            raise ModelError(f"{file}: {name} is {dtype}, supported are {', '.join(_DTYPES)}: fetch it in one of them")
-        numbers = data[start + begin : start + end].view(_DTYPES[dtype])
-        stored_shape = (*shape[:-1], 2 * prod(shape[-1:])) if dtype == "BF16" else shape
-        tensors[name] = StoredTensor(name, shape, GGMLQuantizationType[dtype], numbers.reshape(stored_shape))
+        kind, (begin, end) = entry["dtype"], entry["data_offsets"]
+        if kind not in ("F32", "F16", "BF16"):
+            raise ModelError(f"{file}: {name} is {kind}, supported are F32, F16, BF16: fetch it in one of them")
+        tensors[name] = StoredTensor.mapped(name, tuple(entry["shape"]), kind, data[start + begin : start + end])
     return tensors
 
 
-def _check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], tied: bool, folder: Path) -> None:
+def _check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     if missing := [name for name in expected if name not in stored]:
         others = f" and {len(missing) - 1} more of {len(expected)} tensors" if len(missing) > 1 else ""
         raise ModelError(f"{folder} lacks {missing[0]}{others}: fetch all of the model's files")
     for name, tensor in stored.items():
         if name in expected and tensor.shape != expected[name]:
             raise ModelError(f"{folder}: {name} is {list(tensor.shape)}, by config.json {list(expected[name])}; fetch it again")
-        is_tied_head = tied and name == "lm_head.weight"  # the embeddings once more
-        if name not in expected and not is_tied_head and not _DERIVED.fullmatch(name):
+        # A tied head is the embeddings once more.
+        if name not in expected and name != "lm_head.weight" and not _DERIVED.fullmatch(name):
             raise ModelError(f"{folder} holds {name}, which has no place in the GGUF: convert it with convert_hf_to_gguf.py")
 
 
 def _in_gguf(name: str, tensor: StoredTensor, layout: Layout) -> StoredTensor:
     """A folder's tensor as the GGUF has it: llama.cpp wants vectors in F32 (they are small), and llama's q and k permuted."""
-    from gguf import GGMLQuantizationType
-
     if len(tensor.shape) == 1:
         values = layout.permute(name, decode(tensor.data, tensor.kind, name))
-        return StoredTensor(name, tensor.shape, GGMLQuantizationType.F32, values)
-    order = layout.permute(name, np.arange(tensor.shape[0])) if is_permuted(name, layout.architecture) else None
+        return StoredTensor(name, tensor.shape, "F32", values)
+    order = layout.permute(name, np.arange(tensor.shape[0])) if layout.is_permuted(name) else None
     return replace(tensor, name=name, order=order)
 
 
 # Its tokenizer: byte-level BPE, with llama.cpp's name of its pre-tokenizer
 
 
-def _tokenizer_keys(folder: Path, config: _HfConfig) -> dict[str, Any]:
+def _tokenizer_keys(folder: Path, config: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """GGUF's metadata of a folder's tokenizer. ModelError if a GGUF can't hold it."""
     tokenizer = _json(folder / "tokenizer.json", required=True)
     settings, generation = _json(folder / "tokenizer_config.json"), _json(folder / "generation_config.json")
@@ -357,13 +352,13 @@ def _tokenizer_keys(folder: Path, config: _HfConfig) -> dict[str, Any]:
         if tokenizer.get("normalizer") is not None:
             raise _unsupported(folder, f"normalizes text ({tokenizer['normalizer'].get('type')}), which llama.cpp does not do")
         added = tokenizer.get("added_tokens") or []
-        tokens, types = _tokens(model["vocab"], added, config.vocabulary, folder)
+        tokens, types = _tokens(model["vocab"], added, layout.shapes["token_embd.weight"][0], folder)
         ids = {**model["vocab"], **{entry["content"]: entry["id"] for entry in added}}
-        special = _special_tokens(ids, settings, generation, config.values, folder)
+        special = _special_tokens(ids, settings, generation, config, folder)
         probe = _probe_tokenizer(tokenizer)
         keys = {
             "ggml.model": "gpt2",
-            "ggml.pre": _pre_tokenizer(probe, config.architecture, folder),
+            "ggml.pre": _pre_tokenizer(probe, layout.architecture, folder),
             "ggml.tokens": tokens,
             "ggml.token_type": types,
             "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
@@ -373,7 +368,7 @@ def _tokenizer_keys(folder: Path, config: _HfConfig) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
         raise ModelError(f"{folder / 'tokenizer.json'} is damaged ({type(exc).__name__}: {exc}): fetch the model again") from exc
-    return {f"tokenizer.{key}": value for key, value in keys.items() if value != ""}
+    return {f"tokenizer.{key}": value for key, value in keys.items() if value not in ("", [])}
 
 
 def _unsupported(folder: Path, what: str) -> ModelError:
@@ -391,6 +386,20 @@ def _pre_tokenizer(probe: Any, architecture: str, folder: Path) -> str:
         if build_pre_tokenizer(name).pre_tokenize_str(_PROBE) == theirs:
             return name
     raise _unsupported(folder, "splits text in a way without a name in llama.cpp")
+
+
+def build_pre_tokenizer(name: str, vocabulary: Mapping[str, int] | None = None) -> Any:
+    """How text is split before BPE, by llama.cpp's name for it (src/llama-vocab.cpp, regex_exprs)."""
+    from tokenizers import Regex, pre_tokenizers
+
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+    # Both tokenizers drop a byte that the vocabulary lacks (SmolLM2: control characters), but `tokenizers` would then merge its
+    # two neighbors, which llama.cpp does not: keep them apart.
+    missing = "".join(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary))) if vocabulary is not None else ""
+    if missing:
+        steps.append(pre_tokenizers.Split(Regex(f"[{re.escape(missing)}]"), "isolated"))
+    return pre_tokenizers.Sequence(steps)
 
 
 def _probe_tokenizer(tokenizer: Mapping[str, Any]) -> Any:
@@ -419,7 +428,7 @@ def _tokens(
     for token, i, kind in entries:
         if not 0 <= i < rows:
             raise ModelError(f"{folder}: token {i} ({token!r}) has no row in the {rows:,} embeddings; fetch the model again")
-        tokens[i], types[i] = token, kind
+        tokens[i], types[i] = token, int(kind)
     return tokens, types
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,18 +18,8 @@ import numpy as np
 
 from biasdpo.errors import ModelError
 from biasdpo.gguf.quantize import decode
-from biasdpo.model_files import (
-    END_TOKENS,
-    MODULES,
-    QKV,
-    TokenType,
-    gguf_value,
-    hf_name,
-    is_permuted,
-    open_gguf,
-    pre_tokenizer_of,
-    unpermute_rows,
-)
+from biasdpo.gguf.sources import CONFIG_KEYS, Layout, build_pre_tokenizer, map_tensors
+from biasdpo.model_files import END_TOKENS, MODULES, QKV, Header, TokenType, hf_name, read_header
 from biasdpo.workspace import write_json
 
 _REMEDY = "use --backend llamacpp, or fetch the model's Hugging Face folder"
@@ -38,85 +27,62 @@ _REMEDY = "use --backend llamacpp, or fetch the model's Hugging Face folder"
 
 def write_hf_folder(gguf_path: Path, folder: Path) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of a GGUF's model."""
-    reader = open_gguf(gguf_path)
-    architecture = str(gguf_value(reader, "general.architecture", ""))
-    if architecture not in MODULES:
+    header = read_header(gguf_path)
+    if header.architecture not in MODULES:
         known = " and ".join(MODULES)
-        raise ModelError(f"{gguf_path.name} has the architecture {architecture!r}; only {known} can be converted: {_REMEDY}")
-    try:
-        vocabulary = _Vocabulary.of_gguf(reader, gguf_path)
-        write_json(folder / "config.json", _config(reader, architecture, vocabulary))
-        write_json(
-            folder / "generation_config.json",
-            {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.ends, "pad_token_id": vocabulary.pad},
+        raise ModelError(
+            f"{gguf_path.name} has the architecture {header.architecture!r}; only {known} can be converted: {_REMEDY}"
         )
-        _write_tokenizer(folder, reader, vocabulary)
+    try:
+        vocabulary = _Vocabulary.of(header)
+        ids = {"bos_token_id": vocabulary.bos, "pad_token_id": vocabulary.pad}
+        write_json(folder / "config.json", _config(header) | ids | {"eos_token_id": vocabulary.ends[0]})
+        write_json(folder / "generation_config.json", ids | {"eos_token_id": vocabulary.ends})
+        _write_tokenizer(folder, header, vocabulary)
     except (ModelError, OSError):
         raise
     except Exception as exc:  # of damaged metadata; `tokenizers` raises bare Exceptions
         raise ModelError(f"{gguf_path.name} has damaged metadata ({type(exc).__name__}: {exc}): fetch it again") from exc
-    _write_safetensors(folder / "model.safetensors", reader, architecture, gguf_path)
+    _write_safetensors(folder / "model.safetensors", header)
 
 
-# Config
-
-# GGUF's keys of an architecture -> config.json's.
-CONFIG_KEYS = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-}
-
-
-def _config(reader: Any, architecture: str, vocabulary: _Vocabulary) -> dict[str, Any]:
+def _config(header: Header) -> dict[str, Any]:
     def value(key: str, default: Any = None) -> Any:
-        found = gguf_value(reader, f"{architecture}.{key}", default)
+        found = header.values.get(f"{header.architecture}.{key}", default)
         if found is None:
-            raise ModelError(f"The GGUF has no {architecture}.{key}: it is damaged or of an unknown kind; fetch it again")
+            raise ModelError(
+                f"{header.path.name} has no {header.architecture}.{key}: it is damaged or of an unknown kind; fetch it again"
+            )
         return found
 
-    scaling = gguf_value(reader, f"{architecture}.rope.scaling.type", "none")
+    is_phi = header.architecture == "phi2"
+    scaling = value("rope.scaling.type", "none")
     if scaling != "none":
-        raise ModelError(f"The GGUF uses {scaling!r} rope scaling, which can't be converted for transformers here: {_REMEDY}")
-    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
-    width, heads = int(value("embedding_length")), int(value("attention.head_count"))
-    head_width = int(value("attention.key_length", width // heads))
-    rotary = int(value("rope.dimension_count", head_width))
+        raise ModelError(f"{header.path.name} uses {scaling!r} rope scaling, which can't be converted: {_REMEDY}")
+    heads = int(value("attention.head_count"))
+    head = int(value("attention.key_length", int(value("embedding_length")) // heads))
+    rotary = int(value("rope.dimension_count", head))
+    if rotary != head and not is_phi:
+        raise ModelError(f"{header.path.name} rotates {rotary} of {head} dimensions, which LlamaForCausalLM can't: {_REMEDY}")
+    embeddings = header.tensors.get("token_embd.weight")
     common = {
-        "vocab_size": int(shapes["token_embd.weight"][1]) if "token_embd.weight" in shapes else len(vocabulary.tokens),
+        "architectures": ["PhiForCausalLM" if is_phi else "LlamaForCausalLM"],
+        "model_type": "phi" if is_phi else "llama",
+        "vocab_size": embeddings.shape[0] if embeddings is not None else len(header.values["tokenizer.ggml.tokens"]),
         **{theirs: int(value(ours)) for ours, theirs in CONFIG_KEYS.items()},
         "num_key_value_heads": int(value("attention.head_count_kv", heads)),
         "rope_theta": float(value("rope.freq_base", 10000.0)),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": vocabulary.bos,
-        "eos_token_id": vocabulary.eos,
-        "pad_token_id": vocabulary.pad,
+        "tie_word_embeddings": "output.weight" not in header.tensors,
         "dtype": "float32",
     }
-    if architecture == "phi2":
-        return {
-            "architectures": ["PhiForCausalLM"],
-            "model_type": "phi",
-            **common,
-            "layer_norm_eps": float(value("attention.layer_norm_epsilon")),
-            "partial_rotary_factor": rotary / head_width,
-            "hidden_act": "gelu_new",
-            "qk_layernorm": False,
-        }
-    if rotary != head_width:
-        raise ModelError(f"The GGUF rotates {rotary} of {head_width} dimensions, which LlamaForCausalLM can't: {_REMEDY}")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **common,
-        "rms_norm_eps": float(value("attention.layer_norm_rms_epsilon")),
-        "head_dim": head_width,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
+    if is_phi:
+        epsilon, share = float(value("attention.layer_norm_epsilon")), rotary / head
+        own = {"layer_norm_eps": epsilon, "partial_rotary_factor": share, "hidden_act": "gelu_new", "qk_layernorm": False}
+        return common | own
+    epsilon = float(value("attention.layer_norm_rms_epsilon"))
+    return common | {
+        "rms_norm_eps": epsilon, "head_dim": head, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False
+    }  # fmt: skip
 
 
 # Tokenizer: byte-level BPE with the pre-tokenizer that the GGUF names
@@ -124,45 +90,48 @@ def _config(reader: Any, architecture: str, vocabulary: _Vocabulary) -> dict[str
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """A GGUF's tokens by id, and its special ones. `ends`: all tokens that end a completion, `eos` first."""
+    """A GGUF's tokens by id, and its special ones. `ends`: all tokens that end a completion, the end-of-text token first."""
 
     tokens: list[str]
     types: list[int]
-    eos: int
     ends: list[int]
     bos: int | None
     pad: int
     unknown: int | None
 
     @classmethod
-    def of_gguf(cls, reader: Any, gguf_path: Path) -> _Vocabulary:
-        model = gguf_value(reader, "tokenizer.ggml.model")
-        if model != "gpt2":
-            raise ModelError(f"{gguf_path.name} has a {model!r} tokenizer, not byte-level BPE ('gpt2'): {_REMEDY}")
-        tokens = gguf_value(reader, "tokenizer.ggml.tokens")
-        types = gguf_value(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+    def of(cls, header: Header) -> _Vocabulary:
+        values = {key.removeprefix("tokenizer.ggml."): value for key, value in header.values.items()}
+        if values.get("model") != "gpt2":
+            raise ModelError(
+                f"{header.path.name} has a {values.get('model')!r} tokenizer, not byte-level BPE ('gpt2'): {_REMEDY}"
+            )
+        tokens = values["tokens"]
+        types = values.get("token_type", [1] * len(tokens))
         roles = ("eos", "eot", "eom", "bos", "padding", "unknown")
-        eos, eot, eom, bos, pad, unknown = (gguf_value(reader, f"tokenizer.ggml.{role}_token_id") for role in roles)
+        eos, eot, eom, bos, pad, unknown = (values.get(f"{role}_token_id") for role in roles)
         if eos is None:
-            raise ModelError(f"{gguf_path.name} names no end-of-text token: fetch or export it again")
+            raise ModelError(f"{header.path.name} names no end-of-text token: fetch or export it again")
         pairs = enumerate(zip(tokens, types, strict=True))
         well_known = (i for i, (token, kind) in pairs if kind == TokenType.CONTROL and token in END_TOKENS)
         ends = dict.fromkeys(int(i) for i in (eos, eot, eom, *well_known) if i is not None)
-        return cls(tokens, types, int(eos), list(ends), bos, int(eos if pad is None else pad), unknown)
+        return cls(tokens, types, list(ends), bos, int(eos if pad is None else pad), unknown)
 
 
-def _write_tokenizer(folder: Path, reader: Any, vocabulary: _Vocabulary) -> None:
+def _write_tokenizer(folder: Path, header: Header, vocabulary: _Vocabulary) -> None:
     """Write tokenizer.json, tokenizer_config.json and, if the GGUF has a chat template, chat_template.jinja."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-    tokens, types = vocabulary.tokens, vocabulary.types
+    tokens, types, values = vocabulary.tokens, vocabulary.types, header.values
     used = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}  # [PAD51199] and the like are no text
-    merges = gguf_value(reader, "tokenizer.ggml.merges", [])
+    merges = values.get("tokenizer.ggml.merges", [])
     pairs = [(merge[0] + left, right) for merge in merges for left, right in [merge[1:].split(" ", 1)]]  # " " may be a token
     bpe = Tokenizer(models.BPE(vocab=used, merges=pairs, fuse_unk=False))
-    pre = pre_tokenizer_of(reader)
+    pre = header.pre_tokenizer
     if pre not in ("smollm", "gpt-2", "phi-2"):
-        raise ModelError(f"The GGUF's pre-tokenizer is {pre!r}; supported are smollm, gpt-2 and phi-2: {_REMEDY}")
+        raise ModelError(
+            f"{header.path.name}'s pre-tokenizer is {pre or None!r}; supported are smollm, gpt-2 and phi-2: {_REMEDY}"
+        )
     bpe.pre_tokenizer = build_pre_tokenizer(pre, used)
     bpe.decoder = decoders.ByteLevel()
     for kind, special, add in (
@@ -170,77 +139,59 @@ def _write_tokenizer(folder: Path, reader: Any, vocabulary: _Vocabulary) -> None
         (TokenType.USER_DEFINED, False, bpe.add_tokens),
     ):
         add([AddedToken(token, special=special, normalized=False) for token, i in used.items() if types[i] == kind])
-    if gguf_value(reader, "tokenizer.ggml.add_bos_token", False) and vocabulary.bos is not None:
+    if values.get("tokenizer.ggml.add_bos_token") and vocabulary.bos is not None:
         begin = tokens[vocabulary.bos]
         bpe.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, vocabulary.bos)])
     bpe.save(str(folder / "tokenizer.json"))
-    special_ids = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad, "unk": vocabulary.unknown}
+    special_ids = {"bos": vocabulary.bos, "eos": vocabulary.ends[0], "pad": vocabulary.pad, "unk": vocabulary.unknown}
     write_json(
         folder / "tokenizer_config.json",
         {
             # Not the model's own class, for which transformers 5 would build its own pre-tokenizer.
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{f"{role}_token": tokens[i] for role, i in special_ids.items() if i is not None},
-            "model_max_length": int(gguf_value(reader, f"{gguf_value(reader, 'general.architecture')}.context_length", 2048)),
+            "model_max_length": int(values.get(f"{header.architecture}.context_length", 2048)),
             "clean_up_tokenization_spaces": False,
         },
     )
-    chat = gguf_value(reader, "tokenizer.chat_template")
-    if chat:
+    if chat := values.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(chat, encoding="utf-8")
-
-
-def build_pre_tokenizer(name: str, vocabulary: Mapping[str, int] | None = None) -> Any:
-    """How text is split before BPE, by llama.cpp's name for it (src/llama-vocab.cpp, regex_exprs)."""
-    from tokenizers import Regex, pre_tokenizers
-
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
-    # Both tokenizers drop a byte that the vocabulary lacks (SmolLM2: control characters), but `tokenizers` would then merge its
-    # two neighbors, which llama.cpp does not: keep them apart.
-    missing = "".join(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary))) if vocabulary is not None else ""
-    if missing:
-        steps.append(pre_tokenizers.Split(Regex(f"[{re.escape(missing)}]"), "isolated"))
-    return pre_tokenizers.Sequence(steps)
 
 
 # Weights
 
 
-def _write_safetensors(path: Path, reader: Any, architecture: str, gguf_path: Path) -> None:
+def _write_safetensors(path: Path, header: Header) -> None:
     """Write all tensors in F32, one in memory at a time. Format: https://huggingface.co/docs/safetensors (8 bytes of header
     length, a JSON header, the data)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    index: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in reader.tensors:
-        shape = [int(n) for n in reversed(tensor.shape)]
-        for name, part in _hf_names(tensor.name, architecture, gguf_path, shape):
-            end = offset + 4 * prod(part)
-            header[name] = {"dtype": "F32", "shape": part, "data_offsets": [offset, end]}
+    for tensor, info in header.tensors.items():
+        for name, shape in _hf_names(tensor, header, info.shape):
+            end = offset + 4 * prod(shape)
+            index[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
-    encoded = json.dumps(header).encode()
+    encoded = json.dumps(index).encode()
     encoded += b" " * (-len(encoded) % 8)
-    heads = int(gguf_value(reader, f"{architecture}.attention.head_count"))
-    kv_heads = int(gguf_value(reader, f"{architecture}.attention.head_count_kv", heads))
+    layout = Layout.of(header)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in reader.tensors:
-            weights = decode(tensor.data, tensor.tensor_type, f"{gguf_path.name}: {tensor.name}")
-            if is_permuted(tensor.name, architecture):
-                weights = unpermute_rows(weights, heads if ".attn_q." in tensor.name else kv_heads)
+        for stored in map_tensors(header):
+            weights = layout.permute(
+                stored.name, decode(stored.data, stored.kind, f"{header.path.name}: {stored.name}"), back=True
+            )
             file.write(np.ascontiguousarray(weights, dtype="<f4").data)  # a fused qkv is its three parts in order
         file.flush()
         os.fsync(file.fileno())
 
 
-def _hf_names(name: str, architecture: str, gguf_path: Path, shape: list[int]) -> Iterator[tuple[str, list[int]]]:
+def _hf_names(name: str, header: Header, shape: Sequence[int]) -> Iterator[tuple[str, Sequence[int]]]:
     """The Hugging Face tensor(s) that a GGUF tensor becomes, with their shapes."""
+    is_phi = header.architecture == "phi2"
     block, fused, rest = name.rpartition("attn_qkv.")
-    if fused and architecture == "phi2":
-        for part in QKV:
-            yield str(hf_name(f"{block}{part}.{rest}", architecture)), [shape[0] // 3, *shape[1:]]
-        return
-    theirs = hf_name(name, architecture)
-    if theirs is None or not (theirs.endswith(".weight") or (theirs.endswith(".bias") and architecture == "phi2")):
-        raise ModelError(f"{gguf_path.name} holds {name}, which has no place in a Hugging Face folder: {_REMEDY}")
-    yield theirs, shape
+    parts = [f"{block}{part}.{rest}" for part in QKV] if fused and is_phi else [name]
+    for part in parts:
+        theirs = hf_name(part, header.architecture)
+        if theirs is None or not (theirs.endswith(".weight") or (theirs.endswith(".bias") and is_phi)):
+            raise ModelError(f"{header.path.name} holds {name}, which has no place in a Hugging Face folder: {_REMEDY}")
+        yield theirs, (shape[0] // len(parts), *shape[1:])

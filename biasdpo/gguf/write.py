@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.errors import AdapterError, BiasDPOError, ConfigError, ExportError, ModelError
+from biasdpo.errors import AdapterError, ConfigError, ExportError, ModelError
 from biasdpo.gguf.quantize import (
     COSTS,
     FILE_TYPES,
@@ -34,9 +35,8 @@ from biasdpo.gguf.quantize import (
     is_weight,
     quantize_file,
     require_known,
-    tensor_bytes,
 )
-from biasdpo.gguf.sources import Layout, Source, StoredTensor, hf_layout, open_source, read_safetensors
+from biasdpo.gguf.sources import Layout, Source, StoredTensor, open_source, read_safetensors
 from biasdpo.model_files import QKV, read_header
 from biasdpo.models import AdapterSpec, ModelSpec, check_fits_file
 from biasdpo.workspace import Workspace, locked, replacing, sha256_of
@@ -137,17 +137,15 @@ def lora(adapter: AdapterSpec, base_gguf: Path, out: Path) -> Path:
 
     Raises AdapterError if the adapter does not fit or a LoRA GGUF can't hold it; ExportError if the file can't be written.
     """
-    import gguf
-
     factors = read_factors(adapter, base_gguf)
-    layout = Layout.of_gguf(base_gguf)
+    layout = Layout.of(read_header(base_gguf))
     placed = place(factors, layout, adapter.id)
     # The file holds one alpha. Layers with another alpha or rank carry the difference in their B.
     alpha = Counter(pair.alpha for pair in factors.values()).most_common(1)[0][0] or 1.0  # llama.cpp reads 0 as "unset"
     outputs = []
     for name, parts in placed.items():
         for letter, factor in zip("ab", _joined(parts, layout.shapes[name][0], alpha), strict=True):
-            kind = gguf.GGMLQuantizationType.F16 if factor.dtype == np.float16 else gguf.GGMLQuantizationType.F32
+            kind = "F16" if factor.dtype == np.float16 else "F32"
             outputs.append(Output(StoredTensor(f"{name}.lora_{letter}", factor.shape, kind, factor), kind))
 
     def add_metadata(writer: Any) -> None:
@@ -202,12 +200,12 @@ class Output:
     """A tensor to write: `kind` is its type in the file, `parts` of an adapter are added before."""
 
     tensor: StoredTensor
-    kind: Any
+    kind: str
     parts: tuple[Factors, ...] = ()
 
     @property
     def bytes(self) -> int:
-        return bytes_of(self.kind.name, self.tensor.shape, padded=False)
+        return bytes_of(self.kind, self.tensor.shape)
 
     def rows(self, first: int, last: int) -> NDArray[Any]:
         """Rows as they are written. Untouched rows that keep their type are the source's own bytes."""
@@ -258,7 +256,8 @@ def _write_gguf(
     try:
         add_metadata(writer)
         for output in outputs:
-            writer.add_tensor_info(output.tensor.name, output.tensor.shape, np.dtype(np.float32), output.bytes, output.kind)
+            kind = gguf.GGMLQuantizationType[output.kind]
+            writer.add_tensor_info(output.tensor.name, output.tensor.shape, np.dtype(np.float32), output.bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -318,40 +317,16 @@ def source_path(spec: ModelSpec, quantization: str, source: SourceName) -> Path:
     raise ModelError(f"{spec.title} has no GGUF file here: choose a .gguf with --model, or use --source hf")
 
 
-# About what a GGUF's header takes for a token with its merge, for a tensor, and for all other keys.
-_TOKEN_BYTES, _TENSOR_BYTES, _KEYS_BYTES = 36, 60, 1500
-
-
-def expected_bytes(spec: ModelSpec, quantization: str, *, source: SourceName = "auto") -> int:
-    """About the size of the file that `merged` writes, from headers alone. Raises ModelError and ConfigError as it does."""
-    path = source_path(spec, quantization, source)
-    if quantization == KEEP:
-        return path.stat().st_size
-    if path.is_dir():
-        shapes = dict(hf_layout(path).shapes)
-        stored = {name: bytes_of("F32", shape) for name, shape in shapes.items()}
-        header = _TOKEN_BYTES * shapes["token_embd.weight"][0] + _TENSOR_BYTES * len(shapes) + _KEYS_BYTES
-    else:
-        tensors = read_header(path).tensors
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        stored = {name: tensor.n_bytes for name, tensor in tensors.items()}
-        header = path.stat().st_size - sum(stored.values())
-    return header + tensor_bytes(quantization, shapes, stored)
-
-
 def expected_sizes(spec: ModelSpec, adapter: AdapterSpec | None, format: str, source: SourceName) -> dict[str, int]:
     """About the bytes of an export, by the quantizations that the model allows; {"": bytes} of a LoRA."""
     if format == "lora":
         return {"": 0 if adapter is None else adapter.weights.stat().st_size}
+    opened = open_source(source_path(spec, "F32", source))
     sizes: dict[str, int] = {}
-    refused: list[BiasDPOError] = []
     for quantization in COSTS:
-        try:
-            sizes[quantization] = expected_bytes(spec, quantization, source=source)
-        except BiasDPOError as exc:  # of a width that does not fit, or of "keep" without a base GGUF
-            refused.append(exc)
-    if not sizes:
-        raise refused[0]
+        if quantization != KEEP or opened.kind == "gguf":
+            with suppress(ExportError):  # a width that does not fit
+                sizes[quantization] = opened.bytes_as(quantization)
     return sizes
 
 
@@ -384,7 +359,9 @@ def merged(
     ]
 
     def add_metadata(writer: Any) -> None:
-        opened.add_metadata(writer, spec.title + (f" + {adapter.id}" if adapter else ""))
+        for key, value, kind, item_kind in opened.metadata:
+            writer.add_key_value(key, value, kind, sub_type=item_kind)
+        writer.add_name(spec.title + (f" + {adapter.id}" if adapter else ""))
         file_type = opened.file_type if quantization == KEEP else FILE_TYPES[quantization]
         if file_type is not None:
             writer.add_file_type(file_type)
@@ -432,24 +409,21 @@ def merged(
     )
 
 
-def _kind(tensor: StoredTensor, quantization: str, *, touched: bool) -> Any:
-    """gguf.GGMLQuantizationType of a tensor in the file that is written here, before llama.cpp's quantizer."""
-    from gguf import GGMLQuantizationType as Kind
-
+def _kind(tensor: StoredTensor, quantization: str, *, touched: bool) -> str:
+    """A tensor's type in the file that is written here, before llama.cpp's quantizer."""
     if quantization in UNQUANTIZED and is_weight(tensor.name, tensor.shape):
-        return Kind[quantization]
+        return quantization
     if quantization == KEEP or not touched:
         return tensor.kind
     # For the quantizer. F16's rounding, 2^-11, is far below any quantization's (Q8_0: 2^-8 of a block's largest weight).
-    return Kind.F32 if tensor.kind == Kind.F32 else Kind.F16
+    return "F32" if tensor.kind == "F32" else "F16"
 
 
 def _require_room(out: Path, opened: Source, outputs: Sequence[Output], quantization: str) -> None:
     """Refuse what can't fit on the disk before anything is written."""
     needed = opened.header_bytes + sum(output.bytes for output in outputs)
     if quantization not in (*UNQUANTIZED, KEEP):
-        stored = {tensor.name: Output(tensor, tensor.kind).bytes for tensor in opened.tensors}
-        needed += opened.header_bytes + tensor_bytes(quantization, opened.layout.shapes, stored)
+        needed += opened.bytes_as(quantization)
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise ExportError(
