@@ -227,9 +227,7 @@ class _Pair:
                 self.group = gr.Textbox(label="Target group (optional)", max_lines=1, elem_id="target-group", min_width=160)
                 self.note = gr.Textbox(label="Note (optional)", max_lines=1, elem_id="judgment-note", min_width=160)
             with gr.Accordion("Differences between left and right, word by word", open=False, elem_id="label-diff"):
-                self.differences = _highlighted(
-                    "Differences", {"left only": "#fbbf24", "right only": "#38bdf8"}, show_label=False
-                )
+                self.differences = _highlighted("Differences", {"left only": "#fbbf24", "right only": "#38bdf8"})
 
     @property
     def outputs(self) -> list[Any]:
