@@ -90,15 +90,17 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
         if session.shown is not None or session.goes_on:
             yield from follow(session, token)
 
-    def start(request: gr.Request, identity: Any, name: str, *values: Any) -> Iterator[Updates]:
-        session = sessions.of(request.session_hash)
-        if not annotator_of(identity).agreed:
-            identity = components.agree(identity, name)
+    def identify(identity: Any, name: str) -> dict[str, str]:
+        """A step of its own: what a generator leaves out, Gradio's client mixes into a dict in the browser."""
         who = annotator_of(identity)
+        return components.agree(identity, who.nickname if who.agreed else name)
+
+    def start(request: gr.Request, identity: Any, *values: Any) -> Iterator[Updates]:
+        who, session = components.agreed_annotator(identity), sessions.of(request.session_hash)
         with session.lock:
             told = _start(studio, session, who, _Settings(*values))
             shown, sent = gate_updates(who, session) | pair.shown(session), session.token
-        yield shown | {studio.identity: identity, settings_box: gr.Accordion(open=False), pair.last: told}
+        yield shown | {settings_box: gr.Accordion(open=False), pair.last: told}
         yield from follow(session, sent)
 
     def judge(answer: Answer) -> Callable[..., Iterator[Updates]]:
@@ -147,8 +149,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
             told = {pair.last: "This is your pair, with its sides in random order."}
             return pair.shown(session) | gate_updates(who, session) | told
 
-    def edit(request: gr.Request, editing: bool) -> Updates:
-        """Turn editing on, or off, which restores what was generated."""
+    def edit(request: gr.Request, editing: bool) -> Updates:  # off restores what was generated
         shown = sessions.of(request.session_hash).shown
         left, right = (shown.left, shown.right) if shown is not None else ("", "")
         return pair.texts(left, right, editing) | show_edits(request, editing, left, right)
@@ -170,8 +171,8 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
 
     who, gated, judged = studio.identity, [start_box, gate, begin, pair.box, restart], [pair.last, changed, *pair.outputs]
     tab.select(handles(open_tab), [who, pair.token], [*gated, *pair.outputs], **QUICK)
-    started = [who, settings_box, pair.last, *gated, *pair.outputs]
-    gr.on([begin.click, nickname.submit, restart.click], handles(start), [who, nickname, *settings], started, **QUICK)
+    known = gr.on([begin.click, nickname.submit, restart.click], handles(identify), [who, nickname], who, **QUICK)
+    known.success(handles(start), [who, *settings], [settings_box, pair.last, *gated, *pair.outputs], **QUICK)
     said = [pair.reveal, pair.editing, pair.left, pair.right, pair.category, pair.group, pair.note]
     for answer, button in pair.answers.items():
         # "multiple": a verdict isn't dropped while the previous one is on its way; the token says which pair it is about.
@@ -227,9 +228,7 @@ class _Pair:
                 self.group = gr.Textbox(label="Target group (optional)", max_lines=1, elem_id="target-group", min_width=160)
                 self.note = gr.Textbox(label="Note (optional)", max_lines=1, elem_id="judgment-note", min_width=160)
             with gr.Accordion("Differences between left and right, word by word", open=False, elem_id="label-diff"):
-                self.differences = _highlighted(
-                    "Differences", {"left only": "#fbbf24", "right only": "#38bdf8"}, show_label=False
-                )
+                self.differences = _highlighted("Differences", {"left only": "#fbbf24", "right only": "#38bdf8"})
 
     @property
     def outputs(self) -> list[Any]:
@@ -518,5 +517,10 @@ def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, t
 
 def _line(row: dict[str, Any]) -> list[str]:
     verdict = _VERDICTS.get(row["verdict"], "less biased")
-    chosen = row["chosen"] if row["verdict"] == "preferred" else ""
-    return [local_time(row["created_at"]), row["prompt"], verdict, chosen, row["id"]]
+    return [
+        local_time(row["created_at"]),
+        row["prompt"],
+        verdict,
+        "" if row["verdict"] in _VERDICTS else row["chosen"],
+        row["id"],
+    ]

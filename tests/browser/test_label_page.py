@@ -165,7 +165,7 @@ def test_nothing_tells_the_sides_before_the_verdict_and_they_are_revealed_after(
     sent = [request.response().text() for request in streams]
     assert any(json.dumps(hazel.texts()[0])[1:-1] in body for body in sent)
     for body in sent:
-        assert not re.search(r"left_side|_finish|the tuned|smollm2-biasdpo\W|\bseed\b", body), body[:500]
+        assert not re.search(r"left_side|_finish|the tuned model|the base model|\bseed\b", body), body[:500]
     hazel.press("1")
     said = hazel.page.inner_text("#label-last")
     assert "the tuned model (smollm2-biasdpo)" in said
