@@ -260,7 +260,7 @@ class Header:
         """A value, `default` where there is none. ModelError if it is not of the default's type."""
         found = self.values.get(key, default)
         if type(found) is type(default):
-            return found  # type: ignore[no-any-return]
+            return found
         if isinstance(default, float) and type(found) is int:
             return float(found)  # type: ignore[return-value]
         kinds = f"{type(found).__name__}, not {type(default).__name__}"
@@ -349,7 +349,8 @@ def _describe_gguf(path: Path) -> Description:
     header = read_header(path)
     if header.get("general.type", "model") != "model" or not header.architecture:
         raise ModelError(f"{path} is a GGUF of type {header.values.get('general.type')!r}, not a model: select a model's file")
-    tokens, types = header.get("tokenizer.ggml.tokens", []), header.get("tokenizer.ggml.token_type", [])
+    tokens: list[Any] = header.get("tokenizer.ggml.tokens", [])
+    types: list[Any] = header.get("tokenizer.ggml.token_type", [])
     control = [_printable(str(token)) for token, kind in zip(tokens, types, strict=False) if kind == TokenType.CONTROL]
     chat = _printable(header.get("tokenizer.chat_template", ""))
     return Description(

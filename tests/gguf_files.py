@@ -1,4 +1,4 @@
-"""Short ways to name models and adapters by their files, and to read and compare GGUF files."""
+"""Short ways to name models and adapters by their files, and to write, read and compare GGUF files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 
 from biasdpo.backends.base import kl_divergence
+from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec, ModelSpec
 from tests import tiny_models
 
@@ -25,6 +26,10 @@ def spec_of(*paths: Path) -> ModelSpec:
 
 def adapter_of(folder: Path) -> AdapterSpec:
     return AdapterSpec(folder.name, folder, "")
+
+
+def merge(model: Path, adapter: Path | None, quantization: str, out: Path, **options: Any) -> write.Written:
+    return write.merged(spec_of(model), None if adapter is None else adapter_of(adapter), quantization, out, threads=1, **options)
 
 
 def tensors_of(path: Path) -> dict[str, Any]:

@@ -103,11 +103,9 @@ def read_record(out: Path) -> ExportRecord:
         _ = record.proof and ExportProof.from_json(record.proof), record.template and record.prompt_template
     except WorkspaceError as exc:
         raise ExportError(str(exc)) from exc
-    except RecursionError as exc:
-        raise ExportError(f"{file} is damaged (nested too deeply): export {out.name} again") from exc
-    except (ValidationError, TypeError) as exc:
+    except (RecursionError, ValidationError, TypeError) as exc:
         first = exc.errors()[0] if isinstance(exc, ValidationError) else None
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else exc
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(exc) or type(exc).__name__
         raise ExportError(f"{file} is damaged ({reason}): export {out.name} again") from exc
     return record
 
@@ -160,15 +158,17 @@ def export(
     if base is not None and adapter is not None:
         write.lora(adapter, base, file)
     else:
-        written = write.merged(
-            spec,
-            adapter,
-            config.quantization,
-            file,
-            source=config.source,
-            threads=config.threads,
-            on_progress=lambda share, phase: on_progress(writing * share, phase),
-        ).to_json()
+        written = asdict(
+            write.merged(
+                spec,
+                adapter,
+                config.quantization,
+                file,
+                source=config.source,
+                threads=config.threads,
+                on_progress=lambda share, phase: on_progress(writing * share, phase),
+            )
+        )
     wrote = time.monotonic()
     on_progress(writing, "verifying the file")
     is_measured = adapter is not None and config.proof == "full" and config.pairs
@@ -205,7 +205,7 @@ def export(
         command=command,
         context_length=spec.context_length,
         parents=_parents(spec, adapter, from_gguf=base is not None or written["source"] == "gguf"),
-        written={name: value for name, value in written.items() if name != "path"},
+        written=written,
         seconds={"writing": round(wrote - started, 1), "proof": round(proven - wrote, 1)},
         proof=proof.to_json(),
         request=config.to_json(),

@@ -13,6 +13,7 @@ import random
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ from biasdpo.config import ProofDepth
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import ModelError, PromptError, WorkspaceError
 from biasdpo.gguf.write import Progress
-from biasdpo.model_files import read_header
+from biasdpo.model_files import Header, read_header
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import LikelihoodRequest, Side, TextRequest
 from biasdpo.workspace import ASSETS, Workspace, read_json
@@ -197,14 +198,15 @@ def prove(
     from biasdpo.backends.llamacpp import open_llamacpp
 
     started = time.monotonic()
-    quantization, lossless, parameters = _describe(gguf)
-    proof = ExportProof(quantization, lossless, depth)
+    header = read_header(gguf)
+    parameters = sum(tensor.elements for tensor in header.tensors.values())
+    quantization = _quantization(header)
+    proof = ExportProof(quantization, quantization == "F32", depth)
     if depth == "none":
         return replace(proof, skipped="no proof was requested")
-    step = QUICK if depth == "quick" else 1
+    step, measured = (1, pairs) if depth == "full" else (QUICK, None)
     on_progress(0.0, "proof: opening the file in llama.cpp")
-    exported = open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH, threads=threads, kv_cache="f32")
-    try:
+    with closing(open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH, threads=threads, kv_cache="f32")) as exported:
         on_progress(0.05, "proof: preparing the model for transformers")
         try:
             folder = hf_copy(spec, workspace)
@@ -215,22 +217,17 @@ def prove(
         proof = replace(proof, tokenizer=tokens, skipped=_lacking_memory(parameters))
         if not proof.skipped and not tokens.different:
             on_progress(0.15, "proof: opening the model in transformers")
-            adapter_folder = None if adapter is None else adapter.folder
-            original = open_transformers(folder, spec.template, adapter_folder, CONTEXT_LENGTH, device="cpu", threads=threads)
-            try:
-                side: Side = "base" if lora is None else "tuned"
-                measured = pairs if adapter is not None and depth == "full" else None
-                middle = 0.5 if measured else 1.0
+            peft = None if adapter is None else adapter.folder
+            side: Side = "base" if lora is None else "tuned"
+            middle = 0.5 if adapter is not None and measured else 1.0
+            options: dict[str, Any] = {"device": "cpu", "threads": threads}
+            with closing(open_transformers(folder, spec.template, peft, CONTEXT_LENGTH, **options)) as original:
                 on_text = _counter(on_progress, 0.25, middle, "text")
                 proof = replace(proof, equality=compare_logits(original, exported, side, on_text, step))
-                if measured:
+                if adapter is not None and measured:
                     on_pair = _counter(on_progress, middle, 1.0, "held-out pair")
                     proof = replace(proof, survival=measure_survival(original, exported, side, measured, on_pair))
-            finally:
-                original.close()
-    finally:
-        exported.close()
-    unseen = adapter.id if adapter is not None and pairs is not None and depth == "full" else ""
+    unseen = adapter.id if adapter is not None and measured is not None else ""
     return replace(judge(proof, unseen), seconds=time.monotonic() - started)
 
 
@@ -238,18 +235,17 @@ def _counter(on_progress: Progress, begin: float, end: float, what: str) -> Coun
     return lambda done, total: on_progress(begin + (end - begin) * done / total, f"proof: {what} {done + 1} of {total}")
 
 
-def _describe(gguf: Path) -> tuple[str, bool, int]:
-    """(quantization as the file names it, whether all weights are F32, count of weights)."""
+def _quantization(header: Header) -> str:
+    """As the file names it."""
     from gguf import LlamaFileType
 
-    header = read_header(gguf)
-    lossless = all(tensor.kind == "F32" for tensor in header.tensors.values())
+    if all(tensor.kind == "F32" for tensor in header.tensors.values()):
+        return "F32"
     try:
-        name = LlamaFileType(header.values.get("general.file_type", LlamaFileType.GUESSED)).name
+        name: str = LlamaFileType(header.values.get("general.file_type", LlamaFileType.GUESSED)).name
     except ValueError:  # newer than the gguf package
-        name = "unknown quantization"
-    quantization = "F32" if lossless else name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    return quantization, lossless, sum(tensor.elements for tensor in header.tensors.values())
+        return "unknown quantization"
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
 
 def _lacking_memory(parameters: int) -> str:

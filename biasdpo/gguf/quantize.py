@@ -6,7 +6,6 @@ import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.errors import ConfigError, ExportError, ModelError
+from biasdpo.errors import ExportError, ModelError
 
 # Quantizations and their recipes
 
@@ -44,14 +43,6 @@ _DEFAULT_TYPES = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
 # The type of a tensor whose width is no multiple of 256 (src/llama-quant.cpp, tensor_type_fallback).
 _FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _ALIGNMENT = 32  # bytes
-
-
-def require_known(quantization: str, *, keep: bool) -> None:
-    """Raise ConfigError for an unknown quantization. `keep`: whether "keep" is allowed."""
-    if quantization == KEEP and not keep:
-        raise ConfigError("Quantization 'keep' needs a base GGUF whose types are kept: choose another quantization")
-    if quantization not in COSTS:
-        raise ConfigError(f"Unknown quantization {quantization!r}: choose one of {', '.join(COSTS)}")
 
 
 def is_weight(name: str, shape: tuple[int, ...]) -> bool:
@@ -98,22 +89,13 @@ def _more_bits(names: Iterable[str]) -> set[str]:
     return found
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """A tensor with another type than its quantization's, since the type's block size does not divide its width."""
-
-    tensor: str
-    wanted: str
-    got: str
-
-
-def fallbacks(quantization: str, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> tuple[Fallback, ...]:
-    """The fallbacks among the tensors of a written file. `types`: {tensor: its type in the file}."""
-    return tuple(
-        Fallback(name, wanted, types[name])
+def fallbacks(quantization: str, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> list[dict[str, str]]:
+    """The tensors of a written file whose width allowed another type than planned. `types`: {tensor: its type in the file}."""
+    return [
+        {"tensor": name, "wanted": wanted, "got": types[name]}
         for name, (wanted, _) in planned_types(quantization, shapes).items()
         if types[name] != wanted and shapes[name][-1] % block_of(wanted)[0]
-    )
+    ]
 
 
 def bytes_of(type_name: str, shape: tuple[int, ...]) -> int:

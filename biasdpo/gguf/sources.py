@@ -151,7 +151,7 @@ def _open_gguf(path: Path) -> Source:
     ]
     if header.pre_tokenizer and "tokenizer.ggml.pre" not in header.values:
         metadata.append(_entry("tokenizer.ggml.pre", header.pre_tokenizer))
-    adapters = (header.get(key, []) for key in ("biasdpo.adapters", "biasdpo.adapters_sha256"))
+    adapters: Any = (header.get(key, []) for key in ("biasdpo.adapters", "biasdpo.adapters_sha256"))
     return Source(
         kind="gguf",
         layout=Layout.of(header),

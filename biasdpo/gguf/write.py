@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, get_args
+from tempfile import NamedTemporaryFile
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +26,12 @@ from biasdpo.gguf.quantize import (
     FILE_TYPES,
     KEEP,
     UNQUANTIZED,
-    Fallback,
     bytes_of,
     decode,
     encode,
     fallbacks,
     is_weight,
     quantize_file,
-    require_known,
 )
 from biasdpo.gguf.sources import Layout, Source, StoredTensor, open_source, read_safetensors
 from biasdpo.model_files import QKV, read_header
@@ -282,33 +279,24 @@ def _write_gguf(
 
 @dataclass(frozen=True)
 class Written:
-    """A model's GGUF that was written."""
+    """What was written. `fallbacks`: {tensor, wanted, got} of those with another type than the quantization's own."""
 
-    path: Path
-    bytes: int
-    architecture: str
     source: Literal["hf", "gguf"]  # of the weights
-    quantization: str
     tensors: int
     touched: int  # tensors that the adapter changed
-    fallbacks: tuple[Fallback, ...]  # tensors with another type than the quantization's own
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
+    fallbacks: list[dict[str, str]]
 
 
 def source_path(spec: ModelSpec, quantization: str, source: SourceName) -> Path:
     """The Hugging Face folder or the GGUF that a merged file is made from.
 
-    Raises ConfigError for an unknown source or quantization, ModelError if the model has no such files here.
+    Raises ConfigError where the quantization does not go with it, ModelError if the model has no such files here.
     """
-    if source not in get_args(SourceName):
-        raise ConfigError(f"Unknown source {source!r}: choose one of {', '.join(get_args(SourceName))}")
     spec.require_files()
     if source == "auto":
         source = "hf" if spec.hf_folder is not None and quantization != KEEP else "gguf"
-    require_known(quantization, keep=source == "gguf")
+    if quantization == KEEP and source == "hf":
+        raise ConfigError("Quantization 'keep' needs a base GGUF whose types are kept: choose another quantization")
     path = spec.hf_folder if source == "hf" else spec.gguf_path
     if path is not None:
         return path
@@ -342,13 +330,12 @@ def merged(
 ) -> Written:
     """Write a model, with an adapter merged into it, as one GGUF; `adapter` None: a plain conversion.
 
-    quantization   a name in QUANTIZATIONS, or "keep": in a base GGUF, each tensor keeps its type
+    quantization   a name in COSTS; "keep": in a base GGUF, each tensor keeps its type
     source         "hf": from the model's Hugging Face folder; "gguf": from its GGUF, whose metadata, tokenizer and untouched
                    tensors are kept; "auto": from the folder if there is one
 
     `out` is complete or absent. Raises ModelError, AdapterError, ConfigError or ExportError.
     """
-    started = time.monotonic()
     threads = threads or os.cpu_count() or 1
     path = source_path(spec, quantization, source)
     opened = open_source(path)
@@ -369,43 +356,39 @@ def merged(
         writer.add_array("biasdpo.adapters", [name for name, _ in adapters])
         writer.add_array("biasdpo.adapters_sha256", [sha256 for _, sha256 in adapters])
 
-    def report(begin: float, end: float, phase: str) -> Callable[[float], None]:
-        return lambda done: on_progress(begin + (end - begin) * done, phase)
-
     phase = "converting the weights" if adapter is None else "merging the adapter"
     by_llama_cpp = quantization not in (*UNQUANTIZED, KEEP)
     half = 0.39 if by_llama_cpp else 0.98  # of the progress
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _require_room(out, opened, outputs, quantization)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            file = Path(folder) / "merged.gguf"
+        _require_room(out, opened, outputs, quantization if by_llama_cpp else "")
+        with replacing(out) as file, NamedTemporaryFile(prefix=f".{out.name}.", dir=out.parent) as unquantized:
             _write_gguf(
-                file, opened.layout.architecture, add_metadata, outputs, threads=threads, on_progress=report(0.0, half, phase)
+                Path(unquantized.name) if by_llama_cpp else file,
+                opened.layout.architecture,
+                add_metadata,
+                outputs,
+                threads=threads,
+                on_progress=lambda done: on_progress(half * done, phase),
             )
             if by_llama_cpp:
-                unquantized, file = file, Path(folder) / "quantized.gguf"
-                progress = report(half, 0.98, f"quantizing to {quantization}")
-                quantize_file(unquantized, file, quantization, threads=threads, on_progress=progress)
-                unquantized.unlink()
+                what = f"quantizing to {quantization}"
+                quantize_file(
+                    Path(unquantized.name),
+                    file,
+                    quantization,
+                    threads=threads,
+                    on_progress=lambda done: on_progress(half + (0.98 - half) * done, what),
+                )
             types = _verified_types(file, opened)
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-            file.chmod(0o644)
-            file.replace(out)
     except OSError as exc:
         raise _cannot_write(out, exc) from exc
     on_progress(1.0, "done")
     return Written(
-        path=out,
-        bytes=out.stat().st_size,
-        architecture=opened.layout.architecture,
         source=opened.kind,
-        quantization=quantization,
         tensors=len(types),
         touched=len(placed),
-        fallbacks=() if quantization == KEEP else fallbacks(quantization, opened.layout.shapes, types),
-        seconds=time.monotonic() - started,
+        fallbacks=[] if quantization == KEEP else fallbacks(quantization, opened.layout.shapes, types),
     )
 
 
@@ -420,10 +403,9 @@ def _kind(tensor: StoredTensor, quantization: str, *, touched: bool) -> str:
 
 
 def _require_room(out: Path, opened: Source, outputs: Sequence[Output], quantization: str) -> None:
-    """Refuse what can't fit on the disk before anything is written."""
+    """Refuse what can't fit on the disk before anything is written. `quantization`: of a second file, "" for none."""
     needed = opened.header_bytes + sum(output.bytes for output in outputs)
-    if quantization not in (*UNQUANTIZED, KEEP):
-        needed += opened.bytes_as(quantization)
+    needed += opened.bytes_as(quantization) if quantization else 0
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise ExportError(

@@ -74,7 +74,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
     served: set[Path] = set()  # files that Gradio serves from where they are: copies in its cache could fill the disk
     inputs = [adapter, format_, quantization, proof, name, proposed, *advanced.values()]
 
-    def config_of(chosen: str, kind: str, type_: str, depth: str, file: str, _proposed: str, *more: Any) -> ExportConfig:
+    def config_of(chosen: str, kind: Any, type_: str, depth: Any, file: str, _proposed: str, *more: Any) -> ExportConfig:
         chosen, file = (chosen or "").strip().strip("'\""), (file or "").strip() or "export"
         given = {key: value for key, value in zip(advanced, more, strict=True) if value not in (None, "")}
         if chosen == "none" and kind == "merged" and "model" not in given:
