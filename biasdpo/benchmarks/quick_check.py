@@ -26,7 +26,7 @@ import numpy as np
 
 from biasdpo.benchmarks.base import LikelihoodBenchmark
 from biasdpo.evaluation.stats import Array, Metric
-from biasdpo.records import ContinuationRequest, Likelihood, Request
+from biasdpo.records import ContinuationRequest, Request
 from biasdpo.workspace import ASSETS, sha256_of
 
 FILE = ASSETS / "quick_check.toml"
@@ -55,9 +55,6 @@ class QuickCheck(LikelihoodBenchmark[Swap]):
             for group in item.groups
             for completion in (item.stereotype, item.anti_stereotype)
         ]
-
-    def scores(self, _item: Swap, outputs: Sequence[Likelihood]) -> list[float]:
-        return [output.logp for output in outputs]
 
     def describe(self, item: Swap) -> dict[str, str]:
         prompt = item.prompt.replace("{group}", item.groups[0])
