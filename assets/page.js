@@ -62,8 +62,8 @@
     1: "answer-left", ArrowLeft: "answer-left", 2: "answer-right", ArrowRight: "answer-right", 3: "answer-tie", ArrowDown: "answer-tie",
     4: "answer-both-biased", ArrowUp: "answer-both-biased", 5: "answer-both-unusable", s: "answer-skip", u: "undo", e: "editing",
   };
-  const WRITES = "input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable=true], [role=listbox], [role=combobox]";
-  const HAS_ARROWS = "[role=tab], [role=tablist], [role=grid], table";  // where arrow keys have a meaning of their own
+  const WRITES = "input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable=true], [role=listbox], [role=combobox], [role=gridcell]";
+  const HAS_ARROWS = "[role=tab], [role=tablist]";  // where arrow keys have a meaning of their own
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.defaultPrevented || !visible("answer-left")) return;

@@ -516,11 +516,5 @@ def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, t
 
 
 def _line(row: dict[str, Any]) -> list[str]:
-    verdict = _VERDICTS.get(row["verdict"], "less biased")
-    return [
-        local_time(row["created_at"]),
-        row["prompt"],
-        verdict,
-        "" if row["verdict"] in _VERDICTS else row["chosen"],
-        row["id"],
-    ]
+    said = _VERDICTS.get(row["verdict"], "less biased")
+    return [local_time(row["created_at"]), row["prompt"], said, row["chosen"] if said == "less biased" else "", row["id"]]
