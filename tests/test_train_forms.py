@@ -157,7 +157,7 @@ def test_an_estimate_in_words():
 
 
 def test_an_estimate_ends_when_nobody_waits_for_it_any_more(tmp_path, monkeypatch):
-    """Gradio closes the generator when Cancel is pressed or the page is closed."""
+    """Gradio closes the generator when the page is closed."""
     ended = threading.Event()
 
     def estimating(_config: TrainConfig, _workspace: Workspace, *, cancelled: Callable[[], bool]) -> None:
@@ -167,17 +167,22 @@ def test_an_estimate_ends_when_nobody_waits_for_it_any_more(tmp_path, monkeypatc
         raise RunError("The estimate was cancelled: ask for it again")
 
     monkeypatch.setattr(train, "estimate_training", estimating)
-    going = train.measure(CONFIG, Workspace(tmp_path))
+    going = train.measure(CONFIG, Workspace(tmp_path), threading.Event())
     assert "measuring" in next(going)
     with ThreadPoolExecutor(1) as executor:
         executor.submit(going.close).result(timeout=10)
     assert ended.is_set()
+    cancelled = threading.Event()
+    going = train.measure(CONFIG, Workspace(tmp_path), cancelled)
+    next(going)
+    cancelled.set()
+    assert list(going)[-1] == "Cancelled."
 
     def failing(*_given: object, **_more: object) -> None:
         raise RunError("It can't fit: lower max_length")
 
     monkeypatch.setattr(train, "estimate_training", failing)
-    assert "It can't fit" in list(train.measure(CONFIG, Workspace(tmp_path)))[-1]
+    assert "It can't fit" in list(train.measure(CONFIG, Workspace(tmp_path), threading.Event()))[-1]
 
 
 def test_a_gone_file_is_replaced_by_the_runs_copy(tmp_path, monkeypatch):

@@ -137,7 +137,8 @@ def base_sha256(spec: ModelSpec) -> str:
 
 
 def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> None:
-    writer.note(f"{len(rows.train.rows)} pairs to train on, {len(rows.held_out.rows)} held out")
+    count = len(rows.train.rows)
+    writer.note(f"{count} pair{'' if count == 1 else 's'} to train on, {len(rows.held_out.rows)} held out")
     if len(rows.used) < len(rows.train.rows):
         writer.note(f"{config.max_steps} steps see {len(rows.used)} of them")
     for name, tokenized in (("training", rows.train), ("held-out", rows.held_out)):

@@ -360,15 +360,20 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         chosen = [*(data or ()), file]
         return gr.update(choices=source_choices(studio, chosen), value=chosen)
 
-    def estimate(*given: Any) -> Iterator[Updates]:
-        refuse_if_public("Training")
-        busy = {form.measure: gr.update(interactive=False), form.cancel: gr.update(visible=True)}
-        for line in measure(config_of(*given), workspace):
-            yield {form.cost: line} | busy
-        yield estimated(line)
+    running: dict[str | None, threading.Event] = {}  # estimates, by the visitor's session
 
-    def estimated(line: str) -> Updates:
-        return {form.cost: line, form.measure: gr.update(interactive=True), form.cancel: gr.update(visible=False)}
+    def estimate(request: gr.Request, *given: Any) -> Iterator[Updates]:
+        refuse_if_public("Training")
+        config = config_of(*given)
+        cancelled = running[request.session_hash] = threading.Event()
+        for line in measure(config, workspace, cancelled):
+            yield {form.cost: line, form.measure: gr.update(interactive=False), form.cancel: gr.update(visible=True)}
+        running.pop(request.session_hash, None)
+        yield {form.cost: line, form.measure: gr.update(interactive=True), form.cancel: gr.update(visible=False)}
+
+    def cancel(request: gr.Request) -> None:
+        if (cancelled := running.get(request.session_hash)) is not None:
+            cancelled.set()
 
     def start(name: Any, *given: Any) -> Updates:
         refuse_if_public("Training")
@@ -387,26 +392,27 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
     form.imported.upload(handles(import_config), form.imported, form.filled, **QUICK).then(**described)
     form.upload.upload(handles(add_file), [form.upload, form.data], form.data, **QUICK)
     progress = [form.cost, form.measure, form.cancel]
-    measuring = form.measure.click(handles(estimate), everything[1:], progress, **QUICK | {"concurrency_limit": 1})
-    form.cancel.click(lambda: estimated("Cancelled."), None, progress, cancels=[measuring], **QUICK)
+    form.measure.click(handles(estimate), everything[1:], progress, **QUICK | {"concurrency_limit": 1})
+    form.cancel.click(cancel, None, None, **QUICK)
     form.start.click(handles(start), everything, [form.name, *panel.chosen_outputs()], **QUICK)
 
 
-def measure(config: TrainConfig, workspace: Workspace) -> Iterator[str]:
-    """Measure real steps in a process of its own; the last line is the estimate, or why there is none. Cancel, or closing the
-    page, closes this generator, which ends the process."""
-    ended, began = threading.Event(), time.monotonic()
+def measure(config: TrainConfig, workspace: Workspace, cancelled: threading.Event) -> Iterator[str]:
+    """Measure real steps in a process of its own; the last line is the estimate, or why there is none. `cancelled` ends the
+    process; so does closing this generator, which Gradio does when the page is closed."""
+    began = time.monotonic()
     with ThreadPoolExecutor(1) as executor:
-        task = executor.submit(estimate_training, config, workspace, cancelled=ended.is_set)
+        task = executor.submit(estimate_training, config, workspace, cancelled=cancelled.is_set)
         try:
             while not wait([task], _POLL_SECONDS).done:
                 yield f"Loading the model and measuring a few steps: {time.monotonic() - began:.0f} s so far …"
-        finally:
-            ended.set()  # before the executor waits for its task
+        except GeneratorExit:
+            cancelled.set()  # before the executor waits for its task
+            raise
     try:
         yield estimate_line(task.result())
     except BiasDPOError as exc:
-        yield f"⚠ {escape(str(exc))}"
+        yield "Cancelled." if cancelled.is_set() else f"⚠ {escape(str(exc))}"
 
 
 # The chosen run

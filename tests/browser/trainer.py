@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.browser.conftest import Visitor
+from tests.browser.conftest import SLOW_MS, TIMEOUT_MS, Visitor
 
 # Settings of the folded groups, by the group.
 GROUPS = {"lora": {"rank", "target_modules"}, "evaluation": {"eval_every", "probe_every", "save_steps"}, "hardware": {"threads"}}
@@ -36,7 +36,12 @@ class Trainer:
         self.visitor.wait(f"#train-head:has(h3:text-is({run_id!r}))", words, slow=slow)
 
     def wait_listed(self, run_id: str, state: str, *, slow: bool = False) -> None:
-        self.visitor.wait(f"#train-jobs tr:has-text({run_id!r})", state, slow=slow)
+        """Until the list says so of a run."""
+        self.page.wait_for_function(
+            "(row) => document.querySelector('#train-jobs')?.innerText.replace(/\\s+/g, ' ').includes(row)",
+            arg=f"{run_id} {state}",
+            timeout=SLOW_MS if slow else TIMEOUT_MS,
+        )
 
     def choose_data(self, *sources: str | Path) -> None:
         """Exactly these."""
