@@ -22,10 +22,16 @@
   const isTimer = (callback) => /performance\.now\(\)-.{1,9}\)\/1e3/.test(String(callback));
   window.requestAnimationFrame = (callback) => (isTimer(callback) && !document.querySelector(".progress-text") ? 0 : nextFrame(callback));
 
-  // The address names the open tab, so that a reload shows it again.
-  window.bdAddress = (tab) => {
+  // The address names the open tab and the job it shows, so that a reload shows them again.
+  const jobs = {};
+  let shown = null;
+  window.bdAddress = (tab, job) => {
+    const isFirst = shown === null; // Gradio selects the first tab before the address that the page was opened with is read
+    if (job === undefined) shown = tab;
+    else jobs[tab] = job;
+    if (isFirst || shown !== tab) return;
     const url = new URL(window.location);
-    url.search = tab === "compare" ? "" : `?tab=${tab}`;
+    url.search = tab === "compare" ? "" : `?tab=${tab}` + (jobs[tab] ? `&job=${encodeURIComponent(jobs[tab])}` : "");
     history.replaceState(history.state, "", url);
   };
 

@@ -312,7 +312,9 @@ class TrainConfig(Settings):
     )
     """Preference pairs: a JSONL file with prompt, chosen and rejected, a Hub dataset, or the workspace's judgments.
     Repeatable."""
-    dataset_weights: ListOf[Annotated[float, Field(ge=0.01, le=10)]] = setting((), group="Model and data")
+    dataset_weights: ListOf[Annotated[float, Field(ge=0.01, le=10)]] = setting(
+        (), group="Model and data", when={"datasets": lambda names: len(names or ()) > 1}
+    )
     """Times that each dataset's training pairs are seen per epoch, one weight per dataset. 2: twice; 0.5: a random half.
     Default: 1 each. Held-out pairs are never repeated."""
     learning_rate: float = setting(3e-5, range=(1e-9, 1), group="Essentials", affects_cost=False)

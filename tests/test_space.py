@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from biasdpo.config import TrainConfig
 from biasdpo.data import journal
 from biasdpo.jobs import store
-from biasdpo.ui.train import MOST_SOURCES, from_config
+from biasdpo.ui.train import SETTINGS, to_field
 from biasdpo.workspace import Workspace
 from tests.app_process import running_app
 from tests.evaluation_results import result, write_result
@@ -104,25 +103,25 @@ def test_training(space):
     root = space.workspace.root
     secret = root / "secret.jsonl"
     secret.write_text('{"prompt": "p", "chosen": "the secret", "rejected": "r"}\n')
-    sources = [str(secret), 1, *["", 1] * (MOST_SOURCES - 1)]
-    for element in ("train-start", "train-estimate"):
-        assert REFUSED in space.answer(element, ["smollm2", "mine", None, *sources, *from_config(TrainConfig())])
+    form = ["smollm2", [str(secret)], *(to_field(setting, setting.default) for setting in SETTINGS)]
+    assert REFUSED in space.answer("train-start", ["mine", *form])
+    assert REFUSED in space.answer("train-estimate", form)
     assert not (root / "runs" / "mine").exists()
-    (mixture,) = (f for f in space.functions("train-source-1", "change") if f["queue"] is not False)
-    answer = space.post(mixture, [None, "0.1", 0, *sources])
-    assert REFUSED in answer
-    assert "rows read" not in answer
-    assert REFUSED in space.answer("train-model", ["/etc/passwd.gguf", "", None], "input")
-    for element, data in (
-        ("train-retry", ["halted"]),
-        ("train-stop", ["halted", None]),
-        ("train-resume", ["halted", None]),
-        ("train-export-zip", ["first"]),
-        ("train-save-note", ["first", "graffiti"]),
+    answer = space.answer("train-data", ["", *form], "change")
+    assert "turned off" in answer
+    assert "held out" not in answer
+    for element, data, event in (
+        ("train-model", ["/etc/passwd.gguf"], "input"),
+        ("train-upload", [None, []], "upload"),
+        ("train-import", [None], "upload"),
+        ("train-retry", ["halted"], "click"),
+        ("train-stop", ["halted"], "click"),
+        ("train-resume", ["halted"], "click"),
+        ("train-zip", ["first"], "click"),
+        ("train-note", ["first", "graffiti"], "blur"),
+        ("train-confirm-delete", ["first"], "click"),
     ):
-        assert REFUSED in space.answer(element, data), element
-    space.answer("train-delete", ["first"])
-    assert REFUSED in space.answer("train-really-delete", [None])
+        assert REFUSED in space.answer(element, data, event), element
     assert (root / "runs" / "first" / "adapter").is_dir()
     assert not (root / "runs" / "first" / "note.txt").exists()
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from biasdpo.workspace import ASSETS, Workspace, read_json, replacing, sha256_of
 # Sources: a file, `hub:OWNER/NAME`, or `workspace` (the journal)
 
 WORKSPACE = "workspace"
+SEED_PAIRS = str(ASSETS / "seed_pairs.jsonl")
 
 
 def load(sources: Iterable[str], workspace: Workspace) -> list[PreferencePair]:
@@ -252,9 +254,34 @@ def resolve(config: TrainConfig, workspace: Workspace) -> RunData:
     return RunData(derived, of_pairs, tuple(per_source), parts, epoch, config.held_out_share)
 
 
+def mixture_of(config: TrainConfig, workspace: Workspace) -> Mixture:
+    """What a run of this config would train on; read again only when a file has changed."""
+    counted = TrainConfig(**{name: getattr(config, name) for name in ("datasets", "dataset_weights", "held_out_share", "seed")})
+    files = [workspace.preferences if name == WORKSPACE else Path(name) for name in config.datasets]
+    return _mixture(counted, workspace, tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
+
+
+@lru_cache(16)
+def _mixture(config: TrainConfig, workspace: Workspace, _written: tuple[int, ...]) -> Mixture:
+    return resolve(config, workspace).mixture()
+
+
 def public_name(source: str) -> str:
     """A source without folders of this machine: of a path, the file's name."""
     return source if source.startswith(HUB) else Path(source).name
+
+
+def source_title(source: str) -> str:
+    """A source for people: never a folder of this machine."""
+    if source in (SEED_PAIRS, WORKSPACE):
+        return "Seed pairs" if source == SEED_PAIRS else "Your judgments"
+    path = Path(source)
+    is_snapshot = path.name == DATASET and path.parent.parent.name == "runs"
+    return f"Data of {path.parent.name}" if is_snapshot else public_name(source)
+
+
+def data_title(config: TrainConfig) -> str:
+    return ", ".join(map(source_title, config.datasets))
 
 
 # A run's data, as stored in its folder

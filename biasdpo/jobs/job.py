@@ -419,6 +419,12 @@ class Job:
         """Whether an evaluation has scored something; a stopped one has what it scored until then."""
         return self.file.is_file()
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a run has ended with an adapter that can be used."""
+        is_there = (self.folder.adapter / "adapter_model.safetensors").is_file()
+        return self.kind == "train" and not self.is_active and self.config is not None and is_there
+
     def log_tail(self, lines: int) -> str:
         return self.folder.log_tail(lines)
 

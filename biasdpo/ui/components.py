@@ -15,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 
+from biasdpo import models
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
 from biasdpo.errors import BiasDPOError
@@ -142,6 +143,23 @@ def agree(identity: Any, nickname: str) -> dict[str, str]:
     """The browser's new memory after its annotator has agreed."""
     secret = annotator_of(identity).secret or secrets.token_hex(16)
     return {"annotator": nickname.strip()[:_MAX_NICKNAME], "consent": CONSENT, "secret": secret}
+
+
+# Models
+
+
+def model_choices(studio: Studio, chosen: str = "") -> list[tuple[str, str]]:
+    """The catalog, then models of one's own: the chosen one and those that are loaded."""
+    specs = [models.with_files(spec) for spec in models.catalog().values()]
+    names = dict.fromkeys([chosen, *(spec.id for spec in studio.pool.opened())])
+    choices = [(spec.title if spec.present else f"{spec.title} (not on this machine)", spec.id) for spec in specs]
+    return choices + [(model_title(name), name) for name in names if name and name not in models.catalog()]
+
+
+def model_title(name: str) -> str:
+    """A catalog model's title, else the last part of a path, or the Hub id."""
+    known = models.catalog().get(name)
+    return known.title if known is not None else Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
 # Formatting

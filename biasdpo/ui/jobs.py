@@ -34,11 +34,13 @@ class JobPanel:
     studio: Studio
     kind: Kind
     row_of: Callable[[Job], list[Any]]
-    selected: gr.State  # id of the chosen job, "" for none
+    detail: Callable[[Job], str]
+    selected: gr.Textbox  # hidden: id of the chosen job, "" for none; kept by the page when the app restarts
     versions: dict[str, gr.State]  # by file of the job's folder; "list" and "status" beside them
     table: gr.Dataframe
     box: gr.Column
     head: gr.Markdown
+    actions: gr.Row  # a tab may add its buttons
     stop: gr.Button
     resume: gr.Button
     delete: gr.Button
@@ -50,38 +52,66 @@ class JobPanel:
 
     # What a tab uses
 
-    def watch(self, file: str, render: Callable[[Job | None], Updates], outputs: Sequence[Any]) -> None:
-        """Call `render(job)` when another job is chosen or `file` of its folder changes; "status": when its state changes.
+    def watch(self, file: str, render: Callable[..., Updates], outputs: Sequence[Any], inputs: Sequence[Any] = ()) -> None:
+        """Call `render(job, *inputs)` when another job is chosen or `file` of its folder changes; "status": when its state does.
 
         Call it while building the tab, before `wire`.
         """
         version = self.versions.setdefault(file, gr.State(()))
-        version.change(handles(lambda selected: render(self.job(selected))), self.selected, list(outputs), **QUICK)
+
+        def show(seen: Version, *values: Any) -> Updates:
+            return render(self.job(seen[0] if seen else ""), *values)
+
+        version.change(handles(show), [version, *inputs], list(outputs), **QUICK)
+
+    def build_note(self) -> None:
+        """What the user notes about the job; saved when the field is left."""
+        note = gr.Textbox(label="Note", placeholder="What you tried and why", max_lines=8, elem_id=f"{self.kind}-note")
+        if is_public_space():
+            note.interactive = False
+
+        def save(selected: str, text: str) -> None:
+            if selected:
+                store.write_note(selected, self.studio.workspace, text, self.kind)
+
+        self.watch("note.txt", lambda job: {note: "" if job is None else job.folder.read_note()}, [note])
+        gr.on([note.blur, note.submit], handles(save), [self.selected, note], None, **QUICK)
 
     def build_log(self) -> None:
-        """The log, folded away; the last thing in a tab's `with panel.box:`."""
-        with gr.Accordion("Log", open=False, elem_id=f"{self.kind}-log-box"):
+        """The log, folded away and read while it is open; the last thing in a tab's `with panel.box:`."""
+        opened = gr.State(False)
+        with gr.Accordion("Log", open=False, elem_id=f"{self.kind}-log-box") as box:
             log = gr.Textbox(label="Log", show_label=False, lines=8, max_lines=20, interactive=False, elem_id=f"{self.kind}-log")
-        self.watch("log.txt", lambda job: {log: "" if job is None else job.log_tail(200)}, [log])
+
+        def show(job: Job | None, is_open: bool) -> Updates:
+            return {log: _log_of(job) if is_open else gr.skip()}
+
+        self.watch("log.txt", show, [log], [opened])
+        box.expand(handles(lambda selected: (True, _log_of(self.job(selected)))), self.selected, [opened, log], **QUICK)
+        box.collapse(lambda: (False, ""), None, [opened, log], **QUICK)
 
     def wire(self, tab: gr.Tab) -> None:
         """Connect the list, the buttons and the clock; after every `watch`."""
         looked_at = [self.timer, *self.versions.values()]
         refresh = handles(self.refresh)
         chosen = [self.selected, *looked_at]
-        tab.select(refresh, self.selected, chosen, **QUICK)
-        self.timer.tick(refresh, self.selected, chosen, **QUICK)
+        asked = [self.selected, self.studio.requests[_TABS[self.kind]]]
+        tab.select(refresh, asked, chosen, **QUICK)
+        self.timer.tick(refresh, asked, chosen, **QUICK)
         self.studio.on_request(_TABS[self.kind], self._open, [], chosen)
         self.table.select(handles(self._choose), None, chosen, **QUICK)
         self.versions["list"].change(handles(self._rows), None, self.table, **QUICK)
+        shown = [self.box, self.head, self.stop, self.resume, self.delete, self.confirm]
         self.versions["status"].change(
-            handles(self._head), self.selected, [self.box, self.head, self.stop, self.resume, self.delete, self.confirm], **QUICK
+            handles(lambda seen: self._head(seen[0] if seen else "")), self.versions["status"], shown, **QUICK
         )
         self.stop.click(handles(self._stop), self.selected, chosen, **QUICK)
         self.resume.click(handles(self._resume), self.selected, chosen, **QUICK)
         self.delete.click(handles(self._ask), self.selected, [self.confirm, self.question], **QUICK)
         self.keep.click(lambda: gr.Row(visible=False), None, self.confirm, **QUICK)
         self.confirm_delete.click(handles(self._delete), self.selected, [self.confirm, *chosen], **QUICK)
+        address = f"(job) => window.bdAddress('{_TABS[self.kind]}', job)"  # so that a reload shows the same job
+        self.selected.change(None, self.selected, None, js=address, api_visibility="private")
 
     def chosen_outputs(self) -> list[Any]:
         """The outputs of a handler that returns `show(job_id)`: a tab's Start button."""
@@ -102,11 +132,9 @@ class JobPanel:
 
     # Handlers
 
-    def refresh(self, selected: str) -> Updates:
+    def refresh(self, selected: str, request: dict[str, Any]) -> Updates:
         """A look at the folders: what has changed sets off what shows it, by `gr.State.change`."""
-        if self.job(selected) is None:
-            return self.show(self._default())
-        return self._versions(selected)
+        return self._open(request) if self.job(selected) is None else self._versions(selected)
 
     def _default(self) -> str:
         """The active job, else the newest."""
@@ -124,7 +152,7 @@ class JobPanel:
 
     def _open(self, request: dict[str, Any]) -> Updates:
         job_id = request.get("job")
-        return self.show(job_id) if isinstance(job_id, str) and self.job(job_id) is not None else {self.timer: gr.skip()}
+        return self.show(job_id if isinstance(job_id, str) and self.job(job_id) is not None else self._default())
 
     def _choose(self, event: gr.SelectData) -> Updates:
         return self.show(str(event.row_value[0]))
@@ -141,7 +169,7 @@ class JobPanel:
         resumable = job.state in _RESUME_WORDS and job.loose is None and job.config is not None
         return {
             self.box: gr.Column(visible=True),
-            self.head: head(job),
+            self.head: "\n\n".join(filter(None, (head(job), self.detail(job)))),
             self.stop: gr.Button(visible=may and job.is_active, interactive=job.state != "stopping"),
             self.resume: gr.Button(_RESUME_WORDS.get(job.state, "Resume"), visible=may and resumable),
             self.delete: gr.Button(visible=may and not job.is_active),
@@ -177,8 +205,17 @@ def refuse_if_public(action: str) -> None:
         refuse_on_public_space(action)
 
 
-def build_jobs(studio: Studio, kind: Kind, headers: Sequence[str], row_of: Callable[[Job], list[Any]]) -> JobPanel:
-    """Lay out the list and the chosen job's head. `row_of`: a job's row under `headers`; its first cell is the job's id.
+def build_jobs(
+    studio: Studio,
+    kind: Kind,
+    headers: Sequence[str],
+    row_of: Callable[[Job], list[Any]],
+    detail: Callable[[Job], str] = lambda _job: "",
+) -> JobPanel:
+    """Lay out the list and the chosen job's head.
+
+    row_of   a job's row under `headers`; its first cell is the job's id
+    detail   what the head says of a job beside its state, in Markdown
 
     A tab adds what it shows of the job below, inside `with panel.box:`, then calls `watch` and `wire`.
     """
@@ -189,13 +226,13 @@ def build_jobs(studio: Studio, kind: Kind, headers: Sequence[str], row_of: Calla
         visible=False,
         max_height=190,
         label=f"{noun.capitalize()}s",
+        buttons=[],
         elem_id=f"{kind}-jobs",
-        static_columns=None,
         type="array",
     )
     with gr.Column(visible=False, elem_id=f"{kind}-job") as box:
         head_ = gr.Markdown(elem_id=f"{kind}-head")
-        with gr.Row(elem_classes="actions"):
+        with gr.Row(elem_classes="actions") as actions:
             stop = gr.Button("Stop", variant="stop", size="sm", visible=False, elem_id=f"{kind}-stop")
             resume = gr.Button("Resume", variant="primary", size="sm", visible=False, elem_id=f"{kind}-resume")
             delete = gr.Button("Delete", size="sm", visible=False, elem_id=f"{kind}-delete")
@@ -207,11 +244,13 @@ def build_jobs(studio: Studio, kind: Kind, headers: Sequence[str], row_of: Calla
         studio=studio,
         kind=kind,
         row_of=row_of,
-        selected=gr.State(""),
+        detail=detail,
+        selected=gr.Textbox("", label="Chosen", visible="hidden", elem_id=f"{kind}-selected"),
         versions={name: gr.State(()) for name in ("list", "status")},
         table=table,
         box=box,
         head=head_,
+        actions=actions,
         stop=stop,
         resume=resume,
         delete=delete,
@@ -227,28 +266,44 @@ def head(job: Job) -> str:
     """The chosen job in one line of Markdown, and its error with the remedy."""
     status = job.status
     parts = [f"### {escape(job.id)}", f"**{state_word(job)}**"]
+    if job.kind == "train" and status.total_steps and job.state != "finished":
+        parts.append(f"step {status.step:,} of {status.total_steps:,}")
     if job.is_active and status.phase:
         parts.append(escape(status.phase))
     if job.is_active and status.eta_seconds is not None:
         parts.append(f"about {duration(status.eta_seconds)} left")
     if job.started_at:
         parts.append(f"started {local_time(job.started_at)}")
+    if status.tokens_per_second is not None and job.is_active:
+        parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
     line = parts[0] + "\n" + " · ".join(parts[1:])
+    if job.is_active and (share := _share(job)):
+        line += f'\n\n<progress value="{share:.3f}" max="1" aria-label="Progress"></progress>'
     if status.waits_for:
         line += f"\n\nWaiting for {escape(status.waits_for)}, which is using the same device."
     if job.error:
         line += f"\n\n> ⚠ {escape(job.error)}"
-    return line + "".join(f"\n\n> {escape(note)}" for note in status.notes)
+    return line + (f"\n\n{escape('. '.join(status.notes))}." if status.notes else "")
 
 
 def state_word(job: Job) -> str:
     """A job's state for people: "Running · 45 %", "Finished"."""
+    share, word = _share(job), str(job.state).capitalize()
+    return f"{word} · {100 * share:.0f} %" if job.is_active and share else word
+
+
+def _share(job: Job) -> float:
+    """How much of the job is done, from 0 to 1; 0 while unknown."""
     status = job.status
-    share = status.step / status.total_steps if status.total_steps else status.share
     if status.progress and (total := sum(part.total for part in status.progress)):
-        share = sum(part.done for part in status.progress) / total
-    word = str(job.state).capitalize()
-    return f"{word} · {share:.0%}" if job.is_active and share else word
+        return sum(part.done for part in status.progress) / total
+    return status.step / status.total_steps if status.total_steps else status.share
+
+
+def _log_of(job: Job | None) -> str:
+    if job is not None and is_public_space():  # it may name folders
+        return "Logs are not shown on a public Space."
+    return "" if job is None else job.log_tail(200)
 
 
 def _stamp(job: Job | None, file: str) -> tuple[int, int]:
