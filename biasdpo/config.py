@@ -469,6 +469,7 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 Backend = Literal["auto", "llamacpp", "transformers", "transformers-8bit", "transformers-4bit"]
 BenchmarkName = Literal[
     "preference",
+    "quick_check",
     "crows_pairs",
     "stereoset",
     "bbq",
@@ -492,8 +493,9 @@ class EvaluationConfig(Settings):
     """Adapter: its id, a run's id, a PEFT folder, or none for the base model alone. Default: the model's shipped adapter."""
     backend: Backend = setting("auto")
     """Engine that runs the model. auto: by the model's files and the hardware."""
-    benchmarks: Annotated[ListOf[BenchmarkName], Once] = setting(..., min_length=1, option="--benchmark", metavar="NAME[,NAME]")
-    """Benchmarks, separated by commas. utility stands for perplexity and utility_generation."""
+    benchmarks: Annotated[ListOf[BenchmarkName], Once] = setting((), option="--benchmark", metavar="NAME[,NAME]")
+    """Benchmarks, separated by commas. utility stands for perplexity and utility_generation. Default: quick_check, perplexity,
+    and those of crows_pairs, stereoset, bbq and winobias that are in data_dir or in the Hub's cache."""
     limit: int | None = setting(None, range=(1, 10**9), unit="items")
     """Items per benchmark, sampled with the seed. Default: all."""
     seed: int = setting(0, range=SEED_RANGE)

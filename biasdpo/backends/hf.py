@@ -48,6 +48,7 @@ from biasdpo.backends.base import (
 from biasdpo.backends.prefixes import Row, TokenPath, lay_out, sort_paths, split_into_rows, trunk_length
 from biasdpo.benchmarks.toxicity import ToxicityScorer, name_of_classifier
 from biasdpo.chat import PromptTemplate
+from biasdpo.model_files import ARCHITECTURES
 from biasdpo.models import AdapterSpec, check_fits_file
 from biasdpo.records import (
     ContinuationRequest,
@@ -644,9 +645,6 @@ class CompletionText:
 
 # Likelihood: rows of tokens that share their beginnings (see `prefixes`)
 
-# Models whose attention takes any mask and any positions, and whose layers mix tokens in no other way. In others every text gets
-# a row.
-_SHARING = ("LlamaForCausalLM", "PhiForCausalLM")
 _MIN_TRUNK = 16  # tokens; a shorter common beginning is not worth a computation of its own
 _LOGIT_ROWS = 256  # positions whose logits over the vocabulary are held at a time
 
@@ -665,8 +663,9 @@ class Trunk:
 
 
 def shares_beginnings(model: Any, _device: object = None) -> bool:
-    """Whether texts in one row can share their beginnings in this model."""
-    return type(model).__name__ in _SHARING and model.config._attn_implementation == "sdpa"
+    """Whether texts in one row can share their beginnings in this model: its attention takes any mask and any positions, and its
+    layers mix tokens in no other way. In other models every text gets a row."""
+    return type(model).__name__ in ARCHITECTURES and model.config._attn_implementation == "sdpa"
 
 
 def plan_rows(paths: Sequence[TokenPath], *, sharing: bool) -> tuple[int, list[Row]]:

@@ -277,9 +277,12 @@ def _set_strength(context: Context, side: Side, strength: float) -> None:
 
 
 def _usable_cores() -> int:
-    """Physical cores available to this process (taskset, containers); more threads than that only wait."""
+    """Physical cores available to this process (taskset, containers), at most OMP_NUM_THREADS, as torch has it: llama.cpp's
+    threads wait for each other actively, so that more of them than free cores take many times as long."""
     physical = psutil.cpu_count(logical=False) or 1
-    return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(physical, available, int(asked) if asked.isdecimal() and int(asked) else physical)
 
 
 # llama.cpp objects

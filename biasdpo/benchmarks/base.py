@@ -67,9 +67,9 @@ class LikelihoodBenchmark(Benchmark[Item]):
     def requests(self, item: Item) -> Sequence[Request]:
         """What must be scored for one item."""
 
-    @abstractmethod
-    def scores(self, item: Item, outputs: Sequence[Likelihood]) -> Sequence[float]:
-        """An item's K numbers for one side, from the likelihoods of its requests."""
+    def scores(self, _item: Item, outputs: Sequence[Likelihood]) -> Sequence[float]:
+        """An item's K numbers for one side, from the likelihoods of its requests: by default their logp."""
+        return [output.logp for output in outputs]
 
 
 def limited(sampling: Sampling, max_new_tokens: int | None) -> Sampling:

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,8 @@ def jobs_on(workspace: Workspace, device: Device) -> list[str]:
 
 def jobs_ahead(folder: JobFolder, device: Device) -> list[str]:
     """Queue entries of the jobs that get the device before this one, in order."""
-    entries = _queue(_queue_file(folder.workspace, device))
-    place = entries.index(folder.queue_entry) if folder.queue_entry in entries else len(entries)
-    return [entry for entry in entries[:place] if _is_active(folder.workspace, entry)]
+    entries = takewhile(lambda entry: entry != folder.queue_entry, _queue(_queue_file(folder.workspace, device)))
+    return [entry for entry in entries if _is_active(folder.workspace, entry)]
 
 
 def _queue_file(workspace: Workspace, device: Device) -> Path:
@@ -150,10 +150,9 @@ def _wait_for_device(folder: JobFolder, device: Device) -> bool:
             continue
         waits_for = ahead[0] if ahead else ""
         if waits_for != shown:
-            kinds = {"runs": "run", "evaluations": "evaluation", "exports": "export"}
-            noun, _, job_id = waits_for.partition("/")
-            phase = f"waits for {kinds[noun]} {job_id}" if waits_for else "waits for the device"
-            write("queued", phase=phase, waits_for=job_id)
+            other = JobFolder(folder.workspace.root / waits_for)
+            phase = f"waits for {NOUNS[other.kind]} {other.id}" if waits_for else "waits for the device"
+            write("queued", phase=phase, waits_for=other.id if waits_for else "")
             shown = waits_for
         if not folder.path.is_dir():
             return False
