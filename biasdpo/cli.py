@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 _SHOWN_BAD_ROWS = 20
 _INTERRUPTED = 130  # exit status after Ctrl-C
+_INCOMPLETE = 3  # exit status of an evaluation without some of its benchmarks
 
 app = new_app("See, train away and measure a language model's bias.")
 
@@ -499,11 +500,16 @@ def evaluate(
     as_json: Annotated[bool, Option("--json", help="Print the result without its items on stdout.")] = False,
     **options: Any,
 ) -> int:
-    """Score base and tuned on benchmarks, with confidence intervals, p-values and verdicts."""
+    """Score base and tuned on benchmarks, with confidence intervals, p-values and verdicts.
+
+    A benchmark that can't be loaded does not stop the others: `missing` in the result names it with the reason, and the exit
+    status is 3.
+    """
     from tqdm import tqdm
 
+    from biasdpo.evaluation import report
     from biasdpo.jobs.resolve import resolve_evaluation
-    from biasdpo.jobs.worker import EvaluationProgress, run_evaluation
+    from biasdpo.jobs.worker import EvaluationProgress, missing_note, run_evaluation
     from biasdpo.workspace import write_json
 
     folder = open_workspace(workspace)
@@ -527,12 +533,16 @@ def evaluate(
         result = run_evaluation(config, folder, Bar())
     write_json(out, result)
     brief = {name: {key: value for key, value in b.items() if key != "items"} for name, b in result["benchmarks"].items()}
-    text = "\n".join(line for name, numbers in brief.items() for line in _result_lines(name, numbers))
-    print(json.dumps({**result, "benchmarks": brief}) if as_json else text)
+    lines = [report.sentence(result), *(line for name, numbers in brief.items() for line in _result_lines(name, numbers))]
+    if pairs := result["provenance"]["pairs_source"]:
+        lines.append(f"Preference pairs scored: {pairs}")
+    print(json.dumps({**result, "benchmarks": brief}) if as_json else "\n".join(lines))
+    for name, reason in result["missing"].items():
+        print(missing_note(name, reason), file=sys.stderr)
     if result["provenance"]["interrupted"]:
         print(f"Interrupted: {out} holds what was scored; the same command resumes from there", file=sys.stderr)
         return _INTERRUPTED
-    return 0
+    return _INCOMPLETE if result["missing"] else 0
 
 
 @contextmanager

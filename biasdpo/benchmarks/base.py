@@ -22,12 +22,14 @@ class Benchmark(ABC, Generic[Item]):
     data_sha256  of the files the items were read from, "" if they came from the Hub
     settings     how completions are generated and scored, as shown in results
     not_as_published   why its figures can't be compared with the paper's; "" if they can
+    pairs_source       of `preference`: which pairs are scored, as shown in results
     """
 
     name: str
     columns: Sequence[str]
     settings: Mapping[str, Any] = MappingProxyType({})
     not_as_published: str = ""
+    pairs_source: str = ""
 
     def __init__(self, items: Sequence[Item], data_sha256: str = "") -> None:
         self.items = items

@@ -239,7 +239,8 @@ def known_seconds(config: EvaluationConfig, workspace: Workspace) -> dict[str, f
 def estimate_evaluation(
     config: EvaluationConfig, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Seconds by benchmark, where nothing is scored yet. What is unknown is measured on a few items, in a process of its own.
+    """Seconds by benchmark, where nothing is scored yet. What is unknown is measured on a few items, in a process of its own;
+    benchmarks that can't be loaded are left out.
 
     Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be evaluated, EvaluationError
     where it fails or is cancelled.
@@ -255,7 +256,7 @@ def estimate_evaluation(
             raise EvaluationError(f"Nothing could be measured: {answer['error']}")
         for name, speed in answer.items():
             write_json(_speed_file(config, name, workspace), speed)
-    return {name: seconds or 0.0 for name, seconds in known_seconds(config, workspace).items()}
+    return {name: seconds for name, seconds in known_seconds(config, workspace).items() if seconds is not None}
 
 
 def _scores_quick_texts(config: EvaluationConfig) -> bool:
@@ -389,7 +390,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = EvaluationConfig(**read_json(request))
         adapter = models.find_adapter(config.adapter, models.find(config.model), workspace)
-        benchmarks = build_benchmarks(config, adapter, workspace)
+        benchmarks, _missing = build_benchmarks(config, adapter, workspace)
         engine = open_engine(EngineKey(config.model, config.adapter, config.backend), workspace)
         try:
             write_json(answer, measure(engine, benchmarks))
