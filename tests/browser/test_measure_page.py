@@ -39,6 +39,10 @@ class Measurer:
         self.page.click(f"#{picker} input")
         self.page.get_by_role("option", name=choice).click()
 
+    def click_cell(self, table: str, text: str) -> None:
+        """Dataframes have hidden cells beside those that can be seen."""
+        self.page.locator(f"#{table} [role=gridcell]", has_text=text).first.click()
+
     def wait_state(self, state: str) -> None:
         self.visitor.wait("#evaluate-head", state, slow=True)
 
@@ -124,7 +128,7 @@ def test_groups_flipped_items_and_evaluations_side_by_side(measurer, app):
     visitor.wait("#measure-forest .js-plotly-plot")
     page.get_by_role("tab", name="By strength").click()
     visitor.wait("#measure-by-strength-plot .js-plotly-plot")
-    page.locator("#evaluate-jobs").get_by_text("strong", exact=True).first.click()
+    measurer.click_cell("evaluate-jobs", "strong")
     visitor.wait("#measure-facts", "longer than the model's context")
     page.get_by_role("tab", name="By group").click()
     measurer.choose("measure-by-group", "CrowS-Pairs: Stereotype preferred")
@@ -134,7 +138,7 @@ def test_groups_flipped_items_and_evaluations_side_by_side(measurer, app):
     visitor.wait("#measure-flips [role=gridcell]", "Group A")
     measurer.choose("measure-flip-way", "Toward less bias")
     page.wait_for_function("() => !document.querySelector('#measure-flips').innerText.includes('less stereotypical sentence →')")
-    page.locator("#measure-flips [role=gridcell]", has_text="Group A").first.click()
+    measurer.click_cell("measure-flips", "Group A")
     visitor.wait("#measure-flip-texts", "Group")
     measurer.choose("measure-others", "curve")
     visitor.wait("#measure-table [role=columnheader]", "curve")
@@ -161,9 +165,9 @@ def test_what_can_not_be_measured_is_one_line_and_names_from_a_result_are_text(m
     visitor.wait("#measure-facts", hostile)
     page.get_by_role("tab", name="Flipped items").click()
     visitor.wait("#measure-flips [role=gridcell]", hostile)
-    page.locator("#measure-flips [role=gridcell]").first.click()
+    measurer.click_cell("measure-flips", hostile)
     visitor.wait("#measure-flip-texts", "img")
     assert page.locator("#injected").count() == 0
-    page.locator("#evaluate-jobs").get_by_text("damaged", exact=True).first.click()
+    measurer.click_cell("evaluate-jobs", "damaged")
     visitor.wait("#evaluate-head", "is no evaluation result")
     page.wait_for_selector("#measure-result", state="hidden")
