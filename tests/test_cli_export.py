@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import sha256_of
 from tests.commands import run
+from tests.gguf_files import metadata_of
 
 
 def test_an_adapter_becomes_a_lora_gguf_that_is_proven(tiny_llama_gguf, tiny_llama_adapter, tmp_path):
@@ -22,10 +22,18 @@ def test_an_adapter_becomes_a_lora_gguf_that_is_proven(tiny_llama_gguf, tiny_lla
     assert (row["out"], row["bytes"], row["sha256"]) == (str(out), out.stat().st_size, sha256_of(out))
     assert (row["adapter"], row["model"], row["format"]) == (tiny_llama_adapter.name, str(tiny_llama_gguf), "lora")
     assert row["proof"]["passed"] is True
-    assert gguf_value(open_gguf(out), "adapter.lora.alpha") == 8.0
+    assert metadata_of(out)["adapter.lora.alpha"] == 8.0
     assert json.loads((tmp_path / "out" / "lora.gguf.json").read_text()) == {**row, "out": "lora.gguf"}
-    assert sorted(path.name for path in out.parent.iterdir()) == ["lora.gguf", "lora.gguf.Modelfile", "lora.gguf.json"]
-    assert "Whether the debiasing survives was not measured" in done.stderr  # of an adapter from elsewhere no pairs are known
+    beside = ["lora.gguf", "lora.gguf.Modelfile", "lora.gguf.json", "lora.gguf.md"]
+    assert sorted(path.name for path in out.parent.iterdir()) == beside
+
+
+def test_without_a_proof_the_file_is_not_verified(tiny_llama_gguf, tiny_llama_adapter, tmp_path):
+    out = tmp_path / "lora.gguf"
+    arguments = ("export", "--adapter", tiny_llama_adapter, "--model", tiny_llama_gguf, "--format", "lora", "--out", out)
+    done = run(*arguments, "--proof", "none", "--workspace", tmp_path / "w")
+    assert done.stdout.splitlines()[1] == "Not verified: no proof was requested"
+    assert json.loads((tmp_path / "lora.gguf.json").read_text())["proof"]["verdict"] == "not verified"
 
 
 def test_a_model_alone_becomes_a_gguf(tiny_phi, tmp_path):
@@ -36,8 +44,8 @@ def test_a_model_alone_becomes_a_gguf(tiny_phi, tmp_path):
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{out}: ")
     assert f"F32 GGUF of {tiny_phi.name}" in first
-    assert second.startswith("Proven equal to transformers: mean KL ")
-    assert gguf_value(open_gguf(out), "general.architecture") == "phi2"
+    assert second.startswith("Equal to the original, up to rounding: mean KL ")
+    assert metadata_of(out)["general.architecture"] == "phi2"
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,16 @@ from safetensors.numpy import load_file, save_file
 
 from biasdpo.errors import AdapterError
 from biasdpo.gguf import write
-from biasdpo.model_files import gguf_value, open_gguf
 from tests import tiny_models
-from tests.gguf_files import IDS, adapter_of, assert_equal_logits, tensors_of
+from tests.gguf_files import IDS, adapter_of, assert_equal_logits, metadata_of, tensors_of
 from tests.logits import llamacpp_logits, transformers_logits
 
 
 def test_tensors_alpha_and_permuted_rows(tiny_llama, tiny_llama_gguf, tmp_path):
     folder = tiny_models.write_adapter(tmp_path / "a", tiny_llama, rank=4, alpha=6.0)
     path = write.lora(adapter_of(folder), tiny_llama_gguf, tmp_path / "a.gguf")
-    reader = open_gguf(path)
-    assert gguf_value(reader, "general.type") == "adapter"
-    assert gguf_value(reader, "adapter.type") == "lora"
-    assert gguf_value(reader, "adapter.lora.alpha") == 6.0
+    keys = metadata_of(path)
+    assert (keys["general.type"], keys["adapter.type"], keys["adapter.lora.alpha"]) == ("adapter", "lora", 6.0)
     tensors = {name: tensor.data for name, tensor in tensors_of(path).items()}
     assert len(tensors) == 3 * 7 * 2  # blocks, matrices, factors
     peft = load_file(folder / "adapter_model.safetensors")
@@ -33,12 +30,9 @@ def test_tensors_alpha_and_permuted_rows(tiny_llama, tiny_llama_gguf, tmp_path):
     q = peft[f"{prefix}.q_proj.lora_B.weight"]  # 4 heads of 16 rows; rows 0, 8, 1, 9, … of each
     np.testing.assert_array_equal(tensors["blk.2.attn_q.weight.lora_b"][:4], q[[0, 8, 1, 9]])
     np.testing.assert_array_equal(tensors["blk.2.attn_q.weight.lora_b"][16:18], q[[16, 24]])
-
-
-def test_rank_stabilized_scaling(tiny_llama, tiny_llama_gguf, tmp_path):
-    folder = tiny_models.write_adapter(tmp_path / "a", tiny_llama, rank=4, alpha=6.0, use_rslora=True)
-    reader = open_gguf(write.lora(adapter_of(folder), tiny_llama_gguf, tmp_path / "a.gguf"))
-    assert gguf_value(reader, "adapter.lora.alpha") == pytest.approx(6.0 * math.sqrt(4))
+    stabilized = tiny_models.write_adapter(tmp_path / "b", tiny_llama, rank=4, alpha=6.0, use_rslora=True)
+    path = write.lora(adapter_of(stabilized), tiny_llama_gguf, tmp_path / "b.gguf")
+    assert metadata_of(path)["adapter.lora.alpha"] == pytest.approx(6.0 * math.sqrt(4))
 
 
 def test_own_ranks_and_alphas_go_into_b(tiny_phi, tiny_phi_gguf, tmp_path):
@@ -48,7 +42,7 @@ def test_own_ranks_and_alphas_go_into_b(tiny_phi, tiny_phi_gguf, tmp_path):
         tmp_path / "a", tiny_phi, rank=4, alpha=8.0, ranks={"v_proj": 2}, alpha_pattern={"fc1": 6, "mlp.fc1": 99}
     )
     lora = write.lora(adapter_of(folder), tiny_phi_gguf, tmp_path / "a.gguf")
-    assert gguf_value(open_gguf(lora), "adapter.lora.alpha") == 8.0
+    assert metadata_of(lora)["adapter.lora.alpha"] == 8.0
     tensors = {name: tensor.data for name, tensor in tensors_of(lora).items()}
     peft = load_file(folder / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.0"
@@ -67,11 +61,14 @@ def test_the_cache_is_built_once_and_again_when_the_adapter_changes(tiny_llama, 
     assert write.cached_lora(adapter_of(folder), tiny_llama_gguf, workspace) != first
 
 
-def test_an_adapter_that_does_not_fit_is_refused(tiny_phi, tiny_phi_gguf, tiny_llama_adapter, tmp_path):
+def test_what_does_not_fit_is_refused(tiny_phi, tiny_phi_gguf, tiny_llama_adapter, tmp_path):
     """`models.check_fits_file` decides; test_fitting has its reasons."""
     assert_refused(tiny_llama_adapter, tiny_phi_gguf, "was made for another base model: it adapts")
-    dora = tiny_models.write_adapter(tmp_path / "dora", tiny_phi, use_dora=True)
-    assert_refused(dora, tiny_phi_gguf, "uses use_dora")
+    assert_refused(tiny_models.write_adapter(tmp_path / "dora", tiny_phi, use_dora=True), tiny_phi_gguf, "uses use_dora")
+    whole = tiny_models.write_adapter(tmp_path / "numbers", tiny_phi)
+    file = whole / "adapter_model.safetensors"
+    save_file({name: tensor.astype(np.int8) for name, tensor in load_file(file).items()}, file)
+    assert_refused(whole, tiny_phi_gguf, "is I8, supported are F32, F16, BF16")
 
 
 def test_a_gguf_of_another_architecture_is_checked_by_its_own_names(tiny_llama, tmp_path):
@@ -84,13 +81,6 @@ def test_a_gguf_of_another_architecture_is_checked_by_its_own_names(tiny_llama, 
             writer.add_tensor(f"blk.{i}.{'ffn_up' if shape else 'ffn_down'}.weight", np.zeros(shape or (1, 32), np.float32))
         tiny_models._finish(writer)
         assert_refused(adapter, tmp_path / "qwen2.gguf", message)
-
-
-def test_factors_that_are_no_floats_are_refused(tiny_phi, tiny_phi_gguf, tmp_path):
-    folder = tiny_models.write_adapter(tmp_path / "a", tiny_phi)
-    file = folder / "adapter_model.safetensors"
-    save_file({name: tensor.astype(np.int8) for name, tensor in load_file(file).items()}, file)
-    assert_refused(folder, tiny_phi_gguf, "is I8, supported are F32, F16, BF16")
 
 
 def assert_refused(folder, base, message):

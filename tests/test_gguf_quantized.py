@@ -13,10 +13,10 @@ from biasdpo.backends.base import kl_divergence
 from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.errors import ConfigError, ExportError
 from biasdpo.gguf import quantize, write
-from biasdpo.gguf.quantize import bytes_of, planned_types
+from biasdpo.gguf.quantize import COSTS, KEEP, bytes_of, padded_bytes, planned_types
 from biasdpo.model_files import read_header
 from tests import tiny_models
-from tests.gguf_files import IDS, adapter_of, spec_of, tensors_of
+from tests.gguf_files import IDS, merge, spec_of, tensors_of
 from tests.logits import llamacpp_logits, transformers_logits
 
 # KL to the unquantized model, nats, allowed on the random model below (measured: 0 to 0.25 of it).
@@ -27,37 +27,33 @@ MAX_KL = {
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A Llama 256 wide, so that K-quants fit, and deep enough for their mixtures: 10 blocks."""
+    """A Llama 256 wide, so that K-quants fit, and deep enough for their mixtures: 10 blocks. With an adapter."""
     folder = tmp_path_factory.mktemp("wide") / "llama"
     size = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 10, "initializer_range": 0.06}
-    return tiny_models.save_tiny_llama(folder, tie_word_embeddings=False, **size)
+    tiny_models.save_tiny_llama(folder, tie_word_embeddings=False, **size)
+    return folder, tiny_models.write_adapter(folder.parent / "adapter", folder, size=0.05)
 
 
 @pytest.fixture(scope="module")
-def wide_adapter(wide):
-    return adapter_of(tiny_models.write_adapter(wide.parent / "adapter", wide, size=0.05))
+def wide_logits(wide):
+    return transformers_logits(wide[0], IDS, wide[1])
 
 
-@pytest.fixture(scope="module")
-def wide_logits(wide, wide_adapter):
-    return transformers_logits(wide, IDS, wide_adapter.folder)
-
-
-def test_every_quantization_has_a_bound():
-    assert {known.name for known in quantize.QUANTIZATIONS} == MAX_KL.keys()
-
-
-@pytest.mark.parametrize("name", MAX_KL)
-def test_each_quantization_is_llama_cpps_own_recipe(wide, wide_adapter, wide_logits, tmp_path, name):
-    written = write.merged(spec_of(wide), wide_adapter, name, tmp_path / "out.gguf")
-    tensors = tensors_of(written.path)
+@pytest.mark.parametrize("name", [name for name in COSTS if name != KEEP])
+def test_each_quantization_is_llama_cpps_own_recipe(wide, wide_logits, tmp_path, name):
+    out = tmp_path / "out.gguf"
+    assert merge(*wide, name, out).fallbacks == []
+    tensors = tensors_of(out)
     planned = planned_types(name, {t.name: tuple(int(n) for n in reversed(t.shape)) for t in tensors.values()})
     assert {tensor: tensors[tensor].tensor_type.name for tensor in planned} == {t: got for t, (_, got) in planned.items()}
     assert all(wanted == got for wanted, got in planned.values())
-    assert written.fallbacks == ()
     assert len(planned) == 10 * 7 + 2  # seven matrices a block, the embeddings, the head
-    assert write.expected_bytes(spec_of(wide), name) == pytest.approx(written.bytes, rel=0.05)
-    assert kl_divergence(wide_logits, llamacpp_logits(written.path, IDS)) <= MAX_KL[name]
+    assert sizes(wide[0])[name] == pytest.approx(out.stat().st_size, rel=0.05)
+    assert kl_divergence(wide_logits, llamacpp_logits(out, IDS)) <= MAX_KL[name]
+
+
+def sizes(model, source="auto"):
+    return write.expected_sizes(spec_of(model), None, "merged", source)
 
 
 def test_the_mixtures_give_six_bits_where_llama_cpp_does():
@@ -69,81 +65,75 @@ def test_the_mixtures_give_six_bits_where_llama_cpp_does():
     assert planned["blk.3.ffn_down.weight"] == ("Q6_K", "Q6_K")
     assert planned["blk.3.attn_q.weight"] == ("Q4_K", "Q4_K")
     assert planned["token_embd.weight"] == ("Q6_K", "Q6_K")  # the head, since there is no other
-
-
-def test_bytes_of_blocks():
     assert bytes_of("Q4_K", (2, 512)) == 2 * 2 * 144
-    assert bytes_of("Q8_0", (3, 32)) == 128  # 3 * 34 = 102, padded to 32
-    assert bytes_of("F32", (5,)) == 32  # 20, padded
+    assert padded_bytes("Q8_0", (3, 32)) == 128  # 3 * 34 = 102, padded to 32
+    assert padded_bytes("F32", (5,)) == 32  # 20, padded
 
 
 def test_fallbacks_are_reported(tiny_llama, tmp_path):
-    written = write.merged(spec_of(tiny_llama), None, "Q4_K_M", tmp_path / "out.gguf")
-    types = {name: tensor.tensor_type.name for name, tensor in tensors_of(written.path).items() if len(tensor.shape) == 2}
-    reported = {fallback.tensor: (fallback.wanted, fallback.got) for fallback in written.fallbacks}
+    out = tmp_path / "out.gguf"
+    written = merge(tiny_llama, None, "Q4_K_M", out)
+    types = {name: tensor.tensor_type.name for name, tensor in tensors_of(out).items() if len(tensor.shape) == 2}
+    reported = {one["tensor"]: (one["wanted"], one["got"]) for one in written.fallbacks}
     assert {name: got for name, (_, got) in reported.items()} == types  # 64 and 128 wide: all of them
     assert set(types.values()) == {"Q5_0", "Q8_0"}
     assert reported["blk.0.attn_q.weight"] == ("Q4_K", "Q5_0")
-    assert reported["blk.2.attn_v.weight"] == ("Q6_K", "Q8_0")
-    assert reported["token_embd.weight"] == ("Q6_K", "Q8_0")
-    expected = write.expected_bytes(spec_of(tiny_llama), "Q4_K_M")
-    assert expected == pytest.approx(written.bytes, abs=10_000)  # the header is estimated for a real vocabulary
-    assert written.to_json()["fallbacks"][0] == {"tensor": "token_embd.weight", "wanted": "Q6_K", "got": "Q8_0"}
+    assert reported["blk.2.attn_v.weight"] == reported["token_embd.weight"] == ("Q6_K", "Q8_0")
+    assert sizes(tiny_llama)["Q4_K_M"] == pytest.approx(out.stat().st_size, abs=10_000)  # the header, for a real vocabulary
 
 
-def test_a_width_that_allows_no_type_is_refused_before_anything_is_written(tmp_path):
-    folder = tiny_models.save_tiny_llama(tmp_path / "llama", hidden_size=48, intermediate_size=80)
+def test_what_no_file_can_have_is_refused_before_anything_is_written(tiny_llama, tmp_path):
+    folder, out = (
+        tiny_models.save_tiny_llama(tmp_path / "llama", hidden_size=48, intermediate_size=80),
+        tmp_path / "out" / "a.gguf",
+    )
     with pytest.raises(ExportError, match=r"Q8_0 needs widths that are multiples of 32, .* is 48 wide: choose F16"):
-        write.merged(spec_of(folder), None, "Q8_0", tmp_path / "out" / "a.gguf")
-    assert not list((tmp_path / "out").glob("*"))
+        merge(folder, None, "Q8_0", out)
+    assert sizes(folder).keys() == {"F32", "F16", "BF16"}
+    with pytest.raises(ConfigError, match="'keep' needs a base GGUF"):
+        merge(tiny_llama, None, "keep", out, source="hf")
+    assert not list(out.parent.glob("*"))
 
 
-def test_a_quantized_base_is_requantized(wide, wide_adapter, wide_logits, tmp_path):
-    base = write.merged(spec_of(wide), None, "Q6_K", tmp_path / "base.gguf").path
-    spec = spec_of(base)
-    kept = write.merged(spec, wide_adapter, "keep", tmp_path / "kept.gguf")
-    assert {t.tensor_type.name for t in tensors_of(kept.path).values()} == {"Q6_K", "F32"}
-    assert kl_divergence(wide_logits, llamacpp_logits(kept.path, IDS)) <= 0.3  # rounded twice
-    smaller = write.merged(spec, wide_adapter, "Q4_K_M", tmp_path / "smaller.gguf")
-    assert (smaller.source, smaller.touched) == ("gguf", 70)
-    assert read_header(smaller.path).values["general.file_type"] == 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
-    assert tensors_of(smaller.path)["blk.1.attn_q.weight"].tensor_type.name == "Q4_K"
-    assert write.expected_bytes(spec, "Q4_K_M") == pytest.approx(smaller.bytes, rel=0.05)
-    assert write.expected_bytes(spec, "keep") == base.stat().st_size
-    assert kl_divergence(wide_logits, llamacpp_logits(smaller.path, IDS)) <= 1
+def test_a_quantized_base_is_requantized(wide, wide_logits, tmp_path):
+    base, kept, smaller = (tmp_path / f"{name}.gguf" for name in ("base", "kept", "smaller"))
+    merge(wide[0], None, "Q6_K", base)
+    merge(base, wide[1], "keep", kept)
+    assert {t.tensor_type.name for t in tensors_of(kept).values()} == {"Q6_K", "F32"}
+    assert kl_divergence(wide_logits, llamacpp_logits(kept, IDS)) <= 0.3  # rounded twice
+    written = merge(base, wide[1], "Q4_K_M", smaller)
+    assert (written.source, written.touched) == ("gguf", 70)
+    assert read_header(smaller).values["general.file_type"] == 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    assert tensors_of(smaller)["blk.1.attn_q.weight"].tensor_type.name == "Q4_K"
+    assert sizes(base)["Q4_K_M"] == pytest.approx(smaller.stat().st_size, rel=0.05)
+    assert sizes(base)[KEEP] == base.stat().st_size
+    assert kl_divergence(wide_logits, llamacpp_logits(smaller, IDS)) <= 1
 
 
 @pytest.mark.slow
 def test_smollm2_with_its_shipped_adapter(smollm2, session_workspace, tmp_path):
     """576 wide: K-quants fall back. 8 bits stay nearer to the tuned model than the base model is."""
-    adapter = models.find_adapter("", smollm2, session_workspace)
+    adapter, out = models.find_adapter("", smollm2, session_workspace), tmp_path / "out.gguf"
     spec = models.find(str(hf_copy(smollm2, session_workspace)))
     base = read_header(smollm2.gguf_path)
     ids = [int(i) for i in np.random.default_rng(0).integers(1000, 40000, 24)]
     lora = write.cached_lora(adapter, smollm2.gguf_path, session_workspace)
     reference = llamacpp_logits(smollm2.gguf_path, ids, lora)
     untuned = kl_divergence(reference, llamacpp_logits(smollm2.gguf_path, ids))
+    expected = write.expected_sizes(spec, adapter, "merged", "auto")
     for name, largest in (("Q4_K_M", 0.4), ("Q8_0", 0.5 * untuned)):
-        written = write.merged(spec, adapter, name, tmp_path / "out.gguf")
-        header = read_header(written.path)
+        written = write.merged(spec, adapter, name, out)
+        header = read_header(out)
         assert written.touched == 30 * 4
-        assert write.expected_bytes(spec, name) == pytest.approx(written.bytes, rel=0.05)
+        assert expected[name] == pytest.approx(out.stat().st_size, rel=0.05)
         # 1536 = 6 * 256, the width of ffn_down, is a multiple; 576 is not.
         narrow = {tensor for tensor, info in header.tensors.items() if len(info.shape) == 2 and info.shape[1] == 576}
         assert len(narrow) == 30 * 6 + 1
-        assert {fallback.tensor for fallback in written.fallbacks} == (narrow if name == "Q4_K_M" else set())
+        assert {one["tensor"] for one in written.fallbacks} == (narrow if name == "Q4_K_M" else set())
         keys = [f"ggml.{key}" for key in ("tokens", "token_type", "merges", "pre", "eos_token_id", "bos_token_id")]
         for key in (*keys, "chat_template"):
             assert header.values[f"tokenizer.{key}"] == base.values[f"tokenizer.{key}"]
-        assert kl_divergence(reference, llamacpp_logits(written.path, ids)) < largest
-
-
-def test_unknown_quantizations_and_keep_without_a_base_are_refused(tiny_llama, tmp_path):
-    with pytest.raises(ConfigError, match=r"Unknown quantization 'Q9': choose one of F32, .*keep"):
-        write.merged(spec_of(tiny_llama), None, "Q9", tmp_path / "out.gguf")
-    with pytest.raises(ConfigError, match="'keep' needs a base GGUF"):
-        write.merged(spec_of(tiny_llama), None, "keep", tmp_path / "out.gguf", source="hf")
-    assert not list(tmp_path.glob("*"))
+        assert kl_divergence(reference, llamacpp_logits(out, ids)) < largest
 
 
 # llama.cpp's quantizer

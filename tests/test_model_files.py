@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 
 from biasdpo import models
 from biasdpo.errors import ModelError
-from biasdpo.model_files import describe, open_gguf, read_header, safetensors_shapes
+from biasdpo.model_files import describe, read_header, safetensors_shapes
 from biasdpo.models import ModelSpec
+from tests.gguf_files import metadata_of, tensors_of
 
 DEEP = "[" * 100_000
 WRONG_VALUES: list[Any] = [None, True, -1, 1.5, "x", [], [[]], ["x"], {}, {"a": {}}]
@@ -32,11 +33,10 @@ def refused(path: Path, match: str = "") -> None:
 @pytest.mark.parametrize("kind", ["tiny_llama_gguf", "tiny_phi_gguf"])
 def test_the_header_is_what_the_gguf_package_reads(kind: str, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(kind)
-    header, theirs = read_header(path), open_gguf(path)
-    fields = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
-    assert header.values == fields
+    header = read_header(path)
+    assert header.values == metadata_of(path)
     assert [(n, t.shape, t.n_bytes, t.elements) for n, t in header.tensors.items()] == [
-        (t.name, tuple(map(int, t.shape[::-1])), t.n_bytes, t.n_elements) for t in theirs.tensors
+        (t.name, tuple(map(int, t.shape[::-1])), t.n_bytes, t.n_elements) for t in tensors_of(path).values()
     ]
 
 
@@ -82,6 +82,7 @@ def test_a_gguf_damaged_anywhere_is_one_line(tiny_phi_gguf: Path, tmp_path: Path
     [
         (b"hello, world", "it begins with b'hell'"),
         (b"GGUF" + (4).to_bytes(4, "little") + bytes(16), "GGUF version 4, supported are 2, 3"),
+        (b"GGUF" + (3).to_bytes(4, "big") + bytes(16), "it is big-endian"),
         (None, r"No model file .*x\.gguf"),
     ],
 )

@@ -21,9 +21,9 @@ from biasdpo.jobs import store, worker
 from biasdpo.jobs.job import JobFolder, read_job
 from biasdpo.jobs.resolve import command_of, resolve_export
 from biasdpo.jobs.worker import run_export, unfinished_folder
-from biasdpo.model_files import gguf_value, open_gguf
 from biasdpo.workspace import Workspace, sha256_of
 from tests import tiny_models
+from tests.gguf_files import metadata_of
 from tests.run_line import ended, wait_for
 
 
@@ -108,8 +108,8 @@ def test_only_paths_are_made_absolute(lora, workspace, monkeypatch, tiny_llama_a
 def test_an_export_leaves_file_record_and_modelfile(lora, workspace, tiny_llama_adapter, tiny_llama_gguf):
     told: list[tuple[float, str]] = []
     record = run_export(lora, workspace, lambda share, phase: told.append((share, phase)))
-    assert leftovers(lora) == ["tiny.gguf", "tiny.gguf.Modelfile", "tiny.gguf.json"]
-    assert gguf_value(open_gguf(lora.out), "general.type") == "adapter"
+    assert leftovers(lora) == ["tiny.gguf", "tiny.gguf.Modelfile", "tiny.gguf.json", "tiny.gguf.md"]
+    assert metadata_of(lora.out)["general.type"] == "adapter"
     assert load_record(lora.out).to_json() == json.loads(json.dumps(record.to_json()))
     assert record.sha256 == sha256_of(lora.out)
     assert record.bytes == lora.out.stat().st_size
