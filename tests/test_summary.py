@@ -11,18 +11,7 @@ import pytest
 from biasdpo.data.journal import Journal, append, edit, undo, withdraw
 from biasdpo.data.pairs import PreferencePair, derive, pair_id_of, shown_pair_id
 from biasdpo.data.splits import trainable
-from biasdpo.data.summary import (
-    Agreement,
-    Query,
-    agreement,
-    cell_counts,
-    choices,
-    counts,
-    least_covered,
-    query,
-    stats,
-    value_of,
-)
+from biasdpo.data.summary import Agreement, Query, agreement, cell_counts, choices, counts, least_covered, query, stats, value_of
 from biasdpo.errors import ConfigError
 from biasdpo.records import Judgment, Verdict
 from biasdpo.workspace import Workspace
