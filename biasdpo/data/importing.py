@@ -357,6 +357,11 @@ class ColumnMapping:
     system: str = ""
     history: str = ""
 
+    def with_columns(self, prompt: str, chosen: str, rejected: str, category: str = "", target_group: str = "") -> ColumnMapping:
+        """This mapping with other columns; those that belong to the prompt's column go with it."""
+        old = self if prompt == self.prompt else replace(self, input="", history="")
+        return replace(old, prompt=prompt, chosen=chosen, rejected=rejected, category=category, target_group=target_group)
+
     def to_json(self) -> dict[str, str]:
         """The columns that are mapped."""
         return {field: column for field, column in asdict(self).items() if column}

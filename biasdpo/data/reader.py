@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from biasdpo.data.health import Confounds, Meter, load_overlap
-from biasdpo.data.journal import Journal, Row, journal_of, replacement
+from biasdpo.data.journal import EDITABLE, Journal, Row, journal_of, replacement
 from biasdpo.data.summary import Agreement, Page, Query, agreement, cell_counts, choices, find, query
 from biasdpo.errors import BiasDPOError
 from biasdpo.workspace import Workspace, is_public_space
@@ -93,15 +93,29 @@ class DatasetReader:
             return None
         return row, next((other for other in rows if other["retracts"] == judgment_id), None)
 
-    def earlier_versions(self, judgment_id: str) -> list[Row]:
-        """What a judgment was before each edit, the latest first."""
+    def provenance(self, row: Row, retraction: Row | None) -> dict[str, str]:
+        """Where a judgment comes from, what it was before each edit, and what became of it: by title, in one line each."""
+        meta = row["meta"]
+        seconds = f"in {meta['seconds']:.1f} s" if meta["seconds"] else ""
+        facts = {"Judged": ", ".join(filter(None, (_minute(row), row["annotator"], seconds)))}
+        if retraction is not None:
+            by = f" by {retraction['annotator']}" if retraction["annotator"] else ""
+            facts["Edited since" if replacement(retraction) else "Withdrawn"] = _minute(retraction) + by
+            facts["Edited version"] = replacement(retraction)
         journal = self._read()
         rows, _mark = journal.since((0, 0))
-        before = {replacement(row): row["retracts"] for row in rows if row["verdict"] == "retracted"}
-        versions = []
-        while (judgment_id := before.get(judgment_id, "")) in journal.rows:
-            versions.append(journal.rows[judgment_id])
-        return versions
+        before = {replacement(other): other["retracts"] for other in rows if other["verdict"] == "retracted"}
+        new = row
+        while old := journal.rows.get(before.get(new["id"], "")):
+            was = "; ".join(f"{name.replace('_', ' ')} was “{old[name]}”" for name in EDITABLE if old[name] != new[name])
+            facts[f"Edited from {old['id']}"] = was
+            new = old
+        facts |= {"Source": row["source"]} | {
+            name.capitalize(): meta[name] for name in ("model", "adapter", "backend", "sampling")
+        }
+        facts |= {"Left side": meta["left_side"], "Chosen side": meta["chosen_side"], "Hidden repeat of": row["repeat_of"]}
+        facts |= {"Judgment": row["id"], "Pair": row["pair_id"]}
+        return {name: " ".join(text.split()) for name, text in facts.items() if text}
 
     def bad_lines(self) -> int:
         """Number of lines that can't be read."""
@@ -109,3 +123,7 @@ class DatasetReader:
 
     def _read(self) -> Journal:
         return self._journal.refresh()
+
+
+def _minute(row: Row) -> str:
+    return str(row["created_at"][:16]).replace("T", " ") + " UTC"

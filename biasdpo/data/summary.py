@@ -242,6 +242,7 @@ def _derived_pairs(preferred: Sequence[Row]) -> int:
 State = Literal["all", "standing", "retracted"]
 FILTERS = ("category", "verdict", "annotator", "source")
 PAGE_ROWS = 50
+MAX_SEARCH_CHARACTERS = 200  # each word is looked for in every row
 
 _SEARCHED = itemgetter(
     *("id", "pair_id", "created_at", "prompt", "chosen", "rejected", "original_chosen", "original_rejected", "verdict"),
@@ -265,6 +266,8 @@ class Query:
     state: State = "all"
 
     def __post_init__(self) -> None:
+        if len(self.search) > MAX_SEARCH_CHARACTERS:
+            raise ConfigError(f"A search has at most {MAX_SEARCH_CHARACTERS} characters: shorten it")
         if self.state not in get_args(State):
             raise ConfigError(f"state must be one of {', '.join(get_args(State))}: got {self.state!r}; choose one")
 

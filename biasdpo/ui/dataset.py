@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,22 @@ from biasdpo.labeling import word_diff
 from biasdpo.prompts import CATEGORIES
 from biasdpo.ui.charts import TUNED, WARN, counted
 from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, escape, handles, local_time, plural
-from biasdpo.workspace import ASSETS, is_public_space, refuse_on_public_space
+from biasdpo.workspace import ASSETS, is_public_space
 
 _PAGE_ROWS = 25
 _MAX_CHOICES = 300  # of one filter, the commonest: the search finds the others
-_MAX_SEARCH = 200  # characters; each word is looked for in every row
 _MAX_DIFF = 4_000  # characters of each text: comparing two of 16,000 takes 16 s, of 4,000 half a second
 _MAX_BAD_ROWS = 500  # listed; the others are counted
 _SHOWN = 160  # characters of a text in a table
 _FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"]
-_SEED_PAIRS = ASSETS / "seed_pairs.jsonl"
+_SEED_PAIRS = str(ASSETS / "seed_pairs.jsonl")
 _PICKED = ("prompt", "chosen", "rejected", "category", "target_group")  # columns that the user may map
 _STATES = {"Current": "standing", "Withdrawn or edited": "retracted", "All": "all"}
-_HEADERS = ["", "Prompt", "Verdict", "Category", "Annotator", "Source", "Judged", "ID"]
-_WIDTHS: list[str | int] = ["44px", "430px", "100px", "130px", "110px", "140px", "120px", "100px"]
+_COLUMNS = {"": 44, "Prompt": 430, "Verdict": 100, "Category": 130, "Annotator": 110, "Source": 140, "Judged": 120, "ID": 100}
+_COLORS = (WARN, TUNED)
 _EMPTY = """### No pairs yet
 A pair is a prompt with a better (chosen) and a worse (rejected) completion. Start from the example pairs, import a file below, or
 judge completions yourself."""
-
-Show = Callable[..., Updates]
 
 
 def build_dataset(studio: Studio, tab: gr.Tab) -> None:
@@ -89,12 +87,10 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
             undo: gr.Button(visible=False),
         } | show(choices, *query)
 
-    def draw() -> list[Any]:
-        return [counted(title, numbers) for title, numbers in counts(studio.dataset.standing()).items()]
-
+    draw = handles(lambda: list(itertools.starmap(counted, counts(studio.dataset.standing()).items())))
     everything = [top, summary, health, empty, browse, charts, import_box, export_box, imports, undo, *shown]
     gr.on([tab.select, changed.change], handles(refresh), query, everything, **QUICK)
-    charts.expand(handles(draw), None, plots, **QUICK)
+    charts.expand(draw, None, plots, **QUICK)
 
 
 def _warnings(studio: Studio) -> str:
@@ -102,13 +98,8 @@ def _warnings(studio: Studio) -> str:
     lines = health_warnings(studio.dataset.confounds())
     if bad := studio.dataset.bad_lines():
         lines.append(f"{plural(bad, 'line')} of the journal can't be read: python -m biasdpo dataset validate says why")
-    if studio.dataset.overlap_error is not None:
-        lines.append(str(studio.dataset.overlap_error))
+    lines += [str(studio.dataset.overlap_error)] if studio.dataset.overlap_error else []
     return "\n".join(f"> ⚠ {escape(line)}\n" for line in lines)
-
-
-def _tick(changed: gr.State) -> Updates:
-    return {changed: secrets.token_hex(4)}
 
 
 def _build_question(name: str) -> tuple[gr.Row, gr.Markdown, gr.Button]:
@@ -126,25 +117,19 @@ def _build_question(name: str) -> tuple[gr.Row, gr.Markdown, gr.Button]:
 
 def _wanted(search: str, *filters: Any) -> Query:
     """The query of the filters and the state: "" filters nothing, "=VALUE" wants this value."""
-    if len(search) > _MAX_SEARCH:
-        raise ConfigError(f"A search has at most {_MAX_SEARCH} characters: shorten it")
     *values, state = filters
     wanted: dict[str, Any] = {name: str(value)[1:] if value else None for name, value in zip(FILTERS, values, strict=True)}
     return Query(search, state=state, **wanted)
 
 
-def _choices(name: str, counted_: dict[str, int]) -> list[tuple[str, str]]:
-    listed = sorted(counted_.items(), key=lambda item: -item[1])[:_MAX_CHOICES]
-    return [("All", ""), *((f"{_word(value) or f'(no {name})'} ({count:,})", f"={value}") for value, count in listed)]
-
-
-def _word(verdict: str) -> str:
-    return verdict.replace("both_", "both ")
+def _choices(name: str, counted_: Counter[str]) -> list[tuple[str, str]]:
+    named = ((value.replace("both_", "both ") or f"(no {name})", value, n) for value, n in counted_.most_common(_MAX_CHOICES))
+    return [("All", ""), *((f"{title} ({n:,})", f"={value}") for title, value, n in named)]
 
 
 def _line(row: Row, page: Page) -> list[Any]:
     gone = page.retractions.get(row["id"])
-    verdict = _word(row["verdict"]) if gone is None else "edited since" if replacement(gone) else "withdrawn"
+    verdict = row["verdict"].replace("both_", "both ") if gone is None else "edited since" if replacement(gone) else "withdrawn"
     category = f"{row['category'] or '(none)'}, {row['target_group']}" if row["target_group"] else row["category"]
     texts = map(_cut, (row["prompt"], verdict, category, row["annotator"], row["source"]))
     return [False, *texts, local_time(row["created_at"]), row["id"]]
@@ -155,41 +140,27 @@ def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-def _position(page: Page) -> str:
-    if not page.total:
-        return "Nothing matches: clear the search, or set the filters back to All."
-    first = page.number * _PAGE_ROWS + 1
-    return f"{first:,} to {first + len(page.rows) - 1:,} of **{page.total:,}**, newest first"
-
-
-def _build_table(studio: Studio, changed: gr.State) -> tuple[Show, list[Any], list[Any]]:
+def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updates], list[Any], list[Any]]:
     """The filters, the table, a judgment in full, and bulk changes; return how to fill the table, with its inputs and outputs."""
     number = gr.State(0)
     with gr.Row(elem_id="dataset-filters"):
         search = gr.Textbox(
             "", label="Search", placeholder="Words in any column", scale=2, min_width=160, elem_id="dataset-search"
         )
-        filters = [
-            gr.Dropdown([("All", "")], value="", label=name.capitalize(), min_width=110, elem_id=f"dataset-filter-{name}")
-            for name in FILTERS
-        ]
+        every: dict[str, Any] = {"choices": [("All", "")], "value": "", "min_width": 110}
+        filters = [gr.Dropdown(label=name.capitalize(), elem_id=f"dataset-filter-{name}", **every) for name in FILTERS]
         state = gr.Dropdown(list(_STATES.items()), value="standing", label="Show", min_width=110, elem_id="dataset-filter-state")
     with gr.Row(elem_id="dataset-panes"):
         with gr.Column(scale=3, min_width=340):
             # Interactive for its check boxes only.
-            table = gr.Dataframe(
-                headers=_HEADERS,
-                datatype=["bool", "str", "str", "str", "str", "str", "str", "str"],
-                type="array",
-                interactive=True,
-                static_columns=list(range(1, len(_HEADERS))),
-                column_widths=_WIDTHS,
-                label="Judgments",
-                show_label=False,
-                buttons=[],
-                max_height=420,
-                elem_id="dataset-table",
-            )
+            grid: dict[str, Any] = {"headers": list(_COLUMNS), "column_widths": list(_COLUMNS.values()), "max_height": 420}
+            grid |= {
+                "datatype": ["bool", *["str"] * 7],
+                "type": "array",
+                "interactive": True,
+                "static_columns": list(range(1, 8)),
+            }
+            table = gr.Dataframe(label="Judgments", show_label=False, buttons=[], elem_id="dataset-table", **grid)
             with gr.Row(elem_classes="actions"):
                 position = gr.Markdown(elem_id="dataset-position")
                 newer = gr.Button("← Newer", size="sm", min_width=80, elem_id="dataset-previous")
@@ -200,15 +171,17 @@ def _build_table(studio: Studio, changed: gr.State) -> tuple[Show, list[Any], li
 
     def page_of(number_: int, *query: Any) -> Updates:
         page = studio.dataset.page(_wanted(*query), number_, _PAGE_ROWS)
+        first = page.number * _PAGE_ROWS + 1
+        shown = f"{first:,} to {first + len(page.rows) - 1:,} of **{page.total:,}**, newest first"
         return {
             number: page.number,
             table: [_line(row, page) for row in page.rows],
-            position: _position(page),
+            position: shown if page.total else "Nothing matches: clear the search, or set the filters back to All.",
             newer: gr.Button(interactive=page.number > 0),
             older: gr.Button(interactive=page.number + 1 < page.pages),
         }
 
-    def show(choices: dict[str, Any], number_: int, *query: Any) -> Updates:
+    def show(choices: dict[str, Counter[str]], number_: int, *query: Any) -> Updates:
         options = {box: gr.Dropdown(_choices(name, choices[name])) for box, name in zip(filters, FILTERS, strict=True)}
         return options | page_of(number_, *query)
 
@@ -231,24 +204,6 @@ def _pieces(one: str, other: str, names: tuple[str, str]) -> list[Any]:
     return [(text, labels[kind]) for kind, text in word_diff(one, other)]
 
 
-def _facts(row: Row, retraction: Row | None, earlier: Sequence[Row]) -> str:
-    """Where a judgment comes from and what became of it, as Markdown."""
-    meta = row["meta"]
-    seconds = f"in {meta['seconds']:.1f} s" if meta["seconds"] else ""
-    facts = {"Judged": ", ".join(filter(None, (local_time(row["created_at"]), row["annotator"], seconds)))}
-    if retraction is not None:
-        by = f" by {retraction['annotator']}" if retraction["annotator"] else ""
-        facts["Edited since" if replacement(retraction) else "Withdrawn"] = local_time(retraction["created_at"]) + by
-        facts["Edited version"] = replacement(retraction)
-    for i, old in enumerate(earlier):
-        was = "; ".join(f"{name.replace('_', ' ')} was “{old[name]}”" for name in EDITABLE if old[name] != row[name])
-        facts["Edited from" if i == 0 else f"Before that ({i})"] = f"{old['id']}: {was}"
-    facts |= {"Source": row["source"]} | {name.capitalize(): meta[name] for name in ("model", "adapter", "backend", "sampling")}
-    facts |= {"Left side": meta["left_side"], "Chosen side": meta["chosen_side"], "Hidden repeat of": row["repeat_of"]}
-    facts |= {"Judgment": row["id"], "Pair": row["pair_id"]}
-    return "\n".join(f"- **{name}**: {escape(' '.join(value.split()))}" for name, value in facts.items() if value)
-
-
 def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> None:
     """A judgment in full beside the table: texts, word diff, provenance; edit and withdraw."""
     shown = gr.State("")
@@ -260,14 +215,16 @@ def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> Non
             withdraw = gr.Button("Withdraw", size="sm", min_width=60, elem_id="dataset-withdraw")
             close = gr.Button("Close", size="sm", min_width=60, elem_id="dataset-close")
         confirm, question, really = _build_question("dataset")
-        fields: dict[str, Any] = {
-            name: gr.Textbox(label=name.capitalize(), max_lines=8, interactive=False, elem_id=f"dataset-{name}")
-            for name in ("prompt", "chosen", "rejected")
-        }
-        with gr.Row():
-            for name in ("category", "target_group", "note"):
+        fields: dict[str, gr.Textbox] = {}
+
+        def add_fields(*names: str, **look: Any) -> None:
+            for name in names:
                 title = name.replace("_", " ").capitalize()
-                fields[name] = gr.Textbox(label=title, interactive=False, min_width=100, elem_id=f"dataset-{name}")
+                fields[name] = gr.Textbox(label=title, interactive=False, elem_id=f"dataset-{name}", **look)
+
+        add_fields(*EDITABLE[:3], max_lines=8)
+        with gr.Row():
+            add_fields(*EDITABLE[3:], min_width=100)
         with gr.Row(visible=False, elem_classes="actions", elem_id="dataset-edit-actions") as edit_actions:
             save = gr.Button("Save as a new version", variant="primary", size="sm", elem_id="dataset-save")
             cancel = gr.Button("Cancel", size="sm", elem_id="dataset-cancel")
@@ -282,12 +239,11 @@ def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> Non
             raise ConfigError("This judgment is no longer in the journal: choose another")
         row, retraction = found
         names = ("Chosen", "Rejected") if row["verdict"] == "preferred" else ("Left", "Right")
-        before, after = "before the edit", "after it"
+        only, around = (f"only {names[1].lower()}", f"only {names[0].lower()}"), ("before the edit", "after it")
         edited: list[Any] = []
-        for column in ("chosen", "rejected"):
-            if row[f"original_{column}"]:
-                edited += [(f"{column.capitalize()}: ", None), *_pieces(row[f"original_{column}"], row[column], (before, after))]
-        only = (f"only {names[1].lower()}", f"only {names[0].lower()}")
+        for title, column in zip(names, ("chosen", "rejected"), strict=True):
+            if before := row[f"original_{column}"]:
+                edited += [(f"{title}: ", None), *_pieces(before, row[column], around)]
         return {field: gr.Textbox(row[name], interactive=False) for name, field in fields.items()} | {
             fields["chosen"]: gr.Textbox(row["chosen"], label=names[0], interactive=False),
             fields["rejected"]: gr.Textbox(row["rejected"], label=names[1], interactive=False),
@@ -298,18 +254,16 @@ def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> Non
             confirm: gr.Row(visible=False),
             edit_actions: gr.Row(visible=False),
             diff: gr.HighlightedText(
-                _pieces(row["rejected"], row["chosen"], only), color_map=dict(zip(only, (WARN, TUNED), strict=True))
+                _pieces(row["rejected"], row["chosen"], only), color_map=dict(zip(only, _COLORS, strict=True))
             ),
-            edits: gr.HighlightedText(edited, color_map={before: WARN, after: TUNED}, visible=bool(edited)),
-            facts: _facts(row, retraction, studio.dataset.earlier_versions(row["id"])),
+            edits: gr.HighlightedText(edited, color_map=dict(zip(around, _COLORS, strict=True)), visible=bool(edited)),
+            facts: "\n".join(
+                f"- **{name}**: {escape(text)}" for name, text in studio.dataset.provenance(row, retraction).items()
+            ),
         }
 
     def choose(event: gr.SelectData) -> Updates:
-        in_check_box = event.index[1] == 0
-        return {shown: gr.skip()} if in_check_box else render(str(event.row_value[-1]))
-
-    def open_edit() -> Updates:
-        return {edit_actions: gr.Row(visible=True)} | {field: gr.Textbox(interactive=True) for field in fields.values()}
+        return render(str(event.row_value[-1])) if event.index[1] else {shown: gr.skip()}  # 0: the check box
 
     def save_edit(judgment_id: str, who: Any, *texts: str) -> Updates:
         row, _retraction = studio.dataset.judgment(judgment_id) or ({}, None)
@@ -317,22 +271,25 @@ def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> Non
         new = journal.edit(studio.workspace, [judgment_id], changes, annotator_of(who).nickname)
         if changes and not new:
             raise ConfigError("This judgment was edited or withdrawn meanwhile: choose it again in the table")
-        return render(new[0] if new else judgment_id) | _tick(changed)
+        return render(new[0] if new else judgment_id) | {changed: secrets.token_hex(4)}
 
     def withdraw_it(judgment_id: str, who: Any) -> Updates:
         journal.withdraw(studio.workspace, [judgment_id], annotator_of(who).nickname)
-        return render(judgment_id) | _tick(changed)
-
-    def ask() -> Updates:
-        return {confirm: gr.Row(visible=True), question: "Withdraw this judgment? Training will leave it out."}
+        return render(judgment_id) | {changed: secrets.token_hex(4)}
 
     rendered = [shown, box, edit, withdraw, confirm, edit_actions, diff, edits, facts, *fields.values()]
     table.select(handles(choose), None, rendered, trigger_mode="multiple", **QUICK)
-    edit.click(open_edit, None, [edit_actions, *fields.values()], **QUICK)
+    edit.click(
+        lambda: (gr.Row(visible=True), *[gr.Textbox(interactive=True)] * len(fields)),
+        None,
+        [edit_actions, *fields.values()],
+        **QUICK,
+    )
     cancel.click(handles(render), shown, rendered, **QUICK)
     save.click(handles(save_edit), [shown, studio.identity, *fields.values()], [*rendered, changed], **QUICK)
     close.click(lambda: gr.Column(visible=False), None, box, **QUICK)
-    withdraw.click(ask, None, [confirm, question], **QUICK)
+    asks = "Withdraw this judgment? Training will leave it out."
+    withdraw.click(lambda: (gr.Row(visible=True), asks), None, [confirm, question], **QUICK)
     really.click(handles(withdraw_it), [shown, studio.identity], [*rendered, changed], **QUICK)
 
 
@@ -346,9 +303,8 @@ def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed:
     with gr.Accordion("Tag or withdraw several", open=False, elem_id="dataset-bulk", visible=not is_public_space()):
         with gr.Row():
             scope = gr.Radio(scopes, value="checked", label="Judgments", elem_id="bulk-scope")
-            category = gr.Dropdown(
-                ["", *CATEGORIES], label="Category", info="Empty: unchanged", allow_custom_value=True, elem_id="bulk-category"
-            )
+            own: dict[str, Any] = {"info": "Empty: unchanged", "allow_custom_value": True, "elem_id": "bulk-category"}
+            category = gr.Dropdown(["", *CATEGORIES], label="Category", **own)
             group = gr.Textbox("", label="Target group", info="Empty: unchanged", elem_id="bulk-group")
         with gr.Row(elem_classes="actions"):
             tag = gr.Button("Tag", size="sm", elem_id="bulk-tag")
@@ -374,11 +330,11 @@ def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed:
 
     def apply(asked_: tuple[list[str], dict[str, str]], who: Any) -> Updates:
         ids, changes = asked_
+        to = studio.workspace, ids
         by = annotator_of(who).nickname
-        workspace = studio.workspace
-        done = len(journal.edit(workspace, ids, changes, by)) if changes else journal.withdraw(workspace, ids, by)
+        done = len(journal.edit(*to, changes, by)) if changes else journal.withdraw(*to, by)
         gr.Info(f"{plural(done, 'judgment')} {'tagged' if changes else 'withdrawn'}.")
-        return {asked: ([], {}), confirm: gr.Row(visible=False)} | _tick(changed)
+        return {asked: ([], {}), confirm: gr.Row(visible=False)} | {changed: secrets.token_hex(4)}
 
     asking = [asked, confirm, question, go]
     tag.click(handles(ask_tag), [scope, table, category, group, *sought], asking, **QUICK)
@@ -414,17 +370,14 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     with gr.Row():
         file = gr.File(label="JSONL, JSON, CSV or Parquet", file_types=_FILES, type="filepath", height=120, elem_id="import-file")
         with gr.Column(min_width=280):
-            hint = "/path/to/pairs.jsonl or hub:OWNER/NAME"
-            path = gr.Textbox("", label="Or a path on this machine, or a Hub dataset", placeholder=hint, elem_id="import-path")
+            path = gr.Textbox("", label="Or a path on this machine, or hub:OWNER/NAME", elem_id="import-path")
             look = gr.Button("Preview", size="sm", elem_id="import-preview")
     with gr.Column(visible=False, elem_id="import-box") as box:
         format_ = gr.Markdown(elem_id="import-format")
         titles = [field.replace("_", " ").capitalize() for field in _PICKED]
         with gr.Row():
-            pickers = [
-                gr.Dropdown([], label=f"{title} column", min_width=120, elem_id=f"import-column-{field.replace('_', '-')}")
-                for title, field in zip(titles, _PICKED, strict=True)
-            ]
+            ids = [f"import-column-{field.replace('_', '-')}" for field in _PICKED]
+            pickers = [gr.Dropdown([], label=f"{t} column", min_width=120, elem_id=i) for t, i in zip(titles, ids, strict=True)]
         widths: list[str | int] = ["30%", "25%", "25%", "10%", "10%"]
         first = gr.Dataframe(headers=titles, label="First pairs", column_widths=widths, elem_id="import-first-rows", **grid)
         with gr.Row(elem_classes="actions"):
@@ -433,7 +386,7 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     result = gr.Markdown(visible=False, elem_id="import-result")
     bad = gr.Dataframe(headers=["Line", "Reason"], column_widths=["12%", "88%"], elem_id="import-bad-rows", **grid)
     imports = gr.Radio([], label="Imports so far: choose one to undo it", visible=False, elem_id="imports")
-    undo = gr.Button("", size="sm", variant="stop", visible=False, elem_id="import-undo")
+    undo = gr.Button("Undo this import: withdraw its judgments", size="sm", variant="stop", visible=False, elem_id="import-undo")
 
     def preview(source_: str, mapping: ColumnMapping | None) -> tuple[importing.Preview, Updates]:
         seen = importing.preview(source_, mapping)
@@ -448,7 +401,6 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
         }
 
     def open_source(source_: str) -> Updates:
-        refuse_on_public_space("Import")  # before any word on what was named
         seen, updates = preview(source_, None)
         columns = [("(none)", ""), *((column, column) for column in seen.columns)]
         guesses = {p: gr.Dropdown(columns, value=getattr(seen.mapping, f)) for p, f in zip(pickers, _PICKED, strict=True)}
@@ -458,51 +410,38 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     def open_named(named: str, request: gr.Request) -> Updates:
         return open_source(_check_source(named, request))
 
-    def mapping_of(guess_: ColumnMapping, picked: Sequence[str]) -> ColumnMapping:
-        given = dict(zip(_PICKED, picked, strict=True))
-        if given["prompt"] != guess_.prompt:  # these belong to the prompt's column that was recognized
-            given |= {"input": "", "history": ""}
-        return replace(guess_, **given)
-
-    def map_columns(source_: str, guess_: ColumnMapping, *picked: str) -> Updates:
-        return preview(source_, mapping_of(guess_, picked))[1]
-
     def import_rows(source_: str, guess_: ColumnMapping, name_: str, *picked: str) -> Updates:
         """Import what was previewed. If the page is closed meanwhile, the thread goes on: all of it is stored, or nothing."""
-        done = importing.import_file(studio.workspace, source_, mapping_of(guess_, picked), name_)
-        told = [f"**{plural(done.written, 'pair')} imported** as {escape(done.source)}"]
-        told += [f"{plural(done.known, 'row')} already there"] if done.known else []
-        told += [f"{plural(len(done.bad), 'row')} left out"] if done.bad else []
-        notes = "".join(f" {escape(note)}." for note in done.notes)
-        return {
-            result: gr.Markdown(", ".join(told) + f".{notes}", visible=True),
-            bad: _bad_rows(done.bad, "Rows that were left out"),
-            box: gr.Column(visible=False),
-        } | _tick(changed)
-
-    def import_seed() -> Updates:
-        return import_rows(str(_SEED_PAIRS), importing.preview(_SEED_PAIRS).mapping, "", *_PICKED)
-
-    def ask_undo(chosen: str) -> Any:
-        count = studio.dataset.imports().get(chosen, 0)
-        return gr.Button(f"Undo {chosen.removeprefix('import:')}: withdraw {plural(count, 'judgment')}", visible=True)
+        done = importing.import_file(studio.workspace, source_, guess_.with_columns(*picked), name_)
+        told = f"**{plural(done.written, 'pair')} imported** as {escape(done.source)}"
+        told += f", {plural(done.known, 'row')} already there" * bool(done.known)
+        told += f", {plural(len(done.bad), 'row')} left out" * bool(done.bad)
+        notes = "".join(f". {escape(note)}" for note in done.notes)
+        updates: Updates = {result: gr.Markdown(f"{told}{notes}.", visible=True), box: gr.Column(visible=False)}
+        return updates | {bad: _bad_rows(done.bad, "Rows that were left out")} | {changed: secrets.token_hex(4)}
 
     def undo_import(chosen: str, who: Any) -> Updates:
         done = journal.undo_import(studio.workspace, chosen, annotator_of(who).nickname)
         gr.Info(f"Import undone: {plural(done, 'judgment')} withdrawn.")
-        return _tick(changed)
+        return {changed: secrets.token_hex(4)}
 
     previewed = [format_, first, bad, go]
     opened = [*previewed, *pickers, source, guess, name, box, result]
     work: dict[str, Any] = {"concurrency_limit": 4, "api_visibility": "private"}  # a file may be long, the Hub far away
     file.upload(handles(open_source), file, opened, show_progress_on=file, **work)
     gr.on([look.click, path.submit], handles(open_named), path, opened, show_progress_on=path, **work)
-    gr.on([p.input for p in pickers], handles(map_columns), [source, guess, *pickers], previewed, show_progress_on=first, **work)
+    map_columns = handles(lambda source_, guess_, *picked: preview(source_, guess_.with_columns(*picked))[1])
+    gr.on([p.input for p in pickers], map_columns, [source, guess, *pickers], previewed, show_progress_on=first, **work)
     imported = [result, bad, box, changed]
-    alone: dict[str, Any] = {"concurrency_limit": 1, "api_visibility": "private"}
-    go.click(handles(import_rows), [source, guess, name, *pickers], imported, show_progress_on=go, **alone)
-    seed.click(handles(import_seed), None, imported, show_progress_on=seed, **alone)
-    imports.input(handles(ask_undo), imports, undo, **QUICK)
+    go.click(handles(import_rows), [source, guess, name, *pickers], imported, show_progress_on=go, **work)
+    seed.click(
+        handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", *_PICKED)),
+        None,
+        imported,
+        show_progress_on=seed,
+        **work,
+    )
+    imports.input(lambda: gr.Button(visible=True), None, undo, **QUICK)
     undo.click(handles(undo_import), [imports, studio.identity], changed, **QUICK)
     return imports, undo
 

@@ -161,7 +161,7 @@ def test_what_others_wrote_is_text_and_never_runs(reader):
     reader.visitor.wait("#dataset-chart-0 .xtick", "<script>")
     reader.visitor.unfold("dataset-import")
     reader.page.locator("#imports label", has_text="<script>").click()
-    reader.visitor.wait("#import-undo", "withdraw 1 judgment")
+    reader.page.wait_for_selector("#import-undo")
     assert reader.page.evaluate("() => window.hacked") is None
     assert reader.page.locator("#dataset-browse :is(script, img[src='x']), #dataset-import img[src='x']").count() == 0
 
@@ -175,7 +175,11 @@ def test_an_edit_is_a_new_version_and_the_old_one_is_kept(reader, library):
     reader.page.click("#dataset-save")
     reader.visitor.wait("#dataset-facts", f"{old['id']}: chosen was “{old['chosen']}”; category was “race”")
     (new,) = standing(library, "number 11 ")
-    assert (new["chosen"], new["original_chosen"], new["category"]) == ("Whoever likes it may do job x11x.", old["chosen"], "religion")
+    assert (new["chosen"], new["original_chosen"], new["category"]) == (
+        "Whoever likes it may do job x11x.",
+        old["chosen"],
+        "religion",
+    )
     assert [line for line in lines(library) if line["id"] == old["id"]] == [old]
     assert "likes" in reader.page.inner_text("#dataset-edits")
     reader.page.click("#dataset-edit")
@@ -289,7 +293,11 @@ def test_what_can_not_be_imported_is_one_line(reader, tmp_path):
     reader.choose_file(file)
     reader.page.click("#import-button")
     reader.visitor.wait(".toast-body.error", "1 bad ones, the first in line 2: prompt is empty")
-    for named, words in (("", "Enter a path"), ("/none.jsonl", "No dataset file /none.jsonl"), ("hub:../../etc", "Can't load hub:")):
+    for named, words in (
+        ("", "Enter a path"),
+        ("/none.jsonl", "No dataset file /none.jsonl"),
+        ("hub:../../etc", "Can't load hub:"),
+    ):
         reader.page.fill("#import-path :is(input, textarea)", named)
         reader.page.click("#import-preview")
         reader.visitor.wait(".toast-body.error", words)
