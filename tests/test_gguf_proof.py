@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from biasdpo import models
 from biasdpo.backends.hf_loading import encode_text, hf_copy, load_tokenizer
@@ -39,7 +39,7 @@ from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import LikelihoodRequest
 from biasdpo.workspace import Workspace, sha256_of, write_json
 from tests import phi_like, tiny_models
-from tests.gguf_files import adapter_of, spec_of
+from tests.gguf_files import adapter_of, merge, spec_of
 
 PAIRS = [PreferencePair(f"Are they {i}?", f"No, people differ, all {i} of them.", f"Yes, all {i} are.") for i in range(4)]
 
@@ -56,20 +56,13 @@ def phi(tiny_phi: Path, tiny_phi_gguf: Path, tiny_phi_adapter: Path) -> Tiny:
     return spec_of(tiny_phi, tiny_phi_gguf), adapter_of(tiny_phi_adapter)
 
 
-def merge(tiny: Tiny, folder: Path, change: Callable[[dict[str, np.ndarray]], None] = lambda _weights: None) -> Path:
-    """The model with W + alpha / rank * B @ A in place of each adapted W, computed here, as an F32 GGUF; `change` spoils it."""
-    spec, adapter = tiny
-    folder.mkdir()
-    for file in spec.hf_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    weights, factors = load_file(folder / "model.safetensors"), load_file(adapter.weights)
-    for name in [name for name in factors if name.endswith(".lora_A.weight")]:
-        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        weights[f"{module}.weight"] += 8.0 / 4 * factors[name.replace("lora_A", "lora_B")] @ factors[name]  # alpha 8, rank 4
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    writer = tiny_models.write_llama_gguf if spec.architecture == "llama" else tiny_models.write_phi_gguf
-    return writer(folder, folder / "merged.gguf")
+def merged(tiny: Tiny, folder: Path, tensor: str = "", change: Callable[[np.ndarray], np.ndarray] = np.copy) -> Path:
+    """The model with its adapter as an F32 GGUF; `change` spoils one tensor of it."""
+    merge(tiny[0].hf_folder, tiny[1].folder, "F32", folder / "merged.gguf")
+    for found in gguf.GGUFReader(folder / "merged.gguf", "r+").tensors if tensor else ():
+        if found.name == tensor:
+            found.data[:] = change(np.array(found.data))
+    return folder / "merged.gguf"
 
 
 def quantized(gguf: Path, folder: Path) -> Path:
@@ -80,13 +73,13 @@ def quantized(gguf: Path, folder: Path) -> Path:
 # What equals its model
 
 
-@pytest.mark.parametrize(("kind", "as_lora"), [("llama", True), ("llama", False), ("phi", True), ("phi", False)])
+@pytest.mark.parametrize(("kind", "as_lora"), [("llama", True), ("phi", False)])
 def test_f32_passes_as_lora_and_merged(request, kind: str, as_lora: bool, workspace: Workspace, tmp_path: Path) -> None:
     spec, adapter = tiny = request.getfixturevalue(kind)
-    gguf = spec.gguf_path if as_lora else merge(tiny, tmp_path / "merged")
+    file = spec.gguf_path if as_lora else merged(tiny, tmp_path)
     lora = write.lora(adapter, spec.gguf_path, tmp_path / "lora.gguf") if as_lora else None
     shares: list[float] = []
-    proof = prove(gguf, lora, spec, adapter, workspace, pairs=PAIRS, threads=1, on_progress=lambda s, _: shares.append(s))
+    proof = prove(file, lora, spec, adapter, workspace, pairs=PAIRS, threads=1, on_progress=lambda s, _: shares.append(s))
     assert proof.passed is True, proof.sentence()
     assert (proof.quantization, proof.lossless, proof.failures, proof.warnings, proof.skipped) == ("F32", True, (), (), "")
     e, s, t = proof.equality, proof.survival, proof.tokenizer
@@ -98,15 +91,21 @@ def test_f32_passes_as_lora_and_merged(request, kind: str, as_lora: bool, worksp
     assert s.margin_after == pytest.approx(s.margin_before, abs=0.05)
     assert abs(s.margin_before) > 0.5  # nats: the adapter makes a difference
     assert (t.strings, t.different, t.first) == (2000 + 9 + 1, 0, "")  # nine of the fixed texts have a prompt
-    assert proof.sentence().startswith("Proven equal to transformers: mean KL")
+    assert proof.sentence().startswith("Equal to the original, up to rounding: mean KL")
+    assert [row[0].split(",")[0].split(" on ")[0] for row in proof.rows()][::6] == ["Tokens of 2", "Reward accuracy"]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1] <= 1.0) == (0.0, True)
     assert ExportProof.from_json(json.loads(json.dumps(proof.to_json()))) == proof
 
 
-def test_a_plain_conversion_passes_without_an_adapter(phi: Tiny, workspace: Workspace) -> None:
-    proof = prove(phi[0].gguf_path, None, phi[0], None, workspace, threads=1)
-    assert (proof.passed, proof.survival, proof.warnings, proof.equality.adapter_kl) == (True, None, (), None)
+def test_a_quick_proof_of_a_plain_conversion_and_none(phi: Tiny, workspace: Workspace) -> None:
+    proof = prove(phi[0].gguf_path, None, phi[0], None, workspace, depth="quick", pairs=PAIRS, threads=1)
+    assert (proof.verdict, proof.survival, proof.warnings, proof.equality.adapter_kl) == ("equal", None, (), None)
+    assert (proof.equality.texts, proof.tokenizer.strings) == (4, 410)
+    assert "(quick proof)" in proof.sentence()
+    none = prove(phi[0].gguf_path, None, phi[0], None, workspace, depth="none")
+    assert (none.verdict, none.passed, none.sentence()) == ("not verified", None, "Not verified: no proof was requested")
+    assert ExportProof.from_json(json.loads(json.dumps(none.to_json()))) == none
 
 
 # What does not
@@ -115,7 +114,7 @@ def test_a_plain_conversion_passes_without_an_adapter(phi: Tiny, workspace: Work
 def assert_fails(proof: ExportProof, pattern: str) -> None:
     assert proof.passed is False
     assert re.match(pattern, proof.failures[0]), proof.failures[0]
-    assert proof.sentence() == f"Not the model it was made from: {proof.failures[0]}"
+    assert proof.sentence() == f"Not equal to the original: {proof.failures[0]}"
     assert "\n" not in proof.sentence()
 
 
@@ -126,23 +125,22 @@ def test_an_adapter_left_out_fails(llama: Tiny, workspace: Workspace, tmp_path: 
     assert_fails(proof, "it is the base model rather than the tuned one: KL ")
 
 
-def disturb(weights: dict[str, np.ndarray]) -> None:
-    """One of 27 tensors off by a hundredth of its spread."""
-    tensor = weights["model.layers.1.mlp.up_proj.weight"]
-    tensor += np.random.default_rng(0).standard_normal(tensor.shape, dtype=np.float32) * 0.01 * tensor.std()
+FAULTS = {
+    # One of 27 tensors off by a hundredth of its spread.
+    "blk.1.ffn_up.weight": lambda w: w + np.random.default_rng(0).standard_normal(w.shape).astype("f4") * 0.01 * w.std(),
+    "blk.0.attn_q.weight": lambda w: w.reshape(4, 8, 2, -1).swapaxes(1, 2).reshape(w.shape),  # Hugging Face's rotary rows
+}
 
 
-@pytest.mark.parametrize("fault", ["a disturbed tensor", "wrong rotary rows"])
-def test_wrong_weights_fail(llama: Tiny, workspace: Workspace, tmp_path: Path, monkeypatch, fault: str) -> None:
-    if fault == "wrong rotary rows":
-        monkeypatch.setattr(tiny_models, "_permuted", lambda matrix, _heads: matrix)
-    gguf = merge(llama, tmp_path / "wrong", disturb if fault == "a disturbed tensor" else lambda _weights: None)
-    assert_fails(prove(gguf, None, *llama, workspace, threads=1), "in F32, mean KL is ")
+@pytest.mark.parametrize("tensor", FAULTS)
+def test_wrong_weights_fail(llama: Tiny, workspace: Workspace, tmp_path: Path, tensor: str) -> None:
+    wrong = merged(llama, tmp_path, tensor, FAULTS[tensor])
+    assert_fails(prove(wrong, None, *llama, workspace, depth="quick", threads=1), "in F32, mean KL is ")
 
 
 def test_another_tokenizer_fails_with_the_first_text(llama: Tiny, workspace: Workspace, tmp_path: Path) -> None:
-    gguf = tiny_models.write_llama_gguf(llama[0].hf_folder, tmp_path / "gpt2.gguf", pre="gpt-2")  # digits in runs, not one by one
-    proof = prove(gguf, None, llama[0], None, workspace, threads=1)
+    file = tiny_models.write_llama_gguf(llama[0].hf_folder, tmp_path / "gpt2.gguf", pre="gpt-2")  # digits in runs, not one by one
+    proof = prove(file, None, llama[0], None, workspace, threads=1)
     assert_fails(proof, r"\d\d of 2,010 texts tokenize differently, first '\\n  7': \[.*\] in llama.cpp, .*")
     assert proof.equality is None
 
@@ -151,50 +149,50 @@ def test_another_tokenizer_fails_with_the_first_text(llama: Tiny, workspace: Wor
 
 
 def test_a_quantized_file_is_measured_not_proven(phi: Tiny, workspace: Workspace, tmp_path: Path) -> None:
-    gguf = quantized(merge(phi, tmp_path / "merged"), tmp_path)
-    proof = prove(gguf, None, *phi, workspace, pairs=[*PAIRS, PreferencePair("Long?", "no " * 600, "yes")], threads=1)
+    file = quantized(merged(phi, tmp_path), tmp_path)
+    proof = prove(file, None, *phi, workspace, pairs=[*PAIRS, PreferencePair("Long?", "no " * 600, "yes")], threads=1)
     assert (proof.passed, proof.quantization, proof.lossless, proof.failures) == (None, "Q8_0", False, ())
     assert 1e-5 < proof.equality.mean_kl < 0.1
     assert 0.8 < proof.equality.agreement < 1.0
     assert (proof.survival.pairs, proof.survival.left_out) == (4, 1)
     assert "1 held-out pairs were left out: longer than 512 tokens" in proof.warnings
-    assert proof.sentence().startswith("Q8_0, measured against transformers in F32: mean KL ")
+    assert proof.sentence().startswith("Q8_0, compared with the original: mean KL ")
 
 
 def test_without_memory_for_transformers_it_says_so(phi: Tiny, workspace: Workspace, monkeypatch) -> None:
     monkeypatch.setattr(export_proof.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
     proof = prove(phi[0].gguf_path, None, *phi, workspace, threads=1)
-    assert (proof.passed, proof.equality, proof.tokenizer.different) == (None, None, 0)
+    assert (proof.verdict, proof.equality, proof.tokenizer.different) == ("not verified", None, 0)
     assert proof.skipped.startswith("transformers in F32 needs 1.0 GB of memory, 1.0 GB are free")
-    assert proof.sentence().startswith(f"Not compared: {proof.skipped}")
+    assert proof.sentence().startswith(f"Not verified: {proof.skipped}")
 
 
 def test_a_base_without_a_transformers_copy_says_so(llama: Tiny, workspace: Workspace, tmp_path: Path) -> None:
-    gguf = tiny_models.write_llama_gguf(llama[0].hf_folder, tmp_path / "other.gguf", pre="llama-bpe")
-    proof = prove(gguf, None, replace(llama[0], gguf_path=gguf, hf_folder=None), None, workspace, threads=1)
-    assert proof.passed is None
+    file = tiny_models.write_llama_gguf(llama[0].hf_folder, tmp_path / "other.gguf", pre="llama-bpe")
+    proof = prove(file, None, replace(llama[0], gguf_path=file, hf_folder=None), None, workspace, threads=1)
+    assert proof.verdict == "not verified"
     assert "pre-tokenizer is 'llama-bpe'" in proof.skipped
 
 
 def test_a_drop_in_reward_accuracy_names_a_better_quantization() -> None:
-    adapter = AdapterSpec("a", Path("a"), "")
     equality = Equality(20, 2000, 0.01, 0.4, 0.95, 1900, 0.97, adapter_kl=0.4, to_base_kl=0.5)
-    proof = ExportProof("Q4_K_M", False, TokenizerCheck(2010, 0), equality)
+    proof = ExportProof("Q4_K_M", False, tokenizer=TokenizerCheck(2010, 0), equality=equality)
 
     def warnings(before: float, after: float) -> tuple[str, ...]:
-        return judge(replace(proof, survival=Survival(64, 0, before, after, 20.0, 15.0)), adapter).warnings
+        return judge(replace(proof, survival=Survival(64, 0, before, after, 20.0, 15.0))).warnings
 
     assert warnings(62 / 64, 60 / 64) == (  # 96.9 % - 93.8 % = 3.1 points
         "The debiasing suffers: reward accuracy fell from 96.9% to 93.8%, by 2 of 64 held-out pairs; use Q5_K_M or better",
     )
     assert warnings(62 / 64, 61 / 64) == ()  # 1.6 points
     assert warnings(60 / 64, 64 / 64) == ()
-    assert "not measured: no pairs are known that adapter a never saw" in judge(proof, adapter).warnings[0]
+    assert "not measured: no pairs are known that adapter a never saw" in judge(proof, "a").warnings[0]
+    assert judge(replace(proof, lossless=True, equality=replace(equality, mean_kl=0.0, clear_agreement=1.0)), "a").warnings == ()
     weak = replace(proof, quantization="Q4_0", equality=replace(equality, adapter_kl=0.009))
-    assert judge(weak, adapter).warnings[0] == (
+    assert judge(weak).warnings[0] == (
         "Q4_0 changes the model more (mean KL 0.01 nats) than the adapter does (0.009): use Q4_K_M or better"
     )
-    damaged = judge(replace(proof, equality=replace(equality, not_numbers=3)), adapter)
+    damaged = judge(replace(proof, equality=replace(equality, not_numbers=3)))
     assert damaged.failures[0].startswith("its logits are NaN or infinite at 3 positions")
 
 
@@ -243,13 +241,12 @@ def assert_same_tokens(gguf: Path, folder: Path, spec: ModelSpec) -> None:
     assert [f"{text!r}: {ours}, not {theirs}" for text, ours, theirs in read if ours != theirs] == []
 
 
-def test_smollm2s_tokenizer(smollm2: ModelSpec, session_workspace: Workspace) -> None:
+def test_smollm2s_tokenizer_and_one_like_it(
+    smollm2: ModelSpec, session_workspace: Workspace, llama: Tiny, tmp_path: Path
+) -> None:
     assert_same_tokens(smollm2.gguf_path, hf_copy(smollm2, session_workspace), smollm2)
-
-
-def test_a_tokenizer_like_smollm2s(llama: Tiny, tmp_path: Path) -> None:
-    gguf = write.merged(replace(llama[0], gguf_path=None), None, "F32", tmp_path / "llama.gguf").path
-    assert_same_tokens(gguf, llama[0].hf_folder, llama[0])
+    merge(llama[0].hf_folder, None, "F32", tmp_path / "llama.gguf")
+    assert_same_tokens(tmp_path / "llama.gguf", llama[0].hf_folder, llama[0])
 
 
 def test_a_tokenizer_like_phi_2s_there_and_back(workspace: Workspace, tmp_path: Path) -> None:
@@ -266,10 +263,11 @@ def test_a_tokenizer_like_phi_2s_there_and_back(workspace: Workspace, tmp_path: 
     assert len(encode_text(tokenizer, " " * 31)) == len(encode_text(tokenizer, "\t" * 9)) == 1
     assert len(encode_text(tokenizer, " " * 40)) == 2
     assert len(encode_text(tokenizer, "<|endoftext|>")) > 1
-    gguf = write.merged(spec_of(folder), None, "Q8_0", tmp_path / "phi.gguf", threads=1).path
-    assert_same_tokens(gguf, folder, spec_of(folder))
-    copy = hf_copy(spec_of(gguf), workspace)
-    assert_same_tokens(gguf, copy, spec_of(gguf))
+    file = tmp_path / "phi.gguf"
+    merge(folder, None, "Q8_0", file)
+    assert_same_tokens(file, folder, spec_of(folder))
+    copy = hf_copy(spec_of(file), workspace)
+    assert_same_tokens(file, copy, spec_of(file))
     assert "[PAD" not in "".join(load_tokenizer(copy).get_vocab())  # rows without a token are no text
 
 

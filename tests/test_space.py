@@ -137,9 +137,9 @@ def test_evaluation(space):
 
 
 def test_export(space):
-    plan = ["first", "/etc/passwd.gguf", "lora", None, "auto", "x.gguf"]
-    assert REFUSED in space.answer("gguf-start", [*plan, 0, 0])
-    assert REFUSED in space.answer("gguf-adapter", [*plan, None], "input")
-    for element in ("gguf-cancel", "gguf-again", "gguf-use"):
+    asked = ["first", "lora", "Q8_0", "none", "x.gguf", None, "/etc/passwd.gguf", "auto", 0, None]
+    assert REFUSED in space.answer("export-start", asked)
+    assert REFUSED in space.answer("export-adapter", asked, "change")
+    for element in ("export-stop", "export-resume", "export-confirm-delete", "export-compare"):
         assert REFUSED in space.answer(element, ["x"]), element
     assert store.list_jobs(space.workspace, "export") == []

@@ -91,6 +91,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         """What Export would write, in a line. What doesn't go together is said there, and again by Export."""
         shown: Updates = {quantization: gr.Dropdown(visible=given[1] == "merged")}
         try:
+            refuse_if_public("Export")
             config, spec, found = resolve_export(config_of(*given), workspace)
             sizes = expected_sizes(spec, found, config.format, config.source)
         except BiasDPOError as exc:
@@ -135,6 +136,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         } | dict(zip(commands, texts, strict=True))
 
     def use(selected: str) -> Updates:
+        refuse_if_public("Opening an export")
         job = panel.job(selected)
         record = None if job is None else _record(job)
         if record is None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def spec_of(folder: Path | None, gguf: Path | None) -> ModelSpec:
 
 
 def export_here(folder: Path, out: Path, quantization: str, threads: int) -> dict[str, Any]:
-    return write.merged(spec_of(folder, None), None, quantization, out, threads=threads).to_json()
+    return asdict(write.merged(spec_of(folder, None), None, quantization, out, threads=threads))
 
 
 @contextmanager
@@ -159,12 +158,13 @@ def left_by_a_kill(folder: Path, out: Path, args: argparse.Namespace, begun: Cal
         process.wait()
     left = sorted(out.parent.iterdir())
     for path in left:  # gigabytes
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.unlink()
     return [path.name for path in left]
 
 
-def size_of(folder: Path, name: str) -> int:
-    return max((file.stat().st_size for file in folder.rglob(name)), default=0)
+def sizes(folder: Path) -> list[int]:
+    """Of the temporary files: the one that is quantized, and what it is quantized to."""
+    return [0, 0, *sorted(file.stat().st_size for file in folder.iterdir())]
 
 
 # Side by side
@@ -188,8 +188,8 @@ def main() -> None:
         save_phi_2(folder)
         out.parent.mkdir()
         killed = {
-            "writing": left_by_a_kill(folder, out, args, lambda where: size_of(where, "merged.gguf") > 5e8),
-            "quantizing": left_by_a_kill(folder, out, args, lambda where: size_of(where, "quantized.gguf") > 1e8),
+            "writing": left_by_a_kill(folder, out, args, lambda where: sizes(where)[-1] > 5e8),
+            "quantizing": left_by_a_kill(folder, out, args, lambda where: sizes(where)[-2] > 1e8),
         }
         export = measure_export(folder, out, args)
         export["left_after"] = sorted(file.name for file in out.parent.iterdir())
