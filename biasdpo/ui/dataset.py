@@ -186,7 +186,7 @@ def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updat
         return options | page_of(number_, *query)
 
     outputs = [number, table, position, newer, older]
-    sets = [search.change, *(box.input for box in (*filters, state))]
+    sets = [box.change for box in sought]  # not `input`, which a dropdown also sends when it loses the focus
     gr.on(sets, handles(lambda *query: page_of(0, *query)), sought, outputs, trigger_mode="always_last", **QUICK)
     newer.click(handles(lambda now, *query: page_of(now - 1, *query)), [number, *sought], outputs, **QUICK)
     older.click(handles(lambda now, *query: page_of(now + 1, *query)), [number, *sought], outputs, **QUICK)
