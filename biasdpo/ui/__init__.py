@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.routes import templates
+from jinja2 import ChoiceLoader, DictLoader
 
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
@@ -114,13 +116,12 @@ def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
     )
-    script = (ASSETS / "page.js").read_text(encoding="utf-8")
+    _add_to_page((ASSETS / "page.js").read_text(encoding="utf-8"))
     return {
         "_app": GuardedApp(allowed_hosts(host, names)),
         "server_name": host,
         "theme": theme,
         "css_paths": [ASSETS / "style.css"],
-        "head": f"<script>{script}</script>",
         "footer_links": [],
         "run_history": False,
         "ssr_mode": False,
@@ -129,6 +130,17 @@ def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
         "quiet": True,
         "max_threads": 256,  # each visitor who waits or reads holds one
     }
+
+
+def _add_to_page(script: str) -> None:
+    """Put a script before Gradio's own. `launch(head=)` adds it after those have loaded, too late for what page.js repairs."""
+    environment = templates.env
+    name = "frontend/index.html"
+    assert environment.loader is not None
+    source, _, _ = environment.loader.get_source(environment, name)
+    if script not in source:
+        page = source.replace("<head>", f"<head><script>{{% raw %}}{script}{{% endraw %}}</script>", 1)
+        environment.loader = ChoiceLoader([DictLoader({name: page}), environment.loader])
 
 
 # The steps of the loop

@@ -1,0 +1,125 @@
+"""What an open page costs the browser: CPU of the renderer process, its memory, and the first paint.
+
+    python -m tests.perf.page [--seconds 60] [--memory-minutes 0] [--url URL]
+
+Per tab, idle: CPU seconds of Chromium's renderer per second, in percent of one core. With --run-id of a running training: the
+Train tab while it watches. First paint: median of 5 against a Gradio hello-world, alternating. Memory: growth of the renderer's
+resident set on the Train tab over --memory-minutes. Prints one JSON object. Needs Linux (reads /proc) and a quiet machine.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.app_process import free_port, start_app, wait_for_page
+from tests.browser.conftest import FLAGS, chromium_path
+from tests.perf.measuring import options, rounded
+from tests.perf.startup import HELLO, ROOT
+
+TABS = ("compare", "label", "dataset", "train", "measure", "export")
+REPETITIONS = 5
+SETTLE_SECONDS = 8  # a model is loaded, charts are drawn
+
+
+def renderer(browser_pid: int) -> psutil.Process:
+    """The renderer process of the only page: the one with the most memory."""
+    processes = [p for p in psutil.Process(browser_pid).children(recursive=True) if "--type=renderer" in " ".join(p.cmdline())]
+    return max(processes, key=lambda p: p.memory_info().rss)
+
+
+def cpu_percent(process: psutil.Process, seconds: float) -> float:
+    """CPU time of a process in percent of one core."""
+    before = process.cpu_times()
+    time.sleep(seconds)
+    after = process.cpu_times()
+    return 100 * (after.user + after.system - before.user - before.system) / seconds
+
+
+def first_paint(browser: Browser, url: str) -> float:
+    """Seconds from the navigation's start to the first contentful paint, with an empty cache."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_function("() => performance.getEntriesByName('first-contentful-paint').length")
+    paint: float = page.evaluate("() => performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    context.close()
+    return paint / 1000
+
+
+def open_tab(page: Page, url: str, tab: str) -> None:
+    page.goto(f"{url}?tab={tab}")
+    page.wait_for_selector(f"[role=tab][data-tab-id={tab}][aria-selected=true]")
+    time.sleep(SETTLE_SECONDS)
+
+
+def main() -> None:
+    args = options(__doc__, seconds=60.0, memory_minutes=0.0, url="", watch=False)
+    answer: dict[str, Any] = {"seconds": args.seconds}
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        app = None
+        url = args.url
+        if not url:
+            port = free_port()
+            url = f"http://127.0.0.1:{port}/"
+            app = start_app(Path(folder), port, "--model", "smollm2")
+            wait_for_page(url, app, Path(folder) / "app.log", 180)
+        hello_port = free_port()
+        hello = subprocess.Popen(
+            [sys.executable, "-c", HELLO.replace("PORT", str(hello_port))],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        hello_url = f"http://127.0.0.1:{hello_port}/"
+        wait_for_page(hello_url, hello, Path(folder) / "hello.log", 60)
+        known = {p.pid for p in psutil.process_iter()}
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
+        chromium = next(
+            p
+            for p in psutil.process_iter()
+            if p.pid not in known and "chrom" in p.name() and "--type=" not in " ".join(p.cmdline())
+        )
+        try:
+            paints: dict[str, list[float]] = {"hello": [], "app": []}
+            for _ in range(REPETITIONS):
+                paints["hello"].append(first_paint(browser, hello_url))
+                paints["app"].append(first_paint(browser, url))
+            medians = {name: statistics.median(values) for name, values in paints.items()}
+            answer["first_paint_seconds"] = rounded(medians)
+            answer["first_paint_ratio"] = round(medians["app"] / medians["hello"], 2)
+            page = browser.new_page(viewport={"width": 1280, "height": 800})
+            percent: dict[str, float] = {}
+            page.goto(hello_url)
+            time.sleep(SETTLE_SECONDS)
+            percent["hello"] = cpu_percent(renderer(chromium.pid), args.seconds)
+            for tab in ("train",) if args.watch else TABS:
+                open_tab(page, url, tab)
+                percent[tab] = cpu_percent(renderer(chromium.pid), args.seconds)
+            answer["cpu_percent"] = rounded(percent, 2)
+            if args.memory_minutes:
+                process = renderer(chromium.pid)
+                megabytes = []
+                for _ in range(max(2, round(args.memory_minutes) + 1)):
+                    megabytes.append(process.memory_info().rss / 2**20)
+                    time.sleep(60)
+                answer["memory_mib"] = [round(value) for value in megabytes]
+        finally:
+            browser.close()
+            hello.terminate()
+            if app is not None:
+                app.terminate()
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
