@@ -74,7 +74,7 @@ def is_public_space() -> bool:
 def refuse_on_public_space(action: str) -> None:
     """Raise RefusedError on a public Space. Called inside the functions that act, since a hidden button protects nothing."""
     if is_public_space():
-        raise RefusedError(f"{action} is switched off on a public Space: duplicate the Space or run BiasDPO on your own machine")
+        raise RefusedError(f"{action} is turned off on a public Space: duplicate the Space or run BiasDPO on your own machine")
 
 
 def sha256_of(path: Path) -> str:

@@ -167,7 +167,7 @@ def test_on_a_public_space_nothing_is_imported_exported_or_withdrawn(run, tmp_pa
     path.write_text(json.dumps(GOOD) + "\n")
     assert run("import", path).returncode == 0
     for arguments in (("import", path), ("import", path, "--dry-run"), ("export", tmp_path / "out.csv"), ("retract", "x")):
-        assert "switched off on a public Space" in error_of(run(*arguments, SPACE_ID="someone/space"))
+        assert "turned off on a public Space" in error_of(run(*arguments, SPACE_ID="someone/space"))
 
 
 def test_a_closed_pipe_is_no_fault(tmp_path):

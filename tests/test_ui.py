@@ -73,7 +73,7 @@ def test_on_a_space_only_the_catalog_and_known_adapters(monkeypatch, workspace):
     assert startup.key("/etc/passwd.gguf", "none", workspace) == EngineKey("/etc/passwd.gguf", "none")
     monkeypatch.setenv("SPACE_ID", "someone/biasdpo")
     assert startup.key("phi-2", "none", workspace) == EngineKey("phi-2", "none")
-    with pytest.raises(RefusedError, match="switched off on a public Space"):
+    with pytest.raises(RefusedError, match="turned off on a public Space"):
         startup.key("/etc/passwd.gguf", "none", workspace)
     for adapter in ("../../etc", "assets", "~/adapter"):
         with pytest.raises(RefusedError):

@@ -440,7 +440,7 @@ class _RowHook:
 
 
 def load_adapter(model: Any, folder: Path, modules: Collection[str]) -> Adapter:
-    """Load the LoRA adapter in `folder`, which adapts `modules` of `model` (see `models.check_fits_file`), switched off."""
+    """Load the LoRA adapter in `folder`, which adapts `modules` of `model` (see `models.check_fits_file`), turned off."""
     device = next(model.parameters()).device
     try:
         with warnings.catch_warnings():
