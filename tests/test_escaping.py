@@ -1,132 +1,66 @@
-"""What others wrote in a journal, a file, a run or a result is shown as text: no function lets it become markup."""
+"""What others wrote in a model's name, a run or an adapter's record is shown as text: it is escaped in Markdown."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from html import unescape
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from biasdpo import labeling, prompts
-from biasdpo.data import journal
-from biasdpo.data.health import AnnotatorShares, Confounds
-from biasdpo.data.importing import ColumnMapping, ForeignPair, Imported, Preview
-from biasdpo.data.journal import BadLine
-from biasdpo.data.summary import Counts, Page
-from biasdpo.engines import Loading
-from biasdpo.evaluation.results import Flip
-from biasdpo.jobs import store
-from biasdpo.jobs.job import Status
-from biasdpo.models import catalog
-from biasdpo.prompts import Prompt
-from biasdpo.records import JudgmentMeta
-from biasdpo.ui import charts, components, dataset, evaluate, train
-from biasdpo.ui.charts import Chart, Curve
-from biasdpo.workspace import Workspace
-from tests.evaluation_results import result
-from tests.run_folders import write_run
-from tests.test_labeling import OAK, SHOWN
+from biasdpo.compare import load_example_pairs
+from biasdpo.engines import EngineKey
+from biasdpo.models import AdapterSpec, catalog
+from biasdpo.records import PairTurn, Proof
+from biasdpo.ui import compare
 
-EVIL = "<script>alert(1)</script>\"'`&"
+EVIL = "<script>alert(1)</script>\"'`&![x](javascript:y)\n# head"
 
 
-def judgment() -> dict[str, Any]:
-    """A row of the journal that is evil in each column."""
-    row = asdict(replace(journal.new_judgment(EVIL, f"{EVIL} a", f"{EVIL} b"), original_chosen=f"{EVIL} c"))
-    names = ("category", "target_group", "annotator", "note", "source", "created_at", "repeat_of", "id", "pair_id")
-    return row | dict.fromkeys(names, EVIL) | {"meta": asdict(JudgmentMeta(EVIL, EVIL, EVIL, EVIL, 1, EVIL, EVIL, 1.0))}
+def adapter(folder: Path) -> AdapterSpec:
+    return AdapterSpec(EVIL, folder, EVIL, run_id=f"run {EVIL}", dataset_sha256=EVIL)
 
 
-def pair() -> labeling.BlindPair:
-    return replace(SHOWN, prompt=Prompt(EVIL, EVIL, EVIL), adapter=EVIL)
+def details(folder: Path) -> str:
+    metrics = {"reward_accuracy": {"before": 0.5, "after": 0.97}, EVIL: 3, "odd": "text", "worse": {"deep": 1}, "flag": True}
+    (folder / "provenance.json").write_text(json.dumps({"metrics": metrics}))
+    backend = SimpleNamespace(name=EVIL, device=EVIL, proof=Proof(0.0, 0.0, 1.0, 0.5))
+    engine: Any = SimpleNamespace(spec=replace(catalog()["phi-2"], title=EVIL), adapter=adapter(folder), backend=backend)
+    return compare._details(engine, EVIL)
 
 
-def meter() -> str:
-    shares = AnnotatorShares(EVIL, 3, 0.5, None)
-    return components.meter(Confounds(3, 0.5, None, 0, 0, None, (shares, replace(shares, annotator="oak")), (EVIL,)))
+def caption(_folder: Path) -> str:
+    pair = replace(load_example_pairs()[0], prompt=EVIL, model=EVIL, adapter=EVIL, history=(PairTurn(EVIL, EVIL, EVIL),))
+    return compare._caption(compare.Entry(pair, EngineKey(EVIL, EVIL), "Example"))
 
 
-MAPPING = ColumnMapping(EVIL, "good", "bad", input=EVIL)
-COUNTED = Counter({EVIL: 1})
-VIEWS: dict[str, Callable[[], str]] = {
-    "error": lambda: components.error(EVIL),
-    "no comparison": lambda: components.no_comparison(EVIL),
-    "loading": lambda: components.loading(EVIL, Loading(0.5, EVIL)),
-    "not loaded": lambda: components.not_loaded(EVIL),
-    "pane": lambda: components.pane_head(EVIL, EVIL, "base-text"),
-    "note": lambda: components.note(EVIL),
-    "base only": lambda: components.base_only(replace(catalog()["phi-2"], id=EVIL, title=EVIL), 0),
-    "prompt": lambda: components.prompt(pair().prompt),
-    "saved": lambda: components.saved(labeling.judgment(pair(), "left", replace(OAK, annotator=EVIL)), pair(), True, 1),
-    "side diff": lambda: components.side_diff(EVIL, "other", (EVIL, EVIL)),
-    "edit diff": lambda: components.edit_diff("before", EVIL),
-    "warning": lambda: components.warning(EVIL),
-    "meter": meter,
-    "coverage": lambda: components.coverage({(EVIL, EVIL): 2}, prompts.CATEGORIES),
-    "consistency": lambda: components.consistency(EVIL, (1, 2), 0.5, 2),
-    "dataset table": lambda: dataset.table(Page((judgment(),), frozenset(), 60, 1, 3), EVIL),
-    "judgment head": lambda: dataset.detail_head(judgment(), None),
-    "judgment": lambda: dataset.detail(judgment(), judgment()),
-    "dataset charts": lambda: dataset.charts(Counts(1, COUNTED, Counter(preferred=1), COUNTED, Counter(), (1,) * 7)),
-    "preview": lambda: dataset.preview(
-        Preview((EVIL, "x" + EVIL), MAPPING, (ForeignPair(EVIL, EVIL, EVIL, EVIL, EVIL),), ()), EVIL
-    ),
-    "bad rows": lambda: dataset.bad_rows([BadLine(1, EVIL)], "Bad rows"),
-    "imported": lambda: dataset.imported(Imported(1, 1, (BadLine(1, EVIL),), (EVIL,), MAPPING, f"import:{EVIL}", (EVIL,))),
-    "probe": lambda: train.probes_html(
-        [{"step": 1, "prompt": EVIL, "category": "", "base": EVIL, "tuned": f"{EVIL} x"}], None, expected=True
-    ),
-    "chart": lambda: charts.figure(Chart("x", "X", "", (Curve(EVIL, ((0.0, 1.0), (1.0, 2.0))),))),
-    "result": lambda: evaluate.facts(
-        result(4, benchmarks=("crows_pairs",)) | {"provenance": {"model": EVIL, "adapter": "/home/somebody/<b>mine"}}
-    ),
-    "flip": lambda: evaluate.card(
-        Flip(1, EVIL, {"more": EVIL, "less": "b"}, EVIL, "b", {"logp_more": (-1.0, -2.0)}), "crows_pairs"
-    ),
+VIEWS: dict[str, Callable[[Path], str]] = {
+    "details": details,
+    "caption": caption,
+    "base only": lambda folder: compare._base_only(replace(catalog()["phi-2"], title=EVIL), [adapter(folder)]),
+    "no adapter": lambda _folder: compare._base_only(replace(catalog()["phi-2"], title=EVIL), []),
 }
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_what_others_wrote_is_text(view):
-    html = VIEWS[view]()
-    assert "<script>" not in html
-    assert "&lt;script&gt;" in html
-    assert not re.search(r'="[^"]*<', html)  # no attribute was broken open
+def test_what_others_wrote_is_text(view, tmp_path):
+    from markdown_it import MarkdownIt
+
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(VIEWS[view](tmp_path))
+    assert "<script" not in html
+    assert "javascript:y" not in html or "href" not in html
+    assert "<img" not in html
+    assert "<h1" not in html
 
 
-def test_a_runs_error_and_its_texts_are_text(tmp_path: Path):
-    write_run(tmp_path, "first", "failed", status={"error": f"The disk is full {EVIL}"})
-    seen = train.see(store.find_job("first", Workspace(tmp_path), "train"))
-    assert "<script>" not in train.head(seen)
-    assert "The disk is full &lt;script&gt;" in train.head(seen)
-    assert EVIL not in train.head(replace(seen, status=Status("queued", waits_for=EVIL)))
-
-
-def test_a_charts_data_come_through_its_attribute_unchanged():
-    data = re.search(r'data-curves="([^"]*)"', VIEWS["chart"]())
-    assert data is not None
-    assert json.loads(unescape(data[1]))[0]["name"] == EVIL
-
-
-def test_no_folder_of_this_machine_is_shown():
-    assert "somebody" not in VIEWS["result"]()
-    assert train.source_title("/home/me/secret/pairs.jsonl") == "pairs.jsonl"
-    assert train.source_title("/w/runs/first/dataset.jsonl") == "data of run first"
-    assert train.source_title("hub:owner/name") == "hub:owner/name"
-    assert train.model_title("/home/me/models/tiny") == "tiny"
-
-
-def test_measurements_of_any_adapter_are_shown_whatever_keys_they_have(tmp_path: Path):
-    assert components.table(None) == components.table(tmp_path) == ""
-    metrics = {"reward_accuracy": {"before": 0.5, "after": 0.97}, EVIL: 3, "odd": "text", "worse": {"deep": 1}, "flag": True}
-    (tmp_path / "provenance.json").write_text(json.dumps({"metrics": metrics}))
-    html = components.table(tmp_path)
-    assert html.count("<tr>") == 3  # the heading, reward accuracy, the evil one
-    assert "0.97" in html
-    assert "<script>" not in html.lower()
+def test_measurements_of_any_adapter_are_shown_whatever_keys_they_have(tmp_path):
+    assert compare._measured(adapter(tmp_path)) == ""
+    table = details(tmp_path)
+    assert table.count("\n| ") == 3  # the heading, reward accuracy, the evil one
+    assert "| Reward accuracy | 0.5 | 0.97 |" in table
+    for damaged in ("{", "[]", '{"metrics": 5}', '{"metrics": {"held_out": [1]}}'):
+        (tmp_path / "provenance.json").write_text(damaged)
+        assert compare._measured(adapter(tmp_path)) == ""

@@ -51,10 +51,10 @@ def main() -> None:
         fill(Workspace(Path(folder)))
         with running_app(Path(folder), "--model", "smollm2") as url:
             page = open_page(browser, url, adapter=args.adapter, prompt=args.prompt, max_new_tokens="100")
-            page.wait_for_selector(".bd-proven")
+            page.wait_for_selector("#proof:has-text('Verified')")
             page.click("#generate")
-            page.wait_for_selector("#base-status:has-text('stopped')")
-            page.wait_for_function("() => !document.querySelector('.bd-busy')")
+            page.wait_for_function("() => !document.getElementById('stop').disabled")
+            page.wait_for_function("() => document.getElementById('stop').disabled")
             shoot(page, args.readme)
             for scheme, width in LOOKS if args.out else ():
                 for name, (query, clicks) in STATES.items():
