@@ -166,7 +166,7 @@ def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updat
                 newer = gr.Button("← Newer", size="sm", min_width=80, elem_id="dataset-previous")
                 older = gr.Button("Older →", size="sm", min_width=80, elem_id="dataset-next")
         _build_detail(studio, table, changed)
-    sought = [search, *filters, state]
+    sought: list[Any] = [search, *filters, state]
     _build_bulk(studio, table, sought, changed)
 
     def page_of(number_: int, *query: Any) -> Updates:
