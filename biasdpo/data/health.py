@@ -362,11 +362,6 @@ class _Tally:
             )
 
 
-def health_warnings(confounds: Confounds) -> list[str]:
-    """What is wrong with the data, each in a sentence with the remedy; nothing where nothing is."""
-    return list(confounds.warnings)
-
-
 def _statement(row: Row) -> tuple[Any, str, str]:
     """Who says what about which pair."""
     verdict = row["verdict"]

@@ -14,7 +14,6 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
 from biasdpo.data import exporting, importing, journal
-from biasdpo.data.health import health_warnings
 from biasdpo.data.importing import HUB, ColumnMapping, import_name
 from biasdpo.data.journal import EDITABLE, BadLine, Row, replacement
 from biasdpo.data.summary import FILTERS, Page, Query, counts
@@ -95,7 +94,7 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
 
 def _warnings(studio: Studio) -> str:
     """What is wrong with the data, as Markdown; nothing where nothing is."""
-    lines = health_warnings(studio.dataset.confounds())
+    lines = studio.dataset.confounds().warnings
     if bad := studio.dataset.bad_lines():
         lines.append(f"{plural(bad, 'line')} of the journal can't be read: python -m biasdpo dataset validate says why")
     lines += [str(studio.dataset.overlap_error)] if studio.dataset.overlap_error else []

@@ -21,7 +21,6 @@ from biasdpo import config as configs
 from biasdpo import models
 from biasdpo.config import Preset, Setting, TrainConfig
 from biasdpo.data import splits
-from biasdpo.data.health import Confounds
 from biasdpo.data.importing import HUB
 from biasdpo.data.splits import SEED_PAIRS, WORKSPACE, Mixture
 from biasdpo.errors import BiasDPOError, ConfigError, JobError
@@ -43,11 +42,6 @@ _POLL_SECONDS = 1.0
 _OFF = "Training is turned off on this public Space."
 _NO_RUNS = """No runs yet. A run teaches the model to prefer the less biased completion of each pair, and saves an adapter that
 Compare can switch on and off. A preset and data are chosen already: press **Start**."""
-
-
-def health_warnings(confounds: Confounds) -> Sequence[str]:
-    """One sentence for each thing that is wrong with the pairs, with its remedy."""
-    return confounds.warnings
 
 
 def build_train(studio: Studio, tab: gr.Tab) -> None:
@@ -187,7 +181,7 @@ def mixture_line(found: Mixture, needed: int) -> str:
         (found.rows_per_epoch if found.rows_per_epoch != found.pairs_train else 0, "per epoch, by weight"),
     ):
         parts += [f"{count:,} {what}"] if count else []
-    warnings = [escape(warning) for warning in health_warnings(found.confounds)]
+    warnings = [escape(warning) for warning in found.confounds.warnings]
     if (total := found.pairs_train + found.pairs_held_out) < needed:
         few = f"**Few pairs:** {total:,} of about {needed:,}. With fewer, too few are held out to tell a result from chance."
         warnings.insert(0, few)
