@@ -94,7 +94,7 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
 
 def _warnings(studio: Studio) -> str:
     """What is wrong with the data, as Markdown; nothing where nothing is."""
-    lines = studio.dataset.confounds().warnings
+    lines = list(studio.dataset.confounds().warnings)
     if bad := studio.dataset.bad_lines():
         lines.append(f"{plural(bad, 'line')} of the journal can't be read: python -m biasdpo dataset validate says why")
     lines += [str(studio.dataset.overlap_error)] if studio.dataset.overlap_error else []
