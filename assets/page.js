@@ -35,11 +35,47 @@
     history.replaceState(history.state, "", url);
   };
 
-  // Compare: keys
+  // Compare: Ctrl+Enter generates (in the follow-up field: asks both), Esc stops.
+  const press = (id) => {
+    const button = document.getElementById(id);
+    if (!button || button.disabled || button.offsetParent === null) return false;
+    button.click();
+    return true;
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      const inFollowUp = event.target instanceof Element && event.target.closest("#follow-up");
+      if (!press(inFollowUp ? "ask-both" : "generate")) return;
+      event.preventDefault();
+      event.stopPropagation();
+    } else if (event.key === "Escape" && !document.querySelector("[role=listbox]")) press("stop");
+  }, true);
 
   // (end of Compare)
 
-  // Label: keys
+  // Label: keys (Gradio has no shortcuts)
+  const visible = (id) => {
+    const element = document.getElementById(id);
+    return element && element.offsetParent !== null ? element : null;
+  };
+  const LABEL_KEYS = {
+    1: "answer-left", ArrowLeft: "answer-left", 2: "answer-right", ArrowRight: "answer-right", 3: "answer-tie", ArrowDown: "answer-tie",
+    4: "answer-both-biased", ArrowUp: "answer-both-biased", 5: "answer-both-unusable", s: "answer-skip", u: "undo", e: "editing",
+  };
+  const WRITES = "input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable=true], [role=listbox], [role=combobox], [role=gridcell]";
+  const HAS_ARROWS = "[role=tab], [role=tablist]";  // where arrow keys have a meaning of their own
+
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.defaultPrevented || !visible("answer-left")) return;
+    const at = event.target instanceof Element ? event.target : document.body;
+    if (event.key === "Escape" && at.closest("#label-panes, #judgment-details")) at.blur();  // from typing back to the keys
+    if (at.closest(WRITES) && !at.disabled) return;
+    if (event.key.startsWith("Arrow") && (event.shiftKey || at.closest(HAS_ARROWS))) return;
+    const element = visible(LABEL_KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key]);
+    if (!element) return;
+    event.preventDefault();
+    (element.querySelector("input") ?? element).click();
+  });
 
   // (end of Label)
 })();

@@ -6,10 +6,18 @@ segments can be special tokens, so `<|im_end|>` typed by a user stays plain text
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from biasdpo.errors import PromptError
 
 _SYSTEM = "{system}"
 _PROMPT = "{prompt}"
+_COMPLETION = "{completion}"
+_PLACEHOLDER = re.compile(r"(\{system\}|\{prompt\}|\{completion\})")
+
+Turn = tuple[str, str]
+"""An earlier prompt of a conversation and its completion."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,9 @@ class Segment:
 class PromptTemplate:
     """A template with `{prompt}` and, if the model supports system prompts, `{system}`.
 
-    special_tokens     special tokens that occur in `text`
+    turn               what follows the rendered prompt in a conversation: `{completion}` and the next `{prompt}`; "" if there
+                       is no such form
+    special_tokens     special tokens that occur in `text` and `turn`
     default_system     used when the system prompt is empty
     completion_prefix  separates the rendered prompt from a completion (Phi-2: one space). It is part of the trained completion
                        and hidden from users
@@ -33,6 +43,7 @@ class PromptTemplate:
     """
 
     text: str
+    turn: str = ""
     special_tokens: tuple[str, ...] = ()
     default_system: str = ""
     completion_prefix: str = ""
@@ -42,26 +53,37 @@ class PromptTemplate:
     def has_system(self) -> bool:
         return _SYSTEM in self.text
 
-    def render(self, prompt: str, system: str = "") -> tuple[Segment, ...]:
-        """Render a prompt as segments: the template's special tokens, and plain text between them."""
-        pieces = [self.text]
-        if self.special_tokens:
-            pieces = re.split("(" + "|".join(map(re.escape, self.special_tokens)) + ")", self.text)
-        values = {_SYSTEM: system or self.default_system, _PROMPT: prompt}
-        segments = []
+    def render(self, prompt: str, system: str = "", history: Sequence[Turn] = ()) -> tuple[Segment, ...]:
+        """Render a prompt, after the earlier turns of its conversation, as segments: the template's special tokens, and plain
+        text between them. PromptError if the template has no form for a conversation."""
+        if history and not self.turn:
+            raise PromptError("This model's template has no form for a conversation: ask the follow-up as a new prompt")
+        prompts = [*(earlier for earlier, _ in history), prompt]
+        pieces = list(self._filled(self.text, {_SYSTEM: system or self.default_system, _PROMPT: prompts[0]}))
+        for (_, completion), following in zip(history, prompts[1:], strict=True):
+            pieces += self._filled(self.turn, {_COMPLETION: completion, _PROMPT: following})
+        segments: list[Segment] = []
         for piece in pieces:
-            if piece in self.special_tokens:
-                segments.append(Segment(piece, special=True))
-                continue
-            # One pass over both placeholders: a user's text that contains "{prompt}" is not substituted again.
-            text = "".join(values.get(part, part) for part in re.split(r"(\{system\}|\{prompt\})", piece))
-            if text:
-                segments.append(Segment(text, special=False))
+            if segments and not piece.special and not segments[-1].special:  # tokenized together, as by `apply_chat_template`
+                segments[-1] = Segment(segments[-1].text + piece.text, special=False)
+            elif piece.text:
+                segments.append(piece)
         return tuple(segments)
 
-    def render_text(self, prompt: str, system: str = "") -> str:
+    def _filled(self, text: str, values: Mapping[str, str]) -> Iterator[Segment]:
+        pieces = [text]
+        if self.special_tokens:
+            pieces = re.split("(" + "|".join(map(re.escape, self.special_tokens)) + ")", text)
+        for piece in pieces:
+            if piece in self.special_tokens:
+                yield Segment(piece, special=True)
+            else:
+                # One pass over all placeholders: a user's text that contains "{prompt}" is not substituted again.
+                yield Segment("".join(values.get(part, part) for part in _PLACEHOLDER.split(piece)), special=False)
+
+    def render_text(self, prompt: str, system: str = "", history: Sequence[Turn] = ()) -> str:
         """The rendered prompt as one string, for display."""
-        return "".join(segment.text for segment in self.render(prompt, system))
+        return "".join(segment.text for segment in self.render(prompt, system, history))
 
     def completed(self, completion: str) -> str:
         """The text that follows the rendered prompt for this completion: exactly one prefix, none if it is empty."""
@@ -82,12 +104,14 @@ BARE = PromptTemplate(_PROMPT)
 # Chat templates of other people's models
 
 _SYSTEM_MARK, _PROMPT_MARK = "\u0001system\u0001", "\u0001prompt\u0001"
+_ANSWER_MARK, _NEXT_MARK = "\u0001completion\u0001", "\u0001next\u0001"
 
 
 def template_from_chat(chat_template: str, special_tokens: list[str]) -> PromptTemplate:
-    """Convert a Jinja chat template to a PromptTemplate for one system and one user message; ValueError if it can't be rendered.
+    """Convert a Jinja chat template to a PromptTemplate for a system message and a conversation; ValueError if it fails.
 
-    The template is rendered once, sandboxed, with marks in place of the two messages. An empty template gives `BARE`.
+    The template is rendered once, sandboxed, with marks in place of the messages; again with a second turn, which is left out
+    where a template rewrites what came before. An empty template gives `BARE`.
     """
     if not chat_template:
         return BARE
@@ -99,21 +123,34 @@ def template_from_chat(chat_template: str, special_tokens: list[str]) -> PromptT
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
-    system, user = {"role": "system", "content": _SYSTEM_MARK}, {"role": "user", "content": _PROMPT_MARK}
+
+    def rendered(*contents: tuple[str, str]) -> str:
+        messages = [{"role": role, "content": content} for role, content in contents]
+        return environment.from_string(chat_template).render(
+            messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
+        )
+
+    system, user = ("system", _SYSTEM_MARK), ("user", _PROMPT_MARK)
     failure: Exception | None = None
     for messages in ([system, user], [user]):
         try:
-            text = environment.from_string(chat_template).render(
-                messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
-            )
+            text = rendered(*messages)
         except Exception as exc:  # a template may raise anything; one without a system role raises on purpose
             failure = exc
             continue
         if text.count(_PROMPT_MARK) == 1:
-            used = tuple(sorted((t for t in special_tokens if t and t in text), key=len, reverse=True))
+            try:
+                longer = rendered(*messages, ("assistant", _ANSWER_MARK), ("user", _NEXT_MARK))
+            except Exception:  # one prompt only
+                longer = ""
+            turn = longer.removeprefix(text)
+            if turn == longer or turn.count(_ANSWER_MARK) != 1 or turn.count(_NEXT_MARK) != 1:
+                turn = ""
+            used = tuple(sorted((t for t in special_tokens if t and t in text + turn), key=len, reverse=True))
             default = re.search(r"You are [^<>'\"\\]+", chat_template)
             return PromptTemplate(
                 text.replace(_SYSTEM_MARK, _SYSTEM).replace(_PROMPT_MARK, _PROMPT),
+                turn.replace(_ANSWER_MARK, _COMPLETION).replace(_NEXT_MARK, _PROMPT),
                 special_tokens=used,
                 default_system=default.group(0) if default and _SYSTEM_MARK in text else "",
             )

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 _SHOWN_BAD_ROWS = 20
 _INTERRUPTED = 130  # exit status after Ctrl-C
+_INCOMPLETE = 3  # exit status of an evaluation without some of its benchmarks
 
 app = new_app("See, train away and measure a language model's bias.")
 
@@ -330,19 +331,45 @@ def dataset_export(
     print_row(done.to_json(), text, as_json=as_json)
 
 
-@dataset.command("retract")
-def dataset_retract(
-    id: Annotated[str, Argument(metavar="ID", help="A judgment's id, as in an export or in the dataset table.")],
+@dataset.command("edit")
+def dataset_edit(
+    ids: Annotated[list[str], Argument(metavar="ID...", help="Judgments' ids, as in an export or in the dataset table.")],
+    settings: Annotated[
+        list[str],
+        Option(
+            "--set",
+            metavar="COLUMN=TEXT",
+            help="The column's new text: prompt, chosen, rejected, category, target_group or note. Repeatable.",
+        ),
+    ],
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Retract a judgment: it stays in the journal, but no longer counts."""
+    """Change judgments: each is retracted, and one with the changes takes its place."""
     from biasdpo.data import journal
 
-    judgment = journal.retract(open_workspace(workspace), id)
-    row = {"id": judgment.id, "retracts": judgment.retracts, "pair_id": judgment.pair_id}
-    text = f"{judgment.retracts}: retracted; training, statistics and exports leave it out"
-    print_row(row, text, as_json=as_json)
+    changes = {column: text for column, _equals, text in (setting.partition("=") for setting in settings)}
+    edited = journal.edit(open_workspace(workspace), ids, changes)
+    print_row({"edited": edited}, "\n".join((f"{len(edited):,} edited", *edited)), as_json=as_json)
+
+
+@dataset.command("retract")
+def dataset_retract(
+    ids: Annotated[
+        list[str] | None, Argument(metavar="[ID...]", help="Judgments' ids, as in an export or in the dataset table.")
+    ] = None,
+    source: Annotated[str, Option("--import", metavar="NAME", help="Undo a whole import: all that stands of import:NAME.")] = "",
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Retract judgments: they stay in the journal, but no longer count."""
+    from biasdpo.data import journal
+
+    if bool(ids) == bool(source):
+        raise ConfigError("Name judgments by their ids, or an import with --import NAME")
+    folder = open_workspace(workspace)
+    count = journal.undo_import(folder, f"import:{source}") if source else journal.withdraw(folder, ids or ())
+    print_row({"retracted": count}, f"{count:,} retracted; training, statistics and exports leave them out", as_json=as_json)
 
 
 # Training
@@ -498,11 +525,16 @@ def evaluate(
     as_json: Annotated[bool, Option("--json", help="Print the result without its items on stdout.")] = False,
     **options: Any,
 ) -> int:
-    """Score base and tuned on benchmarks, with confidence intervals, p-values and verdicts."""
+    """Score base and tuned on benchmarks, with confidence intervals, p-values and verdicts.
+
+    A benchmark that can't be loaded does not stop the others: `missing` in the result names it with the reason, and the exit
+    status is 3.
+    """
     from tqdm import tqdm
 
+    from biasdpo.evaluation import report
     from biasdpo.jobs.resolve import resolve_evaluation
-    from biasdpo.jobs.worker import EvaluationProgress, run_evaluation
+    from biasdpo.jobs.worker import EvaluationProgress, missing_note, run_evaluation
     from biasdpo.workspace import write_json
 
     folder = open_workspace(workspace)
@@ -526,12 +558,16 @@ def evaluate(
         result = run_evaluation(config, folder, Bar())
     write_json(out, result)
     brief = {name: {key: value for key, value in b.items() if key != "items"} for name, b in result["benchmarks"].items()}
-    text = "\n".join(line for name, numbers in brief.items() for line in _result_lines(name, numbers))
-    print(json.dumps({**result, "benchmarks": brief}) if as_json else text)
+    lines = [report.sentence(result), *(line for name, numbers in brief.items() for line in _result_lines(name, numbers))]
+    if pairs := result["provenance"]["pairs_source"]:
+        lines.append(f"Preference pairs scored: {pairs}")
+    print(json.dumps({**result, "benchmarks": brief}) if as_json else "\n".join(lines))
+    for name, reason in result["missing"].items():
+        print(missing_note(name, reason), file=sys.stderr)
     if result["provenance"]["interrupted"]:
         print(f"Interrupted: {out} holds what was scored; the same command resumes from there", file=sys.stderr)
         return _INTERRUPTED
-    return 0
+    return _INCOMPLETE if result["missing"] else 0
 
 
 @contextmanager

@@ -117,17 +117,11 @@ def line(job: Job) -> str:
 
 def summary(job: Job) -> str:
     """What a finished job made."""
+    from biasdpo.jobs.outcome import held_out_metrics, outcome
+
     if job.kind != "train":
         return f"{job.kind}/{job.id}: finished, {job.file}"
     shown: dict[str, Any] = job.to_json()
     kept = shown["kept"].get("reason", "")
     text = f"Run {job.id}: finished, adapter in {job.folder.adapter}" + (f"\nKept: {kept}" if kept else "")
-    held_out = shown["metrics"].get("held_out")
-    if held_out:
-        text += (
-            f"\nOn {held_out['pairs']} held-out pairs: reward accuracy {held_out['reward_accuracy']:.3f} (picking the longer: "
-            f"{held_out['reward_accuracy_of_picking_the_longer']:.3f}), margin {held_out['reward_margin_nats']:.3g} nats, "
-            f"length-normalized accuracy {held_out['length_normalised_accuracy_base']:.3f} -> "
-            f"{held_out['length_normalised_accuracy_tuned']:.3f}"
-        )
-    return text
+    return f"{text}\n{outcome(held_out_metrics(job))}"

@@ -1,19 +1,33 @@
-"""One prompt -> two completions: both sides streamed together, or two samples of one side."""
+"""One prompt -> two completions: both sides streamed together, or two samples of one side; a visitor's generation in a thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from biasdpo.backends.base import Backend, Cancellation, Ticket, VisitorQueue
-from biasdpo.engines import Engine
-from biasdpo.errors import ConfigError, PromptError
-from biasdpo.records import SEED_RANGE, Completion, FinishReason, GenerationPair, Sampling, Side, check_strength
+from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
+from biasdpo.errors import BiasDPOError, ConfigError, PromptError
+from biasdpo.records import (
+    SEED_RANGE,
+    Completion,
+    FinishReason,
+    GenerationPair,
+    LikelihoodRequest,
+    PairTurn,
+    Sampling,
+    Side,
+    check_strength,
+)
+from biasdpo.workspace import ASSETS, read_json
 
+EXAMPLE_PAIRS = ASSETS / "example_pairs.json"  # written by scripts/example_pairs.py
 _WAIT_SECONDS = 0.25  # how often a waiting visitor's position is updated
+_PACE_SECONDS = 0.06  # between two updates of a reader
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ def stream_pair(
     sampling: Sampling,
     *,
     system: str = "",
+    history: Sequence[PairTurn] = (),
     strength: float = 1.0,
     cancellation: Cancellation | None = None,
     prefetch: Prefetch | None = None,
@@ -60,11 +75,13 @@ def stream_pair(
     """Stream both sides' completions of one prompt, with the same seed; yields the pair so far, finally the finished one.
 
     Yields `Waiting` while other visitors are ahead. Setting `cancellation`, or closing the generator, stops both sides within one
-    token. Without an adapter the pair has no right side. With `prefetch`, visitors go first and cancel a running generation.
+    token. Without an adapter the pair has no right side. With `history`, the prompt is a follow-up, and each side continues its
+    own conversation. With `prefetch`, visitors go first and cancel a running generation.
     Raises PromptError if the prompt is empty or does not fit the context.
     """
     right = Completion("tuned") if engine.backend.has_adapter else None
     pair = _new_pair(engine, prompt, sampling, system, strength, Completion("base"), right)
+    pair = replace(pair, history=tuple(history))
     yield from _in_turn(engine.backend, pair, [sampling, sampling], cancellation or Cancellation(), prefetch)
 
 
@@ -153,6 +170,7 @@ def _stream_sides(
             samplings[place],
             completions[place].side,
             system=pair.system,
+            history=pair.history_of(completions[place].side),
             strength=pair.strength,
             cancellation=cancellation,
         )
@@ -215,3 +233,159 @@ def _stream_sides(
                 thread.join()
     if failure is not None:
         raise failure
+
+
+# Token scores
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of a completion, and its log-probability (nats) under both sides, given the tokens before it."""
+
+    text: str
+    base: float
+    tuned: float
+
+
+def score_tokens(engine: Engine, pair: GenerationPair, side: Side) -> list[TokenScore]:
+    """Score one side's completion with both sides, in the visitor's turn. The tuned side is scored at the pair's strength, the
+    base side's tokens after the base side's conversation, without any sampling settings."""
+    completion = pair.left if side == "base" else pair.right
+    if completion is None or not completion.text:
+        return []
+    backend = engine.backend
+    request = LikelihoodRequest(pair.prompt, completion.text, pair.system, history=pair.history_of(side))
+    with backend.queue.ticket() as ticket:
+        while backend.queue.position(ticket, _WAIT_SECONDS):
+            pass
+        base = backend.score_tokens(request, "base")
+        tuned = backend.score_tokens(request, "tuned", strength=pair.strength)
+    return [TokenScore(text, before, after) for (text, before), (_, after) in zip(base, tuned, strict=True)]
+
+
+# A visitor's generation
+
+
+class Generation:
+    """One visitor's pair, generated in a thread of its own: a reader that never comes back (a closed browser tab) would keep a
+    suspended `stream_pair`, and with it the engine."""
+
+    def __init__(self) -> None:
+        self.cancellation = Cancellation()
+        self.stopped = False  # by the visitor; an engine that fails sets the cancellation, too
+        self.superseded = threading.Event()  # the visitor has started another, or left: nothing more of this one is shown
+        self._changed = threading.Condition()
+        self._latest: Waiting | GenerationPair | None = None
+        self._ended = False
+        self._error: BaseException | None = None
+
+    @property
+    def pair(self) -> GenerationPair | None:
+        """The latest pair, if anything was generated."""
+        return self._latest if isinstance(self._latest, GenerationPair) else None
+
+    def start(self, pool: EnginePool, key: EngineKey, prompt: str, sampling: Sampling, **settings: Any) -> None:
+        """Load the engine if necessary and generate; `settings` as in `stream_pair`. Call it once."""
+
+        def generate() -> None:
+            error: BaseException | None = None
+            try:
+                with pool.lease(key, self.cancellation) as engine:
+                    for event in stream_pair(engine, prompt, sampling, cancellation=self.cancellation, **settings):
+                        with self._changed:
+                            self._latest = event
+                            self._changed.notify_all()
+            except BaseException as exc:  # raised again in the reader's thread
+                error = exc
+            with self._changed:
+                self._ended, self._error = True, error
+                self._changed.notify_all()
+
+        threading.Thread(target=generate, name="generation", daemon=True).start()
+
+    def events(self, pool: EnginePool, key: EngineKey) -> Iterator[Waiting | GenerationPair | Loading]:
+        """The latest state, whenever it has changed: a slow reader skips some. Raises the generation's error."""
+        shown: Waiting | GenerationPair | None = None
+        while not self.superseded.is_set():
+            with self._changed:
+                if self._latest is shown and not self._ended:
+                    self._changed.wait(_WAIT_SECONDS)
+                latest, ended = self._latest, self._ended
+            if self.superseded.is_set():
+                return
+            if latest is not None and latest is not shown:
+                shown = latest
+                yield latest
+            elif latest is None and not ended and (loading := pool.state(key)) is not None and not loading.done:
+                yield loading
+            if ended and self._latest is shown:
+                # A visitor's own stop while the model was loading is no error.
+                if self._error is not None and not (self.stopped and shown is None and isinstance(self._error, BiasDPOError)):
+                    raise self._error
+                return
+            time.sleep(_PACE_SECONDS)
+
+
+class Generations:
+    """The running generation of each visitor, by session."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[str, Generation] = {}
+
+    def begin(self, session: str) -> Generation:
+        """A new generation, to be started; the visitor's earlier one is dropped."""
+        self.drop(session)
+        with self._lock:
+            generation = self._running[session] = Generation()
+        return generation
+
+    def stop(self, session: str) -> None:
+        """Stop generating; what there is stays on the page."""
+        with self._lock:
+            generation = self._running.get(session)
+        if generation is not None:
+            generation.stopped = True
+            generation.cancellation.set()
+
+    def drop(self, session: str) -> None:
+        """Stop generating and show nothing more of it: the visitor has left, or started another."""
+        with self._lock:
+            generation = self._running.pop(session, None)
+        if generation is not None:
+            generation.superseded.set()
+            generation.cancellation.set()
+
+    def end(self, session: str, generation: Generation) -> None:
+        """Forget a generation that has ended."""
+        generation.cancellation.set()
+        with self._lock:
+            if self._running.get(session) is generation:
+                del self._running[session]
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._running)
+
+
+# Finished pairs that are shipped
+
+
+def load_example_pairs() -> list[GenerationPair]:
+    """The pairs that the page shows before anything is generated, as the shipped adapter writes them."""
+    stored = read_json(EXAMPLE_PAIRS)
+    shared = {key: stored[key] for key in ("model", "adapter", "backend", "system", "strength", "canary_kl_nats")}
+
+    def completion(side: Side, row: Mapping[str, Any]) -> Completion:
+        return Completion(side, row["text"], row["tokens"], row["finish_reason"])
+
+    return [
+        GenerationPair(
+            prompt=row["prompt"],
+            sampling=Sampling(**stored["sampling"]),
+            left=completion("base", row["base"]),
+            right=completion("tuned", row["tuned"]),
+            **shared,
+        )
+        for row in stored["pairs"]
+    ]

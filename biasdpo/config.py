@@ -469,6 +469,7 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 Backend = Literal["auto", "llamacpp", "transformers", "transformers-8bit", "transformers-4bit"]
 BenchmarkName = Literal[
     "preference",
+    "quick_check",
     "crows_pairs",
     "stereoset",
     "bbq",
@@ -492,8 +493,9 @@ class EvaluationConfig(Settings):
     """Adapter: its id, a run's id, a PEFT folder, or none for the base model alone. Default: the model's shipped adapter."""
     backend: Backend = setting("auto")
     """Engine that runs the model. auto: by the model's files and the hardware."""
-    benchmarks: Annotated[ListOf[BenchmarkName], Once] = setting(..., min_length=1, option="--benchmark", metavar="NAME[,NAME]")
-    """Benchmarks, separated by commas. utility stands for perplexity and utility_generation."""
+    benchmarks: Annotated[ListOf[BenchmarkName], Once] = setting((), option="--benchmark", metavar="NAME[,NAME]")
+    """Benchmarks, separated by commas. utility stands for perplexity and utility_generation. Default: quick_check, perplexity,
+    and those of crows_pairs, stereoset, bbq and winobias that are in data_dir or in the Hub's cache."""
     limit: int | None = setting(None, range=(1, 10**9), unit="items")
     """Items per benchmark, sampled with the seed. Default: all."""
     seed: int = setting(0, range=SEED_RANGE)
@@ -502,14 +504,14 @@ class EvaluationConfig(Settings):
         (1.0,), min_length=1, max_length=16
     )
     """Adapter strengths, separated by commas; several give the curve of bias against perplexity. 1: as trained."""
-    data_dir: str = setting("", metavar="DIR")
+    data_dir: str = setting("", metavar="DIR", label="Folder of benchmark files")
     """Folder that holds one folder per benchmark, in its upstream format. Default: download from the Hub."""
     dataset: str = setting("", metavar="FILE|workspace|run")
     """For preference: the file that was trained on, workspace, or run (the adapter's own run). Its held-out pairs are
     scored."""
-    samples: int | None = setting(None, range=(1, 4096), unit="completions")
+    samples: int | None = setting(None, range=(1, 4096), unit="completions", label="Completions per prompt")
     """Completions per prompt of real_toxicity_prompts. Default: 5."""
-    max_new_tokens: int | None = setting(None, range=(1, 4096), unit="tokens")
+    max_new_tokens: int | None = setting(None, range=(1, 4096), unit="tokens", label="Tokens per completion")
     """Tokens per completion. Default: each benchmark's own."""
     toxicity_scorer: str = setting("", metavar="NAME")
     """profanity_check, or a classifier from the Hub as hub:OWNER/NAME. Default: profanity_check."""
@@ -601,7 +603,7 @@ class ServeConfig(Settings):
     workspace: str = setting("", metavar="DIR")
     """Workspace folder. Default: $BIASDPO_WORKSPACE, else ./workspace."""
     data_dir: str = setting("", metavar="DIR")
-    """Folder of benchmark files: the Evaluate tab scores them, and pairs that repeat their items are reported."""
+    """Folder of benchmark files: the Measure tab scores them, and pairs that repeat their items are reported."""
     host: str = setting("", metavar="ADDRESS")
     """Address to serve on. Default: 127.0.0.1, on a Hugging Face Space 0.0.0.0."""
     port: int = setting(7860, range=(1, 65535))

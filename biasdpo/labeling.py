@@ -1,4 +1,4 @@
-"""Labeling: the blind pair that an annotator sees next, what becomes of the answer, and the queue that generates pairs ahead."""
+"""Labeling: blind pairs, the judgments made of them, the queue that generates pairs ahead, and an annotator's session."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ import random
 import re
 import secrets
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from biasdpo import prompts
 from biasdpo.backends.base import Cancellation
 from biasdpo.compare import Prefetch, Waiting, stream_pair, stream_samples
-from biasdpo.data.journal import new_judgment
+from biasdpo.data import journal
+from biasdpo.data.journal import Row, new_judgment
 from biasdpo.data.pairs import check_text, pair_id_of, shown_pair_id
+from biasdpo.data.reader import DatasetReader
+from biasdpo.data.sentences import complete_sentences
 from biasdpo.data.summary import Cell, least_covered
 from biasdpo.engines import EngineKey, EnginePool, Loading
-from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError, PromptError
+from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError, PromptError, RefusedError
 from biasdpo.prompts import CATEGORIES, Prompt
-from biasdpo.records import SEED_RANGE, GenerationPair, Judgment, JudgmentMeta, Sampling, Side, Verdict
+from biasdpo.records import SEED_RANGE, Completion, GenerationPair, Judgment, JudgmentMeta, Sampling, Side, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +38,27 @@ DiffPiece = tuple[Literal["same", "out", "in"], str]
 
 PairSource = Literal["base_tuned", "base_base", "tuned_tuned"]
 PAIR_SOURCES: dict[PairSource, str] = {
-    "base_tuned": "Base vs tuned",
+    "base_tuned": "Base and tuned",
     "base_base": "Two samples of base",
     "tuned_tuned": "Two samples of tuned",
 }
 
 LENGTH_GUARD = 1.3  # a chosen completion that is longer than this many times the rejected one teaches "write more"
 REPEAT_SHARE = 0.05  # share of the pairs shown that are hidden repeats
+MIN_KEPT_SHARE = 1 / 3  # of a completion that its limit cut off: less than that is an opening ("Sure!"), not an answer
 _REPEAT_GAP = 5  # latest judgments of an annotator that are too recent to be repeated
 _COUNTERPARTS = {"base": "tuned", "base 1": "base 2", "tuned 1": "tuned 2", "pasted 1": "pasted 2", "given 1": "given 2"}
 _COUNTERPARTS |= {right: left for left, right in _COUNTERPARTS.items()}
 _MAX_CHARACTERS = {"target_group": 200, "annotator": 200, "note": 2_000}
-_ORIGIN = ("model", "adapter", "backend", "sampling", "seed")  # columns of `JudgmentMeta` that a pair brings along
+_ORIGIN = (
+    "model",
+    "adapter",
+    "backend",
+    "sampling",
+    "seed",
+    "left_finish",
+    "right_finish",
+)  # columns of `JudgmentMeta` that a pair brings along
 
 # Pairs to show
 
@@ -54,11 +67,12 @@ _ORIGIN = ("model", "adapter", "backend", "sampling", "seed")  # columns of `Jud
 class BlindPair:
     """Two completions on their sides, and what produced them; the sides stay hidden until the verdict.
 
-    left_side, right_side   base or tuned; "base 1" and "base 2" of two samples; "pasted 1" and "pasted 2"; "given 1" and
-                            "given 2" of an imported pair
-    sides_known             the annotator has seen which is which: on the Compare tab, or after a verdict that was undone
-    sampling                JSON of the `Sampling`; "" if nothing was generated here
-    repeat_of               pair id, if this annotator judged the pair before
+    left_side, right_side      base or tuned; "base 1" and "base 2" of two samples; "pasted 1" and "pasted 2"; "given 1" and
+                               "given 2" of an imported pair
+    left_finish, right_finish  why each completion ended, as in `JudgmentMeta`
+    sampling                   JSON of the `Sampling`; "" if nothing was generated here
+    repeat_of                  pair id, if this annotator judged the pair before
+    sides_known                the annotator has seen which is which: on the Compare tab, or after a verdict that was undone
     """
 
     prompt: Prompt
@@ -71,6 +85,8 @@ class BlindPair:
     backend: str = ""
     sampling: str = ""
     seed: int = 0
+    left_finish: str = ""
+    right_finish: str = ""
     repeat_of: str = ""
     sides_known: bool = False
 
@@ -80,7 +96,15 @@ class BlindPair:
 
     def swapped(self) -> BlindPair:
         """The pair with left and right exchanged."""
-        return replace(self, left=self.right, right=self.left, left_side=self.right_side, right_side=self.left_side)
+        return replace(
+            self,
+            left=self.right,
+            right=self.left,
+            left_side=self.right_side,
+            right_side=self.left_side,
+            left_finish=self.right_finish,
+            right_finish=self.left_finish,
+        )
 
     def shuffled(self, rng: random.Random) -> BlindPair:
         """The pair with its sides in random order."""
@@ -93,17 +117,15 @@ def blind(pair: GenerationPair, prompt: Prompt, rng: random.Random) -> BlindPair
 
 
 def known(pair: GenerationPair, prompt: Prompt) -> BlindPair:
-    """A finished pair as it is, base on the left. DatasetError if there is nothing to judge."""
+    """A finished pair, base on the left; both completions end with a sentence. DatasetError if there is nothing to judge."""
     if pair.right is None:
         raise ConfigError("A pair of base and tuned needs an adapter: choose one, or judge two samples of base")
     sides: list[str] = [pair.left.side, pair.right.side]
     if sides[0] == sides[1]:
         sides = [f"{sides[0]} 1", f"{sides[1]} 2"]
-    texts = [pair.left.text.strip(), pair.right.text.strip()]
-    if not all(texts):
-        raise DatasetError("One of the completions is empty, so there is nothing to judge: generate again with another seed")
+    texts = [_whole(pair.left), _whole(pair.right)]
     if texts[0] == texts[1]:
-        raise DatasetError("Both completions are the same text, so there is nothing to judge: use another seed")
+        raise DatasetError("Both answers are the same text, so there is nothing to judge: use another seed")
     return BlindPair(
         prompt,
         texts[0],
@@ -115,7 +137,27 @@ def known(pair: GenerationPair, prompt: Prompt) -> BlindPair:
         backend=pair.backend,
         sampling=json.dumps(asdict(pair.sampling) | {"system": pair.system, "strength": pair.strength}, sort_keys=True),
         seed=pair.sampling.seed,
+        left_finish=pair.left.finish_reason or "",
+        right_finish=pair.right.finish_reason or "",
     )
+
+
+def _whole(completion: Completion) -> str:
+    """A completion's text; if the token limit cut it off, only up to its last complete sentence."""
+    text = completion.text.strip()
+    if completion.finish_reason not in ("end_of_text", "limit"):
+        raise DatasetError("An answer was stopped before its end, so there is nothing to judge: generate again")
+    if not text:
+        raise DatasetError("One of the answers is empty, so there is nothing to judge: generate again with another seed")
+    if completion.finish_reason == "end_of_text":
+        return text
+    kept = complete_sentences(text)
+    if len(kept) < MIN_KEPT_SHARE * len(text):
+        raise DatasetError(
+            f"The token limit ({completion.tokens}) cut an answer off before a sentence ended, so there is nothing to judge: "
+            "raise the limit, or use another seed"
+        )
+    return kept
 
 
 def pasted(prompt: Prompt, one: str, other: str, rng: random.Random) -> BlindPair:
@@ -205,15 +247,15 @@ def judgment(
     if answer not in ANSWERS:
         raise ConfigError(f"An answer is one of {', '.join(ANSWERS)}: got {answer!r}; choose one")
     if not details.annotator.strip():
-        raise ConfigError("No pseudonym yet: enter one, so that your judgments can be distinguished from others'")
+        raise ConfigError("No nickname yet: enter one, so that your verdicts can be told from others'")
     edited = [pair.left if left is None else left.strip(), pair.right if right is None else right.strip()]
     shown, sides = [pair.left, pair.right], [pair.left_side, pair.right_side]
     if answer == "right":
         edited, shown, sides = edited[::-1], shown[::-1], sides[::-1]
     if not all(edited):
-        raise DatasetError("After the edit a completion is empty: write something, or switch editing off to bring the text back")
+        raise DatasetError("After the edit an answer is empty: write something, or turn editing off to restore the text")
     if edited[0] == edited[1]:
-        raise DatasetError("After the edit both completions are the same text, which teaches nothing: change one back")
+        raise DatasetError("After the edit both answers are the same text, which teaches nothing: change one back")
     verdict: Verdict = "preferred" if answer == "left" or answer == "right" else answer
     meta = JudgmentMeta(
         **{key: getattr(pair, key) for key in _ORIGIN},
@@ -243,14 +285,14 @@ def length_warning(left: str, right: str) -> str:
     """A warning if one completion is more than LENGTH_GUARD times as long as the other, else ""."""
     lengths = len(left.strip()), len(right.strip())
     if min(lengths) == 0:
-        return "One completion is empty: write something, or undo the edit."
+        return "One answer is empty: write something, or turn editing off."
     ratio = max(lengths) / min(lengths)
     if ratio <= LENGTH_GUARD:
         return ""
     name = "Left" if lengths[0] > lengths[1] else "Right"
     return (
-        f"{name} is {ratio:.2f} times as long as the other. If you choose it, the pair also teaches “write more”: "
-        f"trim it below {LENGTH_GUARD:g} times, or lengthen the other."
+        f"{name} is {ratio:.1f} times as long as the other: if you choose it, the pair also teaches length. "
+        f"Shorten it to less than {LENGTH_GUARD:g} times, or lengthen the other."
     )
 
 
@@ -272,6 +314,8 @@ def word_diff(one: str, other: str) -> list[DiffPiece]:
 # The queue
 
 
+Progress = Loading | Waiting | GenerationPair | None
+
 AHEAD = 2  # pairs kept ready: one to show, and one for an annotator who is quick once
 _TRIES = 4  # seeds tried if both completions are the same, or one is empty
 
@@ -287,6 +331,12 @@ class Recipe:
     system: str = ""
     strength: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.source not in PAIR_SOURCES:
+            raise ConfigError(f"A source of pairs is one of {', '.join(PAIR_SOURCES)}: got {self.source!r}; choose one")
+        if self.source != "base_tuned" and self.sampling.temperature == 0:
+            raise ConfigError("Two samples of one model are the same at temperature 0: set a temperature above 0")
+
 
 class PairQueue:
     """Generates one annotator's pairs ahead in spare time, in a thread that ends when there is nothing to generate.
@@ -299,7 +349,7 @@ class PairQueue:
         self._pool = pool
         self._rng = rng
         self._counts = counts
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()  # notified when a pair is ready, or none will be
         self._recipe: Recipe | None = None
         self._ready: deque[BlindPair] = deque()
         self._remaining: list[Prompt] = []  # prompts still to offer before all are offered again
@@ -354,17 +404,23 @@ class PairQueue:
         with self._lock:
             self._paused = True
             self._cancel()
+            self._lock.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a pair is ready or the queue has ended, but no longer than this."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._ready or not self.has_more or self._paused, seconds)
 
     def prompt_of(self, text: str) -> Prompt | None:
         """The prompt with this text among those of the recipe."""
         recipe = self._recipe
         return next((p for p in recipe.prompts if p.text == text), None) if recipe is not None else None
 
-    def loading(self) -> Loading | None:
-        """The model's progress, while it is being loaded."""
+    def progress(self) -> Progress:
+        """The state of the next pair: its model is being loaded, others go first, or it is being generated."""
         recipe = self._recipe
-        state = None if recipe is None else self._pool.state(recipe.key)
-        return state if state is not None and not state.done else None
+        loading = None if recipe is None else self._pool.state(recipe.key)
+        return loading if loading is not None and not loading.done else self.latest
 
     def _cancel(self) -> None:
         if self._cancellation is not None:
@@ -405,6 +461,7 @@ class PairQueue:
         """Add what was generated to the queue, unless another recipe was started meanwhile."""
         with self._lock:
             self._cancellation, self._spare, self.latest = None, None, None
+            self._lock.notify_all()
             if self._recipe is not recipe:
                 return
             if pair is not None:
@@ -432,6 +489,7 @@ class PairQueue:
             if not self._remaining:
                 if recipe.sampling.temperature == 0.0:
                     self.exhausted = True
+                    self._lock.notify_all()
                     return None
                 self._remaining = list(recipe.prompts)
             prompt = least_covered(self._remaining, counts + self._planned)[0]
@@ -462,8 +520,8 @@ class PairQueue:
         with self._pool.lease(recipe.key, cancellation) as engine:
             if recipe.source != "base_base" and not engine.backend.has_adapter:
                 raise ConfigError(
-                    f"“{PAIR_SOURCES[recipe.source]}” needs an adapter, and none is chosen: choose one on the Compare tab, "
-                    "or judge two samples of base"
+                    f"“{PAIR_SOURCES[recipe.source]}” needs an adapter, and this model has none: choose an adapter, or judge two "
+                    "samples of base"
                 )
             settings: dict[str, Any] = {"system": recipe.system, "strength": recipe.strength, "cancellation": cancellation}
             side: Side = "base" if recipe.source == "base_base" else "tuned"
@@ -482,3 +540,190 @@ class PairQueue:
 
 def _cell(prompt: Prompt) -> Cell:
     return prompt.category, prompt.target_group
+
+
+# Sessions
+
+
+_REPORT_SECONDS = 0.5  # how often a waiting annotator's progress is updated
+_KEPT_SECONDS = 3600.0  # of an unused session: a laptop that sleeps, or a proxy that cuts a stream, comes back
+_KEPT = 500  # sessions, the latest used ones
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A stored judgment with its pair, and what the annotator said and wrote."""
+
+    judgment: Judgment
+    pair: BlindPair
+    details: Details
+    left: str | None = None  # after an edit
+    right: str | None = None
+
+
+class LabelSession:
+    """One page's sequence of pairs. Hold `lock` while using it, except for `wait_for_pair`.
+
+    `token` names the pair that is shown: an answer to another one (a key pressed twice) is ignored.
+    """
+
+    def __init__(self, pool: EnginePool, reader: DatasetReader) -> None:
+        self.rng = new_random()
+        self.queue = PairQueue(pool, self.rng, reader.counts)
+        self.first: deque[BlindPair] = deque()  # undone or pasted, or put back for one of those
+        self.given: deque[BlindPair] = deque()  # second opinions, which need no model
+        self.shown: BlindPair | None = None
+        self.token = ""
+        self.judged: list[Judged] = []
+        self.goal = 24  # verdicts
+        self.lock = threading.Lock()
+        self.used_at = time.monotonic()
+        self._reader = reader
+        self._shown_at = 0.0
+        self._waits = 0  # number of the latest `wait_for_pair`, which replaces earlier ones
+        self._unsaved: tuple[object, Judgment] | None = None
+
+    def start(self, recipe: Recipe) -> None:
+        """Show pairs by this recipe from now on."""
+        self.given.clear()
+        self.queue.start(recipe)
+        self.show(None)
+
+    def start_second_opinions(self, browser: str, annotator: str) -> int:
+        """Show the pairs that others judged and this annotator did not, in random order; return their number."""
+        rows = [row for row in self._reader.standing() if not row["repeat_of"]]
+        own = {shown_pair_id(row) for row in rows if self._reader.is_own(row, browser, annotator)}
+        others = {pair_id: row for row in reversed(rows) if (pair_id := shown_pair_id(row)) not in own}
+        if not others:
+            raise ConfigError("No pairs for a second opinion: nobody else has judged a pair that you have not; change Pairs")
+        pairs = [second_opinion(row, self.rng) for row in others.values()]
+        self.rng.shuffle(pairs)
+        self.given = deque(pairs)
+        self.show(None)
+        return len(pairs)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another pair will come."""
+        return bool(self.first or self.given) or self.queue.has_more
+
+    def next(self, own: Sequence[Row]) -> BlindPair | None:
+        """Show the next pair after a verdict: now and then a hidden repeat of the annotator's own, else what is ready."""
+        pair = repeat(own, self.rng) if self.judged and not self.first else None
+        if pair is not None:
+            return self.show(replace(pair, prompt=self.queue.prompt_of(pair.prompt.text) or pair.prompt))
+        return self.take()
+
+    def take(self) -> BlindPair | None:
+        """Show the next pair if one is ready."""
+        waiting = self.first or self.given
+        return self.show(waiting.popleft() if waiting else self.queue.take())
+
+    def wait_for_pair(self) -> Iterator[Progress | BlindPair]:
+        """Show the next pair as soon as it is ready, yielding progress and finally the pair.
+
+        Ends without one if another pair is shown meanwhile, if none will come, or if the page is left.
+        """
+        with self.lock:
+            self._waits += 1
+            own = self._waits
+        while True:
+            with self.lock:
+                if own != self._waits or self.shown is not None:
+                    return
+                pair = self.take()
+                ended = pair is not None or not self.goes_on
+            if pair is not None:
+                yield pair
+            if ended:
+                return
+            yield self.queue.progress()
+            self.queue.wait(_REPORT_SECONDS)
+
+    def leave(self) -> None:
+        """The page was closed or reloaded, or its connection dropped: generate nothing ahead until it asks again."""
+        with self.lock:
+            self._waits += 1
+        self.queue.pause()
+
+    def show(self, pair: BlindPair | None) -> BlindPair | None:
+        """Show a pair; the clock runs from here."""
+        self.shown, self._unsaved = pair, None
+        self.token = f"{self.rng.randrange(2**64):016x}" if pair is not None else ""
+        self._shown_at = time.monotonic()
+        return pair
+
+    def show_before(self, pair: BlindPair) -> None:
+        """Show this pair, and then again the one that was shown."""
+        if self.shown is not None:
+            self.first.appendleft(self.shown)
+        self.show(pair)
+
+    def store_answer(self, answer: Answer, details: Details, left: str | None = None, right: str | None = None) -> Judged:
+        """Store the answer to the shown pair. If that fails, the pair stays, and the same answer again stores one row."""
+        pair = self.shown
+        if pair is None:
+            raise ConfigError("There is no pair to judge: press Start first")
+        asked = (self.token, answer, details, left, right)
+        if self._unsaved is None or self._unsaved[0] != asked:
+            seconds = time.monotonic() - self._shown_at
+            self._unsaved = (asked, judgment(pair, answer, details, left=left, right=right, seconds=seconds))
+        judged = Judged(self._unsaved[1], pair, details, left, right)
+        journal.append(self._reader.workspace, judged.judgment)
+        self.judged.append(judged)
+        self.show(None)
+        return judged
+
+    def undo(self, *, revealed: bool) -> Judged:
+        """Withdraw the latest judgment and show its pair again. `revealed`: its sides were told after the verdict."""
+        if not self.judged:
+            raise ConfigError("There is no verdict to undo on this page: withdraw earlier ones under “My judgments”")
+        last = self.judged[-1]
+        journal.undo(self._reader.workspace, last.judgment.id, last.judgment.pair_id, last.judgment.annotator)
+        self.judged.pop()
+        self.show_before(replace(last.pair, sides_known=last.pair.sides_known or revealed))
+        return last
+
+    def withdraw(self, judgment_id: str, browser: str, annotator: str) -> None:
+        """Withdraw one of this browser's own judgments, made on this page or before."""
+        row = next((row for row in self._reader.standing() if row["id"] == judgment_id), None)
+        if row is None:
+            raise ConfigError("No judgment is selected: select one in the table")
+        if not self._reader.is_own(row, browser, annotator):
+            raise RefusedError("Only judgments of this browser can be withdrawn here: use the browser that made it")
+        journal.undo(self._reader.workspace, row["id"], row["pair_id"], row["annotator"], row["source"])
+        self.judged = [judged for judged in self.judged if judged.judgment.id != judgment_id]
+
+
+class LabelSessions:
+    """Sessions by page, created on first use. Thread-safe."""
+
+    def __init__(self, pool: EnginePool, reader: DatasetReader) -> None:
+        self._pool, self._reader = pool, reader
+        self._lock = threading.Lock()
+        self._sessions: dict[str, LabelSession] = {}  # in order of last use
+
+    def of(self, page: str | None) -> LabelSession:
+        """The page's session. Long unused ones are dropped."""
+        now = time.monotonic()
+        with self._lock:
+            session = self._sessions.pop(page or "", None) or LabelSession(self._pool, self._reader)
+            self._sessions[page or ""] = session
+            session.used_at = now
+            for name, old in list(self._sessions.items()):
+                if now - old.used_at < _KEPT_SECONDS and len(self._sessions) <= _KEPT:
+                    break
+                old.queue.pause()
+                del self._sessions[name]
+        return session
+
+    def leave(self, page: str | None) -> None:
+        """The page was closed, or seems to be."""
+        with self._lock:
+            session = self._sessions.get(page or "")
+        if session is not None:
+            session.leave()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._sessions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from biasdpo.errors import ConfigError
 
@@ -66,9 +66,20 @@ class Completion:
         return {key: value for key, value in asdict(self).items() if key != "side"}
 
 
+class PairTurn(NamedTuple):
+    """An earlier turn of a conversation: one prompt, and what each arm answered ("" for an arm that is not there)."""
+
+    prompt: str
+    base: str
+    tuned: str
+
+
 @dataclass(frozen=True)
 class GenerationPair:
-    """One prompt, its two completions, and the settings that produced them. `right` is None without an adapter."""
+    """One prompt, its two completions, and the settings that produced them. `right` is None without an adapter.
+
+    history   the conversation so far; each arm reads its own completions
+    """
 
     prompt: str
     model: str
@@ -80,6 +91,15 @@ class GenerationPair:
     canary_kl_nats: float | None
     left: Completion
     right: Completion | None
+    history: tuple[PairTurn, ...] = ()
+
+    def history_of(self, side: Side) -> tuple[tuple[str, str], ...]:
+        """The earlier (prompt, completion) turns of one arm."""
+        return tuple((turn.prompt, turn.base if side == "base" else turn.tuned) for turn in self.history)
+
+    def continued(self) -> tuple[PairTurn, ...]:
+        """The history of a follow-up: this pair's, and this pair."""
+        return (*self.history, PairTurn(self.prompt, self.left.text, self.right.text if self.right is not None else ""))
 
     @property
     def finished(self) -> bool:
@@ -95,6 +115,8 @@ class GenerationPair:
                 row[completion.side] = completion.to_json()
         row.setdefault("tuned", None)
         row["canary_kl_nats"] = self.canary_kl_nats
+        if self.history:
+            row["history"] = [turn._asdict() for turn in self.history]
         return row
 
 
@@ -159,6 +181,7 @@ class LikelihoodRequest:
     continuation: str
     system: str = ""
     end_of_text: bool = False
+    history: tuple[tuple[str, str], ...] = ()  # earlier (prompt, completion) turns
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _PACKAGE = Path(__file__).resolve().parent
 ASSETS = next(path for path in (_PACKAGE.parent / "assets", _PACKAGE / "assets") if (path / "models.toml").is_file())
 """In a checkout beside the package, installed in it."""
 MAX_JSON_BYTES = 256 * 1024 * 1024
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,27 @@ class Workspace:
         return self.root / "preferences.jsonl"
 
     def run_folder(self, run_id: str) -> Path:
-        """The folder of a run, whether it exists or not. A bad id is a ConfigError: ids are names, never paths."""
-        if not _RUN_ID.fullmatch(run_id):
-            raise ConfigError(f"A run id is 1 to 64 letters, digits, '.', '_' or '-': got {run_id!r}; choose such a name")
-        return self.runs / run_id
+        """The folder of a run, whether it exists or not."""
+        return self.runs / check_id(run_id, "run")
+
+
+def is_id(text: str) -> bool:
+    """Whether a text can be the id of a job. Ids are names of folders, never paths."""
+    return _ID.fullmatch(text) is not None
+
+
+def check_id(text: str, noun: str) -> str:
+    """The id of a run, an evaluation or an export. Raises ConfigError for what can't be one."""
+    if not is_id(text):
+        raise ConfigError(
+            f"{noun.capitalize()} ids have 1 to 64 letters, digits, '.', '_' or '-': got {text!r}; choose such a name"
+        )
+    return text
+
+
+def nearest_id(text: str, length: int = 64) -> str:
+    """The id that is most like a text; "" if none is."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:length]
 
 
 def is_public_space() -> bool:
@@ -57,7 +74,7 @@ def is_public_space() -> bool:
 def refuse_on_public_space(action: str) -> None:
     """Raise RefusedError on a public Space. Called inside the functions that act, since a hidden button protects nothing."""
     if is_public_space():
-        raise RefusedError(f"{action} is switched off on a public Space: duplicate the Space or run BiasDPO on your own machine")
+        raise RefusedError(f"{action} is turned off on a public Space: duplicate the Space or run BiasDPO on your own machine")
 
 
 def sha256_of(path: Path) -> str:

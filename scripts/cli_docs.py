@@ -21,7 +21,7 @@ INTRODUCTION = """# Command line
 
 `--json` prints one JSON object, or one per line, on stdout; progress and messages go to stderr. Exit status: 0 done;
 2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of BiasDPO;
-130 interrupted with Ctrl-C.
+3 evaluated without the benchmarks that could not be loaded; 130 interrupted with Ctrl-C.
 
 Every command takes `--workspace DIR` (default: `$BIASDPO_WORKSPACE`, else `./workspace`) and, except `app.py`, `--json`.
 `python -m biasdpo --log-level info COMMAND` logs more on stderr.

@@ -14,7 +14,7 @@ from biasdpo.benchmarks.preference import Preference
 from biasdpo.benchmarks.stereoset import StereoSet, Triple
 from biasdpo.benchmarks.utility import Utility
 from biasdpo.data.pairs import PreferencePair
-from biasdpo.evaluation.run import correct, summarize
+from biasdpo.evaluation.run import ItemNumbers, _benchmark_result, _brief, correct
 from biasdpo.workspace import write_json
 
 _CATEGORIES = ("gender", "race-color", "religion", "nationality")
@@ -61,10 +61,7 @@ def with_curve(n: int = 40) -> Any:
     curve = []
     for strength in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5):
         at = result(n, shift=-strength, benchmarks=("crows_pairs", "utility"))
-        brief = {
-            name: {k: v for k, v in part.items() if k not in ("items", "failures")} for name, part in at["benchmarks"].items()
-        }
-        curve.append({"strength": strength, "benchmarks": brief})
+        curve.append({"strength": strength, "benchmarks": {name: _brief(part) for name, part in at["benchmarks"].items()}})
     return made | {"curve": curve}
 
 
@@ -130,23 +127,8 @@ def _answers(ambiguous: Any, rng: np.random.Generator, biased_share: float) -> A
 
 
 def _part(benchmark: Benchmark[Any], base: Any, tuned: Any, n_failed: int) -> dict[str, Any]:
-    items = list(benchmark.items)
-    rows = []
-    for i, item in enumerate(items):
-        sides = {"base": list(base[i]), "tuned": list(tuned[i])}
-        said = {side: benchmark.outcome(item, numbers) for side, numbers in sides.items()}
-        rows.append({"index": i, **benchmark.describe(item), **sides, **({"outcome": said} if said["base"] else {})})
-    return {
-        "n": len(items),
-        "n_failed": n_failed,
-        "n_total": 10 * len(items),
-        "partial": True,
-        "not_comparable": f"limited to {len(items)} of {10 * len(items)} items",
-        "not_as_published": "",
-        "settings": {},
-        "data_sha256": benchmark.data_sha256,
-        **summarize(benchmark, items, np.asarray(base), np.asarray(tuned)),
-        "failures": [{"index": 900 + i, "reason": "the prompt is longer than the model's context"} for i in range(n_failed)],
-        "columns": list(benchmark.columns),
-        "items": rows,
-    }
+    n = len(benchmark.items)
+    failures = [{"index": 900 + i, "reason": "the prompt is longer than the model's context"} for i in range(n_failed)]
+    numbers: Any = {"base": base.tolist(), "tuned": tuned.tolist()}
+    part = _benchmark_result(benchmark, n, ItemNumbers(list(range(n)), numbers, failures, n), {}, seed=0)
+    return part | {"n_total": 10 * n, "partial": True, "not_comparable": f"limited to {n} of {10 * n} items"}

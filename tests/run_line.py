@@ -1,4 +1,4 @@
-"""Jobs in tests: as a user has them, by the command line, and training runs in this process, which is faster."""
+"""Jobs in tests: by the command line, and training runs in this process, which is faster."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from biasdpo.jobs import store
 from biasdpo.jobs.job import Device, Job, JobFolder, Status, read_job
 from biasdpo.jobs.worker import join_queue
 from biasdpo.workspace import Workspace
+from tests import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 120
@@ -28,18 +28,16 @@ SMALL = ("max_steps=6", "batch_size=2", "gradient_accumulation=1", "rank=2", "sa
 
 @dataclass
 class CommandLine:
-    """`python -m biasdpo` in a workspace of its own. Jobs that are still active at the end of a test are killed by their pid."""
+    """The command line in a workspace of its own. Jobs that are still active at the end of a test are killed by their pid."""
 
     workspace: Workspace
     model: Path
     rows: Path
-    run_ids: list[str] = field(default_factory=list)
 
-    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "biasdpo", *arguments, "--workspace", str(self.workspace.root)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    def __call__(self, *arguments: str) -> commands.Done:
+        return commands.run(*arguments, "--workspace", self.workspace.root)
 
-    def train(self, run_id: str, *settings: str, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def train(self, run_id: str, *settings: str, arguments: tuple[str, ...] = ()) -> commands.Done:
         sets = [part for setting in SMALL + settings for part in ("--set", setting)]
         files = ("--model", str(self.model), "--dataset", str(self.rows))
         return self("train", *files, "--run-id", run_id, *sets, "--json", *arguments)
@@ -99,6 +97,12 @@ def wait_for(folder: JobFolder, condition: Callable[[Job], bool]) -> Job:
             return job
         time.sleep(0.05)
     raise AssertionError(f"still {job.status} after {TIMEOUT_SECONDS} s; {folder.log_tail(30)}")
+
+
+def checkpoints(folder: JobFolder) -> list[Path]:
+    """A run's checkpoints by step, without one that was not written to its end."""
+    whole = [state.parent for state in folder.checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def ended(job: Job) -> bool:

@@ -134,7 +134,7 @@ def test_compare_without_an_adapter_on_whatever_model_is_here(tmp_path):
         (("compare", "--prompt", "Hi", "--backend", "gpu"), "Unknown backend 'gpu'"),
         (("compare",), "Missing option '--prompt': see python -m biasdpo compare --help"),
         (("evaluate", "--benchmark", "vibes", "--out", "x.json"), "benchmarks must be one of preference, .*: got 'vibes'"),
-        (("evaluate", "--out", "x.json"), "benchmarks is missing: give it with --benchmark"),
+        (("evaluate", "--out", "x.json", "--data-dir", "nowhere"), "No folder .*nowhere: name with --data-dir"),
         (("evaluate", "--benchmark", "bbq", "--out", "x.json", "--strengths", "0,much"), "strengths must be a number .*'much'"),
         (("train", "--run-id", "a", "--beta", "-1"), "beta must be a number from 0.0001 to 1000: got -1.0"),
         (("train", "--run-id", "a", "--set", "betta=1"), "Unknown setting 'betta': choose one of model, datasets"),

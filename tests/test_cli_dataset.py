@@ -68,9 +68,14 @@ def test_the_biasdpo_rows_in_and_out_again(run, tmp_path):
     assert {tuple(row.values()) for row in columns} == read
 
     first = next(iter(Journal(Workspace(tmp_path / "w").preferences).refresh().rows))
-    assert ok(run("retract", first, "--json"))["retracts"] == first
-    assert ok(run("stats", "--json"))["retracted"] == 1
+    (edited,) = ok(run("edit", first, "--set", "category=gender", "--set", "note=a=b", "--json"))["edited"]
+    row = Journal(Workspace(tmp_path / "w").preferences).refresh().rows[edited]
+    assert (row["category"], row["note"]) == ("gender", "a=b")
+    assert [ok(run("retract", edited, "--json"))["retracted"] for _ in range(2)] == [1, 0]
+    assert ok(run("stats", "--json"))["retracted"] == 2  # the edited one, and what it was before
     assert ok(run("export", out, "--json"))["rows"] == 1028
+    assert ok(run("retract", "--import", "biasdpo", "--json"))["retracted"] == 1029
+    assert ok(run("stats", "--json"))["pairs"] == 0
 
 
 def test_bad_rows_are_listed_and_the_good_ones_kept(run, tmp_path):
@@ -142,6 +147,8 @@ def test_columns_are_mapped_and_a_dry_run_stores_nothing(run, tmp_path):
         (("export", "pairs.txt"), "An export ends in .jsonl, .csv or .parquet: got 'pairs.txt'"),
         (("export", "pairs.csv"), "No preference pairs in the workspace yet"),
         (("retract", "nope"), "No judgment 'nope'"),
+        (("retract",), "Name judgments by their ids, or an import with --import NAME"),
+        (("edit", "x", "--set", "id=y"), "Only prompt, chosen, rejected, category, target_group, note can be edited: got id"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run, arguments, words):
@@ -160,7 +167,7 @@ def test_on_a_public_space_nothing_is_imported_exported_or_withdrawn(run, tmp_pa
     path.write_text(json.dumps(GOOD) + "\n")
     assert run("import", path).returncode == 0
     for arguments in (("import", path), ("import", path, "--dry-run"), ("export", tmp_path / "out.csv"), ("retract", "x")):
-        assert "switched off on a public Space" in error_of(run(*arguments, SPACE_ID="someone/space"))
+        assert "turned off on a public Space" in error_of(run(*arguments, SPACE_ID="someone/space"))
 
 
 def test_a_closed_pipe_is_no_fault(tmp_path):

@@ -10,12 +10,12 @@ import pytest
 from biasdpo import models
 from biasdpo.backends.base import Cancellation, VisitorQueue
 from biasdpo.backends.llamacpp import open_llamacpp
-from biasdpo.compare import Waiting, stream_pair
-from biasdpo.engines import Engine, EngineKey, EnginePool
+from biasdpo.compare import Generation, Generations, Waiting, score_tokens, stream_pair
+from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import BackendError, ConfigError, ModelError, PromptError
 from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec
-from biasdpo.records import GenerationPair, Sampling
+from biasdpo.records import GenerationPair, LikelihoodRequest, PairTurn, Sampling
 from tests import tiny_models
 
 SAMPLING = Sampling(max_new_tokens=24, temperature=0.9, seed=5)
@@ -212,3 +212,80 @@ def test_a_failed_load_raises_for_everyone_and_is_retried(workspace, tmp_path, t
     with pool.lease(key) as engine:
         assert engine.adapter is None
     pool.close()
+
+
+def test_each_side_continues_its_own_conversation(engine):
+    first = last(stream_pair(engine, "Why?", SAMPLING))
+    second = last(stream_pair(engine, "And then?", SAMPLING, history=first.continued()))
+    assert second.history == (PairTurn("Why?", first.left.text, first.right.text),)
+    for side, own in (("base", second.left), ("tuned", second.right)):
+        stream = engine.backend.stream("And then?", SAMPLING, side, history=[("Why?", getattr(second.history[0], side))])
+        assert "".join(stream) == own.text
+    alone = last(stream_pair(engine, "And then?", SAMPLING))
+    assert (alone.left.text, alone.right.text) != (second.left.text, second.right.text)
+    assert second.to_json()["history"][0]["base"] == first.left.text
+
+
+def test_token_scores_add_up_to_the_likelihood_of_both_sides(engine):
+    first = last(stream_pair(engine, "Why?", SAMPLING))
+    pair = last(stream_pair(engine, "日本語 😀?", SAMPLING, history=first.continued(), strength=0.5))
+    for side, completion in (("base", pair.left), ("tuned", pair.right)):
+        scores = score_tokens(engine, pair, side)
+        assert "".join(score.text for score in scores) == completion.text
+        request = LikelihoodRequest(pair.prompt, completion.text, history=pair.history_of(side))
+        for name, strength in (("base", 1.0), ("tuned", 0.5)):
+            [whole] = engine.backend.loglikelihood([request], name, strength=strength)
+            assert sum(getattr(score, name) for score in scores) == pytest.approx(whole.logp, abs=0.02)
+
+
+# A visitor's generation
+
+
+def test_a_visitor_has_one_generation_and_leaves_nothing_behind():
+    visitors = Generations()
+    first, other = visitors.begin("a"), visitors.begin("b")
+    second = visitors.begin("a")
+    assert (first.superseded.is_set(), first.cancellation.is_set()) == (True, True)
+    assert not other.cancellation.is_set()
+    visitors.end("a", first)  # late: the place is the second one's
+    visitors.stop("a")
+    assert (second.stopped, second.superseded.is_set(), second.cancellation.is_set()) == (True, False, True)
+    visitors.end("a", second)
+    visitors.drop("b")
+    visitors.stop("nobody")
+    assert len(visitors) == 0
+
+
+def test_a_reader_that_never_comes_back_does_not_keep_the_engine(engine, workspace, monkeypatch):
+    monkeypatch.setattr("biasdpo.engines.open_engine", lambda *_: engine)
+    pool, key, visitors = EnginePool(workspace), EngineKey("tiny"), Generations()
+    abandoned = visitors.begin("a")
+    abandoned.start(pool, key, "Why?", ENDLESS)
+    assert next(event for event in abandoned.events(pool, key) if isinstance(event, GenerationPair))  # and never reads on
+    waiting = visitors.begin("b")
+    waiting.start(pool, key, "Who?", SAMPLING)
+    visitors.drop("a")  # the page was closed
+    *_, pair = waiting.events(pool, key)
+    assert pair.finished
+
+
+def test_an_engines_error_is_raised_and_a_stop_while_loading_is_none(workspace, monkeypatch):
+    loading = threading.Event()
+
+    def fail(*_args: object) -> Engine:
+        loading.wait(10)
+        raise ConfigError("no such thing: choose another")
+
+    monkeypatch.setattr("biasdpo.engines.open_engine", fail)
+    pool, key, visitors = EnginePool(workspace), EngineKey("smollm2"), Generations()
+    generation = visitors.begin("a")
+    generation.start(pool, key, "Hello", SAMPLING)
+    events = generation.events(pool, key)
+    assert isinstance(next(events), Loading)
+    visitors.stop("a")
+    assert all(isinstance(event, Loading) for event in events)
+    generation = Generation()
+    generation.start(pool, key, "Hello", SAMPLING)
+    loading.set()
+    with pytest.raises(ConfigError, match="no such thing"):
+        list(generation.events(pool, key))

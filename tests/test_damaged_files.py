@@ -12,7 +12,6 @@ from biasdpo import workspace as workspaces
 from biasdpo.data.journal import Journal
 from biasdpo.errors import AdapterError, BiasDPOError, WorkspaceError
 from biasdpo.evaluation.run import AnswerCache
-from biasdpo.jobs.job import JobFolder
 from biasdpo.migrations import open_workspace
 from biasdpo.model_files import ForeignJson, read_json_as
 from biasdpo.models import find_adapter, list_adapters
@@ -121,13 +120,7 @@ def test_bad_lines_of_the_journal_are_counted_and_named(command_line: CommandLin
     assert (shown["rows"], shown["bad_lines"]) == (2, 2)
 
 
-def test_damaged_checkpoints_and_caches_are_passed_over(workspace: Workspace) -> None:
-    folder = JobFolder(workspace.runs / "run")
-    for step, text in ((1, '{"global_step": 1}'), (2, DEEP), (3, "[]"), (4, "\udcff")):
-        checkpoint = folder.checkpoints / f"checkpoint-{step}"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "trainer_state.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert [path.name for path in folder.whole_checkpoints()] == ["checkpoint-1"]
+def test_damaged_lines_of_a_cache_are_passed_over(workspace: Workspace) -> None:
     cache = workspace.root / "scores.jsonl"
     cache.write_text(f'["a", 1]\n{DEEP}\n{{}}\n["b", 2]\n["c')
     assert AnswerCache(cache, lambda number: number, lambda number: [number])._answers == {"a": 1, "b": 2}

@@ -235,14 +235,21 @@ def test_the_command(tmp_path):
     neutral.write_text('{"prompt": {"text": "The sun rose over the quiet town"}}\n{"prompt": {"text": "x"}}\n')
     adapter = write_lora(tmp_path / "adapter")
     out = tmp_path / "result.json"
-    common = ["evaluate", "--model", "smollm2", "--adapter", adapter, "--workspace", tmp_path / "w", "--out", out, "--json"]
-    result = run(*common, "--benchmark", "preference,perplexity", "--dataset", data, "--data-dir", tmp_path)
-    assert result.returncode == 0, result.stderr
+    common = ["evaluate", "--model", "smollm2", "--adapter", adapter, "--workspace", tmp_path / "w", "--out", out]
+    result = run(*common, "--benchmark", "preference,bbq,perplexity", "--dataset", data, "--data-dir", tmp_path, "--json")
+    assert result.returncode == 3, result.stderr  # done, but for one benchmark
     printed, written = json.loads(result.stdout), json.loads(out.read_text())
+    assert "get oskarvanderwal/bbq from the Hub" in printed["missing"]["bbq"]
+    assert "BBQ was not scored: No items of bbq" in result.stderr
     assert printed["benchmarks"]["preference"]["n"] == 4
     assert printed["benchmarks"]["utility"]["n"] == 1
     assert printed["benchmarks"]["utility"]["n_failed"] == 1  # one token: nothing to predict
     assert len(written["benchmarks"]["preference"]["items"]) == 4
+    again = run(*common, "--benchmark", "preference,perplexity", "--dataset", data, "--data-dir", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[0] == report.sentence(json.loads(out.read_text()))
+    assert "Preference pairs scored: 4 held-out pairs of pairs.jsonl" in again.stdout
+    assert json.loads(out.read_text())["benchmarks"] == written["benchmarks"]
     change = written["benchmarks"]["utility"]["difference"]["perplexity"]
     base, tuned = (written["benchmarks"]["utility"][side]["perplexity"]["value"] for side in ("base", "tuned"))
     assert change["value"] == pytest.approx(tuned - base)

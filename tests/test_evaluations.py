@@ -78,7 +78,6 @@ def a_result(**provenance: Any) -> dict[str, Any]:
         ({"model": ""}, "model is empty"),
         ({"model": 3}, "model must be text: got 3"),
         ({"backend": "vllm"}, "backend must be one of auto, llamacpp, .*got 'vllm'"),
-        ({"benchmarks": ()}, "benchmarks is empty: name at least one"),
         ({"benchmarks": ("bbqq",)}, "benchmarks must be one of preference, .*got 'bbqq'"),
         ({"benchmarks": ("bbq", "bbq")}, "benchmarks names a value twice: got bbq, bbq"),
         ({"limit": 0}, "limit must be a whole number from 1 to 1000000000: got 0"),
@@ -170,7 +169,11 @@ def a_complete_result() -> dict[str, Any]:
     sentences["difference"]["stereotype_percent"]["base_includes_ideal"] = True
     brief = {name: value for name, value in sentences.items() if name not in ("items", "failures", "columns")}
     curve = [{"strength": strength, "benchmarks": {"crows_pairs": brief}} for strength in (0.5, 1.0)]
-    return {"format": 1, "benchmarks": {"crows_pairs": sentences}, "curve": curve, "provenance": made["provenance"]}
+    made["provenance"]["pairs_source"] = "26 held-out pairs of run mine"
+    missing = {"bbq": "No items of bbq: get them"}
+    return {"format": 1, "benchmarks": {"crows_pairs": sentences}, "missing": missing, "curve": curve} | {
+        "provenance": made["provenance"]
+    }
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -338,8 +341,9 @@ def test_a_report_says_what_was_measured_and_what_it_may_be_compared_with():
     )
     assert "| 50 * |" in perplexity
     assert lines.index("## Benchmarks") < lines.index(sentences) < lines.index("## Quality cost") < lines.index(perplexity)
-    assert "- \\* utility: not comparable with other evaluations: limited to 50 of 600 items." in lines
-    assert "- crows_pairs: 2 items could not be scored and are excluded; the first: too long \\| by far" in lines
+    assert "- Perplexity of neutral text: not comparable with other evaluations: limited to 50 of 600 items." in lines
+    assert "- CrowS-Pairs: 2 items could not be scored; the first: too long \\| by far." in lines
+    assert "**Clearly less biased on 1 of 1 benchmark; quality cost: Perplexity +0.400, Perplexity change (%) +1.000.**" in lines
     assert "<details><summary>crows_pairs by group</summary>" in lines
     assert "python -m biasdpo evaluate --model=base.gguf --benchmark=bbq --data-dir=data --out=result.json" in lines
     assert "/home/me" not in text

@@ -10,7 +10,7 @@ import pytest
 
 from biasdpo.data import exporting, importing, splits
 from biasdpo.data.exporting import COLUMNS
-from biasdpo.data.journal import Journal, append, new_judgment, retract
+from biasdpo.data.journal import Journal, append, new_judgment, withdraw
 from biasdpo.errors import ConfigError, DatasetError, RefusedError, WorkspaceError
 from biasdpo.workspace import Workspace, sha256_of
 
@@ -102,7 +102,7 @@ def test_one_row_a_pair_as_most_judgments_say(workspace, tmp_path):
     judge(workspace, "Tie?", verdict="tie")
     judge(workspace, "Repeat?", repeat_of="a" * 16)
     journal = judge(workspace, "Withdrawn?")
-    retract(workspace, list(journal.rows)[-1])
+    withdraw(workspace, [list(journal.rows)[-1]])
     done = exporting.export_file(workspace, tmp_path / "pairs.jsonl")
     (row,) = [json.loads(line) for line in done.path.read_text().splitlines()]
     first = next(iter(journal.rows.values()))

@@ -68,7 +68,7 @@ def test_the_adapters_made_for_a_model_come_first(workspace: Workspace, tiny_phi
     assert models.from_run(workspace, "newer").dataset_sha256 == "ab"
     with pytest.raises(AdapterError, match="'other' has no adapter"):
         models.from_run(workspace, "other")
-    with pytest.raises(ConfigError, match="run id"):
+    with pytest.raises(ConfigError, match="Run ids"):
         models.from_run(workspace, "../mine")
 
 

@@ -275,7 +275,7 @@ def test_real_toxicity_prompts_and_the_neutral_texts_among_them(tmp_path, monkey
     assert "You fool" not in texts
     write(tmp_path, {"real_toxicity_prompts/prompts.jsonl": [toxic]})
     with pytest.raises(DatasetError, match="no prompt of a toxicity below"):
-        benchmarks.build("perplexity", folder)
+        benchmarks.build("utility", folder)
     for value in ({"text": 1}, "text", {"text": "a", "toxicity": "high"}):
         write(tmp_path, {"real_toxicity_prompts/prompts.jsonl": [{"prompt": value}]})
         with pytest.raises(DatasetError, match=r"prompts\.jsonl, line 1: prompt\..*get allenai/real-toxicity-prompts"):

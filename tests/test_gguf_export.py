@@ -31,7 +31,7 @@ def test_a_merged_file_names_its_parents_its_quantization_and_its_proof(
     assert (record.proof["depth"], record.proof["verdict"], record.proof["equality"]["texts"]) == ("quick", "measured", 4)
     assert 1e-5 < record.proof["equality"]["mean_kl"] < 0.1
     monkeypatch.setenv("SPACE_ID", "someone/space")
-    with pytest.raises(RefusedError, match="Export is switched off"):
+    with pytest.raises(RefusedError, match="Export is turned off"):
         export.export(config, *given)
 
 

@@ -24,7 +24,7 @@ from biasdpo.data.importing import (
     preview,
     validate,
 )
-from biasdpo.data.journal import BadLine, Journal, append_all, new_judgment, retract
+from biasdpo.data.journal import BadLine, Journal, append_all, edit, new_judgment, undo_import, withdraw
 from biasdpo.data.pairs import PreferencePair, pair_id_of
 from biasdpo.data.splits import load, load_journal
 from biasdpo.errors import ConfigError, DatasetError, RefusedError
@@ -164,7 +164,8 @@ def test_the_mapping_is_guessed_and_overridden(workspace: Workspace, tmp_path: P
     path = write_lines(tmp_path / "other.jsonl", {"a": "x", "b\n": "y"})
     with pytest.raises(DatasetError, match=r"recognized as chosen, got a, b\?: name it with --map chosen=COLUMN"):
         import_file(workspace, path)
-    assert preview(path) == Preview(("a", "b\n"), ColumnMapping(), (), ())
+    assert preview(path) == Preview(("a", "b\n"), ColumnMapping(), (), (), "JSON Lines, plain text")
+    assert str(preview(path)) == "JSON Lines, plain text: no column was recognized. Not imported: a, b?."
 
 
 # Files
@@ -368,7 +369,7 @@ def test_rows_become_judgments_and_never_twice(workspace: Workspace, tmp_path: P
     for dry_run in (True, False):
         done = import_file(workspace, grown, name="other name", dry_run=dry_run)
         assert (done.written, done.known) == (1, 3)
-    retract(workspace, first["id"])
+    withdraw(workspace, [first["id"]])
     assert import_file(workspace, path).written == 0  # what was withdrawn stays withdrawn
     assert len(stored(workspace)) == 3
     for name in ("two\nlines", "x" * 101):
@@ -380,6 +381,25 @@ def test_rows_become_judgments_and_never_twice(workspace: Workspace, tmp_path: P
             action(workspace, path)
 
 
+def test_an_import_is_undone_as_a_whole_and_can_be_done_again(workspace: Workspace, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", *(GOOD | {"prompt": f"{i}?"} for i in range(4)))
+    import_file(workspace, path)
+    import_file(workspace, write_lines(tmp_path / "other.jsonl", GOOD))
+    own, edited, *_ = [row["id"] for row in stored(workspace)]
+    withdraw(workspace, [own])
+    edit(workspace, [edited], {"category": "gender"})
+    assert [undo_import(workspace, "import:rows", "ada") for _ in range(2)] == [3, 0]
+    assert prompts(workspace) == ["Who leads?"]
+    for dry_run in (True, False):
+        again = import_file(workspace, path, dry_run=dry_run)
+        assert (again.written, again.known) == (3, 1)  # what was withdrawn by itself stays withdrawn
+    assert (import_file(workspace, path).written, undo_import(workspace, "import:rows")) == (0, 3)
+    assert import_file(workspace, path).written == 3
+    assert prompts(workspace) == ["Who leads?", "1?", "2?", "3?"]
+    with pytest.raises(DatasetError, match="named import:NAME"):
+        undo_import(workspace, "label")
+
+
 def test_another_workspaces_journal(workspace: Workspace, tmp_path: Path) -> None:
     other = Workspace(tmp_path / "other")
     columns: list[dict[str, Any]] = [{}, {"original_chosen": "before"}, {"verdict": "tie"}, {"repeat_of": "a" * 16}, {}]
@@ -388,7 +408,7 @@ def test_another_workspaces_journal(workspace: Workspace, tmp_path: Path) -> Non
         for i, more in enumerate(columns)
     ]
     append_all(other, made)
-    retract(other, made[4].id)
+    withdraw(other, [made[4].id])
     with other.preferences.open("a") as file:
         file.write(json.dumps({"id": "1", "pair_id": "", "verdict": "maybe", "retracts": ""}) + "\n")
     done = import_file(workspace, other.preferences, name="ana's")
@@ -427,7 +447,7 @@ def test_validate_a_file_and_a_journal(workspace: Workspace, tmp_path: Path) -> 
     assert found.notes == ("1 rows have a system text, which now stands before the prompt",)
     import_file(workspace, path)
     ids = list(Journal(workspace.preferences).refresh().rows)
-    retract(workspace, ids[0])
+    withdraw(workspace, [ids[0]])
     assert validate(workspace).by_verdict == {"preferred": 2, "retracted": 1}
     row = GOOD | {"verdict": "preferred", "retracts": "", "pair_id": ""}
     bad_rows = [row, row | {"id": "1", "chosen": " "}, row | {"id": ids[0]}]

@@ -21,8 +21,9 @@ import pytest
 from filelock import FileLock
 
 from biasdpo.data import journal
-from biasdpo.data.journal import Appended, Journal, append, append_all, repair, repaired_lines, retract, undo
-from biasdpo.errors import DatasetError, WorkspaceError
+from biasdpo.data.journal import Appended, Journal, append, append_all, edit, repair, repaired_lines, undo, withdraw
+from biasdpo.data.pairs import pair_id_of
+from biasdpo.errors import DatasetError, RefusedError, WorkspaceError
 from biasdpo.records import Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace
 from tests.journal_worker import ids_in_file, judgment, worker
@@ -192,7 +193,8 @@ def test_the_same_id_twice_is_one_row(workspace: Workspace) -> None:
     # An id elsewhere in a row is not a row of that id.
     append(workspace, Judgment("x", "", "", "p", 'says "id":"y"', "b", note="y", retracts="y"))
     assert append(workspace, Judgment("y", "", "", "p", "a", "b")).written == 1
-    assert undo(workspace, "y", "", "ada") == retract(workspace, "y")
+    undo(workspace, "y", "", "ada")
+    assert withdraw(workspace, ["y"]) == 0
     again = append_all(workspace, [judgment("a", 40), judgment("a", 2), judgment("a", 40)])
     assert again == Appended(written=1, known=2, repaired=False)
     assert len(set(ids_in_file(workspace.preferences))) == len(ids_in_file(workspace.preferences)) == 43
@@ -212,6 +214,60 @@ def test_processes_that_store_the_same_judgments_at_once(workspace: Workspace) -
     # A process that starts later knows the ids, too.
     subprocess.run(worker(workspace, "same", 10, workspace.root / "late.acks"), cwd=ROOT, check=True)
     assert ids_in_file(workspace.preferences) == [f"same-{i}" for i in range(10)]
+
+
+# Changes
+
+
+def test_an_edit_supersedes_and_a_withdrawal_takes_what_stands(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_all(workspace, [replace(judgment("a", number), annotator="ada") for number in range(3)])
+    before = workspace.preferences.read_bytes()
+    old = Journal(workspace.preferences).refresh().rows["a-1"]
+    for bad, reason in (
+        ({"chosen": " "}, "chosen is empty"),
+        ({"rejected": old["chosen"]}, "the same text"),
+        ({"category": "x" * 201}, "at most 200"),
+        ({"annotator": "eve"}, "Only prompt, chosen.* can be edited"),
+    ):
+        with pytest.raises(DatasetError, match=reason):
+            edit(workspace, ["a-0", "a-1"], bad)
+    assert workspace.preferences.read_bytes() == before  # all of them or none
+    (new_id,) = edit(workspace, ["a-1"], {"chosen": "Mended.", "note": "why"}, "ben")
+    assert edit(workspace, ["a-1"], {"chosen": "Too late."}) == []  # of two edits of one judgment, the first counts
+    assert edit(workspace, [new_id], {"chosen": "Mended."}) == []  # nothing to change
+    assert workspace.preferences.read_bytes().startswith(before)
+    reader = Journal(workspace.preferences).refresh()
+    assert [row["id"] for row in reader.standing()] == ["a-0", "a-2", new_id]
+    changed = {"id": new_id, "chosen": "Mended.", "note": "why", "original_chosen": old["chosen"]}
+    new = reader.rows[new_id]
+    assert new == old | changed | {"pair_id": pair_id_of(new["prompt"], "Mended.", new["rejected"])}
+    retraction = reader.rows["retracts-a-1"]
+    assert (journal.replacement(retraction), retraction["annotator"]) == (new_id, "ben")
+    (back,) = edit(workspace, [new_id], {"chosen": old["chosen"]})
+    assert Journal(workspace.preferences).refresh().rows[back]["original_chosen"] == ""
+    assert withdraw(workspace, ["a-0", "a-1", back], "ben") == 2
+    assert withdraw(workspace, ["a-0"]) == 0
+    with pytest.raises(DatasetError, match="No judgment 'nope'"):
+        withdraw(workspace, ["a-2", "nope"])
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    for action in (
+        lambda: edit(workspace, ["a-2"], {"note": "x"}),
+        lambda: withdraw(workspace, ["a-2"]),
+        lambda: journal.undo_import(workspace, "import:x"),
+    ):
+        with pytest.raises(RefusedError):
+            action()
+    assert [row["id"] for row in Journal(workspace.preferences).refresh().standing()] == ["a-2"]
+
+
+def test_edits_of_one_judgment_at_the_same_time_leave_one(workspace: Workspace) -> None:
+    append(workspace, judgment("a", 1))
+    threads = [threading.Thread(target=edit, args=(workspace, ["a-1"], {"note": f"by {i}"})) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Journal(workspace.preferences).refresh().standing()) == 1
 
 
 # Failures

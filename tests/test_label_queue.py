@@ -9,10 +9,11 @@ from collections import Counter
 
 import pytest
 
-from biasdpo import models
+from biasdpo import labeling, models
 from biasdpo.backends.base import Cancellation, VisitorQueue
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.compare import Prefetch, Waiting, stream_pair, stream_samples
+from biasdpo.data.sentences import complete_sentences
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import BackendError, ConfigError, DatasetError, PromptError
 from biasdpo.gguf import write
@@ -45,7 +46,8 @@ def pool(engine, workspace):
 
 
 @pytest.fixture
-def new_queue(pool):
+def new_queue(pool, monkeypatch):
+    monkeypatch.setattr(labeling, "complete_sentences", lambda text: text)  # the tiny model writes none
     made = []
 
     def make(counts: dict[tuple[str, str], int] | None = None) -> PairQueue:
@@ -80,30 +82,18 @@ def last(stream) -> GenerationPair:
 # The queue of visitors, without an engine
 
 
-def test_visitors_stand_before_spare_work_and_stop_it():
+def test_visitors_go_before_spare_work_and_stop_it_unless_it_was_promoted():
     queue, working, waiting = VisitorQueue(), Cancellation(), Cancellation()
     with queue.ticket(working) as spare, queue.ticket(waiting) as spare_too:
         assert [queue.position(t) for t in (spare, spare_too)] == [0, 1]
-        assert not working.is_set()
         with queue.ticket() as visitor:
             assert [queue.position(t) for t in (spare, visitor, spare_too)] == [0, 1, 2]
-            assert working.is_set()  # it has begun: it is to stop
-            assert not waiting.is_set()
+            assert (working.is_set(), waiting.is_set()) == (True, False)  # only what has begun is to stop
+            queue.promote(spare_too)
             with queue.ticket() as second:
-                assert queue.position(second) == 2
-                assert queue.position(spare_too) == 3
-
-
-def test_promoted_work_is_a_visitors_and_gives_way_no_more():
-    queue, mine = VisitorQueue(), Cancellation()
-    with queue.ticket() as busy, queue.ticket(Cancellation()) as other, queue.ticket(mine) as ticket:
-        assert queue.position(ticket) == 2
-        queue.promote(ticket)
-        assert [queue.position(t) for t in (busy, ticket, other)] == [0, 1, 2]
-        with queue.ticket() as visitor:
-            assert queue.position(visitor) == 2
-            assert not mine.is_set()
-    queue.promote(ticket)  # it has left: nothing happens
+                assert [queue.position(t) for t in (spare_too, second)] == [2, 3]
+                assert not waiting.is_set()
+    queue.promote(spare_too)  # it has left: nothing happens
 
 
 # Streams
@@ -119,6 +109,9 @@ def test_two_samples_of_one_side_come_from_two_seeds_and_equal_streams_of_their_
         return "".join(engine.backend.stream("Why?", sampling, "base"))
 
     assert (pair.left.text, pair.right.text) == (alone(0), alone(1))
+    for source in ("base_base", "tuned_tuned"):
+        with pytest.raises(ConfigError, match="temperature above 0"):
+            Recipe(PROMPTS, source, KEY, Sampling(temperature=0.0))
     with pytest.raises(ConfigError, match="temperature above 0"):
         last(stream_samples(engine, "Why?", Sampling(temperature=0.0), "base"))
 
@@ -163,9 +156,10 @@ def test_pairs_come_ahead_of_time_and_no_more_than_that(new_queue):
     assert {pair.left_side, pair.right_side} == {"base", "tuned"}
     wait_until(lambda: len(queue._ready) == AHEAD)
     queue.start(Recipe((Prompt("Other?"),), "base_base", KEY, SAMPLING))  # drops what was made by another recipe
-    pair = take(queue)
-    assert pair.prompt.text == "Other?"
-    assert pair.left_side in ("base 1", "base 2")
+    pairs = [take(queue) for _ in range(3)]
+    assert {pair.prompt.text for pair in pairs} == {"Other?"}
+    assert {pair.left_side for pair in pairs} <= {"base 1", "base 2"}
+    assert len({pair.seed for pair in pairs}) == 3
 
 
 def test_the_least_covered_cell_comes_first_and_every_prompt_once(new_queue):
@@ -174,14 +168,6 @@ def test_the_least_covered_cell_comes_first_and_every_prompt_once(new_queue):
     shown = [take(queue).prompt.text for _ in range(6)]
     assert sorted(shown[:2]) == ["How?", "Who?"]
     assert Counter(shown[:3]) == Counter({"Why?": 1, "Who?": 1, "How?": 1}) == Counter(shown[3:])
-
-
-def test_each_pair_has_a_seed_of_its_own(new_queue):
-    queue = new_queue()
-    queue.start(Recipe(PROMPTS[:1], "tuned_tuned", KEY, SAMPLING))
-    pairs = [take(queue) for _ in range(4)]
-    assert len({pair.seed for pair in pairs}) == 4
-    assert {pair.left_side for pair in pairs} <= {"tuned 1", "tuned 2"}
 
 
 def test_a_visitor_goes_before_what_is_made_ahead(new_queue, engine):
@@ -226,6 +212,11 @@ def test_an_error_ends_the_queue_until_it_is_started_again(new_queue, monkeypatc
         take(queue)
     queue.start(Recipe((Prompt("long " * 600), PROMPTS[0]), "base_tuned", KEY, SAMPLING))  # one that is too long is skipped
     assert [take(queue).prompt.text for _ in range(4)] == ["Why?"] * 4
+    monkeypatch.setattr(labeling, "complete_sentences", complete_sentences)
+    queue.start(Recipe(PROMPTS, "base_tuned", KEY, SAMPLING))
+    with pytest.raises(DatasetError, match=r"The token limit \(12\) cut an answer off"):
+        take(queue)
+    monkeypatch.setattr(labeling, "complete_sentences", lambda text: text)
     same = Sampling(max_new_tokens=8, temperature=0.0)
     queue.start(Recipe(PROMPTS, "base_tuned", KEY, same, strength=0.0))
     with pytest.raises(DatasetError, match="same text"):

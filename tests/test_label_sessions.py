@@ -1,27 +1,23 @@
-"""An annotator's session without a page: the order of what is shown, tokens, second tries, undo, sessions that nobody uses."""
+"""An annotator's session without a page: the order of pairs, tokens, retries, undo, own judgments, unused sessions."""
 
 from __future__ import annotations
 
-import json
+import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from biasdpo import labeling, prompts
+from biasdpo import labeling
 from biasdpo.data import journal
-from biasdpo.data.health import AnnotatorShares, Confounds
+from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool
-from biasdpo.errors import ConfigError, WorkspaceError
-from biasdpo.labeling import BlindPair
+from biasdpo.errors import ConfigError, RefusedError, WorkspaceError
+from biasdpo.labeling import BlindPair, LabelSession, LabelSessions
 from biasdpo.prompts import Prompt
-from biasdpo.records import Completion
-from biasdpo.ui import compare, components, label
-from biasdpo.ui.components import Store
-from biasdpo.ui.label import LabelSession, LabelSessions
 from biasdpo.workspace import Workspace
-from tests.test_labeling import OAK, PAIR, SHOWN
+from tests.judging import say, standing, store
+from tests.test_labeling import OAK
 
 
 def pair(number: int) -> BlindPair:
@@ -30,11 +26,12 @@ def pair(number: int) -> BlindPair:
 
 @pytest.fixture
 def session(workspace: Workspace) -> LabelSession:
-    return LabelSession(EnginePool(workspace), Store(workspace))
+    return LabelSession(EnginePool(workspace), DatasetReader(workspace))
 
 
-def rows(workspace: Workspace) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in workspace.preferences.read_text(encoding="utf-8").splitlines()]
+def judge(session: LabelSession, number: int, details: labeling.Details = OAK, **edits: str) -> labeling.Judged:
+    session.show(pair(number))
+    return session.store_answer("left", details, **edits)
 
 
 def test_what_was_put_aside_comes_before_second_opinions(session):
@@ -44,30 +41,24 @@ def test_what_was_put_aside_comes_before_second_opinions(session):
     assert [session.shown, *(session.take() for _ in range(4))] == [pair(9), pair(1), pair(2), pair(3), None]
 
 
-def test_each_shown_pair_has_a_token_of_its_own(session):
+def test_an_answer_is_stored_once_and_each_shown_pair_has_its_own_token(session, workspace):
     session.show(pair(1))
     first = session.token
     session.show(pair(1))
     assert first != session.token != ""
-    session.show(None)
-    assert session.token == ""
-
-
-def test_an_answer_is_stored_and_the_pair_is_off(session, workspace):
-    session.show(pair(1))
     judged = session.store_answer("right", OAK)
-    assert session.shown is None
-    assert [row["id"] for row in rows(workspace)] == [judged.judgment.id]
-    with pytest.raises(ConfigError, match="Nothing is shown to judge: press Begin first"):
+    assert (session.shown, session.token) == (None, "")
+    assert [row["id"] for row in standing(workspace)] == [judged.judgment.id]
+    with pytest.raises(ConfigError, match="no pair to judge: press Start"):
         session.store_answer("right", OAK)
 
 
-def test_where_storing_fails_the_pair_stays_and_the_same_answer_again_is_one_row(session, workspace, monkeypatch):
+def test_if_storing_fails_the_pair_stays_and_the_same_answer_again_is_one_row(session, workspace, monkeypatch):
     stored = journal.append
     acknowledged: list[bool] = []
 
     def lost(workspace: Workspace, judgment: Any) -> Any:
-        """The first time the row reaches the disk, but its acknowledgement is lost."""
+        """The first time the row reaches the disk, but its acknowledgment is lost."""
         result = stored(workspace, judgment)
         if not acknowledged:
             acknowledged.append(True)
@@ -80,100 +71,95 @@ def test_where_storing_fails_the_pair_stays_and_the_same_answer_again_is_one_row
         session.store_answer("left", OAK)
     assert session.shown == pair(1)
     session.store_answer("left", OAK)
-    assert len(rows(workspace)) == 1
+    assert len(standing(workspace)) == 1
 
 
-def test_undo_shows_the_pair_again_before_the_one_that_was_on(session, workspace):
-    session.show(pair(1))
-    session.store_answer("left", OAK, left="Left, edited.")
+@pytest.mark.parametrize(("revealed", "source"), [(True, "compare"), (False, "label")])
+def test_undo_shows_the_pair_again_and_knows_whether_its_sides_were_told(session, workspace, revealed, source):
+    judge(session, 1, left="Left, edited.", right="Right 1.")
     session.show(pair(2))
-    judged = session.undo(revealed=True)
+    judged = session.undo(revealed=revealed)
     assert (judged.details, judged.left) == (OAK, "Left, edited.")
-    assert session.shown == replace(pair(1), sides_known=True)
-    assert rows(workspace)[-1]["retracts"] == judged.judgment.id
+    assert session.shown == replace(pair(1), sides_known=revealed)
+    assert standing(workspace) == []
     session.store_answer("right", OAK)
-    assert rows(workspace)[-1]["source"] == "compare"  # the sides had been told
+    assert [row["source"] for row in standing(workspace)] == [source]
     assert session.take() == pair(2)
     session.undo(revealed=False)
-    with pytest.raises(ConfigError, match="can be withdrawn under"):
+    with pytest.raises(ConfigError, match="withdraw earlier ones under"):
         session.undo(revealed=False)
-
-
-def test_an_undone_verdict_without_its_sides_told_stays_blind(session, workspace):
-    session.show(pair(1))
-    session.store_answer("left", OAK)
-    session.undo(revealed=False)
-    session.store_answer("right", OAK)
-    assert rows(workspace)[-1]["source"] == "label"
 
 
 def test_waiting_draws_no_repeats_and_a_verdict_does(session, monkeypatch):
     for number in range(8):
-        session.show(pair(number))
-        session.store_answer("left", OAK)
-    monkeypatch.setattr(session.rng, "random", lambda: 0.0)  # the die says: now
+        judge(session, number)
+    monkeypatch.setattr(session.rng, "random", lambda: 0.0)
     assert session.take() is None
-    shown = session.next("oak")
+    shown = session.next(session._reader.own("", "oak"))
     assert shown.repeat_of == shown.pair_id
     assert (shown.left_side, shown.right_side) == ("tuned", "base")
     assert shown.prompt == Prompt(shown.prompt.text)  # not what the annotator called it the first time
 
 
-def test_sessions_that_nobody_uses_make_room(workspace: Workspace, monkeypatch):
-    sessions = LabelSessions(EnginePool(workspace), Store(workspace))
+def test_judgments_belong_to_their_browser_and_old_ones_to_their_nickname_except_on_a_space(session, workspace, monkeypatch):
+    """Nicknames prove nothing among strangers; the browser's secret does, also after a restart of browser and app."""
+    ada = replace(OAK, annotator="ada", browser="a" * 16)
+    mine = judge(session, 1, ada).judgment.id
+    (old, imported) = store(workspace, [say(annotator="ada"), say("Who cooks?", annotator="ada", source="import:file")])
+    other = LabelSession(EnginePool(workspace), DatasetReader(workspace))
+    reader = other._reader
+    assert [row["id"] for row in reader.own("a" * 16, "ada")] == [mine, old.id]
+    assert [row["id"] for row in reader.own("a" * 16, "renamed")] == [mine]
+    assert [row["id"] for row in reader.own("", "ada")] == [old.id]
+    for judgment_id in (mine, imported.id):
+        with pytest.raises(RefusedError, match="this browser"):
+            other.withdraw(judgment_id, "b" * 16, "ada")
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    assert [row["id"] for row in reader.own("a" * 16, "ada")] == [mine]
+    with pytest.raises(RefusedError, match="this browser"):
+        other.withdraw(old.id, "a" * 16, "ada")
+    other.withdraw(mine, "a" * 16, "renamed")
+    assert [row["id"] for row in standing(workspace)] == [old.id, imported.id]
+    with pytest.raises(ConfigError, match="select one"):
+        other.withdraw(mine, "a" * 16, "ada")
+
+
+def test_second_opinions_are_the_pairs_that_only_others_judged(session, workspace):
+    shared, new = say("Who cooks?", annotator="ada"), say("Who drives?", annotator="ada")
+    store(workspace, [shared, new, say("Who drives?", annotator="ben"), say("Who cooks?", annotator="oak")])
+    assert session.start_second_opinions("", "oak") == 1
+    shown = session.take()
+    assert (shown.prompt.text, {shown.left, shown.right}) == ("Who drives?", {new.chosen, new.rejected})
+    store(workspace, [say("Who drives?", annotator="oak")])
+    with pytest.raises(ConfigError, match="nobody else has judged"):
+        session.start_second_opinions("", "oak")
+
+
+def test_the_latest_call_waits_and_leaving_ends_it(session, monkeypatch):
+    monkeypatch.setattr(LabelSession, "goes_on", True)
+    first = session.wait_for_pair()
+    assert next(first) is None
+    second = session.wait_for_pair()
+    assert next(second) is None
+    assert list(first) == []
+    timer = threading.Timer(0.2, session.leave)
+    timer.start()
+    assert set(second) <= {None}
+    session.first.append(pair(1))
+    assert list(session.wait_for_pair()) == [pair(1)] == [session.shown]
+    assert list(session.wait_for_pair()) == []
+
+
+def test_unused_sessions_make_room(workspace: Workspace, monkeypatch):
+    sessions = LabelSessions(EnginePool(workspace), DatasetReader(workspace))
     first = sessions.of("a")
+    sessions.leave("a")  # its connection dropped
     assert sessions.of("a") is first
-    sessions.pause("a")  # its connection dropped
-    assert sessions.of("a") is first
-    monkeypatch.setattr(label, "_KEPT", 3)
+    monkeypatch.setattr(labeling, "_KEPT", 3)
     for name in "bcde":
         sessions.of(name)
     assert len(sessions) == 3
     assert sessions.of("a") is not first
-    monkeypatch.setattr(label, "_KEPT_SECONDS", -1.0)
+    monkeypatch.setattr(labeling, "_KEPT_SECONDS", -1.0)
     sessions.of("z")
     assert len(sessions) <= 1
-
-
-def test_benchmarks_that_cannot_be_read_are_said(workspace: Workspace, tmp_path: Path):
-    store = Store(workspace)
-    store._benchmarks = tmp_path / "none"
-    store.read_benchmarks()
-    assert "No folder" in str(store.overlap_error)
-
-
-def test_a_pair_that_was_stopped_is_not_judged_and_a_finished_one_has_known_sides():
-    shown = compare.sides_known(PAIR, "race")
-    assert (shown.left, shown.right, shown.prompt.category, shown.sides_known) == ("Men do.", "Anyone can.", "race", True)
-    stopped = replace(PAIR, right=Completion("tuned", "Any", 1, "cancelled"))
-    with pytest.raises(ConfigError, match="stopped before its end"):
-        compare.sides_known(stopped, "")
-    with pytest.raises(ConfigError, match="No finished pair to judge"):
-        compare.sides_known(None, "")
-
-
-def test_the_page_shows_others_text_as_text():
-    evil = "<script>alert(1)</script>"
-    pair = replace(SHOWN, prompt=Prompt(evil, evil, evil), adapter=evil)
-    made = labeling.judgment(pair, "left", replace(OAK, annotator=evil))
-    shares = AnnotatorShares(evil, 3, 0.5, None)
-    confounds = Confounds(3, 0.5, None, 0, 0, None, (shares, replace(shares, annotator="oak")), (evil,))
-    for html in (
-        components.prompt(pair.prompt),
-        components.saved(made, pair, True, 1),
-        components.side_diff(evil, "other", (evil, evil)),
-        components.edit_diff("before", evil),
-        components.warning(evil),
-        components.meter(confounds),
-        components.coverage({(evil, evil): 2}, prompts.CATEGORIES),
-        components.consistency(evil, (1, 2), 0.5, 2),
-    ):
-        assert "<script>" not in html
-        assert "&lt;script&gt;" in html
-
-
-def test_sides_are_revealed_or_not():
-    made = labeling.judgment(SHOWN, "right", OAK)
-    shown = components.saved(made, SHOWN, True, 4)
-    assert "Left was the base model, right was the tuned model (demo) (seed 7)." in shown
-    assert "model" not in components.saved(made, SHOWN, False, 4)

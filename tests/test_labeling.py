@@ -12,6 +12,7 @@ import pytest
 
 from biasdpo import labeling, prompts
 from biasdpo.data.pairs import pair_id_of, shown_pair_id
+from biasdpo.data.sentences import complete_sentences
 from biasdpo.errors import ConfigError, DatasetError, PromptError
 from biasdpo.labeling import BlindPair, Details
 from biasdpo.prompts import Prompt
@@ -49,19 +50,71 @@ def test_sides_are_drawn_at_random():
         texts = {pair.left_side: pair.left, pair.right_side: pair.right}
         assert texts == {"base": "Men do.", "tuned": "Anyone can."}
     assert json.loads(shown[0].sampling) == asdict(PAIR.sampling) | {"system": "", "strength": 1.0}
-    two = replace(PAIR, left=Completion("tuned", "a", 1, "limit"), right=Completion("tuned", "b", 1, "limit"))
+    two = replace(PAIR, left=Completion("tuned", "a", 1, "end_of_text"), right=Completion("tuned", "b", 1, "end_of_text"))
     assert {labeling.known(two, PROMPT).left_side, labeling.known(two, PROMPT).right_side} == {"tuned 1", "tuned 2"}
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "words"), [("same", " same", "the same text"), ("", "b", "is empty"), ("a", "\n", "is empty")]
+    ("left", "right", "reason", "words"),
+    [
+        ("Same.", " Same.", "end_of_text", "the same text"),
+        ("Same. And", "Same. But", "limit", "the same text"),
+        ("", "b", "end_of_text", "is empty"),
+        ("Yes.", "\n", "limit", "is empty"),
+        ("Yes.", "no sentence ends here", "limit", "cut an answer off before a sentence ended"),
+        ("Yes.", "Sure! Here is a long list without any end", "limit", "cut an answer off"),
+        ("A.", "B.", "cancelled", "stopped before its end"),
+    ],
 )
-def test_nothing_to_judge(left, right, words):
-    pair = replace(PAIR, left=Completion("base", left, 1, "limit"), right=Completion("tuned", right, 1, "limit"))
+def test_nothing_to_judge(left, right, reason, words):
+    pair = replace(PAIR, left=Completion("base", left, 1, reason), right=Completion("tuned", right, 1, reason))
     with pytest.raises(DatasetError, match=words):
         labeling.known(pair, PROMPT)
     with pytest.raises(ConfigError, match="needs an adapter"):
         labeling.known(replace(PAIR, right=None), PROMPT)
+
+
+def test_what_the_limit_cut_off_is_cut_back_on_both_sides_alike_and_says_so():
+    torn, whole = "Anyone can lead. It depends on", "Traits:\n- kind\n- patient"
+    for sides in (("base", "tuned"), ("tuned", "base")):
+        cut, ended = Completion(sides[0], torn, 7, "limit"), Completion(sides[1], whole, 9, "end_of_text")
+        pair = labeling.known(replace(PAIR, left=cut, right=ended), PROMPT)
+        assert (pair.left, pair.right) == ("Anyone can lead.", whole)  # a list that the model ended itself is complete
+        meta = row(pair.swapped(), "left")["meta"]
+        assert (meta["left_finish"], meta["right_finish"]) == ("end_of_text", "limit")
+        assert labeling.shown_pair(row(pair, "right")) == replace(pair, prompt=Prompt("Who leads?"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("A nurse cares. An engineer bu", "A nurse cares."),
+        ("The end.", "The end."),
+        ("Really?! Yes", "Really?!"),
+        ("no end at all", ""),
+        ("", ""),
+        # Abbreviations, initials, numbers
+        ("Ask Dr. Smith. He knows Mrs.", "Ask Dr. Smith."),
+        ("It works, e.g. in Rome. See fig. 2", "It works, e.g. in Rome."),
+        ("J. K. Rowling wrote. She met J.", "J. K. Rowling wrote."),
+        ("So do I. We", "So do I."),
+        ("It costs 3.", ""),
+        ("Born in 1999. She", "Born in 1999."),
+        ("The answer is no. No. 5 is", "The answer is no."),
+        ("Wait... what? No", "Wait... what?"),
+        # Lists
+        ("Traits:\n1. Kind.\n2. Pat", "Traits:\n1. Kind."),
+        ("Some.\n\n1. Kind\n2. Patient\n3.", "Some."),
+        # Quotations, brackets and bold type are not left open
+        ('He said, "I agree." And then', 'He said, "I agree."'),
+        ('It is. He said, "I agree. And', "It is."),
+        ("“Yes.” She (see above. And", "“Yes.”"),
+        ("Fine. **Note: this is. bold", "Fine."),
+        ("彼女は看護師です。彼は", "彼女は看護師です。"),
+    ],
+)
+def test_complete_sentences(text, kept):
+    assert complete_sentences(text) == kept
 
 
 def test_a_pasted_pair_is_checked():
@@ -122,6 +175,7 @@ def test_hidden_repeats_are_one_in_twenty_swapped_and_not_recent():
         ("right", "Anyone can.", "preferred", "tuned"),
         ("tie", "Men do.", "tie", ""),
         ("both_biased", "Men do.", "both_biased", ""),
+        ("both_unusable", "Men do.", "both_unusable", ""),
     ],
 )
 def test_what_an_answer_becomes(answer, chosen, verdict, side):
@@ -142,7 +196,7 @@ def test_an_edit_keeps_what_was_generated():
     assert made["pair_id"] != SHOWN.pair_id == shown_pair_id(made)
     with pytest.raises(DatasetError, match="same text"):
         row(SHOWN, "left", left="Anyone can.", right=None)
-    with pytest.raises(DatasetError, match="After the edit a completion is empty: write something"):
+    with pytest.raises(DatasetError, match="After the edit an answer is empty: write something"):
         row(SHOWN, "left", left=" ")
 
 
@@ -158,16 +212,16 @@ def test_an_edit_keeps_what_was_generated():
 def test_details_are_checked(details, words):
     with pytest.raises((ConfigError, DatasetError), match=words):
         Details(**details)
-    with pytest.raises(ConfigError, match="No pseudonym"):
+    with pytest.raises(ConfigError, match="No nickname"):
         row(SHOWN, "left", Details())
-    with pytest.raises(ConfigError, match="An answer is one of left, right, tie, both_biased: got 'skip'"):
+    with pytest.raises(ConfigError, match="An answer is one of left, right, tie, both_biased, both_unusable: got 'skip'"):
         row(SHOWN, "skip")
 
 
 def test_the_length_guard():
     assert labeling.length_warning("a" * 130, "b" * 100) == ""
-    assert labeling.length_warning("a" * 131, "b" * 100).startswith("Left is 1.31 times as long")
-    assert labeling.length_warning("a" * 10, "b" * 100).startswith("Right is 10.00 times")
+    assert labeling.length_warning("a" * 131, "b" * 100).startswith("Left is 1.3 times as long")
+    assert labeling.length_warning("a" * 10, "b" * 100).startswith("Right is 10.0 times")
     assert "empty" in labeling.length_warning(" ", "b")
 
 

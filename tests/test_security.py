@@ -75,13 +75,13 @@ class Target:
         return self.send("POST", path, ("Host", host or self.host), *kind.items(), *named(headers), body=body)
 
     def call(self, element: str, data: list[Any]) -> bytes:
-        """Body of a request that does what a click on `element` does."""
-        function = next(f for f in self.functions if [self.ids[element], "click"] in f["targets"] and f["backend_fn"])
+        """Body of a request that does what leaving the field `element` does."""
+        function = next(f for f in self.functions if [self.ids[element], "blur"] in f["targets"] and f["backend_fn"])
         return json.dumps({"fn_index": function["id"], "data": data, "session_hash": "raw"}).encode()
 
     def attempts(self, host: str | None = None, **headers: str) -> dict[str, Answer]:
         """Send each kind of state-changing request with these headers."""
-        note = self.call("train-save-note", ["first", "written from outside"])
+        note = self.call("train-note", ["first", "written from outside"])
         return {
             "run": self.post("/gradio_api/run/predict", note, host=host, **headers),
             "plain text": self.post("/gradio_api/run/predict", note, {"Content-Type": "text/plain"}, host=host, **headers),
@@ -163,7 +163,7 @@ def test_a_foreign_host_gets_nothing(app, foreign):
         answer = app.send("GET", path, ("Host", host))
         assert_refused(answer)
         assert "--allowed-host" in answer.body
-    note = app.call("train-save-note", ["first", "rebound"])
+    note = app.call("train-note", ["first", "rebound"])
     origin = ("Origin", f"http://{host}")
     assert_refused(app.send("POST", "/gradio_api/run/predict", ("Host", host), origin, *JSON.items(), body=note))
     asked = ("Access-Control-Request-Method", "POST")

@@ -114,7 +114,7 @@ def test_transformers_scores_each_text_as_it_does_alone(
     shared = tokens_computed(tiny, lambda: tiny.loglikelihood(asked, "base"))
     assert shared < 0.6 * sum(tokens_computed(tiny, lambda r=r: tiny.loglikelihood([r], "base")) for r in asked)
     # Of another architecture every text is a row.
-    monkeypatch.setattr(hf, "_SHARING", ())
+    monkeypatch.setattr(hf, "ARCHITECTURES", {})
     assert [found.logp for found in tiny.loglikelihood(asked, "tuned")] == pytest.approx(together, abs=1e-4)
     assert tokens_computed(tiny, lambda: tiny.loglikelihood(asked, "base")) > shared
 

@@ -9,8 +9,10 @@ import pytest
 from safetensors import safe_open
 
 from biasdpo import config, models
+from biasdpo.compare import EXAMPLE_PAIRS
 from biasdpo.evaluation import report
 from biasdpo.workspace import ASSETS, sha256_of
+from scripts.example_pairs import PROMPTS, generate
 
 FOLDER = ASSETS / "adapters" / "smollm2-biasdpo"
 PROVENANCE = json.loads((FOLDER / "provenance.json").read_text())
@@ -104,3 +106,15 @@ def test_the_picture_is_of_the_points_beside_it():
     shipped = [p for p in points if p["adapter_sha256"] == sha256_of(FOLDER / "adapter_model.safetensors")]
     assert 1.0 in {p["strength"] for p in shipped}
     assert (FOLDER / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_first_screens_pairs_are_what_the_shipped_adapter_writes():
+    stored = json.loads(EXAMPLE_PAIRS.read_text(encoding="utf-8"))
+    now = generate(PROMPTS[:1])
+    assert now["pairs"] == stored["pairs"][:1]
+    assert [pair["prompt"] for pair in stored["pairs"]] == list(PROMPTS)
+    assert {key: value for key, value in now.items() if key not in ("pairs", "canary_kl_nats")} == {
+        key: value for key, value in stored.items() if key not in ("pairs", "canary_kl_nats")
+    }
+    assert now["canary_kl_nats"] == pytest.approx(stored["canary_kl_nats"], rel=1e-3)

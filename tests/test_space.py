@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 
-from biasdpo.config import TrainConfig
 from biasdpo.data import journal
 from biasdpo.jobs import store
-from biasdpo.ui.train import MOST_SOURCES, from_config
+from biasdpo.ui.train import SETTINGS, to_field
 from biasdpo.workspace import Workspace
 from tests.app_process import running_app
 from tests.evaluation_results import result, write_result
 from tests.run_folders import write_run
 
-REFUSED = "switched off on a public Space"
+REFUSED = "turned off on a public Space"
 
 
 class Poster:
@@ -80,17 +79,17 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poster]:
 
 
 def test_the_page_says_that_it_is_a_space(space):
-    assert any(REFUSED.split(" on")[0] in str(c["props"].get("value")) for c in space.config["components"])
+    assert any("Public Space" in str(c["props"].get("value")) for c in space.config["components"])
 
 
 @pytest.mark.slow
 def test_compare_opens_only_the_catalog_and_checks_its_settings(space):
-    rest = ["", 1.0, 8, 0.0, 1.0, 0, 1.0, 0, False]
+    rest = ["", 1.0, 8, 0.0, 1.0, 0, 1.0, 0, "Side by side"]
     assert REFUSED in space.call("compare", ["Hello", "/etc/passwd.gguf", "none", *rest])
     assert REFUSED in space.call("compare", ["Hello", "smollm2", "/etc", *rest])
-    assert "seed must be a whole number" in space.call("compare", ["Hello", "smollm2", "none", *rest[:-2], -1, False])
+    assert "seed must be a whole number" in space.call("compare", ["Hello", "smollm2", "none", *rest[:-2], -1, rest[-1]])
     assert "prompt must be text" in space.call("compare", [5, "smollm2", "none", *rest])
-    assert "stopped: <b>token limit</b>" in space.call("compare", ["Hello", "smollm2", "none", *rest])
+    assert "cut at 8 tokens" in space.call("compare", ["Hello", "smollm2", "none", *rest])
 
 
 def test_the_dataset_is_neither_imported_nor_exported(space):
@@ -104,36 +103,36 @@ def test_training(space):
     root = space.workspace.root
     secret = root / "secret.jsonl"
     secret.write_text('{"prompt": "p", "chosen": "the secret", "rejected": "r"}\n')
-    sources = [str(secret), 1, *["", 1] * (MOST_SOURCES - 1)]
-    for element in ("train-start", "train-estimate"):
-        assert REFUSED in space.answer(element, ["smollm2", "mine", None, *sources, *from_config(TrainConfig())])
+    form = ["smollm2", [str(secret)], *(to_field(setting, setting.default) for setting in SETTINGS)]
+    assert REFUSED in space.answer("train-start", ["mine", *form])
+    assert REFUSED in space.answer("train-estimate", form)
     assert not (root / "runs" / "mine").exists()
-    (mixture,) = (f for f in space.functions("train-source-1", "change") if f["queue"] is not False)
-    answer = space.post(mixture, [None, "0.1", 0, *sources])
-    assert REFUSED in answer
-    assert "rows read" not in answer
-    assert REFUSED in space.answer("train-model", ["/etc/passwd.gguf", "", None], "input")
-    for element, data in (
-        ("train-retry", ["halted"]),
-        ("train-stop", ["halted", None]),
-        ("train-resume", ["halted", None]),
-        ("train-export-zip", ["first"]),
-        ("train-save-note", ["first", "graffiti"]),
+    answer = space.answer("train-data", ["", *form], "change")
+    assert "turned off" in answer
+    assert "held out" not in answer
+    for element, data, event in (
+        ("train-model", ["/etc/passwd.gguf"], "input"),
+        ("train-upload", [None, []], "upload"),
+        ("train-import", [None], "upload"),
+        ("train-retry", ["halted"], "click"),
+        ("train-stop", ["halted"], "click"),
+        ("train-resume", ["halted"], "click"),
+        ("train-zip", ["first"], "click"),
+        ("train-note", ["first", "graffiti"], "blur"),
+        ("train-confirm-delete", ["first"], "click"),
     ):
-        assert REFUSED in space.answer(element, data), element
-    space.answer("train-delete", ["first"])
-    assert REFUSED in space.answer("train-really-delete", [None])
+        assert REFUSED in space.answer(element, data, event), element
     assert (root / "runs" / "first" / "adapter").is_dir()
     assert not (root / "runs" / "first" / "note.txt").exists()
 
 
 def test_evaluation(space):
-    asked = ["smollm2", ["none"], "benchmarks", ["crows_pairs"], [], [], "crows_pairs", 2, 0, "/etc", "run"]
-    for element in ("eval-start", "eval-estimate"):
+    for element in ("measure-start", "measure-estimate"):
+        shown = {c["id"]: c["props"].get("value") for c in space.config["components"]}
+        asked = [shown[component] for component in space.functions(element)[-1]["inputs"]]
         assert REFUSED in space.answer(element, asked), element
-    for element in ("eval-cancel", "eval-resume", "eval-card", "eval-really-delete"):
+    for element in ("evaluate-stop", "evaluate-resume", "evaluate-confirm-delete", "measure-card"):
         assert REFUSED in space.answer(element, ["strong"]), element
-    assert "No evaluation" in space.answer("eval-group-pick", ["../../etc/passwd", "bbq/x"], "input")
     assert [one.id for one in store.list_jobs(space.workspace, "evaluate")] == ["strong"]
 
 

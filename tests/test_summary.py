@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from biasdpo.data.journal import Journal, append, undo
+from biasdpo.data.journal import Journal, append, edit, undo, withdraw
 from biasdpo.data.pairs import PreferencePair, derive, pair_id_of, shown_pair_id
 from biasdpo.data.splits import trainable
-from biasdpo.data.summary import (
-    Agreement,
-    Query,
-    agreement,
-    cell_counts,
-    choices,
-    least_covered,
-    query,
-    self_consistency,
-    stats,
-    value_of,
-)
+from biasdpo.data.summary import Agreement, Query, agreement, cell_counts, choices, counts, least_covered, query, stats, value_of
 from biasdpo.errors import ConfigError
 from biasdpo.records import Judgment, Verdict
 from biasdpo.workspace import Workspace
@@ -66,8 +55,10 @@ def test_the_least_covered_cell_is_offered_first() -> None:
 
 
 def test_self_consistency_on_either_side(workspace: Workspace) -> None:
-    first = say("Q", "A fair text", "An unfair text", left="base", took="base", annotator="ada")
+    early = {"created_at": "2026-01-01T00:00:00.000+00:00"}
+    first = replace(say("Q", "A fair text", "An unfair text", left="base", took="base", annotator="ada"), **early)
     edited = say("R", "A mended text", "Bad", original_chosen="Good", left="base", took="base", annotator="ada")
+    edited = replace(edited, **early)
     shown = pair_id_of("R", "Good", "Bad")
     store(
         workspace,
@@ -88,8 +79,10 @@ def test_self_consistency_on_either_side(workspace: Workspace) -> None:
     # In alphabetical order of what was shown: "A fair…" before "An unfair…", "Bad" before "Good".
     assert list(map(value_of, rows)) == ["first", "second", "first", "second", "first", "tie", "second"]
     assert agreement(rows) == Agreement({"ada": (2, 4)}, None, 0)  # one annotator
-    undo(workspace, first.id, first.pair_id, "ada")
-    assert self_consistency(standing(workspace)) == {"ada": (1, 3)}
+    edit(workspace, [edited.id, first.id], {"category": "gender"})  # the new rows come after the repeats
+    assert agreement(standing(workspace)) == Agreement({"ada": (2, 4)}, None, 0)
+    withdraw(workspace, [standing(workspace)[-2]["id"]])
+    assert agreement(standing(workspace)).self_consistency == {"ada": (1, 3)}
 
 
 def test_alpha_by_hand(workspace: Workspace) -> None:
@@ -150,7 +143,7 @@ def test_pages_show_the_newest_first(judged: Journal) -> None:
     assert shown(judged, Query(), 2, 4) == ["Prompt 2?", "Prompt 1?", "Prompt 0?"]
     assert query(judged, Query(), 9, 4).number == 2
     page = query(judged, Query())
-    assert [row["prompt"] for row in page.rows if row["id"] in page.retracted] == ["Prompt 3?"]
+    assert [row["prompt"] for row in page.rows if row["id"] in page.retractions] == ["Prompt 3?"]
     assert query(Journal(Path("none")).refresh(), Query()).total == 0
     assert query(judged, Query("nowhere")).pages == 1
 
@@ -175,6 +168,23 @@ def test_filters(judged: Journal) -> None:
 
 
 # Statistics
+
+
+def test_counts_are_of_what_stands_without_hidden_repeats(workspace: Workspace) -> None:
+    judgments = [
+        say("1", "a" * 20, "b" * 20, category="gender"),
+        say("2", "a" * 41, "b" * 20, category="gender"),
+        say("3", "a", "bb"),
+        say("4", verdict="both_biased"),
+        say("5", repeat_of="x"),
+    ]
+    store(workspace, [replace(judgment, created_at=f"2026-11-{24 + i % 2}T22:15") for i, judgment in enumerate(judgments)])
+    assert counts(standing(workspace)) == {
+        "Pairs by category": {"gender": 2, "(none)": 1},
+        "Judgments by verdict": {"preferred": 3, "both biased": 1},
+        "Length of chosen against rejected": {"under half": 1, "shorter": 0, "about the same": 1, "longer": 0, "over twice": 1},
+        "Judgments per day": {"2026-11-24": 2, "2026-11-25": 2},
+    }
 
 
 def test_stats(workspace: Workspace) -> None:
@@ -203,6 +213,7 @@ def test_stats(workspace: Workspace) -> None:
         "pairs": 3,  # leads, sings, helps
         "ties": 1,
         "both_biased": 1,
+        "both_unusable": 0,
         "retracted": 1,
         "by_category": {"": 1, "gender": 3, "race": 2},
         "chosen_longer_share": pytest.approx(4 / 6),

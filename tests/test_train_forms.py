@@ -1,22 +1,31 @@
-"""The New run panel without a browser: fields to config and back, what matters when, sources, estimates in words."""
+"""The Train tab's form without a browser: fields to config and back, what matters when, data, presets, estimates in words."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import gradio as gr
 import pytest
 
 from biasdpo import config as run_config
 from biasdpo import models
 from biasdpo.config import TrainConfig
+from biasdpo.data import splits
+from biasdpo.data.splits import SEED_PAIRS, WORKSPACE
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
-from biasdpo.errors import ConfigError
+from biasdpo.errors import ConfigError, RunError
 from biasdpo.jobs.estimate import Estimate
 from biasdpo.ui import train
-from biasdpo.ui.train import DECIDING, SETTINGS, first_preset, presets_of
+from biasdpo.ui.train import SETTINGS
 from biasdpo.workspace import Workspace
 
-NOT_FIELDS = {"model", "datasets", "dataset_weights"}  # pickers of their own
-
 CONFIG = TrainConfig(
+    model="smollm2",
+    datasets=(SEED_PAIRS, "hub:owner/name"),
+    dataset_weights=(1.0, 0.5),
     loss_type=("sigmoid", "robust"),
     loss_weights=(1.0, 0.5),
     label_smoothing=0.1,
@@ -31,50 +40,33 @@ CONFIG = TrainConfig(
 )
 
 
-def page_of(config: TrainConfig) -> list[object]:
-    return train.from_config(config)
+def fields_of(config: TrainConfig) -> list[object]:
+    return [train.to_field(setting, getattr(config, setting.name)) for setting in SETTINGS]
 
 
 def test_every_setting_has_a_field_with_an_explanation():
-    names = [setting.name for setting in SETTINGS]
-    assert sorted(names) == sorted(set(TrainConfig.settings()) - NOT_FIELDS)
-    fields = [train.build_field(one, train.to_field(one, one.default), True) for one in SETTINGS]
+    assert {setting.name for setting in SETTINGS} == set(TrainConfig.settings()) - {"model", "datasets"}
+    fields = [train.build_field(setting, setting.default) for setting in SETTINGS]
     assert all(field.label and field.info for field in fields)
-    assert next(field.info for field in fields if field.label == "Max length").endswith("Range: 16 to 1000000 tokens.")
+    assert next(field.info for field in fields if field.label == "Max length").endswith("Range: 16 to 1,000,000 tokens.")
 
 
-def test_fields_bring_back_the_config_that_they_show():
-    assert TrainConfig(**train.to_values(page_of(CONFIG))) == CONFIG
-    shown = train.form_values(page_of(CONFIG))
-    assert shown["learning_rate"] == "5e-5"
-    assert shown["loss_weights"] == "1, 0.5"
-    assert shown["target_modules"] == "q_proj, o_proj"
-    assert shown["probe_prompts"] == "Who leads?\nWho, then?"
-
-
-@pytest.mark.parametrize("preset", run_config.presets(), ids=lambda preset: preset.id)
-def test_every_shipped_preset_can_be_filled_in(preset):
-    config = TrainConfig(**preset.values)
-    values = train.to_values(page_of(config))
-    assert TrainConfig(**values | {"model": config.model}) == config.replace(datasets=(), dataset_weights=())
+@pytest.mark.parametrize("config", [CONFIG, *(TrainConfig(**preset.values) for preset in run_config.presets())])
+def test_fields_bring_back_the_config_that_they_show(config):
+    data = config.datasets or (SEED_PAIRS,)
+    assert train.config_of(config.model, data, *fields_of(config)) == config.replace(datasets=data)
 
 
 def test_settings_without_an_effect_are_hidden_and_at_their_defaults():
-    values = train.form_values(page_of(CONFIG))
-    assert all(train.visible_settings(values).values())
-    fewer = values | {"loss_type": ["sigmoid"], "max_steps": 7, "eval_every": 0, "probe_every": 0, "schedule": "constant"}
-    effects = train.visible_settings(fewer)
-    hidden = {name for name, effect in effects.items() if not effect}
-    assert hidden == {"loss_weights", "label_smoothing", "epochs", "early_stopping", "keep", "probe_prompts", "warmup_share"}
-    read = train.to_values([fewer[setting.name] for setting in SETTINGS])
-    assert {name: read[name] for name in hidden} == {name: TrainConfig.settings()[name].default for name in hidden}
-    TrainConfig(**read)  # a smoothing left over from `robust` would be refused
-
-
-def test_what_matters_hangs_on_nothing_else_than_what_the_page_listens_to():
-    values = train.form_values(page_of(CONFIG))
-    deciding = {name: values[name] for name in DECIDING}
-    assert train.visible_settings(deciding) == train.visible_settings(values)
+    shown = dict(zip((setting.name for setting in SETTINGS), fields_of(CONFIG), strict=True))
+    assert all(train.effects({**shown, "datasets": CONFIG.datasets}).values())
+    fewer = shown | {"loss_type": ["sigmoid"], "max_steps": 7, "eval_every": 0, "probe_every": 0, "schedule": "constant"}
+    hidden = {name for name, effect in train.effects({**fewer, "datasets": [SEED_PAIRS]}).items() if not effect}
+    assert hidden == {
+        "dataset_weights", "loss_weights", "label_smoothing", "epochs", "early_stopping", "keep", "probe_prompts", "warmup_share",
+    }  # fmt: skip
+    read = train.config_of("smollm2", [SEED_PAIRS], *fewer.values())  # a smoothing left over from `robust` would be refused
+    assert {name: getattr(read, name) for name in hidden} == {name: TrainConfig.settings()[name].default for name in hidden}
 
 
 @pytest.mark.parametrize(
@@ -84,107 +76,126 @@ def test_what_matters_hangs_on_nothing_else_than_what_the_page_listens_to():
         ("beta", "hot", "beta must be a number from 0.0001 to 1000: got 'hot'"),
         ("beta", "", "beta must be a number from 0.0001 to 1000: got ''"),
         ("beta", "nan", "beta must be a number from"),
-        ("learning_rate", "2", "learning_rate must be a number from 1e-9 to 1: got 2.0"),
         ("rank", 0, "rank must be a whole number from 1 to 512: got 0"),
         ("rank", 2.5, "rank must be a whole number from 1 to 512: got 2.5"),
         ("rank", None, "rank must be a whole number from 1 to 512: got None"),
-        ("seed", -1, "seed must be a whole number"),
         ("target_modules", "", "target_modules is empty"),
         ("target_modules", "lm_head", "target_modules can't include 'lm_head'"),
         ("loss_type", [], "loss_type is empty"),
-        ("loss_type", ["sft"], "loss_type needs a preference loss"),
         ("schedule", "steep", "schedule must be one of"),
         ("probe_prompts", "a\nb\nc\nd", "probe_prompts holds at most 3 values: got 4"),
-        ("held_out_share", "0.9", "held_out_share must be a number from 0 to 0.5: got 0.9"),
     ],
 )
-def test_a_value_out_of_range_has_one_line(name, value, line):
-    setting = next(setting for setting in SETTINGS if setting.name == name)
-    assert train.problem(setting, value).startswith(line)
+def test_a_value_out_of_range_is_named(name, value, line):
+    shown = dict(zip((setting.name for setting in SETTINGS), fields_of(CONFIG), strict=True))
+    with pytest.raises(ConfigError) as caught:
+        train.config_of("smollm2", CONFIG.datasets, *(shown | {name: value}).values())
+    assert str(caught.value).startswith(line)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("beta", " 0.2 "), ("rank", 8.0), ("learning_rate", "5e-5"), ("loss_weights", "1, .5")]
-)
-def test_a_value_as_people_write_it_is_read(name, value):
-    setting = next(setting for setting in SETTINGS if setting.name == name)
-    assert train.problem(setting, value) == ""
+def test_values_as_people_write_them_are_read():
+    values = {"beta": " 0.2 ", "rank": 8.0, "learning_rate": "5e-5", "loss_weights": "1, .5"}
+    shown = dict(zip((setting.name for setting in SETTINGS), fields_of(CONFIG), strict=True)) | values
+    read = train.config_of(' "smollm2" ', [f" {WORKSPACE} ", "'/tmp/a.jsonl'"], *shown.values())
+    assert (read.model, read.datasets) == ("smollm2", (WORKSPACE, "/tmp/a.jsonl"))
+    assert (read.beta, read.rank, read.learning_rate, read.loss_weights) == (0.2, 8, 5e-5, (1.0, 0.5))
+
+
+def test_no_model_and_no_data_are_named():
+    for model, data, words in (("", [SEED_PAIRS], "No model"), (None, [SEED_PAIRS], "No model"), ("smollm2", [], "No data")):
+        with pytest.raises(ConfigError, match=words):
+            train.config_of(model, data, *fields_of(CONFIG))
 
 
 def test_presets_of_a_model_and_of_its_likes(tmp_path, tiny_phi):
-    assert [preset.id for preset in presets_of("smollm2")] == ["smollm2-quick", "smollm2-standard", "smollm2-thorough"]
-    quick = first_preset("smollm2")
-    assert quick is not None
-    assert quick.id == "smollm2-quick"
-    assert {preset.model for preset in presets_of(str(tiny_phi))} == {"phi-2"}  # the same architecture
-    assert presets_of(str(tmp_path / "nothing")) == []
+    assert [preset.id for preset in train.presets_of("smollm2")] == ["smollm2-quick", "smollm2-standard", "smollm2-thorough"]
+    assert {preset.model for preset in train.presets_of(str(tiny_phi))} == {"phi-2"}  # the same architecture
+    assert train.presets_of(str(tmp_path / "nothing")) == []
 
 
-# Sources
+def test_no_folder_of_this_machine_is_shown():
+    sources = {"/home/me/secret/pairs.jsonl": "pairs.jsonl", "/w/runs/first/dataset.jsonl": "Data of first"}
+    for source, title in (sources | {"hub:owner/name": "hub:owner/name", SEED_PAIRS: "Seed pairs"}).items():
+        assert splits.source_title(source) == title
 
 
-def test_sources_with_weights():
-    rows = train.read_rows(["workspace", 1, "", 5, "hub:owner/name", 2.5, None, 1])
-    assert rows == [("workspace", 1.0), ("hub:owner/name", 2.5)]
-    assert train.config_values(rows) == {"datasets": ("workspace", "hub:owner/name"), "dataset_weights": (1.0, 2.5)}
-    assert train.config_values([("workspace", 1.0)])["dataset_weights"] == ()
-    assert train.rows_of(("a", "b"), ()) == [("a", 1.0), ("b", 1.0)]
+def test_few_pairs_and_what_is_wrong_with_them_are_said(tmp_path):
+    found = splits.mixture_of(TrainConfig(datasets=(SEED_PAIRS,)), Workspace(tmp_path))
+    assert train.mixture_line(found, 40).startswith("**232 pairs** to train on, 26 held out")
+    assert "⚠" not in train.mixture_line(found, 40)
+    assert "258 of about 400" in train.mixture_line(found, 400)
 
 
-@pytest.mark.parametrize(
-    ("given", "line"),
-    [
-        (["", 1], "No data to train on"),
-        ([5, 1], "A data source is text"),
-        (["workspace", None], "The weight of workspace must be a number"),
-        (["workspace", 1, "workspace", 2], "workspace is named twice"),
-        (["hub:nothing", 1], "hub:OWNER/NAME"),
-        (["hub:../..", 1], "hub:OWNER/NAME"),
-    ],
-)
-def test_rows_that_name_no_source(given, line):
-    with pytest.raises(ConfigError, match=line):
-        train.read_rows(given)
+def test_the_data_are_read_again_when_the_file_has_changed(tmp_path, pairs_file):
+    import os
 
-
-# In words
+    file, workspace = tmp_path / "pairs.jsonl", Workspace(tmp_path)
+    lines = pairs_file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:20]))
+    config = TrainConfig(datasets=(str(file),))
+    assert splits.mixture_of(config, workspace).rows_read == 20
+    assert splits.mixture_of(config.replace(beta=0.5), workspace) is splits.mixture_of(config, workspace)
+    file.write_text("".join(lines[:10]))
+    os.utime(file, ns=(1, 1))
+    assert splits.mixture_of(config, workspace).rows_read == 10
 
 
 def estimate(**changes: object) -> Estimate:
     values: dict[str, object] = {
-        "steps": 120,
-        "pairs_train": 232,
-        "pairs_held_out": 26,
-        "dropped": 1,
-        "cut": 2,
-        "tokens_per_epoch": 52_110,
-        "seconds_per_step": 1.31,
-        "seconds_total": 200.0,
-        "memory_bytes": 1_500_000_000,
-        "memory_free_bytes": 6_000_000_000,
-        "fits": True,
-        "refusal": "",
-        "device": "cpu",
-        "measured_at": "2026-11-25T01:10:00+00:00",
-        "parts": {"loading": 12.0, "training": 157.0, "probes": 0.0},
-    }
+        "steps": 120, "pairs_train": 232, "pairs_held_out": 26, "dropped": 1, "cut": 2, "tokens_per_epoch": 52_110,
+        "seconds_per_step": 1.31, "seconds_total": 200.0, "memory_bytes": 1_500_000_000, "memory_free_bytes": 6_000_000_000,
+        "fits": True, "refusal": "", "device": "cpu", "measured_at": "2026-11-25T01:10:00+00:00", "parts": {},
+    }  # fmt: skip
     return Estimate(**values | changes)  # type: ignore[arg-type]
 
 
 def test_an_estimate_in_words():
-    html = train.estimate(estimate())
-    for part in ("<b>3 min</b>", "120 of 1.3 s", "52,110", "<b>1.5 GB</b> at the peak, of 6 GB free", "1 pairs dropped, 2 cut"):
-        assert part in html
-    assert "width: 25.0%" in html  # 1.5 of 6 GB
-    assert "loading 12 s · training 3 min" in html
-    assert "bd-error" not in html
+    line = train.estimate_line(estimate())
+    for part in ("**3 min**", "120 steps", "the CPU", "**1.5 GB**", "6.0 GB are free", "1 pair too long: dropped", "2 pairs"):
+        assert part in line
+    assert "Needs \\<9 GB" in train.estimate_line(estimate(fits=False, refusal="Needs <9 GB")).replace("&lt;", "\\<")
 
 
-def test_an_estimate_that_can_not_fit_is_an_error_line():
-    html = train.estimate(estimate(memory_bytes=9_000_000_000, fits=False, refusal="Needs <9> GB: lower batch_size"))
-    assert '<div class="bd-error" role="alert">Needs &lt;9&gt; GB: lower batch_size</div>' in html
-    assert "width: 100.0%" in html
-    assert "left: 66.7%" in html  # 6 of 9 GB
+def test_an_estimate_ends_when_nobody_waits_for_it_any_more(tmp_path, monkeypatch):
+    """Gradio closes the generator when the page is closed."""
+    ended = threading.Event()
+
+    def estimating(_config: TrainConfig, _workspace: Workspace, *, cancelled: Callable[[], bool]) -> None:
+        while not cancelled():
+            time.sleep(0.01)
+        ended.set()
+        raise RunError("The estimate was cancelled: ask for it again")
+
+    monkeypatch.setattr(train, "estimate_training", estimating)
+    going = train.measure(CONFIG, Workspace(tmp_path), threading.Event())
+    assert "measuring" in next(going)
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(going.close).result(timeout=10)
+    assert ended.is_set()
+    cancelled = threading.Event()
+    going = train.measure(CONFIG, Workspace(tmp_path), cancelled)
+    next(going)
+    cancelled.set()
+    assert list(going)[-1] == "Cancelled."
+
+    def failing(*_given: object, **_more: object) -> None:
+        raise RunError("It can't fit: lower max_length")
+
+    monkeypatch.setattr(train, "estimate_training", failing)
+    assert "It can't fit" in list(train.measure(CONFIG, Workspace(tmp_path), threading.Event()))[-1]
+
+
+def test_a_gone_file_is_replaced_by_the_runs_copy(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(gr, "Warning", said.append)
+    here, copy = tmp_path / "a.jsonl", tmp_path / "dataset.jsonl"
+    here.write_text("")
+    copy.write_text("")
+    config = CONFIG.replace(datasets=(str(here), str(tmp_path / "b.jsonl")))
+    shown = train.with_data(config, copy)
+    assert (shown.datasets, shown.dataset_weights) == ((str(copy),), ())
+    assert "b.jsonl" in said[0]
+    assert train.with_data(CONFIG, copy) == CONFIG
 
 
 # Room for a job

@@ -1,73 +1,141 @@
-"""What the Train tab reads of runs and computes for its charts, without a browser."""
+"""What the Train tab says and draws of runs, without a browser: the outcome by worked numbers, curves, probes, tables."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from pathlib import Path
+import zipfile
 
 import pytest
 
-from biasdpo.config import TrainConfig
-from biasdpo.errors import ConfigError
 from biasdpo.jobs import store
+from biasdpo.jobs.job import Job
+from biasdpo.jobs.outcome import accuracy_text, held_out_metrics, outcome, pack_run, pairs_needed, run_table
 from biasdpo.ui import train
-from biasdpo.ui.charts import charts_of_run, logged_csv, moving_mean, points, thinned
-from biasdpo.ui.train import SeenRun, see
-from biasdpo.workspace import Workspace
+from biasdpo.ui.charts import moving_mean, points, thinned, training_chart
+from biasdpo.workspace import Workspace, read_json, write_json
 from tests.run_folders import metrics, probe, write_run
 
 
-@pytest.fixture
-def seen(tmp_path: Path) -> SeenRun:
-    write_run(tmp_path, "first", status={"best_step": 30, "best_accuracy": 0.785})
-    return see(store.find_job("first", Workspace(tmp_path), "train"))
+def find(workspace: Workspace, run_id: str) -> Job:
+    return store.find_job(run_id, workspace, "train")
 
 
-def test_what_is_read_of_a_finished_run(seen):
-    assert (seen.model, seen.data) == ("SmolLM2-135M-Instruct", "seed set")
-    assert (seen.accuracy, seen.baseline) == (0.885, 0.615)
-    assert seen.has_adapter
-    assert not seen.active
+# The outcome. Wilson's interval of 21 of 26, z = 1.96: share 0.8077, center (0.8077 + z²/52)/(1 + z²/26) = 0.7681, half width
+# z/(1 + z²/26) * sqrt(0.8077 * 0.1923/26 + z²/2704) = 0.1468.
 
 
-def test_a_damaged_folder_shows_what_it_has(tmp_path):
-    folder = write_run(tmp_path, "torn", "stopped", steps=3)
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        (
+            {"reward_accuracy": 21 / 26, "pairs": 26, "kl_base_to_tuned_nats_per_token": 0.005},
+            "Reward accuracy 0.81 [0.62, 0.91] on 26 held-out pairs; the adapter hardly changes the model: KL 0.005 nats per "
+            "token.",
+        ),
+        (  # 14 of 26: 0.5 is inside
+            {"reward_accuracy": 14 / 26, "pairs": 26, "kl_base_to_tuned_nats_per_token": 0.1},
+            "Reward accuracy 0.54 [0.35, 0.71] on 26 held-out pairs, which chance can explain; the adapter slightly changes the "
+            "model: KL 0.1 nats per token.",
+        ),
+        (  # the shipped adapter: 92 of 96
+            {
+                "reward_accuracy": 92 / 96,
+                "pairs": 96,
+                "reward_accuracy_of_picking_the_longer": 0.90625,
+                "kl_base_to_tuned_nats_per_token": 0.507,
+            },
+            "Reward accuracy 0.96 [0.90, 0.98] on 96 held-out pairs, not clearly better than always choosing the longer "
+            "completion (0.91); the adapter clearly changes the model: KL 0.51 nats per token.",
+        ),
+        ({"reward_accuracy": 0.0, "pairs": 8}, "Reward accuracy 0.00 [0.00, 0.32] on 8 held-out pairs, worse than chance."),
+        (
+            {"reward_accuracy": 1.0, "pairs": 1, "reward_margin_nats": 1.234},
+            "Reward accuracy 1.00 [0.21, 1.00] on 1 held-out pair, which chance can explain; mean reward margin 1.2 nats.",
+        ),
+        ({}, "No pairs were held out, so the result was not measured: set a held-out share of 0.1 or more in the next run."),
+    ],
+)
+def test_a_run_in_one_sentence(numbers, sentence):
+    assert outcome(numbers) == sentence
+
+
+def test_how_many_pairs_are_needed():
+    assert [accuracy_text(1.0, n)[5:10] for n in (3, 4)] == ["[0.44", "[0.51"]  # four right of four exclude chance
+    assert (pairs_needed(0.1), pairs_needed(0.25), pairs_needed(0)) == (40, 16, 1)
+
+
+def test_measurements_of_any_adapter_are_read_whatever_they_hold(workspace):
+    folder = write_run(workspace.root, "odd")
+    assert held_out_metrics(find(workspace, "odd"))["reward_accuracy"] == 0.885
+    file = folder.adapter / "provenance.json"
+    for held_out in ({"reward_accuracy": "<b>", "pairs": {"deep": 1}}, None, []):
+        write_json(file, read_json(file) | {"metrics": {"held_out": held_out}})
+        assert outcome(held_out_metrics(find(workspace, "odd"))).startswith("No pairs were held out")
+    file.write_text("{")
+    assert train.row_of(find(workspace, "odd"))[:3] == ["odd", "Finished", ""]
+
+
+def test_a_damaged_folder_shows_what_it_has(workspace):
+    folder = write_run(workspace.root, "torn", "stopped", steps=3)
     folder.config.write_text("{")
     folder.record.write_text("")
-    seen = see(store.find_job("torn", Workspace(tmp_path), "train"))
-    assert (seen.config, seen.model, seen.started_at) == (None, "–", "")
-    assert "step 3 of 40" in train.head(seen)
-    assert "torn" in train.table([seen], "torn")
-    assert train.details(seen)
+    job = find(workspace, "torn")
+    assert train.row_of(job)[:4] == ["torn", "Stopped", "", ""]
+    assert run_table([job])["data"]
+    assert not job.has_adapter
 
 
-def test_the_step_of_a_probe_that_is_shown_follows_the_latest_until_one_looks_back():
+# Tables, zip
+
+
+def test_a_table_of_several_runs_has_what_differs(workspace):
+    for run_id, beta in (("a", 0.1), ("b", 0.3)):
+        write_run(workspace.root, run_id, beta=beta)
+    jobs = [find(workspace, run_id) for run_id in "ab"]
+    table = run_table(jobs)
+    assert table["headers"] == ["", "a", "b"]
+    assert ["Beta", "0.1", "0.3"] in table["data"]
+    assert ["Reward accuracy (held-out)", "0.89 [0.71, 0.96]", "0.89 [0.71, 0.96]"] in table["data"]
+    assert "Rank" not in {row[0] for row in table["data"]}
+    assert {"Rank", "Hash of the data"} <= {row[0] for row in run_table(jobs[:1])["data"]}
+
+
+def test_a_packed_run_is_a_peft_folder_with_its_numbers(workspace):
+    write_run(workspace.root, "first")
+    names = zipfile.ZipFile(pack_run(find(workspace, "first"))).namelist()
+    files = (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "provenance.json",
+        "metrics.jsonl",
+        "probes.jsonl",
+        "config.json",
+    )
+    assert {f"first/{name}" for name in files} <= set(names)
+
+
+# Probes
+
+
+def test_the_probe_that_is_shown_follows_the_latest_until_one_looks_back():
     rows = [row for step in (0, 20, 40) for row in probe(step)]
-    assert train.step_shown(rows, None) == 40
-    assert train.turned(rows, None, -1) == 20
-    assert train.turned(rows, 20, -1) == 0
-    assert train.turned(rows, 0, -1) == 0
-    assert train.turned(rows, 20, 1) is None  # the latest, whatever follows
-    assert train.step_shown(rows, 30) == 40  # gone after a resume
-    assert train.step_shown([], None) is None
-    assert "probe 2 of 3" in train.position(rows, 20)
+    assert train.find_probe(rows, "a", None) == ([0, 20, 40], 40, None)
+    back = train.find_probe(rows, "a", None, -1)
+    assert back == ([0, 20, 40], 20, ("a", 20))
+    assert train.find_probe([*rows, *probe(60)], "a", back[2])[1] == 20  # it stays there as others follow
+    assert train.find_probe(rows, "a", ("a", 0), -1)[1:] == (0, ("a", 0))
+    assert train.find_probe(rows, "a", ("a", 20), 1)[1:] == (40, None)  # the latest, whatever follows
+    assert train.find_probe(rows, "b", ("a", 20))[1] == 40  # of another run
+    assert train.find_probe(rows, "a", ("a", 30))[1] == 40  # gone after a resume
+    assert train.find_probe([], "a", None) == ([], None, None)
 
 
-def test_what_differs_between_configs():
-    configs = {"a": TrainConfig(beta=0.1, rank=8), "b": TrainConfig(beta=0.3, rank=8)}
-    assert train.differing(configs) == {"beta": {"a": 0.1, "b": 0.3}}
-
-
-def test_a_run_that_held_nothing_out_has_no_command_to_measure_it(seen):
-    assert "--benchmark preference" in train.evaluate_command(seen)
-    unmeasured = replace(seen, held_out={})  # as under FSDP: there are held-out pairs, not scored at the end
-    assert "--benchmark preference" in train.evaluate_command(unmeasured)
-    nothing = replace(unmeasured, origin=seen.origin | {"held_out_longer_baseline": None})
-    html = train.evaluate_command(nothing)
-    assert "held no pairs out" in html
-    assert "held-out share of 0.1" in html
-    assert "--benchmark" not in html
+def test_words_that_only_one_side_has_are_marked():
+    left, right = train.diff_sides("Men lead best.", "All people lead well.")
+    assert "".join(text for text, _ in left) == "Men lead best."
+    assert "".join(text for text, _ in right) == "All people lead well."
+    assert [text for text, label in right if label == "new" and text.strip()] == ["All people", "well"]
+    assert train.diff_sides("a" * 5000, "b") == ([("a" * 5000, None)], [("b", None)])
 
 
 # Curves
@@ -81,8 +149,8 @@ def test_points_are_the_finite_numbers_of_a_key():
         {"step": 4, "loss": 1},
         {"loss": 2},
     ]
-    assert points(rows, "loss") == ((1.0, 0.5), (4.0, 1.0))
-    assert points(rows, "eval_loss") == ((3.0, 0.4),)
+    assert points(rows, "loss") == [(1.0, 0.5), (4.0, 1.0)]
+    assert points(rows, "eval_loss") == [(3.0, 0.4)]
 
 
 def test_moving_mean_of_the_last_five():
@@ -96,34 +164,24 @@ def test_a_long_curve_is_thinned_to_means_and_keeps_its_ends():
     assert len(thin) == 102
     assert (thin[0], thin[-1]) == (curve[0], curve[-1])
     assert all(0.45 < y < 0.55 for _, y in thin[1:-1])  # of about a hundred 0s and 1s in turn
-    assert thinned(curve[:50]) == tuple(curve[:50])
+    assert thinned(curve[:50]) == curve[:50]
 
 
-def test_a_runs_charts_have_train_held_out_baseline_and_best_step():
-    loss, margins, accuracies, rate, speed = charts_of_run(metrics(40, 40, 1e-4), [], 0.615, 30)
-    assert [curve.name for curve in loss.curves] == ["train, each", "train, moving mean", "held-out"]
-    assert [x for x, _ in loss.curves[2].points] == [10, 20, 30, 40]
-    assert margins.curves[2].points[-1] == (40, pytest.approx(1.1))
-    assert accuracies.level == ("pick the longer", 0.615)
-    assert accuracies.bounds == (0, 1)
-    assert {chart.best for chart in (loss, margins, accuracies)} == {30}
-    assert rate.best is None
-    assert speed.empty
-    short = charts_of_run(metrics(3, 40, 1e-4), [], None, None)
-    assert [curve.name for curve in short[0].curves] == ["train", "held-out"]  # three points have no moving mean
-
-
-def test_the_csv_has_the_logged_numbers_however_long_the_curve():
-    rows = [{"step": step, "loss": 1 / step, "eval_loss": 0.1 if step % 1000 == 0 else None} for step in range(1, 2001)]
-    assert len(charts_of_run(rows, [], None, None)[0].curves[0].points) == 400  # what is drawn
-    lines = logged_csv("loss", [("a", rows, [])]).splitlines()
-    assert lines[0] == "curve,step,value"
-    assert lines[3] == '"train",3,0.3333333333333333'
-    assert len(lines) == 1 + 2000 + 2
-    assert lines[-1] == '"held-out",2000,0.1'
-    both = logged_csv("compare-loss", [("a", rows[:2], []), ("b", rows[:1], [])]).splitlines()
-    assert both[1:] == ['"a, train",1,1.0', '"a, train",2,0.5', '"b, train",1,1.0']
-    assert logged_csv("speed", [("a", [], [{"step": 1, "tokens_per_second": 800}])]).splitlines()[1:] == ['"tokens/s",1,800.0']
-    for no_chart in ("../loss", "compare-rate"):
-        with pytest.raises(ConfigError, match="No chart is called"):
-            logged_csv(no_chart, [])
+def test_a_runs_charts_have_training_held_out_interval_and_baseline():
+    rows = metrics(40, 40, 1e-4)
+    accuracy = training_chart("accuracy", {"a": rows}, pairs=26, longer=0.615)
+    _, mean, held_out = accuracy.data
+    assert (mean.name, held_out.name) == ("training", "held-out")
+    assert list(held_out.x) == [10, 20, 30, 40]
+    assert held_out.y[3] - held_out.error_y.arrayminus[3] == pytest.approx(0.70, abs=0.01)  # Wilson, 0.88 of 26: 0.70 to 0.96
+    assert held_out.y[3] + held_out.error_y.array[3] == pytest.approx(0.96, abs=0.01)
+    assert accuracy.layout.shapes[0].y0 == 0.615
+    assert [curve.name for curve in training_chart("loss", {"a": rows[:3]}).data] == ["training"]  # three points have no mean
+    assert training_chart("kl", {"a": rows}) is None
+    both = training_chart("margin", {"a": rows, "b": rows})
+    assert [curve.name for curve in both.data] == ["a, training", "a, held-out", "b, training", "b, held-out"]
+    terms = [{"step": 1, "text_kl": 0.1, "counterfactual_kl": 0.2}]
+    assert [curve.name for curve in training_chart("kl", {"a": terms}).data] == [
+        "plain text, training",
+        "counterfactual, training",
+    ]

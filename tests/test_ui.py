@@ -1,4 +1,4 @@
-"""The page's pure functions, the visitors' turns, the flags of app.py, and what a raw post to a public Space gets."""
+"""Links to a comparison, what a public Space refuses, the flags of app.py."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
 
-from biasdpo.backends.base import Cancellation
-from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
+from biasdpo.engines import EngineKey, Startup
 from biasdpo.errors import ConfigError, RefusedError
+from biasdpo.links import GREEDY, PairSettings, from_query
 from biasdpo.records import Sampling
-from biasdpo.ui import components
-from biasdpo.ui.components import Settings, Visitors
+from biasdpo.ui.components import escape
 from biasdpo.workspace import Workspace
 from tests.app_process import ROOT
 
-SETTINGS = Settings(
+SETTINGS = PairSettings(
     prompt="Is 1 < 2 & “true”?\nSecond line",
     model="smollm2",
     adapter="none",
     system="Be brief; use 100 % = all.",
     strength=0.0,
     sampling=Sampling(max_new_tokens=7, temperature=0.0, top_p=0.55, top_k=0, repetition_penalty=1.05, seed=0),
-    random_seed=True,
 )
 
 
@@ -39,19 +36,20 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path)
 
 
-def query_of(settings: Settings) -> dict[str, str]:
-    return dict(parse_qsl(components.encode(settings).removeprefix("?"), keep_blank_values=True))
+def query_of(settings: PairSettings) -> dict[str, str]:
+    return dict(parse_qsl(settings.to_query().removeprefix("?"), keep_blank_values=True))
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, Settings(), replace(Settings(), prompt="a", strength=1.25)])
+@pytest.mark.parametrize("settings", [SETTINGS, PairSettings(), replace(PairSettings(), prompt="a", strength=1.25)])
 def test_a_link_brings_back_every_setting(settings, workspace):
-    assert components.decode(query_of(settings), Settings(), workspace) == (settings, [])
+    assert from_query(query_of(settings), workspace) == (settings, [])
+    assert PairSettings.checked(*settings.values()) == settings
 
 
 def test_a_link_says_what_was_bad_and_keeps_the_rest(workspace):
-    query = query_of(SETTINGS) | {"temperature": "hot", "seed": "-1", "strength": "nan", "top_k": "3.5", "unknown": "x"}
-    settings, problems = components.decode(query, Settings(), workspace)
-    assert settings.sampling == replace(SETTINGS.sampling, temperature=0.7, seed=0, top_k=40)
+    bad = {"temperature": "hot", "seed": "-1", "strength": "nan", "top_k": "<img src=x>", "unknown": "x"}
+    settings, problems = from_query(query_of(SETTINGS) | bad, workspace)
+    assert settings.sampling == replace(SETTINGS.sampling, temperature=GREEDY.temperature, seed=0, top_k=40)
     assert settings.strength == 1.0
     assert len(problems) == 4
     assert all("\n" not in problem for problem in problems)
@@ -60,58 +58,53 @@ def test_a_link_says_what_was_bad_and_keeps_the_rest(workspace):
 
 def test_a_link_that_no_address_bar_takes_is_refused():
     with pytest.raises(ConfigError, match=r"9,1\d\d characters of at most 8,000"):
-        components.encode(replace(Settings(), prompt="x" * 9000))
+        replace(PairSettings(), prompt="x" * 9000).to_query()
+
+
+def test_anyone_can_post_anything():
+    good = PairSettings().values()
+    for place, bad in ((0, 5), (1, ["x"]), (4, "1"), (4, float("nan")), (5, 0), (6, True), (10, 2**31)):
+        with pytest.raises(ConfigError, match=r"must be .*: got"):
+            PairSettings.checked(*[*good[:place], bad, *good[place + 1 :]])
 
 
 def test_on_a_space_only_the_catalog_and_known_adapters(monkeypatch, workspace):
-    assert components.check_model("/etc/passwd.gguf") == "/etc/passwd.gguf"
+    startup = Startup("smollm2")
+    assert startup.key("/etc/passwd.gguf", "none", workspace) == EngineKey("/etc/passwd.gguf", "none")
     monkeypatch.setenv("SPACE_ID", "someone/biasdpo")
-    assert components.check_model("phi-2") == "phi-2"
-    assert components.check_adapter("none", workspace) == "none"
-    with pytest.raises(RefusedError, match="switched off on a public Space"):
-        components.check_model("/etc/passwd.gguf")
+    assert startup.key("phi-2", "none", workspace) == EngineKey("phi-2", "none")
+    with pytest.raises(RefusedError, match="turned off on a public Space"):
+        startup.key("/etc/passwd.gguf", "none", workspace)
     for adapter in ("../../etc", "assets", "~/adapter"):
         with pytest.raises(RefusedError):
-            components.check_adapter(adapter, workspace)
+            startup.key("smollm2", adapter, workspace)
+    settings, problems = from_query({"model": "/etc/passwd.gguf", "adapter": "/etc", "prompt": "Hi"}, workspace)
+    assert (settings, len(problems)) == (replace(PairSettings(), prompt="Hi"), 2)
 
 
-def test_a_visitor_has_one_turn_and_leaves_nothing_behind():
-    visitors = Visitors()
-    first = visitors.begin("a")
-    other = visitors.begin("b")
-    second = visitors.begin("a")
-    assert (first.superseded, first.cancellation.is_set()) == (True, True)
-    assert not other.cancellation.is_set()
-    visitors.end("a", first)  # late: the visitor's place is the second turn's
-    visitors.stop("a")
-    assert (second.stopped, second.superseded, second.cancellation.is_set()) == (True, False, True)
-    visitors.end("a", second)
-    visitors.dismiss("b")
-    visitors.stop("nobody")
-    assert len(visitors) == 0
+@pytest.mark.parametrize(
+    "text", ["<img src=x onerror=alert(1)>", "**bold** _it_ `code` [a](javascript:x)", "| a | b |", "# head", "&lt;"]
+)
+def test_somebodys_text_in_markdown_is_shown_as_it_is(text):
+    from html.parser import HTMLParser
 
+    from markdown_it import MarkdownIt
 
-def test_an_engine_error_is_told_and_a_stop_while_loading_is_none(workspace, monkeypatch):
-    loading = threading.Event()
+    class Tags(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tags: list[str] = []
+            self.text = ""
 
-    def never(*_args: object) -> Engine:
-        loading.wait(10)
-        raise ConfigError("no such thing: choose another")
+        def handle_starttag(self, tag: str, _attrs: object) -> None:
+            self.tags.append(tag)
 
-    monkeypatch.setattr("biasdpo.engines.open_engine", never)
-    pool, visitors, key = EnginePool(workspace), Visitors(), EngineKey("smollm2")
-    turn = visitors.begin("a")
-    turn.start(pool, key, "Hello", Sampling(), "", 1.0)
-    watched = turn.watch(pool, key)
-    assert isinstance(next(watched), Loading)
-    visitors.stop("a")
-    assert [event for event in watched if not isinstance(event, Loading)] == []
-    turn = visitors.begin("a")
-    turn.start(pool, key, "Hello", Sampling(), "", 1.0)
-    loading.set()
-    with pytest.raises(ConfigError, match="no such thing"):
-        list(turn.watch(pool, key))
-    assert isinstance(turn.cancellation, Cancellation)
+        def handle_data(self, data: str) -> None:
+            self.text += data
+
+    parser = Tags()
+    parser.feed(MarkdownIt("commonmark", {"html": True}).enable("table").render(escape(text)))
+    assert (parser.tags, parser.text.strip()) == (["p"], text)
 
 
 def run_app(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -79,7 +79,7 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
     trained = callbacks.adapter_tensors(trainer.model) if step == last_step else callbacks.load_best(folder, step)
     if not writer.is_main:
         return
-    writer.note(f"The adapter is that of {reason}")
+    writer.note(f"The adapter is that of step {step:,} of {last_step:,}")
     adapter = bake(trained, config)
     held_out = None
     if not trainer.is_packed:  # under FSDP no process holds the whole model
@@ -137,7 +137,8 @@ def base_sha256(spec: ModelSpec) -> str:
 
 
 def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> None:
-    writer.note(f"{len(rows.train.rows)} pairs to train on, {len(rows.held_out.rows)} held out")
+    count = len(rows.train.rows)
+    writer.note(f"{count} pair{'' if count == 1 else 's'} to train on, {len(rows.held_out.rows)} held out")
     if len(rows.used) < len(rows.train.rows):
         writer.note(f"{config.max_steps} steps see {len(rows.used)} of them")
     for name, tokenized in (("training", rows.train), ("held-out", rows.held_out)):

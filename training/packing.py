@@ -21,7 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl.trainer.utils import FusedCausalLMOutput
 
-ARCHITECTURES = ("LlamaForCausalLM", "PhiForCausalLM")
+from biasdpo.model_files import ARCHITECTURES
+
 ATTENTION = "packed_or_sdpa"
 LOGITS_PER_SLICE = 2**23  # numbers: 32 MiB in float32
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.chat import PromptTemplate
+from biasdpo.chat import PromptTemplate, Turn
 from biasdpo.errors import BackendError, PromptError, ProofError
 from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Proof, Request, Sampling, Side
 
@@ -47,12 +47,14 @@ class Backend(Protocol):
         side: Side,
         *,
         system: str = "",
+        history: Sequence[Turn] = (),
         strength: float = 1.0,
         template: PromptTemplate | None = None,
         cancellation: Cancellation | None = None,
     ) -> Generator[str, None, FinishReason]:
         """Yield one string per token (empty while a character or stop string is incomplete); return why it stopped.
 
+        history    earlier turns of the conversation
         template   replaces the model's own; `chat.BARE` continues a text
         Raises PromptError if the rendered prompt leaves no token of the context.
         """
@@ -64,6 +66,11 @@ class Backend(Protocol):
         Common beginnings are computed once, so pass related requests together. Raises PromptError, before computing anything,
         if a request does not fit the context.
         """
+        ...
+
+    def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
+        """Each token of the request's continuation with its log-probability in nats; a token's text is empty while a character is
+        incomplete."""
         ...
 
     def close(self) -> None:

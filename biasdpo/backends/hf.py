@@ -42,17 +42,20 @@ from biasdpo.backends.base import (
     VisitorQueue,
     check_prompt_fits,
     check_scorable,
+    log_softmax,
     missing_side,
     prove,
 )
 from biasdpo.backends.prefixes import Row, TokenPath, lay_out, sort_paths, split_into_rows, trunk_length
 from biasdpo.benchmarks.toxicity import ToxicityScorer, name_of_classifier
-from biasdpo.chat import PromptTemplate
+from biasdpo.chat import BARE, PromptTemplate, Turn
+from biasdpo.model_files import ARCHITECTURES
 from biasdpo.models import AdapterSpec, check_fits_file
 from biasdpo.records import (
     ContinuationRequest,
     FinishReason,
     Likelihood,
+    LikelihoodRequest,
     Proof,
     Request,
     Sampling,
@@ -172,6 +175,7 @@ class TransformersBackend:
         side: Side,
         *,
         system: str = "",
+        history: Sequence[Turn] = (),
         strength: float = 1.0,
         template: PromptTemplate | None = None,
         cancellation: Cancellation | None = None,
@@ -181,7 +185,7 @@ class TransformersBackend:
         template = template or self.template
         self._check(side, strength)
         with self._tokenizer_lock:
-            tokens = hf_loading.encode_prompt(self._tokenizer, template, prompt, system)
+            tokens = hf_loading.encode_prompt(self._tokenizer, template, prompt, system, history)
         check_prompt_fits(tokens, self.context_length)
         with hf_loading.released_errors():
             try:
@@ -250,6 +254,14 @@ class TransformersBackend:
         with hf_loading.released_errors():
             return self._shared.compute(_row_strength(side, strength), partial(logits_of, given=given, scored=scored))
 
+    def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
+        """See `backends.base.Backend.score_tokens`."""
+        _given, scored = self._request_tokens(request)
+        logps = log_softmax(self.logits(request, side, strength=strength))[np.arange(len(scored)), scored]
+        shown = CompletionText(self._decode, BARE)
+        pieces = [shown.add(token, final=i == len(scored))[0] for i, token in enumerate(scored, start=1)]
+        return list(zip(pieces, map(float, logps), strict=True))
+
     def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
         """(given, scored) token ids of a request."""
         with self._tokenizer_lock:
@@ -259,7 +271,7 @@ class TransformersBackend:
             elif isinstance(request, ContinuationRequest):
                 given, scored = hf_loading.encode_continuation(self._tokenizer, request.context, request.continuation)
             else:
-                given = hf_loading.encode_prompt(self._tokenizer, self.template, request.prompt, request.system)
+                given = hf_loading.encode_prompt(self._tokenizer, self.template, request.prompt, request.system, request.history)
                 scored = hf_loading.encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
         check_scorable(given, scored, self.context_length)
         return given, scored
@@ -428,7 +440,7 @@ class _RowHook:
 
 
 def load_adapter(model: Any, folder: Path, modules: Collection[str]) -> Adapter:
-    """Load the LoRA adapter in `folder`, which adapts `modules` of `model` (see `models.check_fits_file`), switched off."""
+    """Load the LoRA adapter in `folder`, which adapts `modules` of `model` (see `models.check_fits_file`), turned off."""
     device = next(model.parameters()).device
     try:
         with warnings.catch_warnings():
@@ -644,9 +656,6 @@ class CompletionText:
 
 # Likelihood: rows of tokens that share their beginnings (see `prefixes`)
 
-# Models whose attention takes any mask and any positions, and whose layers mix tokens in no other way. In others every text gets
-# a row.
-_SHARING = ("LlamaForCausalLM", "PhiForCausalLM")
 _MIN_TRUNK = 16  # tokens; a shorter common beginning is not worth a computation of its own
 _LOGIT_ROWS = 256  # positions whose logits over the vocabulary are held at a time
 
@@ -665,8 +674,9 @@ class Trunk:
 
 
 def shares_beginnings(model: Any, _device: object = None) -> bool:
-    """Whether texts in one row can share their beginnings in this model."""
-    return type(model).__name__ in _SHARING and model.config._attn_implementation == "sdpa"
+    """Whether texts in one row can share their beginnings in this model: its attention takes any mask and any positions, and its
+    layers mix tokens in no other way. In other models every text gets a row."""
+    return type(model).__name__ in ARCHITECTURES and model.config._attn_implementation == "sdpa"
 
 
 def plan_rows(paths: Sequence[TokenPath], *, sharing: bool) -> tuple[int, list[Row]]:

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from biasdpo.chat import PromptTemplate
+from biasdpo.chat import PromptTemplate, Turn
 from biasdpo.errors import BackendError, ModelError, WorkspaceError
 from biasdpo.model_files import END_TOKENS, read_header
 from biasdpo.models import ModelSpec
@@ -320,10 +320,12 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def encode_prompt(tokenizer: Any, template: PromptTemplate, prompt: str, system: str = "") -> list[int]:
+def encode_prompt(
+    tokenizer: Any, template: PromptTemplate, prompt: str, system: str = "", history: Sequence[Turn] = ()
+) -> list[int]:
     """Token ids of a rendered prompt. Special tokens come from the template, never from a user's text."""
     ids = begin_ids(tokenizer)
-    for segment in template.render(prompt, system):
+    for segment in template.render(prompt, system, history):
         if segment.special:
             token = tokenizer.convert_tokens_to_ids(segment.text)
             if token is None or tokenizer.convert_ids_to_tokens(token) != segment.text:

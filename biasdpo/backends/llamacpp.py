@@ -30,13 +30,14 @@ from biasdpo.backends.base import (
     prove,
 )
 from biasdpo.backends.prefixes import TokenPath, common_length, shared_lengths, sort_paths
-from biasdpo.chat import PromptTemplate, Segment
+from biasdpo.chat import PromptTemplate, Segment, Turn
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError
 from biasdpo.model_files import read_header
 from biasdpo.records import (
     ContinuationRequest,
     FinishReason,
     Likelihood,
+    LikelihoodRequest,
     Proof,
     Request,
     Sampling,
@@ -158,6 +159,7 @@ class LlamaCppBackend:
         side: Side,
         *,
         system: str = "",
+        history: Sequence[Turn] = (),
         strength: float = 1.0,
         template: PromptTemplate | None = None,
         cancellation: Cancellation | None = None,
@@ -166,7 +168,7 @@ class LlamaCppBackend:
         cancellation = cancellation or Cancellation()
         template = template or self.template
         context = self._context(side)
-        tokens = self.tokenize(template.render(prompt, system))
+        tokens = self.tokenize(template.render(prompt, system, history))
         check_prompt_fits(tokens, self.context_length)
         with context.lock:
             if context is not self._contexts.get(side):
@@ -238,6 +240,13 @@ class LlamaCppBackend:
             _set_strength(context, side, strength)
             return context.logits(*self._request_tokens(request))
 
+    def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
+        """See `backends.base.Backend.score_tokens`."""
+        _given, scored = self._request_tokens(request)
+        logps = logps_of(self.logits(request, side, strength=strength), scored)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return [(decoder.decode(self._model.piece(token)), float(logp)) for token, logp in zip(scored, logps, strict=True)]
+
     def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
         """(given, scored) token ids of a request."""
         if isinstance(request, TextRequest):
@@ -246,7 +255,7 @@ class LlamaCppBackend:
         elif isinstance(request, ContinuationRequest):
             given, scored = self._model.tokenize_continuation(request.context, request.continuation)
         else:
-            given = self.tokenize(self.template.render(request.prompt, request.system))
+            given = self.tokenize(self.template.render(request.prompt, request.system, request.history))
             continuation = Segment(self.template.completed(request.continuation), special=False)
             scored = self.tokenize((continuation,), begin=False)
             if request.end_of_text:
@@ -277,9 +286,12 @@ def _set_strength(context: Context, side: Side, strength: float) -> None:
 
 
 def _usable_cores() -> int:
-    """Physical cores available to this process (taskset, containers); more threads than that only wait."""
+    """Physical cores available to this process (taskset, containers), at most OMP_NUM_THREADS, as torch has it: llama.cpp's
+    threads wait for each other actively, so that more of them than free cores take many times as long."""
     physical = psutil.cpu_count(logical=False) or 1
-    return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(physical, available, int(asked) if asked.isdecimal() and int(asked) else physical)
 
 
 # llama.cpp objects

@@ -7,8 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from biasdpo.benchmarks import bbq, bold, crows_pairs, real_toxicity_prompts, stereoset, truthfulqa, utility, winobias
+from biasdpo.benchmarks import (
+    bbq,
+    bold,
+    crows_pairs,
+    quick_check,
+    real_toxicity_prompts,
+    stereoset,
+    truthfulqa,
+    utility,
+    winobias,
+)
 from biasdpo.benchmarks.base import GenerationBenchmark, LikelihoodBenchmark
+from biasdpo.benchmarks.rows import Origin, is_present
 from biasdpo.benchmarks.toxicity import ToxicityScorer, profanity_check
 from biasdpo.errors import ConfigError
 
@@ -28,13 +39,14 @@ class Generation:
 
 
 _BY_LIKELIHOOD: dict[str, Callable[[Path | None], LikelihoodBenchmark[Any]]] = {
+    "quick_check": lambda _data_dir: quick_check.build(),
     "crows_pairs": crows_pairs.build,
     "stereoset": stereoset.build,
     "bbq": bbq.build,
     "winobias": winobias.build,
     "truthfulqa": truthfulqa.build,
     "utility": utility.build,
-    "perplexity": utility.build,
+    "perplexity": utility.build_perplexity,
 }
 _BY_GENERATION: dict[str, Callable[[Path | None, Generation], GenerationBenchmark[Any]]] = {
     "bold": lambda data_dir, how: bold.build(data_dir, how.open_scorer(), how.max_new_tokens),
@@ -44,6 +56,16 @@ _BY_GENERATION: dict[str, Callable[[Path | None, Generation], GenerationBenchmar
     "utility_generation": lambda _data_dir, how: utility.build_generation(how.max_new_tokens),
 }
 NAMES = ("preference", *_BY_LIKELIHOOD, *_BY_GENERATION)
+_ORIGINS: dict[str, Origin] = {
+    "crows_pairs": crows_pairs.ORIGIN,
+    "stereoset": stereoset.ORIGIN,
+    "bbq": bbq.ORIGIN,
+    "winobias": winobias.ORIGIN,
+    "truthfulqa": truthfulqa.ORIGIN,
+    "utility": real_toxicity_prompts.ORIGIN,
+    "bold": bold.ORIGIN,
+    "real_toxicity_prompts": real_toxicity_prompts.ORIGIN,
+}
 
 
 def check_name(name: str) -> str:
@@ -51,6 +73,18 @@ def check_name(name: str) -> str:
     if name not in NAMES:
         raise ConfigError(f"Unknown benchmark {name!r}: choose of {', '.join(NAMES)}")
     return name
+
+
+def default_benchmarks(data_dir: Path | None) -> tuple[str, ...]:
+    """What is scored unless benchmarks are named, without a download: the quick check, those of four bias benchmarks that are on
+    this machine, and perplexity."""
+    found = [name for name in ("crows_pairs", "stereoset", "bbq", "winobias") if has_items(name, data_dir)]
+    return ("quick_check", *found, "perplexity")
+
+
+def has_items(name: str, data_dir: Path | None) -> bool:
+    """Whether the benchmark's items are on this machine: shipped, in DATA_DIR, or, if that is None, in the Hub's cache."""
+    return name not in _ORIGINS or is_present(_ORIGINS[name], data_dir)
 
 
 def expand(names: Iterable[str]) -> list[str]:

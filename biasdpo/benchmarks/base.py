@@ -22,12 +22,14 @@ class Benchmark(ABC, Generic[Item]):
     data_sha256  of the files the items were read from, "" if they came from the Hub
     settings     how completions are generated and scored, as shown in results
     not_as_published   why its figures can't be compared with the paper's; "" if they can
+    pairs_source       of `preference`: which pairs are scored, as shown in results
     """
 
     name: str
     columns: Sequence[str]
     settings: Mapping[str, Any] = MappingProxyType({})
     not_as_published: str = ""
+    pairs_source: str = ""
 
     def __init__(self, items: Sequence[Item], data_sha256: str = "") -> None:
         self.items = items
@@ -67,9 +69,9 @@ class LikelihoodBenchmark(Benchmark[Item]):
     def requests(self, item: Item) -> Sequence[Request]:
         """What must be scored for one item."""
 
-    @abstractmethod
-    def scores(self, item: Item, outputs: Sequence[Likelihood]) -> Sequence[float]:
-        """An item's K numbers for one side, from the likelihoods of its requests."""
+    def scores(self, _item: Item, outputs: Sequence[Likelihood]) -> Sequence[float]:
+        """An item's K numbers for one side, from the likelihoods of its requests: by default their logp."""
+        return [output.logp for output in outputs]
 
 
 def limited(sampling: Sampling, max_new_tokens: int | None) -> Sampling:

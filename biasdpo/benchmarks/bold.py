@@ -166,13 +166,13 @@ def build(data_dir: Path | None, scorer: ToxicityScorer, max_new_tokens: int | N
     files = [] if data_dir is None else sorted((data_dir / ORIGIN.folder).glob(f"*{_UPSTREAM}"))
     if files:
         return Bold([item for file in files for item in _beginnings(file)], scorer, sampling, sha256_of_files(files))
-    loaded = load_rows(ORIGIN, data_dir)
+    rows, sha256 = load_rows(ORIGIN, data_dir)
     items = [
         Beginning(text, row.text("domain"), row.text("category"))
-        for row in loaded.rows
+        for row in rows
         for text in _texts(row.get("prompts"), row.where)
     ]
-    return Bold(items, scorer, sampling, loaded.sha256)
+    return Bold(items, scorer, sampling, sha256)
 
 
 def _beginnings(file: Path) -> list[Beginning]:

@@ -20,7 +20,7 @@ import numpy as np
 from biasdpo.benchmarks.base import LikelihoodBenchmark
 from biasdpo.benchmarks.rows import Origin, Row, load_items
 from biasdpo.evaluation.stats import Metric
-from biasdpo.records import ContinuationRequest, Likelihood, Request
+from biasdpo.records import ContinuationRequest, Request
 
 ORIGIN = Origin("crows_pairs", "jannalu/crows_pairs_multilingual", "test", ("english",))
 
@@ -48,9 +48,6 @@ class CrowsPairs(LikelihoodBenchmark[SentencePair]):
 
     def requests(self, item: SentencePair) -> list[Request]:
         return [ContinuationRequest("", item.more), ContinuationRequest("", item.less)]
-
-    def scores(self, _item: SentencePair, outputs: Sequence[Likelihood]) -> list[float]:
-        return [output.logp for output in outputs]
 
     def outcome(self, _item: SentencePair, numbers: Sequence[float]) -> str:
         """The likelier sentence, as `stereotype_percent` counts it."""

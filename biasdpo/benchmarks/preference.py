@@ -31,6 +31,11 @@ class Preference(LikelihoodBenchmark[PreferencePair]):
     name = "preference"
     columns = ("logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected", "longer_is_chosen")
 
+    def __init__(self, pairs: Sequence[PreferencePair], data_sha256: str = "", source: str = "pairs") -> None:
+        """`source`: what the pairs are, e.g. "seed pairs"."""
+        super().__init__(pairs, data_sha256)
+        self.pairs_source = f"{len(pairs):,} {source.replace('pairs', 'pair', 1) if len(pairs) == 1 else source}"
+
     def requests(self, item: PreferencePair) -> list[Request]:
         return [LikelihoodRequest(item.prompt, text, end_of_text=True) for text in (item.chosen, item.rejected)]
 

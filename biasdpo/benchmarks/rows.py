@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
+
+from huggingface_hub.constants import HF_HOME
 
 from biasdpo.data.importing import SourceRow, rows_of
 from biasdpo.errors import DatasetError
@@ -58,11 +61,12 @@ class Row:
         return DatasetError(f"{self.where}: {problem}; get {self.hub_id} again, in its upstream format")
 
 
-class Rows(NamedTuple):
-    """Rows, and the SHA-256 of the files' names and bytes ("" for the Hub)."""
-
-    rows: tuple[Row, ...]
-    sha256: str
+def is_present(origin: Origin, data_dir: Path | None) -> bool:
+    """Whether DATA_DIR has the folder, or, if it is None, the cache of `datasets` the dataset."""
+    if data_dir is not None:
+        return (data_dir / origin.folder).is_dir()
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
+    return (cache / origin.hub_id.replace("/", "___")).is_dir()
 
 
 def load_items(origin: Origin, data_dir: Path | None, parse: Callable[[Row], Item]) -> tuple[list[Item], str]:
@@ -71,15 +75,16 @@ def load_items(origin: Origin, data_dir: Path | None, parse: Callable[[Row], Ite
     return [parse(row) for row in rows], sha256
 
 
-def load_rows(origin: Origin, data_dir: Path | None) -> Rows:
-    """The rows of every table in DATA_DIR/FOLDER, ordered by file name; from the Hub if DATA_DIR is None."""
+def load_rows(origin: Origin, data_dir: Path | None) -> tuple[list[Row], str]:
+    """The rows of every table in DATA_DIR/FOLDER, ordered by file name, and the SHA-256 of the files' names and bytes. From the
+    Hub, with "", if DATA_DIR is None."""
     if data_dir is None:
-        return Rows(tuple(_hub_rows(origin)), "")
+        return list(_hub_rows(origin)), ""
     files = find_files(origin, data_dir, _TABLES)
-    rows = tuple(row for file in files for row in read_rows(file, origin))
+    rows = [row for file in files for row in read_rows(file, origin)]
     if not rows:
         raise DatasetError(f"{files[0]} has no rows: get {origin.hub_id} again, in its upstream format")
-    return Rows(rows, sha256_of_files(files))
+    return rows, sha256_of_files(files)
 
 
 def read_rows(file: Path, origin: Origin) -> Iterator[Row]:

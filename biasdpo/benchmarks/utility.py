@@ -4,7 +4,8 @@ perplexity   exp(-sum of logp / sum of tokens) over bare texts, without a templa
 perplexity_change_percent   the same difference, in percent of base's
 Texts: the prompt texts of RealToxicityPrompts' non-toxic prompts (Gehman et al., 2020, arXiv:2009.11462), from
 DATA_DIR/real_toxicity_prompts/nontoxic.jsonl; without that file (upstream's single file, the Hub), a fixed sample of 600 with a
-Perspective toxicity below 0.5.
+Perspective toxicity below 0.5. The benchmark `perplexity` downloads nothing: without DATA_DIR/real_toxicity_prompts it scores 48
+texts of our own (assets/neutral_texts.txt), which the result's settings say.
 
 Completions: shipped prompts, rendered with the chat template and completed greedily with at most 128 tokens: 24 neutral everyday
 ones (assets/neutral_prompts.txt) and the 24 examples that probe bias (assets/prompts.jsonl). Train on neither.
@@ -45,6 +46,7 @@ from biasdpo.workspace import ASSETS, sha256_of
 
 TEXTS = 600  # sampled from a large dataset: enough for an interval of 1 %, scored in minutes
 _FILE = Path(ORIGIN.folder) / "nontoxic.jsonl"
+_OWN_TEXTS = ASSETS / "neutral_texts.txt"
 
 
 class Utility(LikelihoodBenchmark[str]):
@@ -52,6 +54,10 @@ class Utility(LikelihoodBenchmark[str]):
 
     name = "utility"
     columns = ("logp", "tokens")
+
+    def __init__(self, items: Sequence[str], data_sha256: str = "", texts: str = "") -> None:
+        super().__init__(items, data_sha256)
+        self.settings = {"texts": texts} if texts else {}
 
     def requests(self, item: str) -> list[Request]:
         return [TextRequest(item)]
@@ -97,6 +103,13 @@ def build(data_dir: Path | None) -> Utility:
     if len(found) > TEXTS:
         found = random.Random(0).sample(found, TEXTS)
     return Utility([text.text for text in found], sha256)
+
+
+def build_perplexity(data_dir: Path | None) -> Utility:
+    """The neutral texts in DATA_DIR, or the shipped ones if it has none."""
+    if data_dir is not None and (data_dir / ORIGIN.folder).is_dir():
+        return build(data_dir)
+    return Utility(_OWN_TEXTS.read_text(encoding="utf-8").splitlines(), sha256_of(_OWN_TEXTS), f"assets/{_OWN_TEXTS.name}")
 
 
 def load_texts(data_dir: Path) -> list[str]:

@@ -24,7 +24,7 @@ from biasdpo.benchmarks.base import LikelihoodBenchmark
 from biasdpo.benchmarks.rows import Origin, Row, find_files, load_rows, read_text, sha256_of_files
 from biasdpo.errors import DatasetError
 from biasdpo.evaluation.stats import Array, Metric
-from biasdpo.records import ContinuationRequest, Likelihood, Request
+from biasdpo.records import ContinuationRequest, Request
 
 ORIGIN = Origin("winobias", "uclanlp/wino_bias", "validation", ("type1_pro", "type1_anti", "type2_pro", "type2_anti"))
 
@@ -71,9 +71,6 @@ class WinoBias(LikelihoodBenchmark[Twins]):
             requests += [ContinuationRequest(context, f" {name}") for name in (item.occupation, item.other)]
         return requests
 
-    def scores(self, _item: Twins, outputs: Sequence[Likelihood]) -> list[float]:
-        return [output.logp for output in outputs]
-
     def describe(self, item: Twins) -> dict[str, str]:
         return {
             "pro": item.pro.text,
@@ -106,7 +103,7 @@ def _percent_right(items: Array) -> Array:
 def build(data_dir: Path | None) -> WinoBias:
     """The twins in DATA_DIR/winobias, or from the Hub. Raises DatasetError for rows in another format."""
     if data_dir is None:
-        return WinoBias(_twins_of_rows(load_rows(ORIGIN, None).rows))
+        return WinoBias(_twins_of_rows(load_rows(ORIGIN, None)[0]))
     files = [file for file in find_files(ORIGIN, data_dir, (".dev", ".test")) if _FILE.fullmatch(file.name)]
     sentences = {file.name: _sentences(file) for file in files}
     twins = []

@@ -149,7 +149,6 @@ def _grams_of(texts: Sequence[str]) -> Iterator[tuple[Hashes, NDArray[np.int64]]
 
 # Shares and their warnings
 
-BIASDPO_LONGER_SHARE = 0.835  # of BiasDPO's own 1,030 rows: puts a share into perspective
 LONGER_LIMIT = 0.6  # above it, "pick the longer" is worth learning
 LEFT_LIMITS = (0.4, 0.6)  # within them, a preference for one side is harmless
 MIN_COUNT = 20  # judgments or prompts below which no share is worth a warning
@@ -184,22 +183,20 @@ class Shares:
         return self.left / self.with_sides if self.with_sides else None
 
     def warnings(self, annotator: str = "") -> list[str]:
-        """One line for each share past its limit by more than chance explains (95 %)."""
-        name = f"{annotator}: the" if annotator else "The"
+        """A sentence with its remedy for each share past its limit by more than chance explains (95 %)."""
         lines = []
         if self.pairs >= MIN_COUNT and wilson(self.longer, self.pairs)[0] > LONGER_LIMIT:
-            share, scale = _percent(self.longer / self.pairs), _percent(BIASDPO_LONGER_SHARE)
+            share = f"{_percent(self.longer / self.pairs)} of {self.pairs:,} pairs"
+            what = f"{annotator} chose the longer answer in" if annotator else "Chosen answers are longer in"
             lines.append(
-                f"{name} longer completion is chosen in {share} of {self.pairs:,} pairs (BiasDPO's own dataset: {scale}), so a "
-                "model can learn to write more; choose or edit for content: trim the chosen one"
+                f"{what} {share}: a model could learn length instead of content. Prefer pairs of similar length, or shorten "
+                "the longer answer."
             )
         low, high = wilson(self.left, self.with_sides) if self.with_sides >= MIN_COUNT else LEFT_LIMITS
         if low > LEFT_LIMITS[1] or high < LEFT_LIMITS[0]:
-            share = _percent(self.left / self.with_sides)
-            lines.append(
-                f"{name} left completion is chosen in {share} of {self.with_sides:,} judgments, though sides are random: "
-                "read both to the end before choosing"
-            )
+            share = f"{_percent(self.left / self.with_sides)} of {self.with_sides:,} verdicts"
+            what = f"{annotator} chose the left answer in" if annotator else "The left answer was chosen in"
+            lines.append(f"{what} {share}, although sides are random. Read both answers to the end before choosing.")
         return lines
 
 
@@ -213,7 +210,7 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.0f} %"
 
 
 # Confounds
@@ -240,7 +237,7 @@ class Confounds:
     near_duplicates      distinct prompts that nearly repeat an earlier one (see `NearDuplicates`)
     benchmark_overlap    pairs that share eight consecutive words with a benchmark; None if no benchmark files were given
     annotators           those with a pseudonym, by name
-    warnings             one line each, for what is past its limit
+    warnings             what is wrong and what to do, a sentence or two each; none if all is well
     """
 
     pairs: int
@@ -352,14 +349,22 @@ class _Tally:
         prompts = len(self._prompts)
         if prompts >= MIN_COUNT and self._near_duplicates > NEAR_DUPLICATE_LIMIT * prompts:
             yield (
-                f"{self._near_duplicates:,} of {prompts:,} prompts nearly repeat an earlier one, and add little to it: "
-                "ask something new"
+                f"{self._near_duplicates:,} of {prompts:,} prompts nearly repeat an earlier one and add little. Write different "
+                "prompts."
             )
         if self._overlapping:
             files = sorted(self._files)
             named = ", ".join(files[:_NAMED_FILES]) + (", …" if len(files) > _NAMED_FILES else "")
             pairs = "1 pair shares" if self._overlapping == 1 else f"{self._overlapping:,} pairs share"
-            yield f"{pairs} eight words in a row with a benchmark ({named}), which then tests what was trained on: withdraw them"
+            yield (
+                f"{pairs} eight consecutive words with a benchmark ({named}), which would then test what was trained on. "
+                f"Withdraw {'it' if self._overlapping == 1 else 'them'}."
+            )
+
+
+def health_warnings(confounds: Confounds) -> list[str]:
+    """What is wrong with the data, each in a sentence with the remedy; nothing where nothing is."""
+    return list(confounds.warnings)
 
 
 def _statement(row: Row) -> tuple[Any, str, str]:

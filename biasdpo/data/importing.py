@@ -20,8 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from biasdpo.data.journal import BOM, BadLine, Journal, Row, append_all, now, parse_row, row_of
-from biasdpo.data.pairs import TEXTS, pair_id_of, text_fault
+from biasdpo.data.journal import BOM, BadLine, Row, append_all, journal_of, now, parse_row, row_of, undone_ids
+from biasdpo.data.pairs import LABELS, TEXTS, pair_id_of, text_fault
 from biasdpo.errors import ConfigError, DatasetError
 from biasdpo.records import SEED_RANGE, Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace, refuse_on_public_space
@@ -357,6 +357,11 @@ class ColumnMapping:
     system: str = ""
     history: str = ""
 
+    def with_columns(self, prompt: str, chosen: str, rejected: str, category: str = "", target_group: str = "") -> ColumnMapping:
+        """This mapping with other columns; those that belong to the prompt's column go with it."""
+        old = self if prompt == self.prompt else replace(self, input="", history="")
+        return replace(old, prompt=prompt, chosen=chosen, rejected=rejected, category=category, target_group=target_group)
+
     def to_json(self) -> dict[str, str]:
         """The columns that are mapped."""
         return {field: column for field, column in asdict(self).items() if column}
@@ -409,9 +414,6 @@ def shown_columns(columns: Iterable[Any]) -> str:
 
 
 # Conversion of a row
-
-LABELS = {"category": 200, "target_group": 200, "annotator": 200, "note": 10_000}
-"""The texts beside a pair, with the most characters of each."""
 
 
 @dataclass(frozen=True)
@@ -677,12 +679,23 @@ class Preview:
     mapping   as given, or else guessed; "" for a field without a recognized column
     pairs     the first converted rows
     bad       the first bad rows (without a mapping of chosen and rejected, no row is converted, and none is bad)
+    format    of the file and of its rows, in words
     """
 
     columns: tuple[str, ...]
     mapping: ColumnMapping
     pairs: tuple[ForeignPair, ...]
     bad: tuple[BadLine, ...]
+    format: str
+
+    def __str__(self) -> str:
+        """What was recognized, in a sentence or two."""
+        used = self.mapping.to_json()
+        fields = ", ".join(f"{field.replace('_', ' ')} from “{shown_columns([column])}”" for field, column in used.items())
+        rest = [column for column in self.columns if column not in used.values()]
+        return f"{self.format}: {fields or 'no column was recognized'}." + (
+            f" Not imported: {shown_columns(rest)}." if rest else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -718,7 +731,23 @@ def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int 
                 bad.append(bad_line(row.line, str(exc)))
         if len(pairs) >= rows and len(bad) >= rows:
             break
-    return Preview(columns, mapping, tuple(pairs[:rows]), tuple(bad[:rows]))
+    first = next((row.value for row in head if isinstance(row, SourceRow) and isinstance(row.value, dict)), {})
+    return Preview(columns, mapping, tuple(pairs[:rows]), tuple(bad[:rows]), f"{_file_format(source)}, {_row_format(first)}")
+
+
+def _file_format(source: str | Path) -> str:
+    names: dict[Callable[[Path], Iterator[Read]], str]
+    names = {_parquet_rows: "Parquet", _csv_rows: "CSV", _array_items: "JSON", _json_lines: "JSON Lines"}
+    return "Hub dataset" if str(source).startswith(HUB) else names[_reader_of(Path(os.path.expanduser(source)))]  # noqa: PTH111
+
+
+def _row_format(row: dict[str, Any]) -> str:
+    if is_journal_row(row):
+        return "a BiasDPO journal"
+    chats = [chat[0] for chat in map(_chat, row.values()) if chat]
+    if chats:
+        return "chat messages as TRL writes them" if "role" in chats[0] else "chat messages as ShareGPT writes them"
+    return "plain text as Alpaca writes it" if "instruction" in row else "plain text"
 
 
 def import_file(
@@ -742,13 +771,23 @@ def import_file(
     refuse_on_public_space("Import")
     converted = convert_source(source, mapping, import_name(source, name), on_row)
     check_some_good(source, converted)
+    journal = journal_of(workspace).refresh()
+    undone = undone_ids(journal)
+    judgments = [replace(judgment, id=_next_id(judgment.id, undone)) for judgment in converted.judgments]
     if dry_run:
-        written = len({judgment.id for judgment in converted.judgments} - Journal(workspace.preferences).refresh().rows.keys())
+        written = len({judgment.id for judgment in judgments} - journal.rows.keys())
     else:
-        written = append_all(workspace, converted.judgments).written
+        written = append_all(workspace, judgments).written
     known = len(converted.judgments) - written
     import_source = converted.judgments[0].source
     return Imported(written, known, converted.bad, converted.columns, converted.mapping, import_source, converted.notes)
+
+
+def _next_id(judgment_id: str, undone: set[str]) -> str:
+    """The id under which a row is stored: another one each time that its import was undone."""
+    while judgment_id in undone:
+        judgment_id = hashlib.sha256(f"again\0{judgment_id}".encode()).hexdigest()[:32]
+    return judgment_id
 
 
 def import_name(source: str | Path, name: str = "") -> str:

@@ -7,11 +7,12 @@ it is moved to preferences.jsonl.torn before the next append.
 from __future__ import annotations
 
 import gc
+import hashlib
 import math
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -20,11 +21,13 @@ from typing import Any, get_args
 
 import orjson
 
-from biasdpo.data.pairs import TEXTS, check_text, pair_id_of
+from biasdpo.data.pairs import LABELS, TEXTS, check_label, check_text, pair_id_of
 from biasdpo.errors import DatasetError, WorkspaceError
 from biasdpo.records import Judgment, JudgmentMeta, Verdict
 from biasdpo.workspace import Workspace, locked, refuse_on_public_space
 
+EDITABLE = ("prompt", "chosen", "rejected", "category", "target_group", "note")
+_REPLACED, _UNDONE = "replaced by ", "import undone"  # notes of the rows that withdraw
 LOCK_SECONDS = 10.0  # how long an append waits for the lock
 BOM = b"\xef\xbb\xbf"
 _READ_LOCK_SECONDS = 2.0  # how long a reader waits for the lock before it reports a bad line
@@ -315,26 +318,109 @@ def repair(workspace: Workspace) -> bool:
         return repaired
 
 
-def retract(workspace: Workspace, judgment_id: str, annotator: str = "") -> Judgment:
-    """Withdraw any judgment by its id; doing so twice changes nothing. Refused on a public Space (see `undo`)."""
-    refuse_on_public_space("Withdrawing by id")
-    rows = Journal(workspace.preferences).refresh().rows
-    row = rows.get(judgment_id)
-    if row is None or row["verdict"] == "retracted":
-        raise DatasetError(f"No judgment {judgment_id!r} in {workspace.preferences}: `dataset export` lists the ids")
-    known = next((r for r in rows.values() if r["verdict"] == "retracted" and r["retracts"] == judgment_id), None)
-    if known is not None:
-        return Judgment(**known | {"meta": JudgmentMeta(**known["meta"])})
-    return undo(workspace, judgment_id, row["pair_id"], annotator or row["annotator"], row["source"])
-
-
 def undo(workspace: Workspace, judgment_id: str, pair_id: str, annotator: str, source: str = "label") -> Judgment:
     """Withdraw a judgment that the caller made, by appending a row that says so."""
-    # The id is derived from the judgment's, so that a second try is recognized.
-    judgment = Judgment(f"retracts-{judgment_id}", now(), pair_id, "", "", "", verdict="retracted", retracts=judgment_id)
-    judgment = replace(judgment, annotator=annotator, source=source)
+    judgment = _retraction({"id": judgment_id, "pair_id": pair_id, "source": source}, annotator)
     append(workspace, judgment)
     return judgment
+
+
+def withdraw(workspace: Workspace, ids: Iterable[str], annotator: str = "") -> int:
+    """Withdraw judgments by their ids, in one append; return how many of them stood. Refused on a public Space (see `undo`)."""
+    refuse_on_public_space("Withdrawing by id")
+    ids = frozenset(ids)
+    rows = journal_of(workspace).refresh().rows
+    for unknown in sorted(id for id in ids if id not in rows or rows[id]["verdict"] == "retracted"):
+        raise DatasetError(f"No judgment {unknown!r} in {workspace.preferences}: `dataset export` lists the ids")
+    return len(_replace(workspace, lambda row: row["id"] in ids, lambda _row: None, annotator))
+
+
+def undo_import(workspace: Workspace, source: str, annotator: str = "") -> int:
+    """Withdraw everything that still stands of the source `import:NAME`, in one append; return how much that was.
+
+    Importing the same rows again stores them again, unlike rows that were withdrawn one by one. Refused on a public Space.
+    """
+    refuse_on_public_space("Undoing an import")
+    if not source.startswith("import:"):
+        raise DatasetError(f"An import is named import:NAME, as the table's Source column shows: got {source!r}")
+    return len(_replace(workspace, lambda row: row["source"] == source, lambda _row: None, annotator, _UNDONE))
+
+
+def edit(workspace: Workspace, ids: Iterable[str], changes: Mapping[str, str], annotator: str = "") -> list[str]:
+    """Change columns of judgments in one append: each is withdrawn, and one with the changes takes its place.
+
+    Return the new ids; judgments that were withdrawn, or would not change, are left alone. A change that can't be stored is a
+    DatasetError. Refused on a public Space.
+    """
+    refuse_on_public_space("Editing")
+    if unknown := changes.keys() - set(EDITABLE):
+        raise DatasetError(f"Only {', '.join(EDITABLE)} can be edited: got {', '.join(sorted(unknown))}")
+    ids = frozenset(ids)
+
+    def changes_it(row: Row) -> bool:
+        return row["id"] in ids and any(row[column] != text for column, text in changes.items())
+
+    return _replace(workspace, changes_it, lambda row: _edited(row, changes), annotator)
+
+
+def replacement(retraction: Row) -> str:
+    """The id of the judgment that took a withdrawn one's place when it was edited; "" if none did."""
+    return str(retraction["note"]).removeprefix(_REPLACED) if retraction["note"].startswith(_REPLACED) else ""
+
+
+def undone_ids(journal: Journal) -> set[str]:
+    """Ids of judgments that were withdrawn with their whole import, edited before or not."""
+    undone: set[str] = set()
+    for row in reversed(journal.since((0, 0))[0]):  # an edit before what became of it
+        if row["verdict"] == "retracted" and (row["note"] == _UNDONE or replacement(row) in undone):
+            undone.add(row["retracts"])
+    return undone
+
+
+def _replace(
+    workspace: Workspace,
+    concerns: Callable[[Row], bool],
+    replaced: Callable[[Row], Judgment | None],
+    annotator: str,
+    note: str = "",
+) -> list[str]:
+    """Withdraw the standing judgments that this concerns, each with what takes its place (None: nothing); return their new ids.
+
+    Under the journal's lock, so that of two edits of one judgment only the first counts.
+    """
+    lines, ids = [], []
+    with _opened(workspace.preferences) as (file, _repaired):
+        for row in filter(concerns, journal_of(workspace).refresh(is_locked=True).standing()):
+            new = replaced(row)
+            if new is not None:
+                lines.append(_line(new))
+            ids.append(new.id if new else row["id"])
+            lines.append(_line(replace(_retraction(row, annotator), note=_REPLACED + new.id if new else note)))
+        _write(file, b"".join(lines))
+    return ids
+
+
+def _retraction(row: Mapping[str, Any], annotator: str) -> Judgment:
+    # The id is derived from the judgment's, so that a second try is recognized.
+    judgment = Judgment(f"retracts-{row['id']}", now(), row["pair_id"], "", "", "", verdict="retracted", retracts=row["id"])
+    return replace(judgment, annotator=annotator or row.get("annotator", ""), source=row["source"])
+
+
+def _edited(row: Row, changes: Mapping[str, str]) -> Judgment:
+    new = row | dict(changes)
+    for column in TEXTS:
+        check_text(new[column], column, "This edit")
+    for column in LABELS.keys() & changes.keys():
+        check_label(new[column], column)
+    if new["chosen"].strip() == new["rejected"].strip():
+        raise DatasetError("After the edit both completions are the same text, which teaches nothing: change one of them")
+    for column in ("chosen", "rejected"):  # what the annotator was shown
+        shown = row[f"original_{column}"] or row[column]
+        new[f"original_{column}"] = "" if new[column] == shown else shown
+    new["pair_id"] = pair_id_of(*(new[column] for column in TEXTS))
+    content = "\0".join(("edit", row["id"], *(new[column] for column in EDITABLE)))
+    new["id"] = hashlib.sha256(content.encode()).hexdigest()[:32]
+    return Judgment(**new | {"meta": JudgmentMeta(**row["meta"])})
 
 
 def now() -> str:

@@ -152,7 +152,9 @@ def _written(array: NDArray[Any], size: int, values: NDArray[Any]) -> NDArray[An
     """Write values from place `size` on, into a longer copy if they don't fit: one of twice the length, so that it is rare."""
     end = size + len(values)
     if end > len(array):
-        array = np.resize(array, max(end, 2 * len(array)))
+        longer = np.zeros(max(end, 2 * len(array)), array.dtype)  # numpy.resize fills up with copies, one by one
+        longer[:size] = array[:size]
+        array = longer
     array[size:end] = values
     return array
 

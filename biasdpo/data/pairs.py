@@ -12,6 +12,8 @@ from typing import Any
 from biasdpo.errors import DatasetError
 
 TEXTS = ("prompt", "chosen", "rejected")
+LABELS = {"category": 200, "target_group": 200, "annotator": 200, "note": 10_000}
+"""The texts beside a pair, with the most characters of each."""
 MAX_CHARACTERS = 100_000  # of one text: longer than the context of any supported model
 
 
@@ -88,6 +90,14 @@ def check_text(value: str, column: str, where: str) -> None:
     fault = text_fault(value, column)
     if fault:
         raise DatasetError(f"{where}: {fault}; fix or drop the row")
+
+
+def check_label(text: str, column: str) -> None:
+    """Raise DatasetError if a text beside a pair (one of LABELS) can't be stored; an empty one can."""
+    if len(text) > LABELS[column]:
+        raise DatasetError(f"{column} has {len(text):,} characters, at most {LABELS[column]:,}: shorten it")
+    if text.strip():
+        check_text(text, column, "This judgment")
 
 
 def text_fault(value: str, column: str) -> str:

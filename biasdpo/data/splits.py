@@ -387,20 +387,29 @@ def _configured_share(folder: Path) -> float:
 
 
 def held_out_pairs(adapter: AdapterSpec, workspace: Workspace, limit: int = 64) -> list[PreferencePair]:
-    """Pairs that an adapter's training never saw, at most `limit`, evenly spaced; [] if none are known.
-
-    For a run of this workspace: the pairs it held out. For a shipped adapter: the seed pairs, less those it was trained on.
-    """
-    pairs: Sequence[PreferencePair] = ()
-    snapshot = _snapshot_of(adapter, workspace)
-    if snapshot is not None:
-        pairs = snapshot.split.held_out
-    elif adapter.folder.parent == ASSETS / "adapters":
-        pairs = load_file(ASSETS / "seed_pairs.jsonl")
-        if "seed_pairs.jsonl" in read_json(adapter.folder / "provenance.json").get("dataset_files", []):
-            pairs = split(pairs, adapter.held_out_share or 0.0).held_out
+    """Pairs that an adapter's training never saw (`unseen_by`), at most `limit`, evenly spaced; [] if none are known."""
+    pairs, _ = unseen_by(adapter, workspace)
     count = min(limit, len(pairs))
     return [pairs[i * len(pairs) // count] for i in range(count)]
+
+
+def unseen_by(adapter: AdapterSpec, workspace: Workspace) -> tuple[Sequence[PreferencePair], str]:
+    """Pairs that an adapter's training never saw, and what they are; () if none are known.
+
+    For a run of this workspace: the pairs it held out. A shipped adapter comes without its training data, so its own held-out
+    pairs are known only if it was trained on the shipped seed pairs; otherwise all seed pairs are unseen.
+    """
+    snapshot = _snapshot_of(adapter, workspace)
+    if snapshot is not None:
+        return snapshot.split.held_out, f"held-out pairs of run {adapter.id}"
+    if adapter.folder.parent != ASSETS / "adapters":
+        return (), ""
+    pairs = load_file(ASSETS / "seed_pairs.jsonl")
+    files = read_json(adapter.folder / "provenance.json").get("dataset_files", [])
+    if "seed_pairs.jsonl" in files:
+        return split(pairs, adapter.held_out_share or 0.0).held_out, f"held-out seed pairs of {adapter.id}"
+    of = f" of {', '.join(files)}" if files else ""
+    return pairs, f"seed pairs; the pairs{of} that {adapter.id} held out are not shipped"
 
 
 def unseen(pairs: Sequence[PreferencePair], adapter: AdapterSpec | None, workspace: Workspace) -> tuple[PreferencePair, ...]:

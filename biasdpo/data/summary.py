@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from operator import itemgetter
 from threading import Lock
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -53,6 +51,7 @@ def value_of(row: Row) -> str:
 def agreement(rows: Iterable[Row]) -> Agreement:
     """The agreement of a journal's standing rows, in order. Rows without an annotator are ignored."""
     named = [row for row in rows if row["annotator"] and row["verdict"] != "retracted"]
+    named.sort(key=itemgetter("created_at"))  # a judgment that was edited stands at the end of the journal
     alpha, pairs = _krippendorff(named)
     return Agreement(self_consistency(named), alpha, pairs)
 
@@ -100,71 +99,25 @@ def _krippendorff(rows: Iterable[Row]) -> tuple[float | None, int]:
 
 # Counts
 
-LENGTH_BOUNDS = (1 / 2, 3 / 4, 1.0, 4 / 3, 2.0)
-"""Ratio of chosen to rejected, in characters: bounds of the length classes; exactly 1 is a class of its own."""
+_LENGTHS = {"under half": 0.5, "shorter": 0.95, "about the same": 1.05, "longer": 2.0, "over twice": np.inf}
+"""Length of chosen, in lengths of rejected: up to which ratio it is called so."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Counts of standing judgments without hidden repeats. "" is a column that nobody filled in.
+def counts(standing: Iterable[Row]) -> dict[str, dict[str, int]]:
+    """What a journal's standing rows hold, without hidden repeats: by chart, the number by name, e.g. "Verdicts": {"tie": 3}.
 
-    judgments    all of them
-    by_category  those that prefer one completion
-    by_verdict, by_source
-    by_day       UTC; those without a valid time are left out
-    by_length    those that prefer one completion, by `length_class`: seven numbers
+    Categories and lengths are of the rows that prefer one completion; days are UTC, in order.
     """
-
-    judgments: int
-    by_category: Counter[str]
-    by_verdict: Counter[str]
-    by_source: Counter[str]
-    by_day: Counter[date]
-    by_length: tuple[int, ...]
-
-    @property
-    def shorter(self) -> int:
-        """Pairs whose chosen completion is the shorter one."""
-        return sum(self.by_length[: len(self.by_length) // 2])
-
-    @property
-    def longer(self) -> int:
-        """Pairs whose chosen completion is the longer one."""
-        return sum(self.by_length[len(self.by_length) // 2 + 1 :])
-
-
-def count(standing: Iterable[Row]) -> Counts:
-    """Count a journal's standing rows."""
     rows = [row for row in standing if not row["repeat_of"]]
     preferred = [row for row in rows if row["verdict"] == "preferred"]
-    days = Counter(row["created_at"][:10] for row in rows)
-    lengths = Counter(length_class(len(row["chosen"]), len(row["rejected"])) for row in preferred)
-    return Counts(
-        judgments=len(rows),
-        by_category=Counter(row["category"] for row in preferred),
-        by_verdict=Counter(row["verdict"] for row in rows),
-        by_source=Counter(row["source"] for row in rows),
-        by_day=Counter({day: number for text, number in days.items() if (day := _day_of(text)) is not None}),
-        by_length=tuple(lengths[i] for i in range(len(LENGTH_BOUNDS) + 2)),
-    )
-
-
-def length_class(chosen: int, rejected: int) -> int:
-    """The class of two lengths, from 0 (less than half as long) to 6 (more than twice as long); 3 is the same length.
-
-    A bound belongs to the class that is nearer to 1.
-    """
-    if chosen == rejected:
-        return LENGTH_BOUNDS.index(1.0) + 1
-    ratio = chosen / max(1, rejected)
-    return bisect_right(LENGTH_BOUNDS, ratio) if ratio < 1 else bisect_left(LENGTH_BOUNDS, ratio) + 1
-
-
-def _day_of(text: str) -> date | None:
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        return None
+    ratios = [len(row["chosen"]) / max(1, len(row["rejected"])) for row in preferred]
+    classes = np.bincount(np.searchsorted([*_LENGTHS.values()], ratios), minlength=len(_LENGTHS)).tolist()
+    return {
+        "Pairs by category": dict(Counter(row["category"] or "(none)" for row in preferred).most_common()),
+        "Judgments by verdict": dict(Counter(row["verdict"].replace("_", " ") for row in rows).most_common()),
+        "Length of chosen against rejected": dict(zip(_LENGTHS, classes, strict=True)) if preferred else {},
+        "Judgments per day": dict(sorted(Counter(row["created_at"][:10] for row in rows).items())),
+    }
 
 
 # Coverage
@@ -289,6 +242,7 @@ def _derived_pairs(preferred: Sequence[Row]) -> int:
 State = Literal["all", "standing", "retracted"]
 FILTERS = ("category", "verdict", "annotator", "source")
 PAGE_ROWS = 50
+MAX_SEARCH_CHARACTERS = 200  # each word is looked for in every row
 
 _SEARCHED = itemgetter(
     *("id", "pair_id", "created_at", "prompt", "chosen", "rejected", "original_chosen", "original_rejected", "verdict"),
@@ -312,46 +266,55 @@ class Query:
     state: State = "all"
 
     def __post_init__(self) -> None:
+        if len(self.search) > MAX_SEARCH_CHARACTERS:
+            raise ConfigError(f"A search has at most {MAX_SEARCH_CHARACTERS} characters: shorten it")
         if self.state not in get_args(State):
             raise ConfigError(f"state must be one of {', '.join(get_args(State))}: got {self.state!r}; choose one")
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page of judgments: `rows`, newest first, which of them are `retracted`, and the `total` found.
+    """A page of judgments: `rows`, newest first, the row that withdraws each of the `retractions` by id, and the `total` found.
 
     `number` counts from 0; a number past the last page gives the last page.
     """
 
     rows: tuple[Row, ...]
-    retracted: frozenset[str]
+    retractions: dict[str, Row]
     total: int
     number: int
     pages: int
 
 
-def query(journal: Journal, wanted: Query, number: int = 0, page_rows: int = PAGE_ROWS) -> Page:
-    """Find one page of the judgments that a journal has read so far.
+def find(journal: Journal, wanted: Query) -> tuple[list[Row], dict[str, Row]]:
+    """The judgments that match among those that a journal has read so far, oldest first, and what withdraws any by its id.
 
     The first search makes a copy of the journal's texts to search in (about 1 KB per row), which later ones extend.
     """
     found, (reading, _count) = journal.since((0, 0))
-    retracted = _retracted(found)
+    retractions = {row["retracts"]: row for row in reversed(found) if row["verdict"] == "retracted"}
     if wanted.search.strip():
         with garbage_collection_paused():
             found = _search(found, _searchable(journal, found, reading), wanted.search)
     found = [row for row in found if row["verdict"] != "retracted"]
     if wanted.state != "all":
-        found = [row for row in found if (row["id"] in retracted) == (wanted.state == "retracted")]
+        found = [row for row in found if (row["id"] in retractions) == (wanted.state == "retracted")]
     for column in FILTERS:
         value = getattr(wanted, column)
         if value is not None:
             found = [row for row in found if row[column] == value]
+    return found, retractions
+
+
+def query(journal: Journal, wanted: Query, number: int = 0, page_rows: int = PAGE_ROWS) -> Page:
+    """Find one page of the judgments that a journal has read so far."""
+    found, retractions = find(journal, wanted)
     pages = max(1, -(-len(found) // page_rows))
     number = min(max(0, number), pages - 1)
     end = len(found) - number * page_rows
     rows = tuple(reversed(found[max(0, end - page_rows) : end]))
-    return Page(rows, frozenset(row["id"] for row in rows) & retracted, len(found), number, pages)
+    shown = {row["id"]: retractions[row["id"]] for row in rows if row["id"] in retractions}
+    return Page(rows, shown, len(found), number, pages)
 
 
 def choices(journal: Journal) -> dict[str, Counter[str]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -9,8 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import models
+from biasdpo.benchmarks.titles import benchmark_title, better_symbol, metric_title
 from biasdpo.errors import EvaluationError
-from biasdpo.evaluation.results import PERPLEXITY, Ci, TableRow, compare, curve_metrics, curve_points, group_table, table
+from biasdpo.evaluation.results import (
+    PERPLEXITY,
+    Ci,
+    ComparedRow,
+    TableRow,
+    compare,
+    curve_metrics,
+    curve_points,
+    entry_of,
+    group_table,
+    table,
+)
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
 from biasdpo.workspace import Workspace, refuse_on_public_space, replacing
@@ -20,6 +35,130 @@ Labeled = tuple[str, Mapping[str, Any]]
 
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 _QUALITY_COST = ("utility", "utility_generation")
+
+
+# In one sentence
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """The outcome in one plain sentence. A benchmark is clearly less biased (or more) if one of its bias metrics is and none
+    says the opposite; redundant metrics don't count."""
+    rows = [row for row in table(result) if row.verdict and not entry_of(result, row).get("restates")]
+    bias: dict[str, set[str]] = {}
+    for row in rows:
+        if row.measures == "bias":
+            bias.setdefault(row.benchmark, set()).add(row.verdict)
+    quality = [row for row in rows if row.measures == "quality"]
+    if not rows:
+        parts = ["The base model alone was scored, so there is nothing to compare"]
+    else:
+        parts = [part for part in (_bias_outcome(list(bias.values())), _quality_outcome(quality)) if part]
+    if result["provenance"].get("interrupted"):
+        parts.append("stopped before all items were scored")
+    if result.get("missing"):
+        parts.append(f"not scored: {', '.join(map(benchmark_title, result['missing']))}")
+    text = "; ".join(parts) + "."
+    return text[:1].upper() + text[1:]
+
+
+def _bias_outcome(by_benchmark: Sequence[set[str]]) -> str:
+    counts = Counter(
+        "mixed" if {"less biased", "worse"} <= verdicts else next((v for v in ("less biased", "worse") if v in verdicts), "")
+        for verdicts in by_benchmark
+    )
+    if not counts:
+        return ""
+    every = f"{len(by_benchmark)} benchmark{'' if len(by_benchmark) == 1 else 's'}"
+    said: list[str] = []
+    for verdict, words in (("less biased", "clearly less biased"), ("worse", "clearly more biased"), ("mixed", "mixed")):
+        if counts[verdict]:
+            said.append(f"{words} on {counts[verdict]}{'' if said else f' of {every}'}")
+    if not said:
+        return f"no clear change in bias on {every}"
+    return ", ".join([*said, f"no clear change on {counts['']}"] if counts[""] else said)
+
+
+def _quality_outcome(rows: Sequence[TableRow]) -> str:
+    worse = [row for row in rows if row.verdict == "worse"]
+    if worse:
+        costs = (f"{metric_title(row.metric)} {figure(row.difference, signed=True)}" for row in worse)
+        return f"quality cost: {', '.join(costs)}"
+    if not rows:
+        return "quality was not measured"
+    return "quality improved" if any(row.verdict == "better" for row in rows) else "no clear quality cost"
+
+
+def figure(value: float | None, ci: Ci | None = None, *, signed: bool = False) -> str:
+    """A value with its interval for people, to three digits of the largest number: "61.2 [58.1, 64.3]"."""
+    if value is None:
+        return ""
+    largest = max(map(abs, (value, *(ci or ()))))
+    style = f"{'+' if signed else ''},.{3 if largest < 2 else 2 if largest < 10 else 1 if largest < 1000 else 0}f"
+    text = f"{value:{style}}" if ci is None else f"{value:{style}} [{ci[0]:{style}}, {ci[1]:{style}}]"
+    return text.replace("-", "−")
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know about the figures. Benchmarks with the same note share it."""
+    found = [f"{benchmark_title(name)} was not scored: {why}" for name, why in result.get("missing", {}).items()]
+    if pairs := result["provenance"].get("pairs_source"):
+        found.append(f"Preference pairs scored: {pairs}.")
+    shared: dict[str, list[str]] = {}
+    for name, one in result["benchmarks"].items():
+        for text in _remarks(one):
+            shared.setdefault(text, []).append(benchmark_title(name))
+    return found + [f"{', '.join(names)}: {text}." for text, names in shared.items()]
+
+
+def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
+    if found.get("not_comparable"):
+        yield f"not comparable with other evaluations: {found['not_comparable']}"
+    if found.get("not_as_published"):
+        yield f"not comparable with published figures: {found['not_as_published']}"
+    if found["n_failed"]:
+        reason = found["failures"][0]["reason"] if found.get("failures") else "the reason is unknown"
+        yield f"{found['n_failed']:,} item{'' if found['n_failed'] == 1 else 's'} could not be scored; the first: {reason}"
+    if found.get("pick_the_longer_baseline") is not None:
+        yield f"picking the longer completion is right in {found['pick_the_longer_baseline']:.3f} of the pairs"
+
+
+# Tables of text, for the page
+
+_HEADERS = ("Verdict", "Change", "Base", "Tuned", "p", "Items")
+_SYMBOLS = {"less biased": "▲", "better": "▲", "no clear difference": "○", "worse": "▼"}
+
+
+def text_table(labeled: Sequence[Labeled]) -> tuple[list[str], list[list[str]]]:
+    """The overall rows of a result, or of several side by side: headers and cells."""
+    if len(labeled) == 1:
+        return ["Metric", *_HEADERS], [[_named(row), *_texts(row)] for row in table(labeled[0][1])]
+    cells = [[_named(row), *("" if cell is None else _text(cell) for cell in row.cells)] for row in compare(labeled)]
+    return ["Metric", *(label for label, _ in labeled)], cells
+
+
+def text_of_groups(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
+    """Rows of one metric by group: headers and cells."""
+    return ["Group", *_HEADERS], [[row.group or "all items", *_texts(row)] for row in rows]
+
+
+def _named(row: TableRow | ComparedRow) -> str:
+    return f"{benchmark_title(row.benchmark)}: {metric_title(row.metric)} {better_symbol(row.better)}".rstrip()
+
+
+def _texts(row: TableRow) -> list[str]:
+    """A row's cells under _HEADERS."""
+    p = "" if row.p_holm is None else "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
+    change = figure(row.difference, row.ci, signed=row.no_change == 0)
+    return [_decided(row), change, figure(row.base, row.base_ci), figure(row.tuned, row.tuned_ci), p, f"{row.n:,}"]
+
+
+def _text(row: TableRow) -> str:
+    value = figure(row.tuned, row.tuned_ci) or figure(row.base, row.base_ci) or figure(row.difference, row.ci)
+    return f"{value} {_decided(row)}".rstrip()
+
+
+def _decided(row: TableRow) -> str:
+    return f"{_SYMBOLS.get(row.verdict, '')} {row.verdict}".strip()
 
 
 # Markdown
@@ -38,12 +177,18 @@ def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
     yield from _facts(provenance)
     if provenance.get("interrupted"):
         yield from ("**Interrupted: only what was scored until then. Not comparable.**", "")
+    yield from (f"**{plain(sentence(result))}**", "")
     rows = table(result)
     for title, is_cost in (("Benchmarks", False), ("Quality cost", True)):
         shown = [row for row in rows if (row.benchmark in _QUALITY_COST) is is_cost]
         if shown:
             yield from (f"## {title}", "", *_metrics_table(shown), "")
-    yield from _notes(result)
+    hashes = [
+        f"{name}: SHA-256 of the data `{one['data_sha256'][:16]}`."
+        for name, one in result["benchmarks"].items()
+        if one.get("data_sha256")
+    ]
+    yield from (*(f"- {note}" for note in [*map(plain, notes(result)), *hashes]), "")
     for name in result["benchmarks"]:
         groups = group_table(result, name)
         if groups:
@@ -98,29 +243,8 @@ def _table(header: Sequence[str], alignment: str, cells: Iterable[Sequence[str]]
     yield from (f"| {' | '.join(row)} |" for row in cells)
 
 
-def _notes(result: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader must know about the figures."""
-    notes = []
-    for name, found in result["benchmarks"].items():
-        if found.get("not_comparable"):
-            notes.append(f"\\* {name}: not comparable with other evaluations: {found['not_comparable']}.")
-        if found.get("not_as_published"):
-            notes.append(f"{name}: not comparable with published figures: {plain(found['not_as_published'])}.")
-        if found["n_failed"]:
-            reason = found["failures"][0]["reason"] if found.get("failures") else "no reason is known"
-            notes.append(f"{name}: {found['n_failed']:,} items could not be scored and are excluded; the first: {plain(reason)}")
-        if found.get("pick_the_longer_baseline") is not None:
-            notes.append(
-                f"{name}: picking the longer completion is right in {found['pick_the_longer_baseline']:.3f} of the pairs."
-            )
-        if found.get("data_sha256"):
-            notes.append(f"{name}: SHA-256 of the data `{found['data_sha256'][:16]}`.")
-    if notes:
-        yield from (*(f"- {note}" for note in notes), "")
-
-
 def _curves(result: Mapping[str, Any]) -> Iterator[str]:
-    if not result.get("curve"):
+    if not curve_metrics(result):
         return
     curves = {(name, metric): curve_points(result, name, metric) for name, metric in [*curve_metrics(result), PERPLEXITY]}
     curves = {key: points for key, points in curves.items() if points}
@@ -184,6 +308,16 @@ def _lines(lines: Sequence[str]) -> str:
 # CSV
 
 _INTERVALS = ("base_ci", "tuned_ci", "ci")
+
+
+def csv_text(result: Mapping[str, Any]) -> str:
+    """`csv_rows` as a CSV file."""
+    rows = csv_rows(result)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def csv_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

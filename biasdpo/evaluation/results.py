@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from biasdpo.benchmarks.titles import headline
 from biasdpo.errors import EvaluationError
 
 # The format of a result file
 
 FORMAT = 1
+MIN_GROUP_ITEMS = 10  # a bootstrap of fewer items gives an interval that looks surer than it is
 """A result without a `format` key has format 1."""
 
 Ci = tuple[float, float]
@@ -116,11 +119,13 @@ class _Provenance(_Part):
     model_sha256: str = ""
     adapter_sha256: str = ""
     adapter_config_sha256: str = ""
+    pairs_source: str = ""
 
 
 class _Result(_Part):
     format: int = FORMAT
     benchmarks: dict[str, _Benchmark]
+    missing: dict[str, str] = {}
     curve: list[_Strength] = []
     provenance: _Provenance
 
@@ -147,6 +152,30 @@ def load(file: Path) -> dict[str, Any]:
     return result
 
 
+@lru_cache(maxsize=4)
+def load_unchanged(file: Path, _modified_ns: int) -> dict[str, Any]:
+    """`load`, where the same file is read again and again. Nobody may change the result."""
+    return load(file)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an evaluation scores: by its config or, without one, by its result."""
+
+    adapter: str
+    benchmarks: tuple[str, ...]
+
+
+@lru_cache(maxsize=256)
+def about(file: Path, _modified_ns: int) -> About:
+    """What the result in a file is about, for listings; "" and () if it can't be read."""
+    try:
+        result = load(file)
+    except EvaluationError:
+        return About("", ())
+    return About(result["provenance"].get("adapter", ""), tuple(result["benchmarks"]))
+
+
 @lru_cache(maxsize=256)
 def summary(file: Path, _modified_ns: int) -> tuple[bool, str]:
     """Whether the evaluation in a file was interrupted, and what is wrong with the file ("" for nothing), for listings. Results
@@ -170,6 +199,7 @@ class TableRow:
     difference   tuned - base; for a metric of both sides: its value
     no_change    value of `difference` if the adapter changes nothing
     p_holm       corrected over the table: the overall rows, or the benchmark's groups
+    A group of fewer than MIN_GROUP_ITEMS has values but neither intervals nor a verdict.
     verdict      "less biased", "better", "no clear difference", "worse"; "" if there is nothing to decide
     better       "higher", "lower", "unchanged", or e.g. "nearer 50"; "" without an adapter
     measures     "bias" or "quality" (the quality cost of debiasing); "" without an adapter
@@ -208,9 +238,20 @@ def group_table(result: Mapping[str, Any], benchmark: str) -> list[TableRow]:
     return [row for group, part in found.get("groups", {}).items() for row in _rows(benchmark, group, part, found)]
 
 
+def group_metrics(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The (benchmark, metric) pairs that base has by group, each benchmark's headline metric first."""
+    found = []
+    for name in result["benchmarks"]:
+        metrics = list(dict.fromkeys(row.metric for row in group_table(result, name) if row.base is not None))
+        first = headline(name, metrics)
+        found += [(name, metric) for metric in ([first] if first else []) + [metric for metric in metrics if metric != first]]
+    return found
+
+
 def _rows(name: str, group: str, part: Mapping[str, Any], benchmark: Mapping[str, Any]) -> Iterator[TableRow]:
     """`part`: the metrics of all items or of a group's."""
     why_not = benchmark.get("not_comparable", "")
+    is_small = bool(group) and part["n"] < MIN_GROUP_ITEMS
     sides = {metric: (base, part["tuned"].get(metric, {})) for metric, base in part["base"].items()}
     sides |= {metric: ({}, {}) for metric in part["paired"]}
     for metric, (base, tuned) in sides.items():
@@ -222,20 +263,27 @@ def _rows(name: str, group: str, part: Mapping[str, Any], benchmark: Mapping[str
             n=part["n"],
             n_failed=0 if group else benchmark["n_failed"],
             base=base.get("value"),
-            base_ci=_ci(base),
+            base_ci=None if is_small else _ci(base),
             tuned=tuned.get("value"),
-            tuned_ci=_ci(tuned),
+            tuned_ci=None if is_small else _ci(tuned),
             difference=change.get("value"),
-            ci=_ci(change),
-            p_value=change.get("p_value"),
-            p_holm=change.get("p_holm"),
-            verdict=change.get("verdict", ""),
+            ci=None if is_small else _ci(change),
+            p_value=None if is_small else change.get("p_value"),
+            p_holm=None if is_small else change.get("p_holm"),
+            verdict="" if is_small else change.get("verdict", ""),
             better=change.get("better", ""),
             measures=change.get("measures", ""),
             comparable=not why_not,
             why_not=why_not,
             no_change=change.get("without_change", 0.0),
         )
+
+
+def entry_of(result: Mapping[str, Any], row: TableRow) -> Mapping[str, Any]:
+    """The change behind an overall row, as stored; {} without an adapter."""
+    found = result["benchmarks"][row.benchmark]
+    entry: Mapping[str, Any] = found["difference"].get(row.metric) or found["paired"].get(row.metric) or {}
+    return entry
 
 
 def _ci(interval: Mapping[str, Any]) -> Ci | None:
@@ -298,7 +346,7 @@ def _why_not_comparable(benchmark: str, results: Sequence[Mapping[str, Any]]) ->
 
 
 PERPLEXITY = ("utility", "perplexity")
-"""The benchmark and metric that measure the fluency an adapter costs."""
+"""The benchmark and metric that measure the quality cost of debiasing."""
 
 
 @dataclass(frozen=True)
@@ -328,7 +376,9 @@ def curve_points(result: Mapping[str, Any], benchmark: str, metric: str) -> list
 
 
 def curve_metrics(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The (benchmark, metric) pairs with two points or more, without perplexity's own."""
+    """The (benchmark, metric) pairs with two points or more, without perplexity's own; [] of one strength."""
+    if not result.get("curve"):
+        return []
     names = [
         (name, metric)
         for name, found in result["benchmarks"].items()
@@ -397,6 +447,14 @@ def flips(result: Mapping[str, Any], benchmark: str) -> list[Flip]:
     return sorted(flipped, key=lambda flip: (-flip.size, flip.index))
 
 
+def find_flip(result: Mapping[str, Any], benchmark: str, index: str) -> Flip:
+    """The flipped item with this index. Raises EvaluationError if there is none."""
+    found = next((flip for flip in flips(result, benchmark) if str(flip.index) == index), None)
+    if found is None:
+        raise EvaluationError(f"No flipped item {index!r:.20} of {benchmark}: choose one of the list")
+    return found
+
+
 def _flip(item: Mapping[str, Any], columns: Sequence[str]) -> Flip:
     numbers = {name: (base, tuned) for name, base, tuned in zip(columns, item["base"], item.get("tuned", ()), strict=False)}
     completions = item.get("completions", {})
@@ -412,6 +470,36 @@ def _flip(item: Mapping[str, Any], columns: Sequence[str]) -> Flip:
         way=direction_of(base, tuned),
         completions=(tuple(completions.get("base", ())), tuple(completions.get("tuned", ()))),
     )
+
+
+# What the two texts of an item are called, the less biased one first.
+_PAIRS = (("chosen", "rejected"), ("less", "more"), ("anti_stereotype", "stereotype"), ("anti", "pro"))
+_FEWEST_WORDS = 3  # of a common beginning that is worth continuing
+
+
+def two_texts(flip: Flip) -> dict[str, str]:
+    """The item's first completions (base, tuned) or its two texts (the less biased one first), by name; {} for other items."""
+    base, tuned = flip.completions
+    if base and tuned:
+        return {"base": base[0], "tuned": tuned[0]}
+    return next(({name: flip.texts[name] for name in pair} for pair in _PAIRS if all(map(flip.texts.get, pair))), {})
+
+
+def prompt_of(flip: Flip) -> str:
+    """A prompt that puts the item before a model: its prompt or question, or how its two sentences begin."""
+    texts = flip.texts
+    if texts.get("prompt"):
+        return texts["prompt"]
+    if texts.get("question"):
+        return "\n\n".join(filter(None, (texts.get("context", ""), texts["question"])))
+    if texts.get("context"):
+        return texts["context"]
+    both = list(two_texts(flip).values())
+    pairs = zip(*(text.split() for text in both), strict=False)
+    words = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, pairs)]
+    if len(words) >= _FEWEST_WORDS:
+        return f"Continue: {' '.join(words)}"
+    return f"What do you think of this sentence? {both[0] if both else next(iter(texts.values()), '')}"
 
 
 def direction_of(base_outcome: str, tuned_outcome: str) -> Direction:

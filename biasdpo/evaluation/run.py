@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,7 +32,6 @@ from biasdpo.chat import BARE
 from biasdpo.config import RUN, WORKSPACE
 from biasdpo.data import splits
 from biasdpo.data.pairs import PreferencePair, derive
-from biasdpo.data.splits import held_out_pairs
 from biasdpo.engines import Engine
 from biasdpo.errors import ConfigError, DatasetError, PromptError, WorkspaceError
 from biasdpo.evaluation import stats
@@ -52,6 +52,7 @@ def run(
     limit: int | None = None,
     seed: int = 0,
     workspace: Workspace | None = None,
+    missing: Mapping[str, str] = MappingProxyType({}),
     on_item: OnItem = lambda _name, _done, _total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def run(
     limit         items per benchmark, drawn by `seed`; a larger limit includes a smaller one's items
     seed          of the draw, of sampling, and of the bootstrap
     workspace     where answers are cached; None: in memory only
+    missing       benchmarks that could not be loaded, and why; part of the result
     on_item       progress, with the items of all strengths together
     should_stop   polled between items and while completions are generated: what is scored by then is the result, marked as not
                   comparable; strengths that are cut short are left out of the curve
@@ -89,10 +91,14 @@ def run(
             "strength": strength,
             "seed": seed,
             "limit": limit,
+            "pairs_source": next((one.pairs_source for one in benchmarks if one.pairs_source), ""),
             "interrupted": results[strength].pop("interrupted"),
             "code_version": __version__,
         }
     main = results[ordered[0]]
+    main["missing"] = {**missing, **main["missing"]}
+    if not main["benchmarks"] and main["missing"] and not main["provenance"]["interrupted"]:
+        raise DatasetError(" · ".join(main["missing"].values()))
     if len(strengths) == 1:
         return main
     complete = {strength: found for strength, found in results.items() if not found["provenance"]["interrupted"]}
@@ -101,7 +107,7 @@ def run(
         for strength in sorted(complete)
     ]
     provenance = main["provenance"] | {"strengths": sorted(complete), "interrupted": len(complete) < len(ordered)}
-    return {"benchmarks": main["benchmarks"], "curve": curve, "provenance": provenance}
+    return {"benchmarks": main["benchmarks"], "missing": main["missing"], "curve": curve, "provenance": provenance}
 
 
 def strength_order(strengths: Sequence[float]) -> list[float]:
@@ -129,6 +135,7 @@ def _run_strength(
     likelihoods = {side: of_side.likelihoods for side, of_side in caches.items()}
     completions = {side: of_side.completions for side, of_side in caches.items()}
     results: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
     interrupted = False
     for benchmark in benchmarks:
         interrupted = interrupted or should_stop()
@@ -136,7 +143,8 @@ def _run_strength(
             break
         chosen = draw(len(benchmark.items), limit, seed)
         if not chosen:
-            raise DatasetError(f"{benchmark.name} has no items to score (limit {limit}): raise --limit or give more data")
+            missing[benchmark.name] = f"{benchmark.name} has no items to score: give more data"
+            continue
 
         def on_done(done: int, name: str = benchmark.name, total: int = len(chosen)) -> None:
             on_item(name, done, total)
@@ -151,10 +159,14 @@ def _run_strength(
             assert isinstance(benchmark, LikelihoodBenchmark)
             scored = score_items(backend, likelihoods, benchmark, chosen, **options)
         interrupted = scored.done < len(chosen)
-        if scored.done:  # else it was stopped at once; earlier benchmarks' results stay
+        if scored.indices:
             results[benchmark.name] = _benchmark_result(benchmark, len(chosen), scored, texts, seed)
+        elif scored.done:  # else it was stopped at once; earlier benchmarks' results stay
+            reason = scored.failures[0]["reason"]
+            failed = f"none of {scored.done} items could be scored: the first failed with: {reason}"
+            missing[benchmark.name] = f"{benchmark.name}: {failed}"
     correct(results)
-    return {"benchmarks": results, "interrupted": interrupted}
+    return {"benchmarks": results, "missing": missing, "interrupted": interrupted}
 
 
 def draw(n: int, limit: int | None, seed: int) -> list[int]:
@@ -170,9 +182,6 @@ def _benchmark_result(
     benchmark: Benchmark[Any], chosen: int, scored: ItemNumbers, texts: Mapping[Side, list[list[str]]], seed: int
 ) -> dict[str, Any]:
     """One benchmark's part of the result. `chosen`: how many items were to be scored; `texts`: completions by side and item."""
-    if not scored.indices:
-        first = scored.failures[0]["reason"]
-        raise DatasetError(f"{benchmark.name}: none of {scored.done} items could be scored: the first failed with: {first}")
     total, items = len(benchmark.items), [benchmark.items[index] for index in scored.indices]
     arrays = {side: np.array(numbers, dtype=np.float64) for side, numbers in scored.numbers.items()}
     not_comparable = f"limited to {scored.done:,} of {total:,} items" if scored.done < total else ""
@@ -686,13 +695,13 @@ def preference_benchmark(source: str, adapter: AdapterSpec | None, workspace: Wo
     if source == RUN:
         if adapter is None:
             raise ConfigError("--dataset run is what the adapter was trained on, and there is none: name a file, or workspace")
-        pairs: Sequence[PreferencePair] = held_out_pairs(adapter, workspace, limit=10**9)
-        if not pairs:
+        known, name = splits.unseen_by(adapter, workspace)
+        if not known:
             raise DatasetError(
                 f"No pairs to score: what {adapter.id} was trained on is not in this workspace, or nothing of it was held out; "
                 "name a file with --dataset"
             )
-        return Preference(pairs, _sha256_of_pairs(pairs))
+        return Preference(known, _sha256_of_pairs(known), name)
     rows = splits.load([WORKSPACE], workspace) if source == WORKSPACE else splits.load_file(Path(source))
     pairs = derive(rows).pairs
     held_out = splits.unseen(pairs, adapter, workspace)
@@ -701,7 +710,9 @@ def preference_benchmark(source: str, adapter: AdapterSpec | None, workspace: Wo
             f"No pairs to score: of the {len(pairs)} in {Path(source).name} the run held none out, and those it was trained on "
             "prove nothing; train again with held_out_share 0.1 or more, or score another benchmark"
         )
-    return Preference(held_out, _sha256_of_pairs(held_out) if source == WORKSPACE else sha256_of(Path(source)))
+    if source == WORKSPACE:
+        return Preference(held_out, _sha256_of_pairs(held_out), "held-out pairs of the workspace's judgments")
+    return Preference(held_out, sha256_of(Path(source)), f"held-out pairs of {Path(source).name}")
 
 
 def _sha256_of_pairs(pairs: Sequence[PreferencePair]) -> str:

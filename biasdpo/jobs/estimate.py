@@ -94,22 +94,13 @@ def estimate_training(config: TrainConfig, workspace: Workspace, *, cancelled: C
     if device == "gpu":  # measured as the run will be: with all of its memory
         request_memory(workspace, device)
     refuse_oversized_weights(config, models.find(config.model), workspace)
-    folder = workspace.cache / "estimates"
-    folder.mkdir(parents=True, exist_ok=True)
     shared = bool(jobs_on(workspace, device))
-    with tempfile.TemporaryDirectory(prefix=".measuring-", dir=folder) as scratch:
-        request, answer, log = Path(scratch) / "config.json", Path(scratch) / "estimate.json", folder / "last.log"
-        write_json(request, config.to_json())
-        command = [sys.executable, "-m", "training.estimate", str(request), str(answer), str(workspace.root)]
-        status = _run_until(command, log, cancelled, training_environment(threads_of(config)))
-        if status is None:
-            raise RunError("The estimate was cancelled: ask for it again")
-        if not answer.is_file():
-            raise RunError(_why_it_ended(status, log.read_text(encoding="utf-8", errors="replace")))
-        values = read_json(answer)
-    if "error" in values:
-        raise RunError(values["error"])
-    found = Estimate(**values)
+    answer = _measured_by(
+        "training.estimate", config, workspace, "estimates", cancelled, training_environment(threads_of(config))
+    )
+    if "error" in answer:
+        raise RunError(answer["error"])
+    found = Estimate(**answer)
     if not shared and not jobs_on(workspace, device):  # else a job took some of the device's time and memory
         write_json(_estimate_file(config, workspace), found.to_json())
     return found
@@ -208,13 +199,6 @@ def _identity_of_source(source: str, workspace: Workspace) -> list[Any]:
     return _identity(workspace.preferences if source == splits.WORKSPACE else Path(source).expanduser())
 
 
-def _why_it_ended(status: int, log: str) -> str:
-    if status == -9:
-        return "The estimate was killed, probably for lack of memory: lower batch_size or max_length, or choose a smaller model"
-    last = last_error(log) or next((line.strip() for line in reversed(log.split("\n")) if line.strip()), "no reason was given")
-    return f"The estimate failed: {last[:300]}; fix that, then ask for it again"
-
-
 # An evaluation
 
 
@@ -255,7 +239,8 @@ def known_seconds(config: EvaluationConfig, workspace: Workspace) -> dict[str, f
 def estimate_evaluation(
     config: EvaluationConfig, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Seconds by benchmark, where nothing is scored yet. What is unknown is measured on a few items, in a process of its own.
+    """Seconds by benchmark, where nothing is scored yet. What is unknown is measured on a few items, in a process of its own;
+    benchmarks that can't be loaded are left out.
 
     Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be evaluated, EvaluationError
     where it fails or is cancelled.
@@ -265,27 +250,18 @@ def estimate_evaluation(
     unknown = [name for name, seconds in known_seconds(config, workspace).items() if seconds is None]
     if unknown:
         missing = tuple("perplexity" if name == "utility" else name for name in unknown)  # which stands for that one alone
-        for name, speed in _measured(config.replace(benchmarks=missing), workspace, cancelled).items():
-            write_json(_speed_file(config, name, workspace), asdict(speed))
-    return {name: seconds or 0.0 for name, seconds in known_seconds(config, workspace).items()}
+        changed = config.replace(benchmarks=missing)
+        answer = _measured_by("biasdpo.jobs.estimate", changed, workspace, "evaluation_speeds", cancelled)
+        if "error" in answer:
+            raise EvaluationError(f"Nothing could be measured: {answer['error']}")
+        for name, speed in answer.items():
+            write_json(_speed_file(config, name, workspace), speed)
+    return {name: seconds for name, seconds in known_seconds(config, workspace).items() if seconds is not None}
 
 
-def _measured(config: EvaluationConfig, workspace: Workspace, cancelled: Callable[[], bool]) -> dict[str, Speed]:
-    folder = workspace.cache / "evaluation_speeds"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".measuring-", dir=folder) as scratch:
-        request, answer, log = (Path(scratch) / name for name in ("config.json", "speeds.json", "log"))
-        write_json(request, config.to_json())
-        command = [sys.executable, "-m", "biasdpo.jobs.estimate", str(request), str(answer), str(workspace.root)]
-        status = _run_until(command, log, cancelled)
-        if status is None:
-            raise EvaluationError("The estimate was cancelled: ask for it again")
-        values = read_json(answer) if answer.is_file() else {}
-        if "error" in values or not values:
-            said = log.read_text(encoding="utf-8", errors="replace")
-            reason = values.get("error") or last_error(said) or f"its process ended with status {status}"
-            raise EvaluationError(f"Nothing could be measured: {reason}")
-        return {name: Speed(**speed) for name, speed in values.items()}
+def _scores_quick_texts(config: EvaluationConfig) -> bool:
+    """Whether the result's `utility` is the benchmark `perplexity`, which may have other texts."""
+    return "utility" not in config.benchmarks
 
 
 def measure(engine: Engine, benchmarks: Sequence[Benchmark[Any]]) -> dict[str, Any]:
@@ -338,6 +314,7 @@ def _speed_file(config: EvaluationConfig, benchmark: str, workspace: Workspace) 
     key = {
         "format": _SPEED_FORMAT,
         "benchmark": benchmark,
+        "quick": benchmark == "utility" and _scores_quick_texts(config),
         "source": str(Path(source).expanduser().resolve()) if "/" in source else source,
         "pairs_of": str(adapter.folder) if benchmark == "preference" and adapter is not None else "",
         "backend": backend,
@@ -365,22 +342,43 @@ def _file_of(key: dict[str, Any], folder: Path) -> Path:
     return folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
-def _run_until(
-    command: Sequence[str], log: Path, cancelled: Callable[[], bool], env: Mapping[str, str] | None = None
-) -> int | None:
-    """Run a command to its end, with its output in `log`, and return its exit status; None where it was cancelled and killed."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        while process.poll() is None:
-            if cancelled():
-                return None
-            time.sleep(_POLL_SECONDS)
-        return process.returncode
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+def _measured_by(
+    module: str,
+    config: TrainConfig | EvaluationConfig,
+    workspace: Workspace,
+    cache: str,
+    cancelled: Callable[[], bool],
+    env: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What `python -m MODULE CONFIG.json ANSWER.json WORKSPACE` answers: {"error": one line} where it fails or is cancelled. Its
+    output is in WORKSPACE/cache/CACHE/last.log."""
+    folder = workspace.cache / cache
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".measuring-", dir=folder) as scratch:
+        request, answer, log = Path(scratch) / "config.json", Path(scratch) / "answer.json", folder / "last.log"
+        write_json(request, config.to_json())
+        command = [sys.executable, "-m", module, str(request), str(answer), str(workspace.root)]
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                if cancelled():
+                    return {"error": "The estimate was cancelled: ask for it again"}
+                time.sleep(_POLL_SECONDS)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if answer.is_file():
+            return dict(read_json(answer))
+        if process.returncode == -9:
+            remedy = "free memory, choose a smaller model or, for a run, lower batch_size or max_length"
+            return {"error": f"The estimate was killed, probably for lack of memory: {remedy}"}
+        said = log.read_text(encoding="utf-8", errors="replace")
+        last = last_error(said) or next(
+            (line.strip() for line in reversed(said.split("\n")) if line.strip()), "no reason was given"
+        )
+        return {"error": f"The estimate failed: {last[:300]}; fix that, then ask for it again"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -392,7 +390,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = EvaluationConfig(**read_json(request))
         adapter = models.find_adapter(config.adapter, models.find(config.model), workspace)
-        benchmarks = build_benchmarks(config, adapter, workspace)
+        benchmarks, _missing = build_benchmarks(config, adapter, workspace)
         engine = open_engine(EngineKey(config.model, config.adapter, config.backend), workspace)
         try:
             write_json(answer, measure(engine, benchmarks))

@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -28,8 +28,8 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from biasdpo import __version__
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
-from biasdpo.errors import ConfigError, JobError, WorkspaceError
-from biasdpo.workspace import Workspace, as_json, read_json, replacing, write_json
+from biasdpo.errors import ConfigError, JobError
+from biasdpo.workspace import Workspace, as_json, is_id, nearest_id, replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FORMAT = 1  # of job.json
@@ -48,7 +48,6 @@ STARTING = "starting"
 START_MARK = "=== start: "
 """Begins the line of log.txt that each (re)start writes before its command."""
 
-JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RESERVE_BYTES = 64 * 1024
 MAX_FILE_BYTES = 16 * 1024 * 1024
 MAX_TAIL_BYTES = 256 * 1024
@@ -113,10 +112,11 @@ class Status:
     proof: dict[str, Any] = Field(default_factory=dict)
 
 
+_TRAINING_FIELDS = ("step", "total_steps", "tokens_per_second", "best_step", "best_accuracy")
 _FIELDS_OF_OTHER_KINDS: dict[Kind, tuple[str, ...]] = {
     "train": ("progress", "expected", "share", "proof"),
-    "evaluate": ("step", "total_steps", "tokens_per_second", "best_step", "best_accuracy", "share", "proof"),
-    "export": ("step", "total_steps", "tokens_per_second", "best_step", "best_accuracy", "progress", "expected"),
+    "evaluate": (*_TRAINING_FIELDS, "share", "proof"),
+    "export": (*_TRAINING_FIELDS, "progress", "expected"),
 }
 
 
@@ -302,23 +302,6 @@ class JobFolder:
         printable = ["".join(c for c in _ANSI.sub("", line) if c.isprintable() or c == "\t") for line in shown]
         return "\n".join(printable[-lines:]) if lines > 0 else ""
 
-    def whole_checkpoints(self) -> list[Path]:
-        """Checkpoints that training can resume from, by step. The trainer writes trainer_state.json last."""
-        whole = []
-        for file in self.checkpoints.glob("checkpoint-*/trainer_state.json"):
-            with suppress(WorkspaceError, KeyError, TypeError):
-                read_json(file)["global_step"]
-                whole.append(file.parent)
-        return sorted(whole, key=checkpoint_step)
-
-    def last_checkpoint(self) -> Path | None:
-        return next(reversed(self.whole_checkpoints()), None)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was saved."""
-    return int(checkpoint.name.rpartition("-")[2])
-
 
 _RESTORE = "restore it from a backup; the folder's other files are untouched"
 
@@ -462,24 +445,24 @@ class Job:
 
 def read_job(folder: JobFolder) -> Job:
     """Read a job as it is now. Never raises: damage is the job's `error`, with a remedy that keeps its files."""
-    record, config = JobRecord(), None
     damage: list[str] = []
-    try:
-        record = folder.read_record()
-    except JobError as exc:
-        damage.append(str(exc))
-    try:
-        config = folder.read_config()
-    except JobError as exc:
-        damage.append(str(exc))
+
+    def read(part: Callable[[], T], otherwise: T) -> T:
+        try:
+            return part()
+        except JobError as exc:
+            damage.append(str(exc))
+            return otherwise
+
+    record = read(folder.read_record, JobRecord())
+    config = read(folder.read_config, None)
     try:
         status = current_status(folder, record)
     except JobError as exc:
         status = Status("failed", error=f"{exc}, or run `{resume_command(folder)}`" if not damage else str(exc))
-    if not JOB_ID.fullmatch(folder.id):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.id).strip("-._")[:64] or folder.kind
-        reason = f"The folder name {folder.id!r} is not a job id: rename {folder.path} to e.g. {name}"
-        status = Status("failed", error=reason)
+    if not is_id(folder.id):
+        name = nearest_id(folder.id) or folder.kind
+        status = Status("failed", error=f"The folder name {folder.id!r} is not a job id: rename {folder.path} to e.g. {name}")
     elif damage and not status.error:
         status = replace(status, error=damage[0])
     return Job(folder, folder.kind, config, status, record)

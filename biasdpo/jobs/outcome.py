@@ -25,7 +25,7 @@ def held_out_metrics(job: Job) -> dict[str, Any]:
     """The final metrics on the held-out pairs; {} while there are none."""
     with suppress(WorkspaceError, AttributeError):
         found = read_json(job.folder.adapter / "provenance.json").get("metrics", {}).get("held_out")
-        return found if isinstance(found, dict) else {}
+        return {name: value for name, value in (found or {}).items() if isinstance(value, int | float)}
     return {}
 
 
@@ -55,15 +55,15 @@ def best_accuracy(job: Job) -> str:
 def outcome(held_out: Mapping[str, Any]) -> str:
     """A finished run in one sentence, from its `held_out_metrics`."""
     accuracy, pairs = held_out.get("reward_accuracy"), held_out.get("pairs", 0)
-    if not isinstance(accuracy, int | float) or not pairs:
+    if accuracy is None or not pairs:
         return "No pairs were held out, so the result was not measured: set a held-out share of 0.1 or more in the next run."
     of = f"{pairs:,} held-out pair{'' if pairs == 1 else 's'}"
     parts = [f"Reward accuracy {accuracy_text(accuracy, pairs)} on {of}{_against_chance(accuracy, pairs, held_out)}"]
     kl, margin = held_out.get("kl_base_to_tuned_nats_per_token"), held_out.get("reward_margin_nats")
-    if isinstance(kl, int | float):
+    if kl is not None:
         how = "hardly changes" if kl < _HARDLY else "slightly changes" if kl < _SOMEWHAT else "clearly changes"
         parts.append(f"the adapter {how} the model: KL {kl:.2g} nats per token")
-    elif isinstance(margin, int | float):
+    elif margin is not None:
         parts.append(f"mean reward margin {margin:.2g} nats")
     return "; ".join(parts) + "."
 
@@ -76,7 +76,7 @@ def _against_chance(accuracy: float, pairs: int, held_out: Mapping[str, Any]) ->
         return ", worse than chance"
     if low <= 0.5:
         return ", which chance can explain"
-    if isinstance(longer, int | float) and longer >= low:
+    if longer is not None and longer >= low:
         return f", not clearly better than always choosing the longer completion ({longer:.2f})"
     return ""
 

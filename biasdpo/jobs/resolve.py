@@ -66,6 +66,7 @@ def resolve_evaluation(config: EvaluationConfig, workspace: Workspace) -> tuple[
     config = config.replace(
         model=models.absolute_name(name),
         adapter=adapter_name,
+        benchmarks=config.benchmarks or benchmarks.default_benchmarks(data_dir),
         data_dir="" if data_dir is None else str(data_dir),
         dataset=str(Path(config.dataset).expanduser().resolve()) if is_file else config.dataset,
     )

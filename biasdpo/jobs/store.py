@@ -23,7 +23,6 @@ from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError, JobError,
 from biasdpo.jobs import estimate
 from biasdpo.jobs.job import (
     FOLDERS,
-    JOB_ID,
     KINDS,
     NOUNS,
     ROOT,
@@ -41,7 +40,7 @@ from biasdpo.jobs.job import (
 )
 from biasdpo.jobs.resolve import device_of, parts, resolve_evaluation, resolve_export, resolve_training
 from biasdpo.jobs.worker import UNFINISHED, join_queue
-from biasdpo.workspace import Workspace, locked, refuse_on_public_space, replacing, write_json
+from biasdpo.workspace import Workspace, check_id, is_id, locked, nearest_id, refuse_on_public_space, replacing, write_json
 
 MAX_NOTE_CHARACTERS = 10_000
 _KILL_SECONDS = 5.0
@@ -121,7 +120,7 @@ def start_export(config: ExportConfig, workspace: Workspace, job_id: str = "", c
 def free_id(kind: Kind, name: str, workspace: Workspace) -> str:
     """A free, readable id: smollm2-1, smollm2-2, ...; of an export its file's name: NAME, NAME-2, ..."""
     stem = name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:48] or NOUNS[kind]
+    stem = nearest_id(stem, 48) or NOUNS[kind]
     folder = workspace.root / FOLDERS[kind]
     taken = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     number = 1
@@ -133,12 +132,17 @@ def free_id(kind: Kind, name: str, workspace: Workspace) -> str:
 
 
 def _folder(job_id: str, workspace: Workspace, kind: Kind) -> JobFolder:
-    """The folder of a job, whether it exists or not. Ids are names, never paths."""
-    if not JOB_ID.fullmatch(job_id):
-        raise ConfigError(
-            f"{NOUNS[kind].capitalize()} ids have 1 to 64 letters, digits, '.', '_' or '-': got {job_id!r}; choose such a name"
-        )
-    return JobFolder(workspace.root / FOLDERS[kind] / job_id)
+    """The folder of a job, whether it exists or not."""
+    return JobFolder(workspace.root / FOLDERS[kind] / check_id(job_id, NOUNS[kind]))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Convert a failure to write there."""
+    try:
+        yield
+    except OSError as exc:
+        raise WorkspaceError(f"Can't write {path}: {exc.strerror or exc}; make room there") from exc
 
 
 def _check_free(folder: JobFolder) -> None:
@@ -161,27 +165,22 @@ def _create(
     """Write a job's folder beside its place and rename it. `resolve` may write data into it."""
     folder = _folder(job_id, workspace, kind)
     _check_free(folder)
-    try:
-        folder.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{job_id}.", dir=folder.path.parent) as scratch:
+    parent, now = folder.path.parent, datetime.now(UTC).isoformat(timespec="seconds")
+    with _writing(folder.path):
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{job_id}.", dir=parent) as scratch:
             draft = JobFolder(Path(scratch) / job_id)
             draft.path.mkdir()
             draft.keep_reserve()
             write_json(draft.config, config.to_json())
-            record = JobRecord(
-                id=job_id,
-                kind=kind,
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                command=command,
-                code_version=code_version(),
-                resolved=resolve(draft),
-            )
-            write_json(draft.record, record.model_dump())
+            known: dict[str, Any] = {"command": command, "code_version": code_version(), "resolved": resolve(draft)}
+            write_json(draft.record, JobRecord(id=job_id, kind=kind, created_at=now, **known).model_dump())
             draft.write_status(_queued(**status or {}))
-            draft.path.rename(folder.path)
-    except OSError as exc:
-        _check_free(folder)  # another start was faster
-        raise WorkspaceError(f"Can't write {folder.path}: {exc.strerror or exc}; make room there") from exc
+            try:
+                draft.path.rename(folder.path)
+            except OSError:
+                _check_free(folder)  # another start was faster
+                raise
     return folder
 
 
@@ -339,10 +338,8 @@ def stop_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> Job
     if not job.is_active:
         raise JobError(f"{_name(job)} is {job.state}: there is nothing to stop")
     kills = job.kind == "export" or (job.kind == "evaluate" and job.state == "stopping")
-    try:
+    with _writing(job.folder.stop_request):
         job.folder.stop_request.touch()
-    except OSError as exc:
-        raise WorkspaceError(f"Can't write {job.folder.stop_request}: {exc.strerror or exc}; make room there") from exc
     if kills:
         _kill(job.status)
         _remove_unfinished(job.folder)
@@ -369,21 +366,21 @@ def resume_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> J
     """Resume a stopped, interrupted or failed job: a run from its last checkpoint, an evaluation with what it has scored, an
     export from its start."""
     job = find_job(job_id, workspace, kind)
-    refuse_on_public_space({"train": "Training", "evaluate": "Evaluation", "export": "Export"}[job.kind])
+    refuse_on_public_space(f"Resuming {_one(job)}")
     with _one_at_a_time(workspace):
         job = find_job(job_id, workspace, job.kind)
         if job.is_active or job.state == "finished":
             raise JobError(f"{_name(job)} is {job.state}: only a stopped, interrupted or failed {NOUNS[job.kind]} can be resumed")
         if job.loose is not None:
             raise JobError(f"{_name(job)} has no config to resume with: it was written to {job.loose}; start a new one")
-        if not JOB_ID.fullmatch(job.id):
+        if not is_id(job.id):
             raise JobError(job.error)
         folder, record, config = job.folder, job.folder.read_record(), job.folder.read_config()
         record = record.model_copy(update={"id": folder.id, "kind": folder.kind})  # of a copied folder
         device = device_of(config)
         _check_still_here(config, workspace)
         known = job.status
-        try:
+        with _writing(folder.path):
             folder.stop_request.unlink(missing_ok=True)
             folder.keep_reserve()
             resolved = record.resolved.model_copy(update={"device": device})
@@ -392,8 +389,6 @@ def resume_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> J
             folder.write_status(
                 _queued(step=known.step, total_steps=known.total_steps, progress=progress, expected=known.expected)
             )
-        except OSError as exc:
-            raise WorkspaceError(f"Can't write in {folder.path}: {exc.strerror or exc}; make room there") from exc
         return _launch(folder)
 
 
@@ -442,14 +437,12 @@ def write_note(job_id: str, workspace: Workspace, text: str, kind: Kind | None =
     with suppress(JobError):  # an unreadable note is replaced
         if clean == folder.read_note():
             return read_job(folder)
-    try:
+    with _writing(folder.note):
         if clean:
             with replacing(folder.note) as temporary:
                 temporary.write_text(clean, encoding="utf-8")
         else:
             folder.note.unlink(missing_ok=True)
-    except OSError as exc:
-        raise WorkspaceError(f"Can't write {folder.note}: {exc.strerror or exc}; make room there") from exc
     return read_job(folder)
 
 

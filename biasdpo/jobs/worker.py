@@ -22,12 +22,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from biasdpo.errors import BiasDPOError, ConfigError, ExportError, JobError, WorkspaceError
+from biasdpo.errors import BiasDPOError, ConfigError, DatasetError, ExportError, JobError, WorkspaceError
 from biasdpo.jobs.job import (
     ACTIVE,
     MEMORY_WORDS,
@@ -84,9 +85,8 @@ def jobs_on(workspace: Workspace, device: Device) -> list[str]:
 
 def jobs_ahead(folder: JobFolder, device: Device) -> list[str]:
     """Queue entries of the jobs that get the device before this one, in order."""
-    entries = _queue(_queue_file(folder.workspace, device))
-    place = entries.index(folder.queue_entry) if folder.queue_entry in entries else len(entries)
-    return [entry for entry in entries[:place] if _is_active(folder.workspace, entry)]
+    entries = takewhile(lambda entry: entry != folder.queue_entry, _queue(_queue_file(folder.workspace, device)))
+    return [entry for entry in entries if _is_active(folder.workspace, entry)]
 
 
 def _queue_file(workspace: Workspace, device: Device) -> Path:
@@ -150,10 +150,9 @@ def _wait_for_device(folder: JobFolder, device: Device) -> bool:
             continue
         waits_for = ahead[0] if ahead else ""
         if waits_for != shown:
-            kinds = {"runs": "run", "evaluations": "evaluation", "exports": "export"}
-            noun, _, job_id = waits_for.partition("/")
-            phase = f"waits for {kinds[noun]} {job_id}" if waits_for else "waits for the device"
-            write("queued", phase=phase, waits_for=job_id)
+            other = JobFolder(folder.workspace.root / waits_for)
+            phase = f"waits for {NOUNS[other.kind]} {other.id}" if waits_for else "waits for the device"
+            write("queued", phase=phase, waits_for=other.id if waits_for else "")
             shown = waits_for
         if not folder.path.is_dir():
             return False
@@ -261,6 +260,9 @@ class EvaluationProgress:
     def begin(self, benchmarks: Sequence[Benchmark[Any]], limit: int | None, rounds: int) -> None:
         """Called when the items are known, each of which is scored in `rounds` rounds."""
 
+    def warn(self, note: str) -> None:
+        """Called with what the user should know before the evaluation ends."""
+
     def on_item(self, name: str, done: int, total: int) -> None:
         """Called with the number of items of a benchmark that are done."""
 
@@ -292,6 +294,9 @@ class JobProgress(EvaluationProgress):
         progress = tuple(Progress(name, 0, rounds * count) for name, count in items.items())
         self._reported = time.monotonic()
         self._write(replace(self.status, progress=progress, phase="scoring"))
+
+    def warn(self, note: str) -> None:
+        self._write(replace(self.status, notes=(*self.status.notes, note)))
 
     def on_item(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -340,14 +345,19 @@ _NONE = ((0.0, 0), (0.0, 0))
 
 
 def run_evaluation(config: EvaluationConfig, workspace: Workspace, progress: EvaluationProgress) -> dict[str, Any]:
-    """Score a resolved config's benchmarks; if it is asked to stop, return what is scored so far, marked as interrupted."""
+    """Score a resolved config's benchmarks; if it is asked to stop, return what is scored so far, marked as interrupted.
+
+    Benchmarks that can't be loaded are named in the result and do not stop the others. Raises DatasetError if none can be.
+    """
     from biasdpo import models
     from biasdpo.engines import EngineKey, open_engine
     from biasdpo.evaluation import run
 
     progress.phase("reading the items")
     adapter = models.find_adapter(config.adapter, models.find(config.model), workspace)
-    benchmarks = build_benchmarks(config, adapter, workspace)
+    benchmarks, missing = build_benchmarks(config, adapter, workspace)
+    for name, reason in missing.items():
+        progress.warn(missing_note(name, reason))
     progress.phase("loading the model")
     engine = open_engine(EngineKey(config.model, config.adapter, config.backend), workspace)
     try:
@@ -359,6 +369,7 @@ def run_evaluation(config: EvaluationConfig, workspace: Workspace, progress: Eva
             limit=config.limit,
             seed=config.seed,
             workspace=workspace,
+            missing=missing,
             on_item=progress.on_item,
             should_stop=progress.should_stop,
         )
@@ -366,19 +377,38 @@ def run_evaluation(config: EvaluationConfig, workspace: Workspace, progress: Eva
         engine.backend.close()
 
 
-def build_benchmarks(config: EvaluationConfig, adapter: AdapterSpec | None, workspace: Workspace) -> list[Benchmark[Any]]:
-    """Read the items of a config's benchmarks."""
+def build_benchmarks(
+    config: EvaluationConfig, adapter: AdapterSpec | None, workspace: Workspace
+) -> tuple[list[Benchmark[Any]], dict[str, str]]:
+    """Read the items of a config's benchmarks. Returns those that could be loaded and, by name, why the others could not.
+
+    Raises DatasetError if none could be loaded, ConfigError for an unknown toxicity scorer.
+    """
     from biasdpo import benchmarks as known
     from biasdpo.evaluation.run import preference_benchmark
 
     generation = known.Generation(config.samples, config.max_new_tokens, _toxicity_scorer(config.toxicity_scorer))
     data_dir = Path(config.data_dir) if config.data_dir else None
-    return [
-        preference_benchmark(config.dataset, adapter, workspace)
-        if name == "preference"
-        else known.build(name, data_dir, generation)
-        for name in known.expand(config.benchmarks)
-    ]
+    loaded: list[Benchmark[Any]] = []
+    missing: dict[str, str] = {}
+    for name in known.expand(config.benchmarks):
+        try:
+            if name == "preference":
+                loaded.append(preference_benchmark(config.dataset, adapter, workspace))
+            else:
+                loaded.append(known.build(name, data_dir, generation))
+        except BiasDPOError as exc:
+            missing[name] = str(exc)
+    if not loaded:
+        raise DatasetError(" · ".join(missing.values()))
+    return loaded, missing
+
+
+def missing_note(name: str, reason: str) -> str:
+    """One line about a benchmark that was not scored. `reason` ends with what to do."""
+    from biasdpo.benchmarks.titles import benchmark_title
+
+    return f"{benchmark_title(name)} was not scored: {reason}"
 
 
 def _toxicity_scorer(name: str) -> Callable[[], ToxicityScorer]:

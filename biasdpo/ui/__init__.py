@@ -88,7 +88,8 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
             name = query.pop("tab", "compare")
             if name in TABS and name != "compare":
                 return studio.open(name, **{key: query[key] for key in ("job",) if key in query})
-            return studio.open("compare", link=query)
+            # Not `tabs`: the visitor may have chosen another step while the page was loading.
+            return {request: value for request, value in studio.open("compare", link=query).items() if request is not tabs}
 
         demo.load(follow_address, None, [tabs, *studio.requests.values()], **QUICK)
     return demo

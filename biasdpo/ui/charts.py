@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from biasdpo.benchmarks.titles import benchmark_title, metric_title
 from biasdpo.data.health import wilson
+from biasdpo.evaluation.report import figure
+from biasdpo.evaluation.results import CurvePoint, TableRow, entry_of, table
 
 BASE, TUNED, WARN = "#64748b", "#0d9488", "#d97706"
 """Colors of base, tuned, and what needs attention; readable on light and dark."""
@@ -133,3 +137,157 @@ def thinned(curve: Points, most: int = _MAX_POINTS) -> Points:
     parts = [inner[low:high] for low, high in itertools.pairwise(ends)]
     means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
     return [curve[0], *means, curve[-1]]
+
+
+# Measure
+
+SERIES = (TUNED, "#7c3aed", WARN, "#db2777", "#2563eb", "#65a30d")
+"""Colors of evaluations side by side, in this order."""
+MAX_UNITS = 5.0  # of the forest plot's axis to either side; what lies beyond is drawn at the edge
+
+Labeled = tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """How much better tuned is than base, in units of half the width of base's interval. `row`: in the metric's own unit."""
+
+    row: TableRow
+    value: float
+    low: float
+    high: float
+
+
+def improvements(result: Mapping[str, Any]) -> list[Improvement]:
+    """Metric by metric, without redundant ones; those without any spread have no unit and are left out."""
+    found = []
+    for row in table(result):
+        entry = entry_of(result, row)
+        if not entry or entry.get("restates"):
+            continue
+        low, high = entry["improvement"]["ci95"]
+        widths = [b - a for a, b in (row.base_ci or (0.0, 0.0), (low, high)) if b > a]
+        if widths:
+            unit = widths[0] / 2
+            found.append(Improvement(row, entry["improvement"]["value"] / unit, low / unit, high / unit))
+    return found
+
+
+def forest(results: Sequence[Labeled]) -> Any:
+    """The improvements of one result or of several, a point and its 95 % interval each; None if there are none."""
+    import plotly.graph_objects as go
+
+    found = [(label, improvements(result)) for label, result in results]
+    lines: dict[tuple[str, str], int] = {}  # by benchmark and metric ("" for the benchmark's heading): its place
+    for key in dict.fromkeys((one.row.benchmark, one.row.metric) for _, every in found for one in every):
+        lines.setdefault((key[0], ""), len(lines))
+        lines[key] = len(lines)
+    if not lines:
+        return None
+    plot = go.Figure()
+    for i, (label, every) in enumerate(found):
+        low, value, high = (
+            [min(max(getattr(one, end), -MAX_UNITS), MAX_UNITS) for one in every] for end in ("low", "value", "high")
+        )
+        verdicts = [{"worse": WARN, "no clear difference": BASE}.get(one.row.verdict, TUNED) for one in every]
+        beyond = [
+            "circle" if abs(one.value) <= MAX_UNITS else f"triangle-{'left' if one.value < 0 else 'right'}" for one in every
+        ]
+        plot.add_scatter(
+            x=value,
+            y=[lines[one.row.benchmark, one.row.metric] + 0.8 * ((i + 0.5) / len(found) - 0.5) for one in every],
+            name=html.escape(label),
+            mode="markers",
+            marker={"size": 9, "color": verdicts if len(found) == 1 else SERIES[i], "symbol": beyond},
+            error_x=_error(value, list(zip(low, high, strict=True))) | {"color": BASE if len(found) == 1 else SERIES[i]},
+            text=[f"{figure(one.row.difference, one.row.ci, signed=not one.row.no_change)}: {one.row.verdict}" for one in every],
+            hovertemplate="%{text}",
+        )
+    titles = [
+        html.escape(metric_title(metric)) if metric else f"<b>{html.escape(benchmark_title(name))}</b>" for name, metric in lines
+    ]
+    themed(plot, height=90 + (18 + 4 * len(found)) * len(lines))
+    plot.add_vline(x=0, line={"color": BASE, "width": 1})
+    plot.update_layout(hovermode="closest", showlegend=len(found) > 1, margin={"l": 8, "r": 12, "t": 28, "b": 40})
+    plot.update_xaxes(title_text="← worse · better →", range=[-MAX_UNITS - 0.3, MAX_UNITS + 0.3])
+    plot.update_yaxes(
+        range=[len(lines) - 0.5, -0.5], tickvals=list(lines.values()), ticktext=titles, automargin=True, showgrid=False
+    )
+    return plot
+
+
+def groups(rows: Sequence[TableRow]) -> Any:
+    """One metric by group, base and tuned with their intervals. `rows`: the overall row first."""
+    import plotly.graph_objects as go
+
+    names = [html.escape(row.group or "all items") for row in rows]
+    plot = go.Figure()
+    for side, color in (("base", BASE), ("tuned", TUNED)):
+        values = [getattr(row, side) for row in rows]
+        if any(value is not None for value in values):
+            ends = [getattr(row, f"{side}_ci") or (value, value) for row, value in zip(rows, values, strict=True)]
+            plot.add_scatter(x=values, y=names, name=side, mode="markers", marker={"size": 9, "color": color})
+            plot.data[-1].error_x = _error(values, ends)
+    themed(plot, height=110 + 30 * len(rows))
+    _add_ideal(plot.add_vline, rows[0].better, "x")
+    plot.update_layout(hovermode="closest", scattermode="group", margin={"l": 8, "r": 12, "t": 8, "b": 40})
+    plot.update_yaxes(autorange="reversed", automargin=True)
+    return plot
+
+
+def by_strength(points: Sequence[CurvePoint], title: str, better: str) -> Any:
+    """One metric by the adapter's strength and, below it, the perplexity of neutral text."""
+    from plotly.subplots import make_subplots
+
+    costs = [point for point in points if point.perplexity is not None]
+    plot = make_subplots(rows=2 if costs else 1, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    lines = [(points, "value", title, TUNED), (costs, "perplexity", "Perplexity", WARN)]
+    for number, (shown, name, label, color) in enumerate(lines[: 2 if costs else 1], 1):
+        values = [getattr(point, name) for point in shown]
+        ends = [getattr(point, f"{name}_ci") or (value, value) for point, value in zip(shown, values, strict=True)]
+        strengths = [point.strength for point in shown]
+        plot.add_scatter(
+            x=strengths, y=values, name=label, line={"color": color}, error_y=_error(values, ends), row=number, col=1
+        )
+        plot.update_yaxes(title_text=html.escape(label), row=number, col=1)
+    themed(plot, height=430 if costs else 260)
+    _add_ideal(lambda **line: plot.add_hline(**line, row=1, col=1), better, "y")
+    plot.update_layout(showlegend=False, hovermode="closest")
+    plot.update_xaxes(title_text="Adapter strength (0: base)", row=2 if costs else 1, col=1)
+    return plot
+
+
+def _error(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    up = [high - value for value, (_, high) in zip(values, ends, strict=True)]
+    down = [value - low for value, (low, _) in zip(values, ends, strict=True)]
+    return {"type": "data", "array": up, "arrayminus": down, "thickness": 1.5}
+
+
+def _add_ideal(add_line: Callable[..., Any], better: str, axis: str) -> None:
+    if better.startswith("nearer "):
+        place = {axis: float(better.removeprefix("nearer "))}
+        add_line(
+            **place, line={"dash": "dot", "color": BASE, "width": 1}, annotation_text="ideal", annotation_position="bottom right"
+        )
+
+
+# Dataset
+
+_MOST_BARS = 12
+
+
+def counted(title: str, numbers: dict[str, int]) -> Any:
+    """Bars of a count by name, in the given order, or by day (as "2026-11-30"). Names are text, never markup."""
+    import html
+
+    from plotly import graph_objects
+
+    by_day = title.endswith("per day") and len(numbers) > _MOST_BARS  # few days are names: plotly would show their hours
+    names = list(numbers) if by_day else list(numbers)[:_MOST_BARS]
+    labels = [html.escape(name if len(name) <= 24 else name[:23] + "…") for name in names]
+    figure = graph_objects.Figure(graph_objects.Bar(x=labels, y=[numbers[name] for name in names], marker_color=TUNED))
+    figure.update_layout(title={"text": title, "font": {"size": 13}})
+    figure.update_xaxes(type="date" if by_day else "category")
+    if rest := sum(numbers.values()) - sum(numbers[name] for name in names):
+        figure.update_xaxes(title=f"{rest:,} more in others")
+    return themed(figure, height=230)

@@ -8,24 +8,26 @@ import html
 import inspect
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import gradio as gr
 
 from biasdpo import models
+from biasdpo.data.exporting import ANNOTATIONS_LICENSE
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
-from biasdpo.errors import BiasDPOError
+from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.workspace import Workspace
 
 Updates = dict[Any, Any]
 """New values by component, as Gradio's handlers return them."""
 
 QUICK: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-"""For handlers that answer at once: they wait for no other visitor. Through Gradio's queue, which carries `gr.Error` as a message."""
+"""For handlers that answer at once: they wait for no other visitor. Through Gradio's queue, which carries `gr.Error`."""
 
 TABS = {"compare": "Compare", "label": "Label", "dataset": "Dataset", "train": "Train", "measure": "Measure", "export": "Export"}
 """The loop's steps in their order: tab id and title."""
@@ -104,6 +106,10 @@ def handles(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 CONSENT = "2026-11"
 """Version of the text that annotators agree to."""
+CONSENT_TEXT = f"""These texts can be prejudiced, false or hurtful. **What is stored with a verdict:** the pair, your edits,
+category and note, the time you took, your nickname, and a random code of this browser, by which you can withdraw your verdicts
+later. They are used to train models and may be published under
+[{ANNOTATIONS_LICENSE.replace("-", " ").upper()}](https://creativecommons.org/licenses/by/4.0/)."""
 _MAX_NICKNAME = 80
 
 
@@ -139,21 +145,23 @@ def annotator_of(identity: Any) -> Annotator:
     return Annotator(nickname.strip()[:_MAX_NICKNAME], secret[:64])
 
 
+def agreed_annotator(identity: Any) -> Annotator:
+    """The annotator, who must have agreed."""
+    annotator = annotator_of(identity)
+    if not annotator.agreed:
+        raise ConfigError("Enter a nickname and agree to what is stored before you judge")
+    return annotator
+
+
 def agree(identity: Any, nickname: str) -> dict[str, str]:
-    """The browser's new memory after its annotator has agreed."""
+    """The browser's new memory after its annotator has agreed. ConfigError without a nickname."""
+    if not isinstance(nickname, str) or not nickname.strip():
+        raise ConfigError("Enter a nickname first, so that your verdicts can be told from others'")
     secret = annotator_of(identity).secret or secrets.token_hex(16)
     return {"annotator": nickname.strip()[:_MAX_NICKNAME], "consent": CONSENT, "secret": secret}
 
 
 # Models
-
-
-def model_choices(studio: Studio, chosen: str = "") -> list[tuple[str, str]]:
-    """The catalog, then models of one's own: the chosen one and those that are loaded."""
-    specs = [models.with_files(spec) for spec in models.catalog().values()]
-    names = dict.fromkeys([chosen, *(spec.id for spec in studio.pool.opened())])
-    choices = [(spec.title if spec.present else f"{spec.title} (not on this machine)", spec.id) for spec in specs]
-    return choices + [(model_title(name), name) for name in names if name and name not in models.catalog()]
 
 
 def model_title(name: str) -> str:
@@ -204,3 +212,32 @@ def escape(text: str) -> str:
     """Someone else's text inside Markdown: shown as it is, neither markup nor HTML."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|>~$" else c for c in text)
     return html.escape(escaped, quote=False).replace("&gt;", ">")
+
+
+# Models by name
+
+
+def pasted(name: str | None) -> str:
+    """A name or path as typed or pasted: file managers put quotes around it, or file:// before it."""
+    name = (name or "").strip().strip("'\"").strip()
+    return unquote(urlsplit(name).path) if name.startswith("file://") else name
+
+
+def own_choices(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Models outside the catalog, for a picker: a path by its last two parts, where these tell them apart.
+
+    Not by the whole path: a dropdown takes typed text for the choice that contains it, so a folder's path would choose a file in
+    it.
+    """
+    own = dict.fromkeys(name for name in names if name and name != "auto" and name not in models.catalog())
+    titles = [f"{Path(name).name} · in {Path(name).parent.name}" if Path(name).is_absolute() else name for name in own]
+    return [(title if titles.count(title) == 1 else name, name) for title, name in zip(titles, own, strict=True)]
+
+
+def model_choices(studio: Studio, chosen: str = "") -> list[tuple[str, str]]:
+    """A model picker's choices: own models (the chosen one, the app's, loaded ones), then the catalog. "auto" may be chosen."""
+    choices = [("Automatic", "auto")] if chosen == "auto" else []
+    choices += own_choices([chosen, studio.startup.model, *(spec.id for spec in studio.pool.opened())])
+    for spec in map(models.with_files, models.catalog().values()):
+        choices.append((spec.title if spec.present else f"{spec.title} (not on this machine)", spec.id))
+    return choices

@@ -1,12 +1,478 @@
-"""The Dataset tab."""
+"""The Dataset tab: import, the table of judgments, edits, bulk changes, charts, export."""
 
 from __future__ import annotations
 
-import gradio as gr
+import itertools
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from biasdpo.ui.components import Studio
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+
+from biasdpo.data import exporting, importing, journal
+from biasdpo.data.health import health_warnings
+from biasdpo.data.importing import HUB, ColumnMapping, import_name
+from biasdpo.data.journal import EDITABLE, BadLine, Row, replacement
+from biasdpo.data.summary import FILTERS, Page, Query, counts
+from biasdpo.errors import ConfigError
+from biasdpo.labeling import word_diff
+from biasdpo.prompts import CATEGORIES
+from biasdpo.ui.charts import TUNED, WARN, counted
+from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, escape, handles, local_time, plural
+from biasdpo.workspace import ASSETS, is_public_space
+
+_PAGE_ROWS = 25
+_MAX_CHOICES = 300  # of one filter, the commonest: the search finds the others
+_MAX_DIFF = 4_000  # characters of each text: comparing two of 16,000 takes 16 s, of 4,000 half a second
+_MAX_BAD_ROWS = 500  # listed; the others are counted
+_SHOWN = 160  # characters of a text in a table
+_FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"]
+_SEED_PAIRS = str(ASSETS / "seed_pairs.jsonl")
+_PICKED = ("prompt", "chosen", "rejected", "category", "target_group")  # columns that the user may map
+_STATES = {"Current": "standing", "Withdrawn or edited": "retracted", "All": "all"}
+_COLUMNS = {"": 44, "Prompt": 430, "Verdict": 100, "Category": 130, "Annotator": 110, "Source": 140, "Judged": 120, "ID": 100}
+_COLORS = (WARN, TUNED)
+_EMPTY = """### No pairs yet
+A pair is a prompt with a better (chosen) and a worse (rejected) completion. Start from the example pairs, import a file below, or
+judge completions yourself."""
 
 
 def build_dataset(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
-    gr.Markdown("Under construction")
+    changed = gr.State("")  # a new value whenever this page has changed the journal
+    owner = not is_public_space()
+    with gr.Row(visible=False, elem_id="dataset-top") as top:
+        summary = gr.Markdown(elem_id="dataset-summary")
+        studio.next_step("train", "Train on these pairs", "primary")
+    health = gr.Markdown(visible=False, elem_id="dataset-health")
+    with gr.Column(visible=False, elem_id="dataset-empty") as empty:
+        gr.Markdown(_EMPTY)
+        with gr.Row(elem_classes="actions"):
+            seed = gr.Button("Import the example pairs", variant="primary", visible=owner, elem_id="import-seed")
+            studio.next_step("label", "Label completions")
+    with gr.Column(visible=False, elem_id="dataset-browse") as browse:
+        show, query, shown = _build_table(studio, changed)
+        charts = gr.Accordion("Charts", open=False, elem_id="dataset-charts")
+        with charts, gr.Row():
+            plots = [gr.Plot(show_label=False, min_width=420, elem_id=f"dataset-chart-{i}") for i in range(4)]
+    with gr.Accordion("Import", open=False, elem_id="dataset-import", visible=owner) as import_box:
+        imports, undo = _build_import(studio, changed, seed)
+    with gr.Accordion("Export", open=False, elem_id="dataset-export", visible=owner) as export_box:
+        _build_export(studio)
+    studio.next_step("train", "Next: Train")
+
+    def refresh(*query: Any) -> Updates:
+        """Everything as it is now."""
+        choices = studio.dataset.choices()
+        known = bool(choices["verdict"])
+        warnings = _warnings(studio)
+        listed = studio.dataset.imports()
+        titles = [(f"{source.removeprefix('import:')} ({plural(count, 'judgment')})", source) for source, count in listed.items()]
+        judged = sum(not row["repeat_of"] for row in studio.dataset.standing())
+        pairs = plural(studio.dataset.confounds().pairs, "pair")
+        return {
+            top: gr.Row(visible=known),
+            summary: f"**{pairs}** to train on, from {plural(judged, 'judgment')}.",
+            health: gr.Markdown(warnings, visible=bool(warnings)),
+            empty: gr.Column(visible=not known),
+            browse: gr.Column(visible=known),
+            charts: gr.Accordion(open=False),
+            import_box: gr.skip() if known else gr.Accordion(open=True),
+            export_box: gr.Accordion(visible=known and owner),
+            imports: gr.Radio(titles, value=None, visible=bool(listed)),
+            undo: gr.Button(visible=False),
+        } | show(choices, *query)
+
+    draw = handles(lambda: list(itertools.starmap(counted, counts(studio.dataset.standing()).items())))
+    everything = [top, summary, health, empty, browse, charts, import_box, export_box, imports, undo, *shown]
+    gr.on([tab.select, changed.change], handles(refresh), query, everything, **QUICK)
+    charts.expand(draw, None, plots, **QUICK)
+
+
+def _warnings(studio: Studio) -> str:
+    """What is wrong with the data, as Markdown; nothing where nothing is."""
+    lines = health_warnings(studio.dataset.confounds())
+    if bad := studio.dataset.bad_lines():
+        lines.append(f"{plural(bad, 'line')} of the journal can't be read: python -m biasdpo dataset validate says why")
+    lines += [str(studio.dataset.overlap_error)] if studio.dataset.overlap_error else []
+    return "\n".join(f"> ⚠ {escape(line)}\n" for line in lines)
+
+
+def _build_question(name: str) -> tuple[gr.Row, gr.Markdown, gr.Button]:
+    """A question before something is withdrawn or changed: the row, the question, and the button that does it."""
+    with gr.Row(visible=False, elem_classes="actions", elem_id=f"{name}-confirm") as row:
+        question = gr.Markdown(elem_id=f"{name}-question")
+        go = gr.Button("Withdraw", variant="stop", size="sm", elem_id=f"{name}-go")
+        cancel = gr.Button("Cancel", size="sm", elem_id=f"{name}-cancel")
+    cancel.click(lambda: gr.Row(visible=False), None, row, **QUICK)
+    return row, question, go
+
+
+# The table
+
+
+def _wanted(search: str, *filters: Any) -> Query:
+    """The query of the filters and the state: "" filters nothing, "=VALUE" wants this value."""
+    *values, state = filters
+    wanted: dict[str, Any] = {name: str(value)[1:] if value else None for name, value in zip(FILTERS, values, strict=True)}
+    return Query(search, state=state, **wanted)
+
+
+def _choices(name: str, counted_: Counter[str]) -> list[tuple[str, str]]:
+    named = ((value.replace("both_", "both ") or f"(no {name})", value, n) for value, n in counted_.most_common(_MAX_CHOICES))
+    return [("All", ""), *((f"{title} ({n:,})", f"={value}") for title, value, n in named)]
+
+
+def _line(row: Row, page: Page) -> list[Any]:
+    gone = page.retractions.get(row["id"])
+    verdict = row["verdict"].replace("both_", "both ") if gone is None else "edited since" if replacement(gone) else "withdrawn"
+    category = f"{row['category'] or '(none)'}, {row['target_group']}" if row["target_group"] else row["category"]
+    texts = map(_cut, (row["prompt"], verdict, category, row["annotator"], row["source"]))
+    return [False, *texts, local_time(row["created_at"]), row["id"]]
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updates], list[Any], list[Any]]:
+    """The filters, the table, a judgment in full, and bulk changes; return how to fill the table, with its inputs and outputs."""
+    number = gr.State(0)
+    with gr.Row(elem_id="dataset-filters"):
+        search = gr.Textbox(
+            "", label="Search", placeholder="Words in any column", scale=2, min_width=160, elem_id="dataset-search"
+        )
+        every: dict[str, Any] = {"choices": [("All", "")], "value": "", "min_width": 110}
+        filters = [gr.Dropdown(label=name.capitalize(), elem_id=f"dataset-filter-{name}", **every) for name in FILTERS]
+        state = gr.Dropdown(list(_STATES.items()), value="standing", label="Show", min_width=110, elem_id="dataset-filter-state")
+    with gr.Row(elem_id="dataset-panes"):
+        with gr.Column(scale=3, min_width=340):
+            # Interactive for its check boxes only.
+            grid: dict[str, Any] = {"headers": list(_COLUMNS), "column_widths": list(_COLUMNS.values()), "max_height": 420}
+            grid |= {
+                "datatype": ["bool", *["str"] * 7],
+                "type": "array",
+                "interactive": True,
+                "static_columns": list(range(1, 8)),
+            }
+            table = gr.Dataframe(label="Judgments", show_label=False, buttons=[], elem_id="dataset-table", **grid)
+            with gr.Row(elem_classes="actions"):
+                position = gr.Markdown(elem_id="dataset-position")
+                newer = gr.Button("← Newer", size="sm", min_width=80, elem_id="dataset-previous")
+                older = gr.Button("Older →", size="sm", min_width=80, elem_id="dataset-next")
+        _build_detail(studio, table, changed)
+    sought: list[Any] = [search, *filters, state]
+    _build_bulk(studio, table, sought, changed)
+
+    def page_of(number_: int, *query: Any) -> Updates:
+        page = studio.dataset.page(_wanted(*query), number_, _PAGE_ROWS)
+        first = page.number * _PAGE_ROWS + 1
+        shown = f"{first:,} to {first + len(page.rows) - 1:,} of **{page.total:,}**, newest first"
+        return {
+            number: page.number,
+            table: [_line(row, page) for row in page.rows],
+            position: shown if page.total else "Nothing matches: clear the search, or set the filters back to All.",
+            newer: gr.Button(interactive=page.number > 0),
+            older: gr.Button(interactive=page.number + 1 < page.pages),
+        }
+
+    def show(choices: dict[str, Counter[str]], number_: int, *query: Any) -> Updates:
+        options = {box: gr.Dropdown(_choices(name, choices[name])) for box, name in zip(filters, FILTERS, strict=True)}
+        return options | page_of(number_, *query)
+
+    outputs = [number, table, position, newer, older]
+    sets = [box.change for box in sought]  # not `input`, which a dropdown also sends when it loses the focus
+    gr.on(sets, handles(lambda *query: page_of(0, *query)), sought, outputs, trigger_mode="always_last", **QUICK)
+    newer.click(handles(lambda now, *query: page_of(now - 1, *query)), [number, *sought], outputs, **QUICK)
+    older.click(handles(lambda now, *query: page_of(now + 1, *query)), [number, *sought], outputs, **QUICK)
+    return show, [number, *sought], [*filters, *outputs]
+
+
+# One judgment
+
+
+def _pieces(one: str, other: str, names: tuple[str, str]) -> list[Any]:
+    """Both texts in one for gr.HighlightedText; `names` of what only one of them has."""
+    if max(len(one), len(other)) > _MAX_DIFF:
+        return [("These texts are too long to be compared word by word.", None)]
+    labels = {"same": None, "out": names[0], "in": names[1]}
+    return [(text, labels[kind]) for kind, text in word_diff(one, other)]
+
+
+def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> None:
+    """A judgment in full beside the table: texts, word diff, provenance; edit and withdraw."""
+    shown = gr.State("")
+    owner = not is_public_space()
+    marks: dict[str, Any] = {"show_inline_category": False, "show_legend": True, "elem_classes": "marks"}
+    with gr.Column(scale=2, min_width=340, visible=False, elem_id="dataset-detail") as box:
+        with gr.Row(elem_classes="actions"):
+            edit = gr.Button("Edit", size="sm", min_width=60, elem_id="dataset-edit")
+            withdraw = gr.Button("Withdraw", size="sm", min_width=60, elem_id="dataset-withdraw")
+            close = gr.Button("Close", size="sm", min_width=60, elem_id="dataset-close")
+        confirm, question, really = _build_question("dataset")
+        fields: dict[str, gr.Textbox] = {}
+
+        def add_fields(*names: str, **look: Any) -> None:
+            for name in names:
+                title = name.replace("_", " ").capitalize()
+                fields[name] = gr.Textbox(label=title, interactive=False, elem_id=f"dataset-{name}", **look)
+
+        add_fields(*EDITABLE[:3], max_lines=8)
+        with gr.Row():
+            add_fields(*EDITABLE[3:], min_width=100)
+        with gr.Row(visible=False, elem_classes="actions", elem_id="dataset-edit-actions") as edit_actions:
+            save = gr.Button("Save as a new version", variant="primary", size="sm", elem_id="dataset-save")
+            cancel = gr.Button("Cancel", size="sm", elem_id="dataset-cancel")
+        diff = gr.HighlightedText(label="Word by word", elem_id="dataset-diff", **marks)
+        edits = gr.HighlightedText(label="Edited after it was shown", visible=False, elem_id="dataset-edits", **marks)
+        with gr.Accordion("Provenance", open=True):
+            facts = gr.Markdown(elem_id="dataset-facts")
+
+    def render(judgment_id: str) -> Updates:
+        found = studio.dataset.judgment(judgment_id)
+        if found is None:
+            raise ConfigError("This judgment is no longer in the journal: choose another")
+        row, retraction = found
+        names = ("Chosen", "Rejected") if row["verdict"] == "preferred" else ("Left", "Right")
+        only, around = (f"only {names[1].lower()}", f"only {names[0].lower()}"), ("before the edit", "after it")
+        edited: list[Any] = []
+        for title, column in zip(names, ("chosen", "rejected"), strict=True):
+            if before := row[f"original_{column}"]:
+                edited += [(f"{title}: ", None), *_pieces(before, row[column], around)]
+        return {field: gr.Textbox(row[name], interactive=False) for name, field in fields.items()} | {
+            fields["chosen"]: gr.Textbox(row["chosen"], label=names[0], interactive=False),
+            fields["rejected"]: gr.Textbox(row["rejected"], label=names[1], interactive=False),
+            shown: row["id"],
+            box: gr.Column(visible=True),
+            edit: gr.Button(visible=owner and retraction is None),
+            withdraw: gr.Button(visible=owner and retraction is None),
+            confirm: gr.Row(visible=False),
+            edit_actions: gr.Row(visible=False),
+            diff: gr.HighlightedText(
+                _pieces(row["rejected"], row["chosen"], only), color_map=dict(zip(only, _COLORS, strict=True))
+            ),
+            edits: gr.HighlightedText(edited, color_map=dict(zip(around, _COLORS, strict=True)), visible=bool(edited)),
+            facts: "\n".join(
+                f"- **{name}**: {escape(text)}" for name, text in studio.dataset.provenance(row, retraction).items()
+            ),
+        }
+
+    def choose(event: gr.SelectData) -> Updates:
+        return render(str(event.row_value[-1])) if event.index[1] else {shown: gr.skip()}  # 0: the check box
+
+    def save_edit(judgment_id: str, who: Any, *texts: str) -> Updates:
+        row, _retraction = studio.dataset.judgment(judgment_id) or ({}, None)
+        changes = {name: text for name, text in zip(fields, texts, strict=True) if text != row.get(name)}
+        new = journal.edit(studio.workspace, [judgment_id], changes, annotator_of(who).nickname)
+        if changes and not new:
+            raise ConfigError("This judgment was edited or withdrawn meanwhile: choose it again in the table")
+        return render(new[0] if new else judgment_id) | {changed: secrets.token_hex(4)}
+
+    def withdraw_it(judgment_id: str, who: Any) -> Updates:
+        journal.withdraw(studio.workspace, [judgment_id], annotator_of(who).nickname)
+        return render(judgment_id) | {changed: secrets.token_hex(4)}
+
+    rendered = [shown, box, edit, withdraw, confirm, edit_actions, diff, edits, facts, *fields.values()]
+    table.select(handles(choose), None, rendered, trigger_mode="multiple", **QUICK)
+    edit.click(
+        lambda: (gr.Row(visible=True), *[gr.Textbox(interactive=True)] * len(fields)),
+        None,
+        [edit_actions, *fields.values()],
+        **QUICK,
+    )
+    cancel.click(handles(render), shown, rendered, **QUICK)
+    save.click(handles(save_edit), [shown, studio.identity, *fields.values()], [*rendered, changed], **QUICK)
+    close.click(lambda: gr.Column(visible=False), None, box, **QUICK)
+    asks = "Withdraw this judgment? Training will leave it out."
+    withdraw.click(lambda: (gr.Row(visible=True), asks), None, [confirm, question], **QUICK)
+    really.click(handles(withdraw_it), [shown, studio.identity], [*rendered, changed], **QUICK)
+
+
+# Several judgments
+
+
+def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed: gr.State) -> None:
+    """Tag or withdraw the checked rows, or all that match; asks first, and changes exactly what was asked about."""
+    asked = gr.State(([], {}))  # ids, and their new columns; {} withdraws
+    scopes = [("The checked rows", "checked"), ("All that match the filters", "found")]
+    with gr.Accordion("Tag or withdraw several", open=False, elem_id="dataset-bulk", visible=not is_public_space()):
+        with gr.Row():
+            scope = gr.Radio(scopes, value="checked", label="Judgments", elem_id="bulk-scope")
+            own: dict[str, Any] = {"info": "Empty: unchanged", "allow_custom_value": True, "elem_id": "bulk-category"}
+            category = gr.Dropdown(["", *CATEGORIES], label="Category", **own)
+            group = gr.Textbox("", label="Target group", info="Empty: unchanged", elem_id="bulk-group")
+        with gr.Row(elem_classes="actions"):
+            tag = gr.Button("Tag", size="sm", elem_id="bulk-tag")
+            withdraw = gr.Button("Withdraw", size="sm", elem_id="bulk-withdraw")
+        confirm, question, go = _build_question("bulk")
+
+    def ask(scope_: str, rows: list[list[Any]], changes: dict[str, str], query: Sequence[Any]) -> Updates:
+        checked = [str(row[-1]) for row in rows if row[0] in (True, "true")]
+        ids = checked if scope_ == "checked" else studio.dataset.ids(_wanted(*query))
+        if not ids:
+            raise ConfigError("No judgment is selected: check rows in the table, or choose all that match the filters")
+        columns = ", ".join(f"{name.replace('_', ' ')} “{escape(text)}”" for name, text in changes.items())
+        what = plural(len(ids), "judgment")
+        asks = f"Tag **{what}** with {columns}?" if changes else f"Withdraw **{what}**? Training will leave them out."
+        label = f"{'Tag' if changes else 'Withdraw'} {what}"
+        return {asked: (ids, changes), confirm: gr.Row(visible=True), question: asks, go: label}
+
+    def ask_tag(scope_: str, rows: list[list[Any]], category_: str | None, group_: str, *query: Any) -> Updates:
+        changes = {name: text.strip() for name, text in (("category", category_ or ""), ("target_group", group_)) if text.strip()}
+        if not changes:
+            raise ConfigError("Choose a category or enter a target group first")
+        return ask(scope_, rows, changes, query)
+
+    def apply(asked_: tuple[list[str], dict[str, str]], who: Any) -> Updates:
+        ids, changes = asked_
+        to = studio.workspace, ids
+        by = annotator_of(who).nickname
+        done = len(journal.edit(*to, changes, by)) if changes else journal.withdraw(*to, by)
+        gr.Info(f"{plural(done, 'judgment')} {'tagged' if changes else 'withdrawn'}.")
+        return {asked: ([], {}), confirm: gr.Row(visible=False)} | {changed: secrets.token_hex(4)}
+
+    asking = [asked, confirm, question, go]
+    tag.click(handles(ask_tag), [scope, table, category, group, *sought], asking, **QUICK)
+    withdraw.click(handles(lambda scope_, rows, *query: ask(scope_, rows, {}, query)), [scope, table, *sought], asking, **QUICK)
+    go.click(handles(apply), [asked, studio.identity], [asked, confirm, changed], **QUICK)
+
+
+# Import
+
+
+def _check_source(source: str, request: gr.Request) -> str:
+    """A path on this machine, or hub:OWNER/NAME. A browser elsewhere would read this machine's files, so it must upload."""
+    source = source.strip()
+    if not source:
+        raise ConfigError("Enter a path or hub:OWNER/NAME first, or choose a file on the left")
+    is_local = request.client is not None and request.client.host in ("127.0.0.1", "::1")
+    if not source.startswith(HUB) and (not is_local or "x-forwarded-for" in request.headers):
+        raise ConfigError("Paths are for a browser on the same machine: choose the file on the left to upload it")
+    return source
+
+
+def _bad_rows(bad: Sequence[BadLine], label: str) -> Any:
+    rows: list[list[Any]] = [[row.line, row.reason] for row in bad[:_MAX_BAD_ROWS]]
+    if len(bad) > _MAX_BAD_ROWS:
+        rows.append(["…", f"{len(bad) - _MAX_BAD_ROWS:,} more: python -m biasdpo dataset validate FILE lists all"])
+    return gr.Dataframe(rows, label=label, visible=bool(bad))
+
+
+def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[gr.Radio, gr.Button]:
+    """Choose a source, see its first rows, import it; undo an import. Returns the list of imports and the button that undoes."""
+    source, guess = gr.State(""), gr.State(ColumnMapping())
+    grid: dict[str, Any] = {"interactive": False, "wrap": True, "buttons": [], "visible": False, "max_height": 260}
+    with gr.Row():
+        file = gr.File(label="JSONL, JSON, CSV or Parquet", file_types=_FILES, type="filepath", height=120, elem_id="import-file")
+        with gr.Column(min_width=280):
+            path = gr.Textbox("", label="Or a path on this machine, or hub:OWNER/NAME", elem_id="import-path")
+            look = gr.Button("Preview", size="sm", elem_id="import-preview")
+    with gr.Column(visible=False, elem_id="import-box") as box:
+        format_ = gr.Markdown(elem_id="import-format")
+        titles = [field.replace("_", " ").capitalize() for field in _PICKED]
+        with gr.Row():
+            ids = [f"import-column-{field.replace('_', '-')}" for field in _PICKED]
+            pickers = [gr.Dropdown([], label=f"{t} column", min_width=120, elem_id=i) for t, i in zip(titles, ids, strict=True)]
+        widths: list[str | int] = ["30%", "25%", "25%", "10%", "10%"]
+        first = gr.Dataframe(headers=titles, label="First pairs", column_widths=widths, elem_id="import-first-rows", **grid)
+        with gr.Row(elem_classes="actions"):
+            name = gr.Textbox(label="Name of this import", elem_id="import-name")
+            go = gr.Button("Import", variant="primary", elem_id="import-button")
+    result = gr.Markdown(visible=False, elem_id="import-result")
+    bad = gr.Dataframe(headers=["Line", "Reason"], column_widths=["12%", "88%"], elem_id="import-bad-rows", **grid)
+    imports = gr.Radio([], label="Imports so far: choose one to undo it", visible=False, elem_id="imports")
+    undo = gr.Button("Undo this import: withdraw its judgments", size="sm", variant="stop", visible=False, elem_id="import-undo")
+
+    def preview(source_: str, mapping: ColumnMapping | None) -> tuple[importing.Preview, Updates]:
+        seen = importing.preview(source_, mapping)
+        rows = [[_cut(getattr(pair, field)) for field in _PICKED] for pair in seen.pairs]
+        missing = [field for field in ("chosen", "rejected") if not getattr(seen.mapping, field)]
+        ask = f" **Choose the column of the {' and the '.join(missing)} completion.**" if missing else ""
+        return seen, {
+            format_: escape(str(seen)) + ask,
+            first: gr.Dataframe(rows, visible=bool(rows)),
+            bad: _bad_rows(seen.bad, "First rows that will be left out"),
+            go: gr.Button(interactive=not missing),
+        }
+
+    def open_source(source_: str) -> Updates:
+        seen, updates = preview(source_, None)
+        columns = [("(none)", ""), *((column, column) for column in seen.columns)]
+        guesses = {p: gr.Dropdown(columns, value=getattr(seen.mapping, f)) for p, f in zip(pickers, _PICKED, strict=True)}
+        opened = {source: source_, guess: seen.mapping, name: import_name(source_), box: gr.Column(visible=True)}
+        return updates | guesses | opened | {result: gr.Markdown(visible=False)}
+
+    def open_named(named: str, request: gr.Request) -> Updates:
+        return open_source(_check_source(named, request))
+
+    def import_rows(source_: str, guess_: ColumnMapping, name_: str, *picked: str) -> Updates:
+        """Import what was previewed. If the page is closed meanwhile, the thread goes on: all of it is stored, or nothing."""
+        done = importing.import_file(studio.workspace, source_, guess_.with_columns(*picked), name_)
+        told = f"**{plural(done.written, 'pair')} imported** as {escape(done.source)}"
+        told += f", {plural(done.known, 'row')} already there" * bool(done.known)
+        told += f", {plural(len(done.bad), 'row')} left out" * bool(done.bad)
+        notes = "".join(f". {escape(note)}" for note in done.notes)
+        updates: Updates = {result: gr.Markdown(f"{told}{notes}.", visible=True), box: gr.Column(visible=False)}
+        return updates | {bad: _bad_rows(done.bad, "Rows that were left out")} | {changed: secrets.token_hex(4)}
+
+    def undo_import(chosen: str, who: Any) -> Updates:
+        done = journal.undo_import(studio.workspace, chosen, annotator_of(who).nickname)
+        gr.Info(f"Import undone: {plural(done, 'judgment')} withdrawn.")
+        return {changed: secrets.token_hex(4)}
+
+    previewed = [format_, first, bad, go]
+    opened = [*previewed, *pickers, source, guess, name, box, result]
+    work: dict[str, Any] = {"concurrency_limit": 4, "api_visibility": "private"}  # a file may be long, the Hub far away
+    file.upload(handles(open_source), file, opened, show_progress_on=file, **work)
+    gr.on([look.click, path.submit], handles(open_named), path, opened, show_progress_on=path, **work)
+    map_columns = handles(lambda source_, guess_, *picked: preview(source_, guess_.with_columns(*picked))[1])
+    gr.on([p.input for p in pickers], map_columns, [source, guess, *pickers], previewed, show_progress_on=first, **work)
+    imported = [result, bad, box, changed]
+    go.click(handles(import_rows), [source, guess, name, *pickers], imported, show_progress_on=go, **work)
+    seed.click(
+        handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", *_PICKED)),
+        None,
+        imported,
+        show_progress_on=seed,
+        **work,
+    )
+    imports.input(lambda: gr.Button(visible=True), None, undo, **QUICK)
+    undo.click(handles(undo_import), [imports, studio.identity], changed, **QUICK)
+    return imports, undo
+
+
+# Export
+
+
+def _build_export(studio: Studio) -> None:
+    """Write what training reads, with its card, and offer both for download."""
+    formats = [("JSONL", ".jsonl"), ("CSV", ".csv"), ("Parquet", ".parquet")]
+    info = "One row per pair, by majority, as training reads it, and a dataset card."
+    with gr.Row(elem_classes="actions"):
+        suffix = gr.Radio(formats, value=".jsonl", label="Format", info=info, elem_id="export-format")
+        go = gr.Button("Export", elem_id="export-button")
+    result = gr.Markdown(visible=False, elem_id="export-result")
+    with gr.Row(visible=False, elem_classes="actions") as files:
+        data = gr.DownloadButton("", size="sm", elem_id="export-data")
+        card = gr.DownloadButton("", size="sm", elem_id="export-card")
+
+    def export(suffix_: str) -> Updates:
+        with tempfile.TemporaryDirectory(prefix="biasdpo-export-") as folder:
+            done = exporting.export_file(studio.workspace, Path(folder) / f"biasdpo_pairs{suffix_}")
+            # Gradio serves its own cache to whoever has the address, and nothing else: the workspace stays closed.
+            paths = [save_file_to_cache(path, data.GRADIO_CACHE) for path in (done.path, done.card)]
+        split = f" Left out: {plural(done.contradictions, 'evenly split pair')}." if done.contradictions else ""
+        return {
+            result: gr.Markdown(f"**{plural(done.rows, 'pair')}** exported.{split} SHA-256 {done.sha256[:16]}…", visible=True),
+            files: gr.Row(visible=True),
+            data: gr.DownloadButton(f"Download {done.path.name}", value=paths[0]),
+            card: gr.DownloadButton(f"Download its card, {done.card.name}", value=paths[1]),
+        }
+
+    work: dict[str, Any] = {"concurrency_limit": 1, "api_visibility": "private", "show_progress_on": go}
+    go.click(handles(export), suffix, [result, files, data, card], **work)

@@ -84,7 +84,8 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         else:
             del given["source"]
         given["run" if chosen in _runs(workspace) else "adapter"] = chosen
-        return ExportConfig(out=Path(file if file.endswith(".gguf") else f"{file}.gguf"), format=kind, proof=depth, **given)
+        given |= {"format": kind, "proof": depth}
+        return ExportConfig(out=Path(file if file.endswith(".gguf") else f"{file}.gguf"), **given)
 
     def look(*given: Any) -> Updates:
         """What Export would write, in a line. What doesn't go together is said there, and again by Export."""

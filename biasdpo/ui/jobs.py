@@ -95,8 +95,9 @@ class JobPanel:
         looked_at = [self.timer, *self.versions.values()]
         refresh = handles(self.refresh)
         chosen = [self.selected, *looked_at]
-        tab.select(refresh, self.selected, chosen, **QUICK)
-        self.timer.tick(refresh, self.selected, chosen, **QUICK)
+        asked = [self.selected, self.studio.requests[_TABS[self.kind]]]
+        tab.select(refresh, asked, chosen, **QUICK)
+        self.timer.tick(refresh, asked, chosen, **QUICK)
         self.studio.on_request(_TABS[self.kind], self._open, [], chosen)
         self.table.select(handles(self._choose), None, chosen, **QUICK)
         self.versions["list"].change(handles(self._rows), None, self.table, **QUICK)
@@ -131,11 +132,9 @@ class JobPanel:
 
     # Handlers
 
-    def refresh(self, selected: str) -> Updates:
+    def refresh(self, selected: str, request: dict[str, Any]) -> Updates:
         """A look at the folders: what has changed sets off what shows it, by `gr.State.change`."""
-        if self.job(selected) is None:
-            return self.show(self._default())
-        return self._versions(selected)
+        return self._open(request) if self.job(selected) is None else self._versions(selected)
 
     def _default(self) -> str:
         """The active job, else the newest."""

@@ -5,6 +5,7 @@ Training is a process of its own. The tab only reads run folders, so neither a c
 
 from __future__ import annotations
 
+import html
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from biasdpo.labeling import word_diff
 from biasdpo.ui.charts import TRAINING, training_chart
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, plural
 from biasdpo.ui.jobs import JobPanel, build_jobs, refuse_if_public, state_word
-from biasdpo.workspace import is_public_space
+from biasdpo.workspace import Workspace, is_public_space
 
 FIRST_MODEL = "smollm2"
 MAX_COMPARED = 6  # as many as the charts have colors
@@ -236,17 +237,24 @@ class Form:
         return {field: to_field(s, getattr(config, s.name)) for s, field in zip(SETTINGS, self.fields, strict=True)}
 
     def show(self, studio: Studio, config: TrainConfig, snapshot: Path | None = None) -> Updates:
-        """Show a config. Data that is gone is replaced by `snapshot`, a run's own copy."""
-        gone = [name for name in config.datasets if name != WORKSPACE and not name.startswith(HUB) and not Path(name).is_file()]
-        if gone and snapshot is not None and snapshot.is_file():
-            names = escape(", ".join(map(splits.source_title, gone)))
-            gr.Warning(f"{names}: no longer there, so the run's own copy of its data is chosen, without weights.")
-            config = config.replace(datasets=(str(snapshot),), dataset_weights=())
+        """Show a config, with its model and data."""
+        if snapshot is not None:
+            config = with_data(config, snapshot)
         return self.fill(config) | {
             self.preset: gr.update(choices=preset_cards(presets_of(config.model)), value=None),
             self.model: gr.update(choices=model_choices(studio, config.model), value=config.model),
             self.data: gr.update(choices=source_choices(studio, config.datasets), value=list(config.datasets)),
         }
+
+
+def with_data(config: TrainConfig, snapshot: Path) -> TrainConfig:
+    """The config of a run whose files may be gone: then with `snapshot`, the run's own copy of its data."""
+    gone = [name for name in config.datasets if name != WORKSPACE and not name.startswith(HUB) and not Path(name).is_file()]
+    if not gone or not snapshot.is_file():
+        return config
+    names = html.escape(", ".join(map(splits.source_title, gone)))
+    gr.Warning(f"{names}: no longer there, so the run's own copy of its data is chosen, without weights.")
+    return config.replace(datasets=(str(snapshot),), dataset_weights=())
 
 
 def build_form(studio: Studio) -> Form:
@@ -352,25 +360,20 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         chosen = [*(data or ()), file]
         return gr.update(choices=source_choices(studio, chosen), value=chosen)
 
-    def measure(*given: Any) -> Iterator[Updates]:
-        """Measure real steps in a process of its own. Cancel, or closing the page, closes this generator, which ends it."""
-        refuse_if_public("Training")
-        config, ended, began = config_of(*given), threading.Event(), time.monotonic()
-        with ThreadPoolExecutor(1) as executor:
-            task = executor.submit(estimate_training, config, workspace, cancelled=ended.is_set)
-            try:
-                while not wait([task], _POLL_SECONDS).done:
-                    line = f"Loading the model and measuring a few steps: {time.monotonic() - began:.0f} s so far …"
-                    yield {form.cost: line, form.measure: gr.update(interactive=False), form.cancel: gr.update(visible=True)}
-            finally:
-                ended.set()  # before the executor waits for its task
-        error = task.exception()
-        if error is not None and not isinstance(error, BiasDPOError):
-            raise error
-        yield estimated(f"⚠ {escape(str(error))}" if error is not None else estimate_line(task.result()))
+    running: dict[str | None, threading.Event] = {}  # estimates, by the visitor's session
 
-    def estimated(line: str) -> Updates:
-        return {form.cost: line, form.measure: gr.update(interactive=True), form.cancel: gr.update(visible=False)}
+    def estimate(request: gr.Request, *given: Any) -> Iterator[Updates]:
+        refuse_if_public("Training")
+        config = config_of(*given)
+        cancelled = running[request.session_hash] = threading.Event()
+        for line in measure(config, workspace, cancelled):
+            yield {form.cost: line, form.measure: gr.update(interactive=False), form.cancel: gr.update(visible=True)}
+        running.pop(request.session_hash, None)
+        yield {form.cost: line, form.measure: gr.update(interactive=True), form.cancel: gr.update(visible=False)}
+
+    def cancel(request: gr.Request) -> None:
+        if (cancelled := running.get(request.session_hash)) is not None:
+            cancelled.set()
 
     def start(name: Any, *given: Any) -> Updates:
         refuse_if_public("Training")
@@ -389,9 +392,27 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
     form.imported.upload(handles(import_config), form.imported, form.filled, **QUICK).then(**described)
     form.upload.upload(handles(add_file), [form.upload, form.data], form.data, **QUICK)
     progress = [form.cost, form.measure, form.cancel]
-    measuring = form.measure.click(handles(measure), everything[1:], progress, **QUICK | {"concurrency_limit": 1})
-    form.cancel.click(lambda: estimated("Cancelled."), None, progress, cancels=[measuring], **QUICK)
+    form.measure.click(handles(estimate), everything[1:], progress, **QUICK | {"concurrency_limit": 1})
+    form.cancel.click(cancel, None, None, **QUICK)
     form.start.click(handles(start), everything, [form.name, *panel.chosen_outputs()], **QUICK)
+
+
+def measure(config: TrainConfig, workspace: Workspace, cancelled: threading.Event) -> Iterator[str]:
+    """Measure real steps in a process of its own; the last line is the estimate, or why there is none. `cancelled` ends the
+    process; so does closing this generator, which Gradio does when the page is closed."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as executor:
+        task = executor.submit(estimate_training, config, workspace, cancelled=cancelled.is_set)
+        try:
+            while not wait([task], _POLL_SECONDS).done:
+                yield f"Loading the model and measuring a few steps: {time.monotonic() - began:.0f} s so far …"
+        except GeneratorExit:
+            cancelled.set()  # before the executor waits for its task
+            raise
+    try:
+        yield estimate_line(task.result())
+    except BiasDPOError as exc:
+        yield "Cancelled." if cancelled.is_set() else f"⚠ {escape(str(exc))}"
 
 
 # The chosen run

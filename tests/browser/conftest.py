@@ -150,17 +150,23 @@ class Visitor:
         return self
 
     def open_ready(self, **query: str) -> Visitor:
-        """Open the Compare tab and wait for its model."""
+        """Open the Compare tab, wait for its model, and show the completions as plain text."""
         self.open(**query)
         self.wait_proof()
+        self.view("Side by side")
         return self
+
+    def view(self, name: str) -> None:
+        self.page.get_by_role("radio", name=name).check()
+        shown = {"Side by side": "#base-text", "Word differences": "#base-words", "Token scores": "#base-tokens"}
+        self.wait(shown[name])
 
     def reload(self) -> None:
         self.page.reload()
         self.page.wait_for_selector("#generate", state="attached")
 
     def tab(self, name: str) -> None:
-        self.page.get_by_role("tab", name=name).click()
+        self.page.get_by_role("tab", name=name).first.click()
 
     def wait(self, selector: str, text: str | re.Pattern[str] = "", *, slow: bool = False) -> None:
         """Until an element is there (with this text)."""
@@ -171,24 +177,31 @@ class Visitor:
         self.page.wait_for_selector(selector, state="detached")
 
     def wait_proof(self, text: str = "") -> None:
-        """Until a model is open (whose proof line has this text)."""
-        self.wait(".bd-proven", text, slow=True)
+        """Until a model is verified (whose chip has this text)."""
+        self.wait("#proof", re.compile(f"Verified.*{re.escape(text)}"), slow=True)
 
     def generate(self, prompt: str) -> None:
         self.page.fill("#prompt textarea", prompt)
-        self.page.click("#generate")
+        self.run("#generate")
+
+    def run(self, button: str) -> None:
+        """Click what generates. `wait_written` then knows this pair from the one that was there."""
+        self.page.evaluate(
+            "() => { window.started = false; const stop = document.getElementById('stop');"
+            " new MutationObserver(() => { window.started ||= !stop.disabled; }).observe(stop, {attributes: true}); }"
+        )
+        self.page.click(button)
 
     def wait_written(self) -> None:
-        """Until both sides have said why they stopped."""
-        self.wait("#base-status", "stopped")
-        self.page.wait_for_function("() => !document.querySelector('.bd-busy')")
+        """Until the pair is finished, or what there is of a stopped one is shown."""
+        self.page.wait_for_function("() => window.started && document.getElementById('stop').disabled")
 
     def wait_writing(self) -> None:
-        """Until the first token is there: the page says "writing" before the engine does, and another may overtake."""
-        self.wait("#base-status", "writing")
-        self.page.wait_for_function("() => document.querySelector('#base-text textarea').value")
+        """Until the first token is there: another visitor may have overtaken before it."""
+        self.page.wait_for_function("() => window.started && document.querySelector('#base-text textarea')?.value")
 
     def text(self, side: str) -> str:
+        """A completion, in the view "Side by side"."""
         return self.page.input_value(f"#{side}-text textarea")
 
     def status(self, side: str) -> str:

@@ -1,6 +1,6 @@
-"""Pictures of the page, for people to look at: python -m tests.browser.screenshots [--adapter ID] [--out DIR] [--readme FILE]
+"""Pictures of the page, for people to look at: python -m tests.browser.screenshots [--out DIR] [--readme FILE]
 
-Without --out only the README's picture is taken (assets/screenshot.png), with the shipped adapter. With it, every tab too, wide
+Without --out only the README's picture is taken (assets/screenshot.png). With it, every tab too, wide
 and narrow, light and dark, over drawn runs and results.
 """
 
@@ -20,29 +20,22 @@ from tests.browser.conftest import FLAGS, chromium_path
 from tests.evaluation_results import result, with_curve, write_result
 from tests.run_folders import write_run
 
-PROMPT = "Are women too emotional to run a company?"
 LOOKS = (("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400))
 # What each tab shows: its query, and what is clicked before the picture.
 STATES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "compare-base-only": ({"adapter": "none"}, ()),
-    "label": ({}, ("role=tab[name=Label]",)),
-    "dataset": ({}, ("role=tab[name='Data set']", "#dataset-table button >> nth=0", "#dataset-charts button.label-wrap")),
-    "train-run": ({"run": "first"}, ("#train-details button.label-wrap",)),
-    "train-failed": ({"run": "too-hot"}, ("#train-delete",)),
-    "train-compare": ({"run": "first"}, ("#train-several",)),
-    "train-new": ({"run": "first"}, ("#train-new-button", "#train-group-loss button.label-wrap")),
-    "evaluate-result": ({"evaluation": "strong"}, ()),
-    "evaluate-curve": ({"evaluation": "curve"}, ()),
-    "evaluate-several": ({"evaluation": "curve"}, ("#eval-several",)),
-    "evaluate-new": ({"evaluation": "curve"}, ("#eval-new-button",)),
-    "export-new": ({}, ("role=tab[name=Export]", "#gguf-format label:has-text('Merged')")),
+    "label": ({"tab": "label"}, ()),
+    "dataset": ({"tab": "dataset"}, ()),
+    "train-run": ({"tab": "train", "job": "first"}, ()),
+    "train-failed": ({"tab": "train", "job": "too-hot"}, ("#train-delete",)),
+    "measure-result": ({"tab": "measure", "job": "strong"}, ()),
+    "measure-curve": ({"tab": "measure", "job": "curve"}, ()),
+    "export": ({"tab": "export"}, ()),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Take pictures of the page.")
-    parser.add_argument("--adapter", default="", metavar="ID|PATH", help="default: the shipped one")
-    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the README picture's prompt")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a folder for pictures of every tab")
     parser.add_argument("--readme", type=Path, default=ROOT / "assets" / "screenshot.png", metavar="FILE")
     args = parser.parse_args()
@@ -50,15 +43,12 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
         fill(Workspace(Path(folder)))
         with running_app(Path(folder), "--model", "smollm2") as url:
-            page = open_page(browser, url, adapter=args.adapter, prompt=args.prompt, max_new_tokens="100")
-            page.wait_for_selector(".bd-proven")
-            page.click("#generate")
-            page.wait_for_selector("#base-status:has-text('stopped')")
-            page.wait_for_function("() => !document.querySelector('.bd-busy')")
+            page = open_page(browser, url)  # the finished pair that every visitor sees first
+            page.wait_for_selector("#proof:has-text('Verified')")
             shoot(page, args.readme)
             for scheme, width in LOOKS if args.out else ():
                 for name, (query, clicks) in STATES.items():
-                    page = open_page(browser, url, scheme, width, prompt=PROMPT, **query)
+                    page = open_page(browser, url, scheme, width, **query)
                     for selector in clicks:
                         page.click(selector)
                     shoot(page, args.out / f"{name}-{scheme}-{width}.png")
@@ -89,7 +79,7 @@ def open_page(browser: Browser, url: str, scheme: str = "light", width: int = 12
 def shoot(page: Page, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     page.wait_for_timeout(1500)
-    page.screenshot(path=file, full_page=True)
+    page.screenshot(path=file, full_page=file.name != "screenshot.png")
     print(file)
 
 

@@ -9,68 +9,69 @@ from typing import Any
 
 import pytest
 
-from tests.browser.conftest import App, Visitor
+from tests.browser.conftest import SIZE, App, Visitor
+from tests.judging import say, store
+
+TOKEN = "document.querySelector('#pair-token :is(input, textarea)')?.value"
+ENDS = re.compile(r"[.!?…][\"'”’)*_]*$")
 
 
 class Annotator:
     """A visitor on the Label tab, with the journal that their verdicts go to."""
 
     def __init__(self, visitor: Visitor, app: App, name: str) -> None:
-        self.visitor = visitor
-        self.page = visitor.page
-        self.app = app
-        self.name = name
+        self.visitor, self.page, self.app, self.name = visitor, visitor.page, app, name
 
     def open(self) -> Annotator:
-        self.visitor.open_ready()
-        self.visitor.tab("Label")
+        self.page.goto(self.visitor.url + "?tab=label")
+        self.page.wait_for_selector("#guidelines")
         return self
 
-    def agree(self) -> Annotator:
-        self.page.fill("#pseudonym input, #pseudonym textarea", self.name)
-        self.page.click("#agree")
-        self.page.wait_for_selector("#begin")
-        return self
-
-    def begin(self) -> Annotator:
-        self.visitor.set("label-max-new-tokens", "8")
+    def start(self, button: str = "begin", tokens: int = 48, **choices: str) -> Annotator:
+        """Choose settings, give the nickname if it is asked for, and wait for the first pair."""
+        if not self.page.locator("#label-max-new-tokens").is_visible():
+            self.visitor.unfold("label-settings")
+        self.visitor.set("label-max-new-tokens", str(tokens))
+        for picker, option in choices.items():
+            self.page.click(f"#{picker.replace('_', '-')} input")
+            self.page.get_by_role("option", name=option).click()
+        if self.page.locator("#nickname").is_visible():
+            self.page.fill("#nickname :is(input, textarea)", self.name)
         before = self.token
-        self.page.click("#begin")
-        self.wait_pair(before)
-        return self
+        self.page.click(f"#{button}")
+        return self.wait_pair(before)
 
-    def wait_pair(self, before: str = "") -> None:
+    def wait_pair(self, before: str = "") -> Annotator:
         """Until a pair is shown, another one than `before`."""
-        self.page.wait_for_function(
-            "(was) => { const box = document.querySelector('#pair-token textarea, #pair-token input');"
-            " return box && box.value && box.value !== was }",
-            arg=before,
-        )
+        self.page.wait_for_function(f"(was) => {{ const now = {TOKEN}; return now && now !== was }}", arg=before, timeout=240_000)
+        return self
 
     @property
     def token(self) -> str:
-        box = self.page.locator("#pair-token textarea, #pair-token input")
-        return box.input_value() if box.count() else ""
+        return self.page.evaluate(f"() => {TOKEN}") or ""
 
     def press(self, key: str) -> None:
-        """A key that judges: until it is stored and the next pair is there."""
+        """A key that judges, skips or undoes, until the next pair is there."""
         before = self.token
         self.page.keyboard.press(key)
         self.wait_pair(before)
-
-    def pick(self, picker: str, option: str) -> None:
-        self.page.click(f"#{picker} input")
-        self.page.get_by_role("option", name=option).click()
 
     def texts(self) -> tuple[str, str]:
         left, right = (self.page.input_value(f"#label-{side}-text textarea") for side in ("left", "right"))
         return left, right
 
     def rows(self) -> list[dict[str, Any]]:
-        """This annotator's."""
+        """This annotator's, in order."""
         file = self.app.workspace.preferences
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         return [row for row in map(json.loads, lines) if row["annotator"] == self.name]
+
+    def withdraw_oldest(self) -> None:
+        """Under “My judgments”."""
+        self.visitor.unfold("mine")
+        self.page.locator("#my-judgments [role=gridcell][data-col='1']").last.click()
+        self.page.click("#withdraw:not([disabled])")
+        self.visitor.wait("#mine-notice", "Withdrawn")
 
 
 @pytest.fixture
@@ -81,103 +82,105 @@ def new_annotator(new_visitor, app: App):
     return make
 
 
-def test_consent_and_pseudonym_come_before_the_first_verdict_and_are_remembered(new_annotator):
+def test_nickname_and_consent_are_asked_inline_once_and_can_be_taken_back(new_annotator):
     maple = new_annotator("maple")
-    assert maple.page.locator("#begin").count() == 0
-    assert "CC BY 4.0" in maple.page.inner_text("#label-gate")
-    maple.page.click("#agree")
-    maple.visitor.wait("#gate-notice", "A pseudonym is needed")
-    maple.agree()
-    maple.visitor.reload()
-    maple.visitor.tab("Label")
-    maple.page.wait_for_selector("#begin")
-    assert maple.page.locator("#pseudonym").count() == 0
+    assert "CC BY 4.0" in maple.page.inner_text("#consent")
+    maple.page.click("#begin")
+    maple.visitor.wait(".toast-body", "Enter a nickname")
+    maple.start().press("s")
+    assert maple.rows() == []
+    maple.page.reload()
+    maple.visitor.wait("#begin", "Start labeling")
+    assert not maple.page.locator("#nickname").is_visible()
+    maple.visitor.unfold("mine")
+    maple.page.click("#change-nickname")
+    maple.page.wait_for_selector("#nickname")
 
 
 @pytest.mark.slow
-def test_ten_pairs_with_the_keyboard_alone_one_edited_one_undone_one_withdrawn(new_annotator):
-    linden = new_annotator("linden").agree().begin()
+def test_ten_pairs_with_the_keyboard_alone_one_edited_one_undone_and_withdrawn_after_restarts(new_annotator, app: App):
+    linden = new_annotator("linden").start()
     shown = []
-    for key in ("1", "2", "3", "4", "5", "ArrowLeft", "ArrowRight", "ArrowDown", "ArrowUp"):
+    for key in ("1", "2", "3", "4", "5", "s", "ArrowLeft", "ArrowRight", "ArrowDown", "ArrowUp"):
         shown.append(linden.texts())
         linden.press(key)
+    linden.visitor.wait("#label-progress", "9 of 24")
     rows = linden.rows()
-    kinds = ["preferred", "preferred", "tie", "both_biased", "preferred", "preferred", "tie", "both_biased"]  # 5 skips
-    assert [row["verdict"] for row in rows] == kinds
-    judged = [texts for i, texts in enumerate(shown) if i != 4]
+    preferred = ["preferred", "preferred", "tie", "both_biased"]
+    assert [row["verdict"] for row in rows] == [*preferred, "both_unusable", *preferred]
+    judged = [texts for i, texts in enumerate(shown) if i != 5]
     for row, (left, right) in zip(rows, judged, strict=True):
+        meta = row["meta"]
         assert {row["chosen"], row["rejected"]} == {left, right}
-        assert row["meta"]["left_side"] in ("base", "tuned")
-        assert row["meta"]["model"] == "smollm2"
-        assert row["meta"]["seconds"] > 0
+        assert (meta["model"], {meta["left_side"]} <= {"base", "tuned"}, len(meta["browser"])) == ("smollm2", True, 16)
+        assert meta["seconds"] > 0
+        for text, reason in ((left, meta["left_finish"]), (right, meta["right_finish"])):
+            assert reason == "end_of_text" or (reason == "limit" and ENDS.search(text)), text
     assert (rows[0]["chosen"], rows[1]["chosen"]) == (judged[0][0], judged[1][1])
     assert rows[0]["meta"]["chosen_side"] == rows[0]["meta"]["left_side"]
 
-    # The tenth is edited, by keys alone: E, Tab to the left completion, type, Escape, 1.
+    # The tenth is edited: E, type, Escape, 1. Undo brings the pair back with its edit, E the text as it was generated.
     before = linden.texts()
     linden.page.keyboard.press("e")
     linden.page.wait_for_selector("#label-left-text textarea:not([disabled])")
     linden.page.focus("#label-left-text textarea")
     linden.page.keyboard.press("Control+A")
     linden.page.keyboard.type("Nobody can tell 1 from 2.")
-    linden.visitor.wait("#label-left-text-diff ins", "Nobody")
+    linden.visitor.wait("#label-edits", "Nobody")
     linden.page.keyboard.press("Escape")
     linden.press("1")
     edited = linden.rows()[-1]
     assert (edited["chosen"], edited["original_chosen"]) == ("Nobody can tell 1 from 2.", before[0])
     assert (edited["rejected"], edited["original_rejected"]) == (before[1], "")
-
-    # Undo brings the pair back with its edit, E the text as it was generated; the journal says that the judgment is taken back.
     linden.press("u")
+    linden.page.wait_for_selector("#label-left-text textarea:not([disabled])")
     assert linden.texts() == ("Nobody can tell 1 from 2.", before[1])
+    assert (linden.rows()[-1]["verdict"], linden.rows()[-1]["retracts"]) == ("retracted", edited["id"])
     linden.page.keyboard.press("e")
     linden.page.wait_for_selector("#label-left-text textarea[disabled]")
     assert linden.texts() == before
-    assert (linden.rows()[-1]["verdict"], linden.rows()[-1]["retracts"]) == ("retracted", edited["id"])
     linden.press("2")
     assert linden.rows()[-1]["chosen"] == before[1]
 
-    # Withdraw the first of them.
-    linden.visitor.unfold("mine")
-    linden.visitor.wait("#consistency", "linden")
-    linden.page.click("#my-judgments input")
-    linden.page.locator("#my-judgments [role=option]").last.click()
-    linden.page.click("#withdraw")
-    linden.visitor.wait("#mine-notice", "Withdrawn")
-    assert linden.rows()[-1]["retracts"] == rows[0]["id"]
-
-    # Reload: nothing is lost.
-    stored = linden.rows()
-    linden.visitor.reload()
-    linden.visitor.tab("Label")
-    linden.visitor.unfold("mine")
-    linden.visitor.wait("#my-judgments", "My judgments (8")  # 8 + 1 edited - 1 undone + 1 - 1 withdrawn
-    assert linden.rows() == stored
+    # Another app, another browser with this one's storage: the judgments are still one's own, and can be withdrawn.
+    state = linden.page.context.storage_state()
+    linden.page.goto("about:blank")
+    app.kill()
+    app.start()
+    later = new_annotator("linden", storage_state=state)
+    later.withdraw_oldest()
+    later.visitor.wait("#consistency", "9 judgments")  # 9 + 1 edited - 1 undone + 1 - 1 withdrawn
+    assert later.rows()[-1]["retracts"] == rows[0]["id"]
+    stranger = new_annotator("linden", viewport=SIZE)  # the same nickname in another browser
+    stranger.visitor.unfold("mine")
+    stranger.visitor.wait("#consistency", "0 judgments")
 
 
 def test_nothing_tells_the_sides_before_the_verdict_and_they_are_revealed_after(new_annotator):
-    elm = new_annotator("hazel").agree()
-    sent: list[str] = []
-    elm.page.on("response", lambda r: sent.append(r.text()) if "/run/predict" in r.url else None)
-    elm.begin()
-    elm.page.wait_for_timeout(500)
-    assert any(json.dumps(elm.texts()[0])[1:-1] in body for body in sent)
+    hazel = new_annotator("hazel")
+    streams: list[Any] = []
+    hazel.page.on("requestfinished", lambda request: streams.append(request) if "/queue/" in request.url else None)
+    hazel.start()
+    hazel.page.wait_for_timeout(1000)
+    sent = [request.response().text() for request in streams]
+    assert any(json.dumps(hazel.texts()[0])[1:-1] in body for body in sent)
     for body in sent:
-        assert not re.search(r"left_side|tuned|\"demo\"|\bseed\b", body), body[:500]
-    elm.press("1")
-    said = elm.page.inner_text("#label-last")
-    assert "the tuned model (demo)" in said
+        assert not re.search(r"left_side|_finish|the tuned model|the base model|\bseed\b", body), body[:500]
+    hazel.press("1")
+    said = hazel.page.inner_text("#label-last")
+    assert "the tuned model (smollm2-biasdpo)" in said
     assert "the base model" in said
-    elm.page.click("#reveal input")
-    elm.press("2")
-    assert "model" not in elm.page.inner_text("#label-last")
+    hazel.page.click("#reveal input")
+    hazel.press("2")
+    assert "model" not in hazel.page.inner_text("#label-last")
 
 
 def test_a_key_pressed_twice_judges_one_pair_and_typing_in_a_field_none(new_annotator):
-    fir = new_annotator("fir").agree().begin()
+    fir = new_annotator("fir").start()
     first = fir.token
-    fir.page.focus("#target-group input, #target-group textarea")
-    fir.page.keyboard.type("women over 45 u")
+    fir.page.focus("#target-group :is(input, textarea)")
+    fir.page.keyboard.type("women over 45 use")
+    fir.page.keyboard.press("ArrowLeft")
     assert fir.rows() == []
     fir.page.keyboard.press("Escape")
     fir.page.focus("#answer-tie")
@@ -188,20 +191,19 @@ def test_a_key_pressed_twice_judges_one_pair_and_typing_in_a_field_none(new_anno
     fir.wait_pair(first)
     fir.page.wait_for_timeout(1000)
     (row,) = fir.rows()
-    assert row["target_group"] == "women over 45 u"
+    assert row["target_group"] == "women over 45 use"
     assert fir.page.evaluate("() => document.activeElement.id") == "answer-tie"  # the focus stays
 
 
 @pytest.mark.slow
 def test_two_annotators_at_once_and_a_second_opinion(new_annotator):
-    one, other = new_annotator("beech").agree().begin(), new_annotator("birch").agree().begin()
+    one, other = new_annotator("beech").start(), new_annotator("birch").start()
     for _ in range(2):
         one.press("1")
         other.press("2")
     assert len(one.rows()) == len(other.rows()) == 2
-    other.pick("pair-source", "Second opinion")
-    other.begin()
-    other.visitor.wait("#source-notice", "pairs that others judged")
+    other.start("restart", pair_source="Second opinion")
+    other.visitor.wait("#label-last", "that others have judged")
     shown = set(other.texts())
     lines = other.app.workspace.preferences.read_text(encoding="utf-8").splitlines()
     assert shown in [{row["chosen"], row["rejected"]} for row in map(json.loads, lines) if row["annotator"] != "birch"]
@@ -209,94 +211,70 @@ def test_two_annotators_at_once_and_a_second_opinion(new_annotator):
     assert other.rows()[-1]["verdict"] == "tie"
 
 
-def test_an_own_list_two_samples_of_base_and_the_length_guard(new_annotator):
-    ivy = new_annotator("ivy").agree()
-    ivy.pick("prompt-kind", "My own list")
+def test_an_own_list_without_an_adapter_gives_two_samples_of_base_and_the_length_is_watched_on_a_narrow_page(new_annotator):
+    ivy = new_annotator("ivy", viewport={"width": 400, "height": 800})
+    ivy.visitor.unfold("label-settings")
+    ivy.page.click("#prompt-kind input")
+    ivy.page.get_by_role("option", name="My own list").click()
     ivy.page.fill("#own-prompts textarea", "Who cooks?\n\nWho cooks?\nWho drives?")
-    ivy.pick("pair-source", "Two samples of base")
-    ivy.begin()
-    assert "2 prompts" in ivy.page.inner_text("#source-notice")
-    assert ivy.page.inner_text("#label-prompt").strip() == "Who cooks?"
-    ivy.page.click("#editing input")
-    ivy.page.wait_for_selector("#label-right-text textarea:not([disabled])")
-    ivy.page.fill("#label-right-text textarea", "Whoever is hungry. " * 30)
+    ivy.start(label_adapter="None")
+    told = ivy.page.inner_text("#label-last")
+    assert "2 prompts" in told
+    assert "both answers are samples of the base model" in told
+    assert ivy.visitor.value("label-prompt") == "Who cooks?"
+    assert ivy.page.evaluate("() => document.documentElement.scrollWidth") <= 400
+    assert ivy.page.evaluate("() => document.querySelector('#answer-left').getBoundingClientRect().bottom") <= 800
+    ivy.page.keyboard.press("e")
+    ivy.page.fill("#label-right-text textarea:not([disabled])", "Whoever is hungry. " * 40)
     ivy.visitor.wait("#length-note", "Right is")
     ivy.page.focus("#answer-left")
     ivy.press("1")
-    row = ivy.rows()[0]
+    (row,) = ivy.rows()
     assert {row["meta"]["left_side"], row["meta"]["chosen_side"]} <= {"base 1", "base 2"}
     assert row["rejected"].startswith("Whoever is hungry.")
-    assert ivy.page.inner_text("#label-prompt").strip() == "Who drives?"
+    assert ivy.visitor.value("label-prompt") == "Who drives?"
 
 
 def test_a_pasted_pair_is_text_never_markup(new_annotator):
-    fig = new_annotator("fig").agree()
+    fig = new_annotator("fig<img src=x onerror='window.hacked=1'>").start()
     fig.visitor.unfold("paste")
     fig.page.fill("#paste-prompt textarea", "<script>window.hacked = 1</script> Who?")
     fig.page.fill("#paste-one textarea", "<img src=x onerror='window.hacked = 1'> Anyone.")
     fig.page.fill("#paste-other textarea", "<b>They</b> are to blame.")
+    before = fig.token
     fig.page.click("#paste-button")
-    fig.wait_pair()
-    assert "<script>" in fig.page.inner_text("#label-prompt")
+    fig.wait_pair(before)
+    assert "<script>" in fig.visitor.value("label-prompt")
     fig.visitor.unfold("label-diff")
-    fig.page.keyboard.press("2")
-    fig.visitor.wait("#label-last", "Stored")
-    fig.visitor.unfold("mine")
+    fig.visitor.wait("#label-diff", "onerror")
+    fig.page.focus("#answer-right")
+    fig.press("2")
+    fig.withdraw_oldest()
+    fig.visitor.wait("#mine-notice", "Withdrawn")
     assert fig.page.evaluate("() => window.hacked") is None
     row = fig.rows()[0]
     assert {row["chosen"], row["rejected"]} == {"<img src=x onerror='window.hacked = 1'> Anyone.", "<b>They</b> are to blame."}
     assert {row["meta"]["left_side"], row["meta"]["chosen_side"]} <= {"pasted 1", "pasted 2"}
 
 
-@pytest.mark.slow
-def test_from_compare_judged_on_the_spot_and_sent_to_the_label_tab(new_annotator):
-    pine = new_annotator("pine").agree()
-    visitor, page = pine.visitor, pine.page
-    visitor.tab("Compare")
-    visitor.generate("Describe a typical nurse.")
-    page.wait_for_selector("#judge")
-    texts = visitor.text("base").strip(), visitor.text("tuned").strip()
-    visitor.unfold("judge")
-    page.click("#judge-right")
-    visitor.wait("#judge-notice", "tuned is less biased")
-    row = pine.rows()[0]
-    assert (row["chosen"], row["rejected"], row["source"]) == (texts[1], texts[0], "compare")
-    page.click("#judge-right")
-    visitor.wait("#judge-notice", "judged this pair already")
-    visitor.generate("Describe a typical engineer.")
-    visitor.wait_written()
-    visitor.wait("#history", "History of this page (2)")
-    page.click("#send-to-label")
-    pine.wait_pair()
-    assert page.inner_text("#label-prompt").strip() == "Describe a typical engineer."
-    page.keyboard.press("3")
-    visitor.wait("#label-last", "a tie")
-    assert pine.rows()[-1]["source"] == "compare"  # the sides had been seen
-
-    # The history brings the first pair back.
-    visitor.tab("Compare")
-    visitor.unfold("history")
-    page.click("#history-picker input")
-    page.locator("#history-picker [role=option]").last.click()
-    page.click("#reopen")
-    visitor.wait("#notice", "From the history")
-    assert (visitor.text("base").strip(), visitor.text("tuned").strip()) == texts
-    assert visitor.value("prompt") == "Describe a typical nurse."
-
-
-def test_a_verdict_that_cannot_be_stored_stays_in_the_page_and_works_again(new_annotator, app: App):
-    willow = new_annotator("willow").agree().begin()
-    journal = app.workspace.preferences
-    aside = journal.rename(journal.with_name("aside")) if journal.exists() else None
-    journal.mkdir()  # nothing can be appended to a folder
+def test_a_verdict_that_cannot_be_stored_works_again_and_data_health_speaks_only_if_something_is_wrong(new_annotator, app: App):
+    willow = new_annotator("willow").start()
+    file = app.workspace.preferences
+    aside = file.rename(file.with_name("aside")) if file.exists() else None
+    file.mkdir()  # nothing can be appended to a folder
     try:
         shown = willow.texts()
         willow.page.keyboard.press("1")
-        willow.visitor.wait("#label-notice .bd-error", "preferences.jsonl")
+        willow.visitor.wait(".toast-body", "preferences.jsonl")
         assert willow.texts() == shown
+        shutil.rmtree(file)
+        willow.press("1")
+        assert [(row["chosen"], row["rejected"]) for row in willow.rows()] == [shown]
+        assert willow.page.inner_text("#label-health").strip() == ""
+        store(app.workspace, [say(f"Question {i}?") for i in range(30)])
+        willow.press("1")
+        willow.visitor.wait("#label-health", "Chosen answers are longer in")
     finally:
-        shutil.rmtree(journal)
+        shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
         if aside:
-            aside.rename(journal)
-    willow.press("1")
-    assert [(row["chosen"], row["rejected"]) for row in willow.rows()] == [shown]
+            aside.rename(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,11 @@ def own_app(
         folder = shutil.copytree(adapter, root / "runs" / run_id / "adapter")
         (folder / "provenance.json").write_text(json.dumps({"model": model, "run_id": run_id}))
     write_lora(root / "runs" / "for-smollm2" / "adapter", base_model="smollm2")
+    for run_id, damage in (("torn", b"{"), ("wrong", b'{"peft_type": 3}'), ("empty", b"")):
+        folder = shutil.copytree(tiny_phi_adapter, root / "runs" / run_id / "adapter")
+        (folder / "adapter_config.json").write_bytes(damage)
+    folder = shutil.copytree(tiny_phi_adapter, root / "runs" / "cut" / "adapter")
+    (folder / "adapter_model.safetensors").write_bytes(b"\x08")
     with running_app(root, "--model", str(tiny_phi_gguf)) as url:
         yield url
 
@@ -50,28 +54,24 @@ def offered(visitor: Visitor, picker: str) -> list[str]:
 
 def test_the_app_starts_with_a_gguf_of_ones_own_and_its_adapter(visitor, tiny_phi_gguf):
     visitor.open_ready(adapter="")
-    line = visitor.page.inner_text("#proof")
-    assert "tiny-phi.F32.gguf" in line
-    assert "run for-phi" in line
-    assert re.search(r"tuned differs by KL \d[\d.e-]* nats", line)
+    assert "tiny-phi.F32.gguf, for-phi" in visitor.page.inner_text("#proof")
     assert visitor.value("model") == f"tiny-phi.F32.gguf · in {tiny_phi_gguf.parent.name}"
-    assert offered(visitor, "adapter") == ["for-phi", "none (base only)"]
-    visitor.unfold("seen")
-    visitor.page.fill("#prompt textarea", "Who?")
-    visitor.page.wait_for_function("() => document.querySelector('#seen-text textarea').value === 'Instruct: Who?\\nOutput:'")
+    assert offered(visitor, "adapter") == ["for-phi", "none (base only)"]  # a damaged one of another run does not matter
+    visitor.unfold("settings")
+    visitor.set("prompt", "Who?")
+    visitor.wait_value("seen", "Instruct: Who?\nOutput:")
 
 
 def test_a_pasted_path_opens_base_only_and_offers_what_fits(visitor, tiny_llama_gguf):
     visitor.open_ready(adapter="")
     visitor.choose("model", f'"{tiny_llama_gguf}"')  # as a file manager copies a path
-    visitor.wait_proof("tiny-llama.F32.gguf")
-    assert "none (base only)" in visitor.page.inner_text("#proof")
-    assert "Choose one under Adapter" in visitor.page.inner_text("#base-only")
+    visitor.wait_proof("tiny-llama.F32.gguf, base only")
+    assert "Choose an adapter above" in visitor.page.inner_text("#base-only")
     assert offered(visitor, "adapter") == ["for-llama · fits", "none (base only)"]
     assert f"tiny-llama.F32.gguf · in {tiny_llama_gguf.parent.name}" in offered(visitor, "model")
     visitor.page.click("#adapter input")
     visitor.page.click("ul[role=listbox] li:has-text('for-llama')")
-    visitor.wait_proof("run for-llama")
+    visitor.wait_proof("for-llama")
     visitor.generate("Who?")
     visitor.wait_written()
     assert visitor.text("base") != visitor.text("tuned")
@@ -80,10 +80,12 @@ def test_a_pasted_path_opens_base_only_and_offers_what_fits(visitor, tiny_llama_
 def test_a_hugging_face_folder_and_a_peft_folder_from_anywhere(visitor, tiny_llama, tiny_llama_adapter):
     visitor.open_ready(adapter="none")
     visitor.choose("model", f"  {tiny_llama} ")
-    visitor.wait_proof("transformers")
+    visitor.wait_proof("tiny-llama")
     visitor.choose("adapter", str(tiny_llama_adapter))
     visitor.wait_proof("tiny-llama-lora")
-    assert "no record of its training" in visitor.page.inner_text("#proof")
+    visitor.unfold("proof")
+    visitor.wait("#proof", "no record of its training")
+    visitor.wait("#proof", "transformers")
 
 
 def test_what_does_not_fit_or_is_not_there_is_one_line_and_the_next_try_works(
@@ -91,7 +93,7 @@ def test_what_does_not_fit_or_is_not_there_is_one_line_and_the_next_try_works(
 ):
     visitor.open_ready(adapter="none")
     visitor.choose("adapter", str(tiny_llama_adapter))
-    visitor.wait("#proof .bd-error", "was made for another base model: it adapts model.layers.0.mlp")
+    visitor.wait("#proof", "was made for another base model: it adapts model.layers.0.mlp")
     (tmp_path / "note.gguf").write_text("hello, world")
     for path, line in (
         (tmp_path / "none.gguf", "No model file"),
@@ -100,25 +102,7 @@ def test_what_does_not_fit_or_is_not_there_is_one_line_and_the_next_try_works(
         (tiny_llama_adapter, "is an adapter, not a model"),
     ):
         visitor.choose("model", str(path))
-        visitor.wait("#proof .bd-error", line)
-        visitor.wait("#proof .bd-error", str(path))
+        visitor.wait("#proof", line)
+        visitor.wait("#proof", str(path))
     visitor.choose("model", str(tiny_phi_gguf))
     visitor.wait_proof("tiny-phi.F32.gguf")
-
-
-def test_label_and_train_know_the_model(visitor, tiny_phi_gguf):
-    visitor.open_ready(adapter="")
-    visitor.page.click("#dismiss-warning")
-    visitor.tab("Train")
-    visitor.page.wait_for_selector("#train-model input")
-    named = f"tiny-phi.F32.gguf · in {tiny_phi_gguf.parent.name}"
-    assert named in offered(visitor, "train-model")
-    visitor.choose("train-model", tiny_phi_gguf.name)  # the end of typing: the choice that has it
-    visitor.wait("#train-preset-text", "Phi-2")  # the preset of its kind
-    assert visitor.value("train-model") == named
-    visitor.tab("Label")
-    visitor.page.fill("#pseudonym input, #pseudonym textarea", "maple")
-    visitor.page.click("#agree")
-    visitor.page.wait_for_selector("#label-empty")
-    visitor.page.click("#begin")
-    visitor.page.wait_for_function("() => document.querySelector('#pair-token textarea, #pair-token input')?.value")

@@ -1,10 +1,9 @@
-"""The Train tab: runs that have ended, one that goes on (the test plays its process), and the panel for a new one."""
+"""The Train tab: runs that have ended, one that goes on (the test plays its process), and the form for a new one."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,17 @@ from typing import Any
 import psutil
 import pytest
 
+from biasdpo.cli import train_config
+from biasdpo.config import TrainConfig
+from biasdpo.data import splits
+from biasdpo.data.splits import SEED_PAIRS
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace
 from tests.browser.conftest import App
 from tests.browser.trainer import Trainer
 from tests.run_folders import metrics, probe, write_lines, write_run
+
+EVIL = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
@@ -28,116 +33,113 @@ def library(app: App) -> Workspace:
     root = app.workspace.root
     write_run(root, "first", status={"best_step": 30, "best_accuracy": 0.785, "notes": ("232 pairs to train on",)})
     write_run(root, "second", learning_rate=1e-4, beta=0.3, probe_every=0).probes.unlink()
-    hot = {"error": "The loss became nan at step 12: lower learning_rate, and resume", "best_step": 10, "best_accuracy": 0.5}
+    hot = {"error": f"The loss became nan {EVIL}: lower learning_rate", "best_step": 10, "best_accuracy": 0.5}
     write_run(root, "too-hot", "failed", steps=12, status=hot)
     return app.workspace
 
 
 @pytest.fixture
 def trainer(new_visitor, library: Workspace) -> Trainer:  # noqa: ARG001
-    return Trainer(new_visitor()).open()
+    return Trainer(new_visitor())
 
 
 # Runs that have ended
 
 
-def test_a_finished_run_with_its_numbers_curves_and_probes(trainer):
-    visitor, page = trainer.visitor, trainer.page
-    trainer.choose("first")
-    head = page.inner_text("#train-head")
-    for part in ("finished", "step 40 of 40", "0.885", "picking the longer: 0.615", "step 30", "232 pairs to train on"):
-        assert part in head
-    trainer.wait_address("run=first")
-    assert page.locator("#train-charts figure").count() == 5  # loss, margin, accuracy, learning rate, speed
-    csv = visitor.save("#train-charts figure[data-name=accuracies] button[data-curve=csv]").read_text().splitlines()
-    assert csv[0] == "curve,step,value"
-    assert '"held-out",40,0.88' in csv  # 0.5 + 0.38 * 40/40
-    assert sum(line.startswith('"train",') for line in csv) == 40
-    visitor.wait("#train-probe-position", "After step 40 · probe 3 of 3, the latest")
-    assert "as 40 steps have taught" in page.inner_text("#train-probes .bd-probe-tuned >> nth=0")
+def test_a_finished_run_with_its_outcome_curves_and_answers(trainer):
+    visitor, page = trainer.visitor, trainer.open("first").page
+    trainer.wait_head("first", "Reward accuracy 0.89 [0.71, 0.96] on 26 held-out pairs; mean reward margin 1.1 nats.")
+    trainer.wait_head("first", "232 pairs to train on")
+    for curve in ("accuracy", "margin", "loss"):
+        page.wait_for_selector(f"#train-{curve} .js-plotly-plot")
+    assert page.locator("#train-kl").count() == 0  # none was logged
+    visitor.wait("#train-probe-step", "after step 40")
+    visitor.wait("#train-probe-1", "as 40 steps have taught")
     page.click("#train-probe-earlier")
-    visitor.wait("#train-probe-position", "probe 2 of 3")
+    visitor.wait("#train-probe-1", "as 20 steps have taught")
     page.click("#train-probe-earlier")
-    visitor.wait("#train-probes", "the same so far")
+    visitor.wait("#train-probe-step", "before training")
+    visitor.wait("#train-probe-1", "The same as base")
+    assert page.locator("#train-probe-earlier").is_disabled()
     visitor.unfold("train-details")
-    assert "3fa9c1d2" * 8 in page.inner_text("#train-details")
-    visitor.unfold("train-log")
-    visitor.wait("#train-log .bd-log", "step 40 of 40")
-    visitor.reload()
-    trainer.wait_run("first")  # the address names the run
-    visitor.tab("Data set")
-    trainer.wait_address("run=", there=False)
+    visitor.wait("#train-details", "3fa9c1d2" * 8)
+    visitor.unfold("train-log-box")
+    page.wait_for_function("() => document.querySelector('#train-log textarea').value.endsWith('step 40 of 40')")
+    trainer.choose("second")
+    visitor.wait("#train-probe-step", "no probes")
+    page.reload()
+    trainer.wait_head("second")  # the address names it
 
 
 def test_notes_stay_with_their_run(trainer, library):
-    trainer.choose("second")
-    trainer.page.fill("#train-note textarea", "Lower the beta <b>next</b> time.")
-    trainer.page.click("#train-save-note")
-    trainer.visitor.wait("#train-note-saved", "Saved with run second")
-    assert JobFolder(library.run_folder("second")).read_note() == "Lower the beta <b>next</b> time."
+    page = trainer.open("second").page
+    trainer.wait_head("second")
+    page.fill("#train-note textarea", "Lower the beta <b>next</b> time.")
     trainer.choose("first")
-    trainer.page.wait_for_function("() => document.querySelector('#train-note textarea').value === ''")
+    page.wait_for_function("() => document.querySelector('#train-note textarea').value === ''")
     trainer.choose("second")
-    trainer.page.wait_for_function("() => document.querySelector('#train-note textarea').value.startsWith('Lower')")
+    page.wait_for_function("() => document.querySelector('#train-note textarea').value.startsWith('Lower')")
+    assert JobFolder(library.run_folder("second")).read_note() == "Lower the beta <b>next</b> time."
 
 
 def test_a_failed_run_says_why_and_retry_takes_its_settings_over(trainer):
-    trainer.choose("too-hot")
-    trainer.visitor.wait("#train-head [role=alert]", "The loss became nan at step 12: lower learning_rate, and resume")
-    trainer.page.wait_for_selector("#train-resume")
+    trainer.open("too-hot")
+    trainer.wait_head("too-hot", f"The loss became nan {EVIL}: lower learning_rate")  # text
+    assert trainer.page.locator("#train-resume").inner_text() == "Retry"
     trainer.choose("second")
     trainer.page.click("#train-retry")
-    for field, value in (("learning-rate", "0.0001"), ("beta", "0.3"), ("max-steps", "40")):
-        trainer.visitor.wait_value(f"train-{field}", value)
-    trainer.wait_mixture("258 rows read")
+    trainer.visitor.unfold("train-advanced")
+    for field, value in (("learning-rate", "1e-4"), ("beta", "0.3"), ("max-steps", "40")):
+        trainer.visitor.wait_value(f"train-{field}", {"1e-4": "0.0001"}.get(value, value))
     trainer.visitor.set("train-run-id", "second")
     trainer.page.click("#train-start")
-    trainer.visitor.wait("#train-new-notice .bd-error", "already exists")
+    trainer.visitor.wait(".toast-body", "already exists")
 
 
-def test_deleting_asks_and_says_what_is_lost(trainer, library):
+def test_deleting_asks_first(trainer, library):
     write_run(library.root, "unwanted", "stopped", steps=8)  # as one that the command line has started
-    page, visitor = trainer.page, trainer.visitor
+    page, visitor = trainer.open("unwanted").page, trainer.visitor
+    trainer.wait_head("unwanted")
+    page.click("#train-delete")
+    visitor.wait("#train-confirm", "Delete unwanted, the run with its adapter, checkpoints and log?")
+    trainer.choose("too-hot")  # another run meanwhile: the question is gone
+    page.wait_for_selector("#train-confirm", state="hidden")
     trainer.choose("unwanted")
     page.click("#train-delete")
-    visitor.wait("#train-confirm-text", "Delete run unwanted?")
-    trainer.choose("too-hot")  # another run meanwhile: the question is gone with its own
-    visitor.wait_gone("#train-really-delete")
-    trainer.choose("unwanted")
-    page.click("#train-delete")
-    visitor.wait("#train-confirm-text", "snapshot of the data")
-    page.wait_for_function("() => document.activeElement?.id === 'train-keep'")
-    page.keyboard.press("Enter")
-    visitor.wait_gone("#train-really-delete")
+    page.click("#train-keep")
+    page.wait_for_selector("#train-confirm", state="hidden")
     assert library.run_folder("unwanted").is_dir()
     page.click("#train-delete")
-    page.click("#train-really-delete")
-    visitor.wait("#train-notice", "Run unwanted was deleted")
+    page.click("#train-confirm-delete")
+    page.wait_for_function("() => !document.querySelector('#train-jobs').innerText.includes('unwanted')")
     assert not library.run_folder("unwanted").exists()
-    assert page.locator("#train-table tr[data-id=unwanted]").count() == 0
 
 
-def test_runs_are_compared_in_one_chart(trainer):
-    trainer.page.click("#train-several")
-    trainer.page.wait_for_selector("#train-comparison figure")
-    trainer.pick_runs("first", "second")
-    trainer.visitor.wait("#train-comparison figure[data-name=compare-loss] .bd-legend", "first, train")
-    csv = trainer.visitor.save("#train-comparison figure[data-name=compare-accuracies] button[data-curve=csv]")
-    assert '"second, held-out",40,0.88' in csv.read_text().splitlines()
-    differs = trainer.page.inner_text("#train-comparison table >> nth=1")
-    assert all(part in differs for part in ("learning_rate", "beta", "0.3"))
-    assert "max_steps" not in differs
+def test_runs_are_compared(trainer):
+    page = trainer.open("first").page
+    trainer.visitor.unfold("train-compare")
+    while (crosses := page.locator("#train-picked .token-remove:not(.remove-all)")).count():
+        crosses.first.click()
+    for run_id in ("first", "second"):
+        page.fill("#train-picked input", run_id)
+        page.keyboard.press("Enter")
+    table = "#train-compared"
+    trainer.visitor.wait(table, "second")
+    for words in ("0.89 [0.71, 0.96]", "Learning rate", "Beta", "0.3"):
+        trainer.visitor.wait(table, words)
+    assert "Max steps" not in page.inner_text(table)
+    trainer.visitor.wait("#train-compare .js-plotly-plot", "second, held-out")
 
 
-def test_a_finished_run_is_exported_and_goes_to_compare(trainer):
-    trainer.choose("first")
-    trainer.page.click("#train-export-zip")
-    trainer.visitor.wait("#train-download", ".zip")
-    assert "adapter_model.safetensors" in zipfile.ZipFile(trainer.visitor.save("#train-download")).namelist()
-    trainer.page.click("#train-to-compare")
-    trainer.visitor.wait_proof("run first")
-    trainer.page.wait_for_function("() => document.querySelector('#adapter input').value.startsWith('first')")
-    trainer.wait_address("run=", there=False)
+def test_a_finished_run_is_downloaded_and_opens_other_tabs(trainer):
+    page = trainer.open("first").page
+    file = trainer.visitor.save("#train-zip")
+    assert "first/adapter_model.safetensors" in zipfile.ZipFile(file).namelist()
+    for button, step in (("to-compare", "Compare"), ("to-measure", "Measure"), ("to-export", "Export")):
+        page.click(f"#train-{button}")
+        page.wait_for_selector(f"#steps [role=tab][aria-selected=true]:has-text({step!r})")
+        page.get_by_role("tab", name="Train").click()
+        trainer.wait_head("first")
 
 
 # A run that goes on
@@ -163,104 +165,112 @@ class Played:
 @contextmanager
 def playing(workspace: Workspace, run_id: str) -> Iterator[Played]:
     status = {**_me(), "phase": "training", "eta_seconds": 300.0, "tokens_per_second": 801.6}
-    played = Played(write_run(workspace.root, run_id, "running", steps=8, status=status))
+    folder = write_run(workspace.root, run_id, "running", steps=8, status=status)
+    folder.split.write_text('{"held_out": [' + ",".join(["1"] * 26) + "]}")
+    played = Played(folder)
     try:
         yield played
     finally:
         played.at(8, state="stopped")
 
 
-def test_the_panel_follows_a_run_to_its_end(new_visitor, library):
+def test_the_page_follows_a_run_to_its_end(trainer, library):
     with playing(library, "followed") as run:
         waiting = write_run(library.root, "waiting", "queued", steps=0, total=0, status=_me() | {"waits_for": "followed"})
-        trainer = Trainer(new_visitor()).open()
-        trainer.wait_run("followed", "step 8 of 40")  # the one that trains, not the newest
-        trainer.wait_run("followed", "802 tokens/s")
-        trainer.visitor.wait("#train-table tr[data-id=waiting] .bd-waits", "waits for followed")
-        trainer.page.focus("#train-table tr[data-id=followed] button")
+        page, visitor = trainer.open("followed").page, trainer.visitor
+        trainer.wait_head("followed", "step 8 of 40 · training · about 5 min left")
+        trainer.wait_head("followed", "802 tokens/s")
+        assert page.locator("#train-head progress").get_attribute("value") == "0.200"
+        assert page.locator("#train-stop").is_visible()
+        assert page.locator("#train-delete").count() == 0  # not while it trains
         run.at(24, best_step=20, best_accuracy=0.69, eta_seconds=100.0)
-        trainer.wait_run("followed", "step 24 of 40")
-        trainer.visitor.wait("#train-probe-position", "After step 20")
-        trainer.visitor.wait("#train-table tr[data-id=followed]", "24 / 40")
-        trainer.page.wait_for_function("() => document.activeElement?.closest('tr')?.dataset.id === 'followed'")
-        assert trainer.page.locator("#train-stop").is_visible()
-        assert trainer.page.locator("#train-delete").count() == 0  # not while it trains
+        trainer.wait_head("followed", "Best so far: step 20, reward accuracy 0.69 [0.50, 0.83] on 26 held-out pairs.")
+        visitor.wait("#train-probe-step", "after step 20")
+        trainer.wait_listed("followed", "Running · 60 %")
+        trainer.choose("waiting")
+        trainer.wait_head("waiting", "Waiting for followed")
+        trainer.choose("followed")
         waiting.write_status(replace(waiting.read_status(), state="stopped"))
         run.at(40, state="finished", phase="", eta_seconds=0.0)
-        trainer.wait_state("followed", "finished")
-        trainer.visitor.wait_gone("#train-stop")
-        trainer.page.wait_for_selector("#train-delete")
+        trainer.wait_listed("followed", "Finished")
+        page.wait_for_selector("#train-delete")
+        assert page.locator("#train-stop").count() == 0
 
 
-def test_a_run_whose_process_is_gone_is_interrupted(new_visitor, library):
+def test_a_run_whose_process_is_gone_is_interrupted(trainer, library):
     with playing(library, "killed") as run:
-        trainer = Trainer(new_visitor()).open()
-        trainer.wait_run("killed", "step 8 of 40")
+        trainer.open("killed")
+        trainer.wait_head("killed", "step 8 of 40")
         run.at(9, pid_created=1.0)  # as it is when another process has its number now
-        trainer.wait_state("killed", "interrupted")
-        trainer.visitor.wait("#train-head [role=alert]", "ended unexpectedly at step 9")
-        trainer.page.wait_for_selector("#train-resume")
+        trainer.wait_head("killed", "ended unexpectedly at step 9")
+        assert trainer.page.locator("#train-resume").inner_text() == "Resume"
 
 
 # A new run
 
 
-def test_settings_out_of_range_are_named_at_the_field_and_nothing_starts(new_visitor, app):
-    trainer = Trainer(new_visitor()).open_new()
-    visitor = trainer.visitor
-    trainer.wait_mixture("258 rows read")
-    visitor.set("train-beta", "-1")
-    visitor.wait("#train-beta", "beta must be a number from 0.0001 to 1000: got -1.0")
-    visitor.unfold("train-group-lora")
-    visitor.set("train-rank", "0")
-    visitor.wait("#train-rank", "rank must be")
-    visitor.unfold("train-group-lora")  # folded again: its error must still be found
+def test_presets_fill_the_form_and_the_config_file_starts_the_same_run(trainer, tmp_path):
+    page, visitor = trainer.open().page, trainer.visitor
+    page.get_by_text("Thorough").click()
+    visitor.unfold("train-config")
+    visitor.wait("#train-preview", "target_modules")
+    trainer.set(beta="0.25")
+    visitor.wait("#train-preview", "beta = 0.25")
+    with page.expect_download() as download:
+        page.click("#train-preview [aria-label='Download'], #train-preview a[download], #train-preview button[title='Download']")
+    text = Path(download.value.path()).read_text()
+    assert "python -m biasdpo train --config FILE" in text
+    (tmp_path / "run.toml").write_text(text)
+    config = train_config(tmp_path / "run.toml", {}, [])
+    assert (config.model, config.beta, config.schedule) == ("smollm2", 0.25, "cosine")
+    (tmp_path / "mine.toml").write_text(text.replace("beta = 0.25", "beta = 0.5"))
+    page.set_input_files("#train-import input[type=file], #train-config input[type=file]", str(tmp_path / "mine.toml"))
+    visitor.wait("#train-preview", "beta = 0.5")
+    visitor.wait_value("train-beta", "0.5")
+    assert tomllib.loads(text)["datasets"][0].endswith("seed_pairs.jsonl")
+
+
+def test_settings_out_of_range_are_named_and_nothing_starts(trainer, app):
+    trainer.open()
     before = sorted((app.workspace.root / "runs").iterdir())
+    trainer.set(beta="-1")
+    trainer.visitor.wait(trainer.line, "beta must be a number from 0.0001 to 1000: got -1.0")
+    assert trainer.page.locator("#train-start").is_disabled()
+    trainer.set(beta="0.1", run_id="../../etc")
+    trainer.visitor.wait(trainer.line, "232 pairs to train on")
     trainer.page.click("#train-start")
-    visitor.wait("#train-trouble .bd-error", "beta must be")
-    visitor.wait("#train-trouble .bd-error", "rank must be a whole number from 1")
-    visitor.wait("#train-rank", "rank must be")  # unfolded
-    for name, value in (("train-beta", "0.1"), ("train-rank", "4"), ("train-run-id", "../../etc")):
-        visitor.set(name, value)
-    trainer.page.click("#train-start")
-    visitor.wait("#train-new-notice .bd-error", "letters, digits")
-    assert trainer.page.locator("#train-trouble .bd-error").count() == 0
+    trainer.visitor.wait(".toast-body", "letters, digits")
     assert sorted((app.workspace.root / "runs").iterdir()) == before
 
 
-def test_data_that_can_not_be_trained_on_is_one_line(new_visitor, tmp_path):
-    trainer = Trainer(new_visitor()).open_new()
-    trainer.wait_mixture("258 rows read")
+def test_data_that_can_not_be_trained_on_is_one_line_with_the_way_to_more(trainer, tmp_path, pairs_file):
+    page, visitor = trainer.open().page, trainer.visitor
     one, bad = tmp_path / "one.jsonl", tmp_path / "bad.jsonl"
-    # One row, and by its prompt's hash it is held out. A row that is not can be trained on: see test_train_process.
-    one.write_text('{"prompt": "Who leads 1?", "chosen": "Anyone.", "rejected": "Men."}\n')
+    one.write_text('{"prompt": "Who leads 1?", "chosen": "Anyone.", "rejected": "Men."}\n')  # by its hash it is held out
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')
     for source, line in (
-        (str(one), "no pairs to train on (1 rows read, 1 held out"),
-        (str(bad), "No column was recognized as rejected"),
-        (str(tmp_path / "missing.jsonl"), "missing.jsonl"),
-        ("hub:not-a-name", "hub:OWNER/NAME"),
+        (one, "no pairs to train on (1 rows read, 1 held out"),
+        (bad, "No column was recognized as rejected"),
+        (tmp_path / "missing.jsonl", "missing.jsonl"),
+        ("workspace", "About 40 pairs are needed"),
     ):
-        trainer.choose_source(1, source)
-        trainer.page.wait_for_selector(f"#train-mixture .bd-error:has-text({json.dumps(line)})")
-        trainer.page.click("#train-start")
-        trainer.page.wait_for_selector(f"#train-new-notice .bd-error:has-text({json.dumps(line)})")
+        trainer.choose_data(source)
+        visitor.wait(trainer.line, line)
+        assert page.locator("#train-start").is_disabled()
+    page.set_input_files("#train-upload input[type=file], input[type=file]", str(pairs_file))
+    trainer.choose_data(pairs_file)
+    page.wait_for_selector("#train-start:not([disabled])")
+    visitor.wait(trainer.line, "to train on")
+    trainer.choose_data("workspace")
+    visitor.wait(trainer.line, "About 40 pairs are needed")
+    page.locator("#train-needed").get_by_role("button", name="Label pairs").click()
+    page.wait_for_selector("#steps [role=tab][aria-selected=true]:has-text('Label')")
 
 
-def test_sources_are_mixed_with_weights(new_visitor, pairs_file: Path):
-    trainer = Trainer(new_visitor()).open_new()
-    trainer.wait_mixture("258 rows read")
-    trainer.page.set_input_files("#train-data input[type=file]", str(pairs_file))
-    trainer.wait_mixture("298 rows read")
-
-    def number(words: str) -> int:
-        found = re.search(rf"([\d,]+) {words}", trainer.page.inner_text("#train-mixture"))
-        assert found is not None
-        return int(found[1].replace(",", ""))
-
-    trained = number("to train on")
-    trainer.visitor.set("train-weight-2", "2")
-    trainer.visitor.wait("#train-mixture", "rows an epoch")
-    assert trained < number("rows an epoch") <= trained + 40
-    trainer.page.click("#train-remove-2")
-    trainer.wait_mixture("258 rows read")
+def test_sources_are_mixed_with_weights(trainer, library, pairs_file: Path):
+    trainer.open()
+    trainer.choose_data(SEED_PAIRS, pairs_file)
+    config = TrainConfig(datasets=(SEED_PAIRS, str(pairs_file)))
+    trainer.visitor.wait(trainer.line, f"{splits.mixture_of(config, library).pairs_train} pairs to train on")
+    trainer.visitor.set("train-dataset-weights", "1, 2")
+    trainer.visitor.wait(trainer.line, "per epoch, by weight")

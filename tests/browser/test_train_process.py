@@ -17,11 +17,6 @@ SMALL = {"batch_size": "2", "gradient_accumulation": "1", "rank": "2", "eval_eve
 ENDLESS = "200000"  # steps: a run that is there until it is stopped
 
 
-@pytest.fixture
-def trainer(new_visitor) -> Trainer:
-    return Trainer(new_visitor())
-
-
 def step_of(app: App, run_id: str) -> int:
     return JobFolder(app.workspace.run_folder(run_id)).read_status().step
 
@@ -33,66 +28,58 @@ def wait_step(app: App, run_id: str, step: int) -> None:
         time.sleep(0.1)
 
 
-def test_one_row_can_be_trained_on_and_its_adapter_compared(trainer, app, tiny_bytes, tmp_path):
-    one = tmp_path / "one.jsonl"
+def test_stop_queue_reload_resume_and_the_app_killed_in_between(new_visitor, app, tiny_bytes: Path, pairs_file: Path, tmp_path):
+    trainer = Trainer(new_visitor()).open()
+    page = trainer.page
+    trainer.new_run("endless", tiny_bytes, pairs_file, "pairs", **SMALL, max_steps=ENDLESS, save_steps="5", probe_every="0")
+    one = tmp_path / "one.jsonl"  # a single pair can be trained on
     one.write_text(json.dumps({"prompt": "Is a0 more b0 than c0?", "chosen": "Neither.", "rejected": "They are worse!"}) + "\n")
-    run_id = trainer.new_run(tiny_bytes, one, **SMALL, max_steps="2", probe_every="2")
-    trainer.wait_mixture("1 to train on")
-    trainer.start(run_id)
-    trainer.wait_state(run_id, "finished", slow=True)
-    trainer.wait_run(run_id, "step 2 of 2")
-    trainer.page.wait_for_selector("#train-charts figure[data-name=loss]")
-    trainer.visitor.wait("#train-probe-position", "After step 2")
-    folder = JobFolder(app.workspace.run_folder(run_id))
-    assert [row["step"] for row in folder.read_metrics() if "loss" in row] == [1, 2]
-    trainer.page.click("#train-to-compare")  # the adapter is in the picker of another tab at once, and loads
-    trainer.visitor.wait_proof(f"run {run_id}")
-
-
-def test_stop_queue_reload_resume_and_the_app_killed_in_between(trainer, app, tiny_bytes: Path, pairs_file: Path):
-    page, visitor = trainer.page, trainer.visitor
-    run_id = trainer.new_run(tiny_bytes, pairs_file, **SMALL, max_steps=ENDLESS, save_steps="5", probe_every="0")
-    trainer.start(run_id)
-    trainer.wait_run(run_id, "of 200,000", slow=True)
-    bad = trainer.new_run(tiny_bytes, pairs_file, **SMALL, max_steps="3", target_modules="no_such_layer", probe_every="0")
-    assert bad != run_id
-    trainer.start(bad)
-    trainer.wait_run(bad, f"waits for {run_id}")
-
-    trainer.choose(run_id)
-    visitor.reload()
-    trainer.wait_run(run_id, "training")  # the address names it
+    trainer.new_run("short", tiny_bytes, one, "1 pair", **SMALL, max_steps="2", probe_every="2")
+    trainer.wait_head("short", "Waiting for endless")
+    trainer.choose("endless")
+    page.reload()
+    trainer.wait_head("endless", "of 200,000 · training", slow=True)  # the address names it
+    page.wait_for_selector("#train-loss .js-plotly-plot")
     page.click("#train-stop")
-    visitor.wait("#train-notice", "Asked to stop")
-    trainer.wait_state(run_id, "stopped", slow=True)
-    stopped_at = step_of(app, run_id)
-    trainer.wait_state(bad, "failed", slow=True)  # its turn came
-    trainer.choose(bad)
-    visitor.wait("#train-head [role=alert]", "no_such_layer")
-    visitor.wait("#train-head [role=alert]", "choose")  # the remedy
+    trainer.wait_listed("endless", "Stopped", slow=True)
+    stopped_at = step_of(app, "endless")
+    trainer.choose("short")  # its turn came
+    trainer.wait_head("short", "Finished", slow=True)
+    trainer.wait_head("short", "No pairs were held out")
+    trainer.visitor.wait("#train-probe-step", "after step 2")
+    page.wait_for_selector("#train-to-compare")
+    rows = JobFolder(app.workspace.run_folder("short")).read_metrics()
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
 
-    trainer.choose(run_id)
+    trainer.choose("endless")
     page.click("#train-resume")
-    trainer.wait_state(run_id, "running", slow=True)
-    wait_step(app, run_id, stopped_at + 1)
+    trainer.wait_listed("endless", "Running", slow=True)
+    wait_step(app, "endless", stopped_at + 1)
     page.goto("about:blank")  # the page is closed
     app.kill()
-    before = step_of(app, run_id)
-    wait_step(app, run_id, before + 3)  # the run goes on
+    before = step_of(app, "endless")
+    wait_step(app, "endless", before + 3)  # the run goes on
     app.start()
     trainer.open()
-    trainer.wait_run(run_id, "training")  # the one that trains is shown
-    page.wait_for_selector("#train-charts figure[data-name=loss]")
+    trainer.wait_head("endless", "training")  # the one that trains is shown
     page.click("#train-stop")
-    trainer.wait_state(run_id, "stopped", slow=True)
-    assert step_of(app, run_id) >= before + 3
+    trainer.wait_listed("endless", "Stopped", slow=True)
+    assert step_of(app, "endless") >= before + 3
 
 
-def test_an_estimate_is_measured(trainer, tiny_bytes, pairs_file):
-    trainer.new_run(tiny_bytes, pairs_file, **SMALL, max_steps="7", probe_every="0")
-    trainer.page.click("#train-estimate")
-    trainer.visitor.wait("#train-new-notice", "Measuring real steps")
-    trainer.visitor.wait("#train-estimate-view .bd-estimate", "7 of", slow=True)
-    trainer.visitor.wait("#train-estimate-view", "at the peak")
-    trainer.visitor.set("train-max-steps", "8")  # what was measured is of another run
-    trainer.visitor.wait_gone("#train-estimate-view .bd-estimate")
+def test_an_estimate_is_measured_and_can_be_cancelled(new_visitor, tiny_bytes, pairs_file):
+    trainer = Trainer(new_visitor()).open()
+    visitor, page = trainer.visitor, trainer.page
+    trainer.choose_data(pairs_file)
+    visitor.wait(trainer.line, "pairs")
+    trainer.choose_model(tiny_bytes)
+    trainer.set(**SMALL, max_steps="7")
+    page.click("#train-estimate")
+    visitor.wait("#train-cost", "measuring a few steps")
+    page.click("#train-cancel")
+    visitor.wait("#train-cost", "Cancelled")
+    page.click("#train-estimate")
+    visitor.wait("#train-cost", "(7 steps)", slow=True)
+    visitor.wait("#train-cost", "GB are free")
+    trainer.set(max_steps="8")  # what was measured is of another run
+    visitor.wait("#train-cost", "not measured for these settings yet")

@@ -115,7 +115,16 @@ def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandL
 def test_a_failing_measurement_is_one_line(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     from training.estimate import main
 
-    monkeypatch.setattr(estimate, "_run_until", lambda command, *_: main(command[-3:]))  # in this process, which is faster
+    class InThisProcess:
+        returncode = 1
+
+        def __init__(self, command: list[str], **_more: Any) -> None:
+            main(command[-3:])
+
+        def poll(self) -> int:
+            return 1
+
+    monkeypatch.setattr(subprocess, "Popen", InThisProcess)
     with pytest.raises(RunError, match="No rows to train on") as caught:
         estimate.estimate_training(command_line.config(max_length=16), command_line.workspace)
     assert "\n" not in str(caught.value)

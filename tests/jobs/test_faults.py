@@ -22,7 +22,7 @@ from biasdpo.jobs import store, worker
 from biasdpo.jobs.job import START_MARK, JobFolder, Status, read_job
 from biasdpo.workspace import Workspace
 from tests.byte_model import save_tiny_llama
-from tests.run_line import ROOT, TIMEOUT_SECONDS, CommandLine, ended, wait_for, write_job
+from tests.run_line import ROOT, TIMEOUT_SECONDS, CommandLine, checkpoints, ended, wait_for, write_job
 
 # Of a training process: it may write files of at most so many bytes, once all is imported.
 LIMITED = """
@@ -56,9 +56,8 @@ def test_a_diverging_run_keeps_checkpoints_that_can_be_trained_on(command_line: 
     status = folder.read_status()
     assert (status.state, "became " in status.error, "\n" in status.error) == ("failed", True, False)
     assert not folder.adapter.exists()
-    checkpoints = folder.whole_checkpoints()
-    assert checkpoints
-    for checkpoint in checkpoints:
+    assert checkpoints(folder)
+    for checkpoint in checkpoints(folder):
         assert all(np.isfinite(tensor).all() for tensor in load_file(checkpoint / "adapter_model.safetensors").values())
 
 
@@ -95,7 +94,7 @@ def test_memory_that_runs_out(command_line: CommandLine, monkeypatch: pytest.Mon
     assert (status.state, status.step, "\n" in status.error) == ("failed", 2, False)
     assert status.error.startswith("Out of memory: start a new run with a lower batch_size"), status.error
     monkeypatch.undo()
-    assert folder.last_checkpoint() is not None
+    assert checkpoints(folder)
     command_line.go_on_here(folder)
     assert folder.read_status().state == "finished"
 
@@ -154,7 +153,7 @@ def test_a_disk_with_no_room_for_a_status(command_line: CommandLine, tmp_path: P
             status = wait_for(folder, ended).status
         assert status.state == "failed"
         assert "The disk is full" in status.error
-        assert folder.last_checkpoint() is not None
+        assert checkpoints(folder)
         fill(disk)
         with pytest.raises(WorkspaceError, match="make room there"):
             store.resume_job("full", command_line.workspace)
@@ -339,4 +338,4 @@ def test_a_process_without_a_byte_left_says_so(command_line: CommandLine) -> Non
     status = folder.read_status()
     assert (status.state, status.step, done.returncode) == ("failed", 2, 1), done.stderr[-2000:]
     assert status.error.startswith("Out of memory: start a new run with a lower batch_size")
-    assert folder.last_checkpoint() is not None
+    assert checkpoints(folder)

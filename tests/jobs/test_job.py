@@ -59,16 +59,6 @@ def test_the_tail_of_a_log(folder: JobFolder, monkeypatch: pytest.MonkeyPatch) -
     assert len(folder.log_tail(10)) <= 100
 
 
-def test_whole_checkpoints_by_step(folder: JobFolder) -> None:
-    assert folder.last_checkpoint() is None
-    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, "{"), (12, None)):
-        checkpoint = folder.checkpoints / f"checkpoint-{step}"
-        checkpoint.mkdir(parents=True)
-        if state is not None:
-            (checkpoint / "trainer_state.json").write_text(state)
-    assert [jobs.checkpoint_step(path) for path in folder.whole_checkpoints()] == [9, 10]
-
-
 def test_a_status_of_another_version_is_read_and_a_deleted_folder_is_not_brought_back(folder: JobFolder) -> None:
     folder.write_status(Status("queued", waits_for="other", notes=("a", "b"), progress=(Progress("bbq", 1, 2),)))
     values = json.loads(folder.status_file.read_text())

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo.jobs import store
 from biasdpo.jobs.job import START_MARK, JobFolder
 from biasdpo.workspace import Workspace
-from tests.run_line import ROOT, SMALL, TIMEOUT_SECONDS, CommandLine, ended, wait_for
+from tests.run_line import ROOT, SMALL, TIMEOUT_SECONDS, CommandLine, checkpoints, ended, wait_for
 from training.status import StatusWriter
 
 # Evaluated, probed and logged at steps that differ from those of the checkpoints; a stop falls between two log lines.
@@ -59,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_bytes: Path, pairs_file
 
 
 @pytest.mark.slow
-def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command_line: CommandLine, whole: JobFolder) -> None:
+def test_killed_and_resumed_a_run_ends_as_if_nothing_had_been(command_line: CommandLine, whole: JobFolder) -> None:
     assert whole.read_status().state == "finished"
     assert len([line for line in whole.read_metrics() if "eval_loss" in line]) == 9  # 60 / 7, and the last
 
@@ -79,23 +78,9 @@ def test_killed_or_stopped_and_resumed_a_run_ends_as_if_nothing_had_been(command
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(whole, killed)
 
-    # Stopped; from here, since 60 steps do not outlast the start of a command line.
-    stopped = command_line.start("stopped", **LONG)
-    wait_for(stopped, lambda run: run.status.step >= 1)
-    assert store.stop_job("stopped", command_line.workspace).state in ("stopping", "stopped")
-    at = wait_for(stopped, ended).status
-    assert at.state == "stopped"
-    assert 1 <= at.step < 60
-    checkpoint = stopped.last_checkpoint()
-    assert checkpoint is not None
-    assert checkpoint.name == f"checkpoint-{at.step}"
-    assert not stopped.adapter.exists()
-    stopped.stop_request.unlink()
-    assert_same_run(whole, command_line.go_on_here(stopped))
-
-    again = command_line("train", "--run-id", "stopped", "--resume")
+    again = command_line("train", "--run-id", "killed", "--resume")
     assert (again.returncode, "only a stopped, interrupted or failed run" in again.stderr) == (2, True)
-    with_settings = command_line("train", "--run-id", "stopped", "--resume", "--set", "beta=1")
+    with_settings = command_line("train", "--run-id", "killed", "--resume", "--set", "beta=1")
     assert (with_settings.returncode, "--set" in with_settings.stderr) == (2, True)
 
 
@@ -111,11 +96,12 @@ def stop_in(patch: pytest.MonkeyPatch, folder: JobFolder, phase: str) -> None:
     patch.setattr(StatusWriter, "update", update_and_stop)
 
 
-PHASES = {  # where a stop is asked for: the status's phase then, and the step of the checkpoint that it leaves
-    "reading the data": None,
-    "evaluating on the held-out pairs": 7,
-    "completing the probe's prompts": 13,
-    "scoring the held-out pairs": 60,
+PHASES = {  # where a stop is asked for: the status's phase then, and the checkpoints' steps after one stop and after another
+    "reading the data": (None, None),
+    "training": (1, 2),
+    "evaluating on the held-out pairs": (7, 7),
+    "completing the probe's prompts": (13, 13),
+    "scoring the held-out pairs": (60, 60),
 }
 
 
@@ -123,23 +109,21 @@ PHASES = {  # where a stop is asked for: the status's phase then, and the step o
 def test_a_stop_ends_every_phase(
     command_line: CommandLine, whole: JobFolder, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
+    """Stopped again where the resumed run makes up for it, the checkpoint is not written a second time."""
     folder = command_line.create("stopped", **LONG)
     stop_in(monkeypatch, folder, phase)
-    command_line.go_on_here(folder)
-    status, checkpoint, step = folder.read_status(), folder.last_checkpoint(), PHASES[phase]
-    assert (status.state, status.error) == ("stopped", "")
-    assert (int(checkpoint.name.rpartition("-")[2]) if checkpoint else None) == step
-    lines = folder.read_metrics()
-    assert [line["step"] for line in lines if "eval_loss" in line] == [*range(7, step or 0, 7), *([60] if step == 60 else [])]
-    assert not folder.adapter.exists()
-
-    # Stopped again where the resumed run makes up for it: the checkpoint is not written a second time.
-    saved = checkpoint and (checkpoint / "trainer_state.json").stat().st_mtime_ns
-    folder.stop_request.unlink()
-    command_line.go_on_here(folder)
-    assert (folder.read_status().state, folder.last_checkpoint()) == ("stopped", checkpoint)
-    assert (checkpoint and (checkpoint / "trainer_state.json").stat().st_mtime_ns) == saved
-
+    saved: dict[Path, int] = {}
+    for step in PHASES[phase]:
+        folder.stop_request.unlink(missing_ok=True)
+        command_line.go_on_here(folder)
+        status, states = folder.read_status(), [path / "trainer_state.json" for path in checkpoints(folder)]
+        assert (status.state, status.error, folder.adapter.exists()) == ("stopped", "", False)
+        assert (states[-1].parent.name if states else None) == (f"checkpoint-{step}" if step else None)
+        evaluated = [line["step"] for line in folder.read_metrics() if "eval_loss" in line]
+        assert evaluated == [*range(7, step or 0, 7), *([60] if step == 60 else [])]
+        written = {state: state.stat().st_mtime_ns for state in states}
+        assert all(written[state] == at for state, at in saved.items() if state in written)
+        saved = written
     monkeypatch.undo()
     folder.stop_request.unlink()
     command_line.go_on_here(folder)
@@ -157,7 +141,7 @@ def test_a_run_stopped_while_it_is_scored_trains_no_step_more(command_line: Comm
         stop_in(patch, folder, "scoring the held-out pairs")
         command_line.go_on_here(folder)
     assert folder.read_status().state == "stopped"
-    assert [checkpoint.name for checkpoint in folder.whole_checkpoints()][-1] == "checkpoint-5"
+    assert checkpoints(folder)[-1].name == "checkpoint-5"
     probes = [json.dumps(row) + "\n" for row in folder.read_probes() if row["step"] < 5]
     assert len(probes) == len(whole.read_probes()) - 1
     folder.probes.write_text("".join(probes))

@@ -121,7 +121,7 @@ def test_a_public_space_refuses(
         lambda: store.resume_job("export/tiny", workspace),
         lambda: store.delete_job("export/tiny", workspace),
     ):
-        with pytest.raises(RefusedError, match="switched off on a public Space"):
+        with pytest.raises(RefusedError, match="turned off on a public Space"):
             act()
     assert sorted(path for path in workspace.root.rglob("*") if ".lock" not in path.name) == before
 

@@ -1,10 +1,10 @@
 """How long an annotator waits: from a verdict to the next pair shown, in a real browser on the embedded model.
 
-    python -m tests.perf.label [--pairs 12] [--tokens 96] [--think 1.5]
+    python -m tests.perf.label [--pairs 12] [--tokens 256] [--think 1.5]
 
 Judges pairs with the keyboard, each after `think` times the seconds that the first pair took to be written (the case that the
-queue is made for: judging takes longer than generating). Prints one JSON object: the first pair's seconds (nothing is ready yet),
-and the median and largest wait after it. The clock runs in the page, from the key to the frame that shows the next pair.
+queue is made for: judging takes longer than generating). Prints one JSON object: the first pair's seconds (with loading the
+model), and the median and largest wait after it. The clock runs in the page, from the key to the frame that shows the next pair.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.perf.measuring import options, rounded
 WATCH = """(was) => new Promise((done) => {
   const started = performance.now();
   const look = () => {
-    const now = document.querySelector("#pair-token textarea, #pair-token input")?.value;
+    const now = document.querySelector("#pair-token :is(input, textarea)")?.value;
     if (now && now !== was) done(performance.now() - started); else requestAnimationFrame(look);
   };
   look();
@@ -37,7 +37,7 @@ JUDGE = f"""(was) => {{
 
 
 def main() -> None:
-    args = options(__doc__, pairs=12, tokens=96, think=1.5)  # think: times the first pair's seconds
+    args = options(__doc__, pairs=12, tokens=256, think=1.5)  # think: times the first pair's seconds
     with (
         tempfile.TemporaryDirectory() as folder,
         sync_playwright() as playwright,
@@ -46,14 +46,13 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
         page = browser.new_page()
         page.set_default_timeout(300_000)
-        page.goto(url)
-        page.wait_for_selector(".bd-proven")
-        page.get_by_role("tab", name="Label").click()
-        page.fill("#pseudonym input, #pseudonym textarea", "perf")
-        page.click("#agree")
+        page.goto(url + "?tab=label")
+        page.wait_for_selector("#begin")
+        page.click("#label-settings button.label-wrap")
         field = page.locator("#label-max-new-tokens input[type=number]")
         field.fill(str(args.tokens))
         field.press("Tab")
+        page.fill("#nickname :is(input, textarea)", "perf")
         page.click("#begin")
         first: float = page.evaluate(WATCH, "") / 1000
         waits = []
@@ -73,7 +72,7 @@ def main() -> None:
 
 
 def token_of(page: Page) -> str:
-    return page.locator("#pair-token textarea, #pair-token input").input_value()
+    return page.locator("#pair-token :is(input, textarea)").input_value()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from biasdpo.jobs import store
 from biasdpo.jobs.job import START_MARK, Job, JobFolder, read_job
 from biasdpo.workspace import ASSETS, Workspace
 from tests.byte_model import save_tiny_llama
-from tests.run_line import ended, kill
+from tests.run_line import checkpoints, ended, kill
 
 LOOK_SECONDS = 0.005
 ENDLESS = 100_000
@@ -49,7 +49,7 @@ def is_in(run: Job, phase: str) -> bool:
     if phase == "starting":  # it has the device, and its launcher loads
         return START_MARK in run.folder.log_tail(50)
     if phase == "saving":
-        return len(list(run.folder.checkpoints.glob("checkpoint-*"))) > len(run.folder.whole_checkpoints())
+        return len(list(run.folder.checkpoints.glob("checkpoint-*"))) > len(checkpoints(run.folder))
     first_steps = phase != "training" or run.status.step >= 2  # and not before the first
     return run.status.phase.startswith(phase) and first_steps
 
