@@ -69,8 +69,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
                                            buttons=[], elem_id="export-figures")  # fmt: skip
                     gr.Markdown(_METHOD)
                 panel.build_log()
-    proposed = gr.State("")
-    served: set[Path] = set()  # files that Gradio serves from where they are: copies in its cache could fill the disk
+    proposed, served = gr.State(""), set[Path]()  # served in place: copies in Gradio's cache could fill the disk
     inputs = [adapter, format_, quantization, proof, name, proposed, *advanced.values()]
 
     def config_of(chosen: str, kind: Any, type_: str, depth: Any, file: str, _proposed: str, *more: Any) -> ExportConfig:
