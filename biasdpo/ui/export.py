@@ -24,8 +24,8 @@ from biasdpo.ui.jobs import build_jobs, refuse_if_public, state_word
 from biasdpo.workspace import Workspace, is_public_space, sha256_of
 
 _FORMATS = [("LoRA adapter", "lora"), ("Merged model", "merged")]
+_FORMAT_INFO = "A LoRA adapter is a small file, loaded beside its base model. A merged model is complete."
 _PROOFS = [("Full", "full"), ("Quick", "quick"), ("None", "none")]
-_HEADERS = ("Export", "State", "Adapter", "Format", "Size", "Proof")
 _EMPTY = """### No exports yet
 An export is one GGUF file for llama.cpp, Ollama and similar apps. Choose a run or an adapter and press **Export**. Before the
 file gets its name, it is compared with the model it was made from."""
@@ -35,13 +35,12 @@ from the original to the file, in nats per position."""
 
 def build_export(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
-    settings = ExportConfig.settings()
-    workspace = studio.workspace
+    settings, workspace = ExportConfig.settings(), studio.workspace
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             adapter = gr.Dropdown([], label="Run or adapter", info="Or the path of a PEFT folder.", allow_custom_value=True,
                                   elem_id="export-adapter")  # fmt: skip
-            format_ = gr.Radio(_FORMATS, value="lora", label="Format", info=settings["format"].help, elem_id="export-format")
+            format_ = gr.Radio(_FORMATS, value="lora", label="Format", info=_FORMAT_INFO, elem_id="export-format")
             quantization = gr.Dropdown(list(settings["quantization"].choices), value=DEFAULT_QUANTIZATION, label="Quantization",
                                        visible=False, filterable=False, elem_id="export-quantization")  # fmt: skip
             proof = gr.Radio(_PROOFS, value="full", label="Proof", info=settings["proof"].help, elem_id="export-proof")
@@ -52,7 +51,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
                 advanced = {key: _field(one) for key, one in settings.items() if one.is_advanced}
         with gr.Column(scale=3, min_width=300):
             empty = gr.Markdown(_EMPTY, elem_id="export-empty")
-            panel = build_jobs(studio, "export", _HEADERS, _row, _outcome)
+            panel = build_jobs(studio, "export", ["Export", "State", "Adapter", "Format", "Size", "Proof"], _row, _outcome)
             with panel.actions:
                 download = gr.DownloadButton("Download", variant="primary", size="sm", visible=False, elem_id="export-download")
                 compare = gr.Button("Open in Compare", size="sm", visible=False, elem_id="export-compare")
@@ -70,13 +69,13 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
                                            buttons=[], elem_id="export-figures")  # fmt: skip
                     gr.Markdown(_METHOD)
                 panel.build_log()
-    proposed = gr.State("")
-    served: set[Path] = set()  # files that Gradio serves from where they are: copies in its cache could fill the disk
+    proposed, served = gr.State(""), set[Path]()  # served in place: copies in Gradio's cache could fill the disk
     inputs = [adapter, format_, quantization, proof, name, proposed, *advanced.values()]
 
     def config_of(chosen: str, kind: Any, type_: str, depth: Any, file: str, _proposed: str, *more: Any) -> ExportConfig:
         chosen, file = (chosen or "").strip().strip("'\""), (file or "").strip() or "export"
-        given = {key: value for key, value in zip(advanced, more, strict=True) if value not in (None, "")}
+        shown = {key: value for key, value in zip(advanced, more, strict=True) if value not in (None, "")}
+        given: dict[str, Any] = {key: settings[key].parse(str(value)) for key, value in shown.items()}
         if chosen == "none" and kind == "merged" and "model" not in given:
             given["model"] = next((spec.id for spec in models.list_models() if spec.present), "")
         if kind == "merged":
@@ -161,7 +160,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
 def _field(one: Setting) -> Any:
     """The field of an advanced setting."""
     shown: dict[str, Any] = {"value": one.default, "label": one.label, "info": one.help, "elem_id": f"export-{one.name}"}
-    if one.kind == "integer":
+    if one.kind == "integer" and not one.is_optional:  # an empty gr.Number shows 0
         return gr.Number(precision=0, minimum=one.low, maximum=one.high, **shown)
     return gr.Radio(list(one.choices), **shown) if one.kind == "choice" else gr.Textbox(max_lines=1, **shown)
 

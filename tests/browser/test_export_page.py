@@ -90,13 +90,16 @@ def test_a_run_is_exported_merged_proven_downloaded_used_and_deleted(exporter, a
 def test_a_lora_without_a_proof_is_recorded_as_not_verified(exporter, app, tiny_run):
     exporter.open().adapter(tiny_run)
     exporter.wait_plan(f"{tiny_run} for tiny-llama")
+    exporter.visitor.unfold("export-advanced")
+    exporter.visitor.set("export-threads", "1")
     exporter.pick("proof", "None")
     export_id = exporter.start()
     exporter.wait_state(export_id, "Finished")
     exporter.visitor.wait("#export-head", "⚠ Not verified")
     exporter.visitor.wait("#export-jobs", "not verified")
     out = app.workspace.root / "exports" / export_id / f"{export_id}.gguf"
-    assert json.loads(out.with_name(f"{out.name}.json").read_text())["proof"]["verdict"] == "not verified"
+    record = json.loads(out.with_name(f"{out.name}.json").read_text())
+    assert (record["proof"]["verdict"], record["request"]["threads"], record["request"]["pairs"]) == ("not verified", 1, 64)
     assert "Not verified" in out.with_name(f"{out.name}.md").read_text()
     exporter.page.click("#export-compare")
     exporter.page.wait_for_selector("[role=tab][data-tab-id=compare][aria-selected=true]")
