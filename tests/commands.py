@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest import mock
@@ -31,7 +32,8 @@ class Done:
 def run(*arguments: object, **environment: str) -> Done:
     """Run `python -m biasdpo ARGUMENTS` here."""
     outer = {name: value for name, value in os.environ.items() if name not in ("SPACE_ID", "BIASDPO_WORKSPACE")}
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch.dict(os.environ, outer | environment, clear=True), redirect_stdout(out), redirect_stderr(err):
-        status = main([*map(str, arguments)])
+    out, err, words = io.StringIO(), io.StringIO(), [*map(str, arguments)]
+    argv = mock.patch.object(sys, "argv", ["biasdpo", *words])  # from which a job's provenance has its command
+    with mock.patch.dict(os.environ, outer | environment, clear=True), argv, redirect_stdout(out), redirect_stderr(err):
+        status = main(words)
     return Done(status, out.getvalue(), err.getvalue())

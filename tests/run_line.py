@@ -77,7 +77,7 @@ def kill_jobs(workspace: Workspace) -> None:
             kill(job.status)
     for child in store._children:  # or it is reported as still running when this process ends
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(5)
+            child.wait(20)
 
 
 def kill(status: Status, sent: signal.Signals = signal.SIGKILL) -> None:
