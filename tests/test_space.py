@@ -84,10 +84,10 @@ def test_the_page_says_that_it_is_a_space(space):
 
 @pytest.mark.slow
 def test_compare_opens_only_the_catalog_and_checks_its_settings(space):
-    rest = ["", 1.0, 8, 0.0, 1.0, 0, 1.0, 0, "Side by side"]
+    rest = ["", 1.0, 8, 0.0, 1.0, 0, 1.0, 0]
     assert REFUSED in space.call("compare", ["Hello", "/etc/passwd.gguf", "none", *rest])
     assert REFUSED in space.call("compare", ["Hello", "smollm2", "/etc", *rest])
-    assert "seed must be a whole number" in space.call("compare", ["Hello", "smollm2", "none", *rest[:-2], -1, rest[-1]])
+    assert "seed must be a whole number" in space.call("compare", ["Hello", "smollm2", "none", *rest[:-1], -1])
     assert "prompt must be text" in space.call("compare", [5, "smollm2", "none", *rest])
     assert "cut at 8 tokens" in space.call("compare", ["Hello", "smollm2", "none", *rest])
 

@@ -216,21 +216,27 @@ class CompareTab:
         engine = [self.model, self.adapter]
         engine_view = [*engine, self.picked_model, self.proof, self.proof_text, self.reload, self.timer, self.system, *columns]
 
-        inputs = [*self.inputs, self.view, self.entry, self.history]
+        inputs = [*self.inputs, self.entry, self.history]
         outputs = [*shown, self.prompt, self.stop, self.timer, self.resampled, self.follow_up, self.link]
         outputs += [self.history, self.history_box, self.picker]
         public = {"api_visibility": "public"}
-        self.generate.click(handles(self._generate), inputs, outputs, **running | public, api_name="compare")
-        self.regenerate.click(handles(self._regenerate), inputs, outputs, **running)
-        gr.on([self.ask.click, self.follow_up.submit], handles(self._follow), [*inputs, self.follow_up], outputs, **running)
+        runs = [
+            self.generate.click(handles(self._generate), inputs, outputs, **running | public, api_name="compare"),
+            self.regenerate.click(handles(self._regenerate), inputs, outputs, **running),
+            gr.on([self.ask.click, self.follow_up.submit], handles(self._follow), [*inputs, self.follow_up], outputs, **running),
+        ]
         for examples in self.examples:
-            examples.click(handles(self._example), [*inputs, examples], outputs, **running | {"preprocess": True})
+            example_run = running | {"preprocess": True}
+            runs.append(examples.click(handles(self._example), [*inputs, examples], outputs, **example_run))
+        for run in runs:  # in the view that is chosen by now
+            run.then(handles(self._look), [self.view, self.entry], views, **QUICK)
         self.stop.click(self._stop, None, None, **QUICK | public, api_name="stop")
         assert Context.root_block is not None
         Context.root_block.unload(self._leave)
 
         self.view.input(handles(self._look), [self.view, self.entry], views, **QUICK)
-        self.picker.input(handles(self._reopen), [self.picker, self.history, self.view], shown, **QUICK)
+        reopened = self.picker.input(handles(self._reopen), [self.picker, self.history], shown, **QUICK)
+        reopened.then(handles(self._look), [self.view, self.entry], views, **QUICK)
         for side, pane in self.panes.items():
             pane.views[TOKENS].select(_token_line(side), self.scores, self.token_note, **QUICK)
 
@@ -349,10 +355,9 @@ class CompareTab:
         engine = self._engine(settings.model, settings.adapter, load=True)
         system = gr.update(**(engine.pop(self.system, {}) | {"value": settings.system}))
         updates |= engine | {self.system: system}
-        if "prompt" not in query:
-            del updates[self.prompt]
         if "prompt" in query:
-            updates |= self._cleared() | {self.caption: f"{_quoted(settings.prompt)} · press **Generate** to compare"}
+            return updates | self._cleared() | {self.caption: f"{_quoted(settings.prompt)} · press **Generate** to compare"}
+        del updates[self.prompt]
         return updates
 
     # Generating
@@ -383,7 +388,7 @@ class CompareTab:
         self, request: gr.Request, values: tuple[Any, ...], *, follows: Entry | None = None, again: bool = False
     ) -> Iterator[Updates]:
         """Stream both sides into the panes. `follows`: the pair whose conversation goes on; `again`: its last turn once more."""
-        *given, view, _entry, history = values
+        *given, _entry, history = values
         session = request.session_hash or secrets.token_hex(8)
         generation = self.generations.begin(session)
         try:
@@ -416,9 +421,10 @@ class CompareTab:
             if key is not None:
                 yield from self._stream(generation, key, settings, past)
             if not generation.superseded.is_set():
-                yield self._finished(generation.pair, key, head, view, history)
-        except BiasDPOError:
-            yield {self.stop: gr.update(interactive=False), self.caption: "Nothing was generated."}
+                yield self._finished(generation.pair, key, head, history)
+        except Exception:
+            if not generation.superseded.is_set():
+                yield {self.stop: gr.update(interactive=False), self.caption: "Nothing was generated."}
             raise
         finally:
             self.generations.end(session, generation)
@@ -437,9 +443,7 @@ class CompareTab:
             else:
                 yield {self.caption: f"{head} · loading the model: {_progress(event)}"}
 
-    def _finished(
-        self, pair: GenerationPair | None, key: EngineKey | None, head: str, view: str, history: list[Entry]
-    ) -> Updates:
+    def _finished(self, pair: GenerationPair | None, key: EngineKey | None, head: str, history: list[Entry]) -> Updates:
         updates: Updates = {self.stop: gr.update(interactive=False)}
         if pair is None or key is None or not pair.left.text:
             return updates | {self.caption: f"{head} · stopped before the first token"}
@@ -448,7 +452,7 @@ class CompareTab:
         history = [*history, entry][-_HISTORY:] if known is None else history
         picker = gr.update(choices=_history_choices(history), value=history.index(known or entry))
         updates |= {self.history: history, self.picker: picker}
-        return updates | {self.history_box: gr.update(label=f"History of this page ({len(history)})")} | self._shown(entry, view)
+        return updates | {self.history_box: gr.update(label=f"History of this page ({len(history)})")} | self._shown(entry)
 
     def _cleared(self) -> Updates:
         """No pair."""
@@ -456,7 +460,11 @@ class CompareTab:
         updates |= {self.undo: gr.update(visible=False), self.consent: gr.update(visible=False)}
         for pane in self.panes.values():
             updates |= {pane.status: "", pane.turns: gr.update(value=[], visible=False)}
-        return updates | self._look(TEXT, None)
+        return (
+            updates
+            | self._look(TEXT, None)
+            | {pane.views[TEXT]: gr.update(value="", visible=True) for pane in self.panes.values()}
+        )
 
     def _texts(self, pair: GenerationPair) -> Updates:
         updates: Updates = {}
@@ -465,22 +473,18 @@ class CompareTab:
                 updates |= {pane.views[TEXT]: completion.text, pane.status: _status(completion)}
         return updates
 
-    def _shown(self, entry: Entry, view: str) -> Updates:
-        """A finished pair."""
+    def _shown(self, entry: Entry) -> Updates:
+        """A finished pair; `_look` shows it in the chosen view."""
         pair = entry.pair
         note = _why_no_verdict(pair)
-        updates = self._texts(pair) | self._columns(_spec_of(pair.model), tuned=pair.right is not None) | self._look(view, entry)
+        updates = self._texts(pair) | self._columns(_spec_of(pair.model), tuned=pair.right is not None)
         updates |= {pane.turns: _turns(pair.history, side) for side, pane in self.panes.items()}
         updates |= {self.caption: _caption(entry), self.entry: entry, self.consent: gr.update(visible=False)}
-        may_judge = not note and pair.right is not None
-        return updates | {
-            self.verdicts: gr.update(visible=may_judge),
-            self.verdict_note: note,
-            self.undo: gr.update(visible=False),
-        }
+        updates |= {self.verdict_note: note, self.verdicts: gr.update(visible=not note and pair.right is not None)}
+        return updates | {self.undo: gr.update(visible=False)}
 
-    def _reopen(self, index: int, history: list[Entry], view: str) -> Updates:
-        return self._shown(history[index], view)
+    def _reopen(self, index: int, history: list[Entry]) -> Updates:
+        return self._shown(history[index])
 
     def _stop(self, request: gr.Request) -> None:
         """Stop, at any stage: loading, waiting, writing."""
@@ -493,7 +497,7 @@ class CompareTab:
     # Views, link, prompt
 
     def _look(self, view: str, entry: Entry | None) -> Updates:
-        """The pair at hand in another view; without one, empty panes."""
+        """The pair at hand in another view."""
         pair = None if entry is None else entry.pair
         view = view if pair is not None and pair.right is not None else TEXT
         scores: dict[Side, list[TokenScore]] = {}
@@ -502,9 +506,7 @@ class CompareTab:
                 scores = {side: score_tokens(engine, entry.pair, side) for side in TITLES}
         updates: Updates = {self.scores: scores, self.token_note: gr.update(value=_TOKEN_NOTE, visible=view == TOKENS)}
         for side, pane in self.panes.items():
-            completion = None if pair is None else pair.left if side == "base" else pair.right
-            text = completion.text if completion is not None else ""
-            updates[pane.views[TEXT]] = gr.update(value=text, visible=view == TEXT)
+            updates[pane.views[TEXT]] = gr.update(visible=view == TEXT)
             marks: dict[str, Any] = {WORDS: _marks(pair, side)} if pair is not None and view == WORDS else {}
             marks |= {TOKENS: _colored(scores[side])} if view == TOKENS else {}
             for name in (WORDS, TOKENS):

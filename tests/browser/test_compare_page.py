@@ -122,12 +122,16 @@ def test_a_conversation_is_continued_by_both_sides_and_is_not_judged(visitor):
     assert visitor.page.locator("#verdict-tie").is_visible()
 
 
-def test_stop_keeps_what_was_written(visitor):
+def test_a_second_generate_replaces_the_first_and_stop_keeps_what_was_written(visitor):
     visitor.open_ready(**LONG)
     visitor.generate("Tell me about engineers.")
     visitor.wait_writing()
+    visitor.page.fill("#prompt textarea", "What is a family?")
+    visitor.page.click("#generate")
+    visitor.wait("#caption", re.compile("What is a family.*writing"))
     visitor.wait("#tuned-status", "writing")
     assert "writing" in visitor.status("base")  # both at the same time
+    visitor.wait_writing()
     started = time.monotonic()
     visitor.page.keyboard.press("Escape")
     visitor.wait_written()
@@ -138,19 +142,8 @@ def test_stop_keeps_what_was_written(visitor):
     assert text.strip()
     visitor.page.wait_for_timeout(300)
     assert visitor.text("base") == text
-    assert not visitor.page.locator("#verdict-tie").is_visible()  # half a completion
-
-
-def test_a_second_generate_replaces_the_first(visitor):
-    visitor.open_ready(**LONG)
-    visitor.generate("Tell me about engineers.")
-    visitor.wait_writing()
-    visitor.page.fill("#prompt textarea", "What is a family?")
-    visitor.page.click("#generate")
-    visitor.wait("#caption", re.compile("What is a family.*writing"))
-    visitor.page.click("#stop")
-    visitor.wait_written()
     assert "What is a family?" in visitor.page.inner_text("#caption")
+    assert not visitor.page.locator("#verdict-tie").is_visible()  # half a completion
 
 
 def test_strength_is_applied_live_and_zero_is_the_base_model(visitor):
