@@ -24,7 +24,19 @@ from biasdpo.links import PairSettings
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import SEED_RANGE, STRENGTH_RANGE, Completion, GenerationPair, PairTurn, Side
 from biasdpo.ui.charts import TUNED, WARN
-from biasdpo.ui.components import QUICK, Studio, Updates, agree, annotator_of, escape, handles, model_choices, pasted, plural
+from biasdpo.ui.components import (
+    CONSENT_TEXT,
+    QUICK,
+    Studio,
+    Updates,
+    agree,
+    annotator_of,
+    escape,
+    handles,
+    model_choices,
+    pasted,
+    plural,
+)
 from biasdpo.workspace import ASSETS, is_public_space, read_json
 
 TEXT, WORDS, TOKENS = "Side by side", "Word differences", "Token scores"
@@ -42,9 +54,6 @@ ONLY_HERE, LIKELIER, LESS_LIKELY = "only in this answer", "likelier after tuning
 _NATS = 1.0  # a token is colored if tuning changes its log-probability by more
 _HISTORY = 50  # pairs of one page
 _LOADING_SECONDS = 2.0
-_CONSENT = """**Before your first verdict.** The pair, your verdict and your nickname are stored in this workspace's
-`preferences.jsonl`, to train models and to be shared under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). No name, no
-address. You can undo a verdict here, and withdraw any of yours on the Label tab."""
 _TOKEN_NOTE = """How likely each token is under both models, given the text before it and without sampling settings. Colored where
 tuning changes the probability by a factor of more than e (1 nat). Select a token for its numbers."""
 _MEASURED = {
@@ -164,7 +173,7 @@ class CompareTab:
                 for answer, title in VERDICTS.items()
             }
         with gr.Column(visible=False, elem_id="consent") as self.consent:
-            gr.Markdown(_CONSENT)
+            gr.Markdown(f"**Before your first verdict.** {CONSENT_TEXT}")
             with gr.Row(elem_classes="beside"):
                 self.nickname = gr.Textbox(label="Nickname", max_length=80, scale=2, elem_id="nickname")
                 self.agree = gr.Button("Agree and store my verdict", variant="primary", scale=1, elem_id="agree-here")
