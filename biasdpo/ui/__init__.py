@@ -116,6 +116,8 @@ def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
         slider_color_dark="*primary_400",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
     )
     _add_to_page((ASSETS / "page.js").read_text(encoding="utf-8"))
     return {

@@ -125,7 +125,7 @@ class CompareTab:
         self.token_note = gr.Markdown(visible=False, elem_id="token-note")
         self._build_verdicts()
         self._build_settings()
-        with gr.Accordion(f"History of this page ({len(shipped)})", open=False, elem_id="history-box") as self.history_box:
+        with gr.Accordion(f"Session history ({len(shipped)})", open=False, elem_id="history-box") as self.history_box:
             self.picker = gr.Dropdown(_history_choices(shipped), value=0, label="Pair to show", elem_id="history")
         studio.next_step("label", "Next: label blind pairs")
         self.entry = gr.State(shipped[0])
@@ -183,13 +183,13 @@ class CompareTab:
         self.pending = gr.State("")  # the answer that waits for consent
         self.stored = gr.State(None)  # what to undo: judgment id, pair id, annotator
         with gr.Row(elem_classes="beside"):
-            hint = "Go on with both: each model reads its own answers"
+            hint = "Ask a follow-up: each model sees only its own answers"
             self.follow_up = gr.Textbox(label="Follow-up", placeholder=hint, scale=5, min_width=240, elem_id="follow-up")
-            self.ask = gr.Button("Ask both", scale=1, min_width=100, elem_id="ask-both")
+            self.ask = gr.Button("Send to both", scale=1, min_width=100, elem_id="ask-both")
 
     def _build_settings(self) -> None:
         default = links.GREEDY
-        with gr.Accordion("Settings and what the model reads", open=False, elem_id="settings") as self.settings_box:
+        with gr.Accordion("Generation settings and formatted prompt", open=False, elem_id="settings") as self.settings_box:
             with gr.Row():
                 info = f"0 is greedy: always the likeliest token. Regenerate then samples at {RESAMPLED_AT}."
                 self.temperature = gr.Slider(
@@ -461,7 +461,7 @@ class CompareTab:
         history = [*history, entry][-_HISTORY:] if known is None else history
         picker = gr.update(choices=_history_choices(history), value=history.index(known or entry))
         updates |= {self.history: history, self.picker: picker}
-        return updates | {self.history_box: gr.update(label=f"History of this page ({len(history)})")} | self._shown(entry)
+        return updates | {self.history_box: gr.update(label=f"Session history ({len(history)})")} | self._shown(entry)
 
     def _cleared(self) -> Updates:
         """No pair."""
@@ -668,7 +668,7 @@ def _caption(entry: Entry) -> str:
     pair, sampling = entry.pair, entry.pair.sampling
     parts = [_quoted(pair.prompt)]
     if entry.at == "Example":
-        parts.append(f"finished example: {escape(_title(pair.model))}, {escape(pair.adapter)}")
+        parts.append(f"precomputed example: {escape(_title(pair.model))}, {escape(pair.adapter)}")
     if pair.history:
         parts.append(f"turn {len(pair.history) + 1}")
     sampled = f"sampled at temperature {sampling.temperature:g}, seed {sampling.seed}"

@@ -107,7 +107,7 @@ def handles(handler: Callable[..., Any]) -> Callable[..., Any]:
 CONSENT = "2026-11"
 """Version of the text that annotators agree to."""
 CONSENT_TEXT = f"""These texts can be prejudiced, false or hurtful. **What is stored with a verdict:** the pair, your edits,
-category and note, the time you took, your nickname, and a random code of this browser, by which you can withdraw your verdicts
+category and note, the time you took, your nickname, and a random browser ID, which lets you withdraw your verdicts
 later. They are used to train models and may be published under
 [{ANNOTATIONS_LICENSE.replace("-", " ").upper()}](https://creativecommons.org/licenses/by/4.0/)."""
 _MAX_NICKNAME = 80

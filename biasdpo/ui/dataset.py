@@ -299,7 +299,7 @@ def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed:
     """Tag or withdraw the checked rows, or all that match; asks first, and changes exactly what was asked about."""
     asked = gr.State(([], {}))  # ids, and their new columns; {} withdraws
     scopes = [("The checked rows", "checked"), ("All that match the filters", "found")]
-    with gr.Accordion("Tag or withdraw several", open=False, elem_id="dataset-bulk", visible=not is_public_space()):
+    with gr.Accordion("Bulk edit", open=False, elem_id="dataset-bulk", visible=not is_public_space()):
         with gr.Row():
             scope = gr.Radio(scopes, value="checked", label="Judgments", elem_id="bulk-scope")
             own: dict[str, Any] = {"info": "Empty: unchanged", "allow_custom_value": True, "elem_id": "bulk-category"}

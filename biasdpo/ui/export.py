@@ -27,8 +27,8 @@ _FORMATS = [("LoRA adapter", "lora"), ("Merged model", "merged")]
 _FORMAT_INFO = "A LoRA adapter is a small file, loaded beside its base model. A merged model is complete."
 _PROOFS = [("Full", "full"), ("Quick", "quick"), ("None", "none")]
 _EMPTY = """### No exports yet
-An export is one GGUF file for llama.cpp, Ollama and similar apps. Choose a run or an adapter and press **Export**. Before the
-file gets its name, it is compared with the model it was made from."""
+An export is one GGUF file for llama.cpp, Ollama and similar apps. Choose a run or an adapter and press **Export**. Each file is
+verified against the original model before it is saved."""
 _METHOD = """Both on the CPU: transformers in F32, and llama.cpp on this file (F32 KV cache, no flash attention). KL divergence
 from the original to the file, in nats per position."""
 
@@ -105,7 +105,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
             shown |= {name: free, proposed: free}
         what = f"{escape(found.id)} for {escape(spec.title)}" if found is not None else f"{escape(spec.title)} alone"
         room = size_text(shutil.disk_usage(workspace.root).free)
-        return shown | {plan: f"**{what}**: about {size_text(sizes[chosen])}, {room} free."}
+        return shown | {plan: f"**{what}**: about {size_text(sizes[chosen])}, {room} of disk space free."}
 
     def open_form(request: dict[str, Any], chosen: str) -> Updates:
         return {adapter: _adapters(workspace, chosen or request.get("run") or "")}

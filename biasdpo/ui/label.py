@@ -45,7 +45,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
     with gr.Column(elem_id="label-start") as start_box:
         gr.Markdown(_INTRO)
         with gr.Column(elem_id="label-gate") as gate:
-            nickname = gr.Textbox(label="Nickname", placeholder="Any name but your real one", max_lines=1, elem_id="nickname")
+            nickname = gr.Textbox(label="Nickname", placeholder="Choose a pseudonym", max_lines=1, elem_id="nickname")
             gr.Markdown(components.CONSENT_TEXT, elem_id="consent")
         begin = gr.Button("Agree and start", variant="primary", elem_id="begin")
     with gr.Accordion("Guidelines: what counts as less biased?", open=False, elem_id="guidelines"):

@@ -152,7 +152,7 @@ def build_form(studio: Studio) -> Form:
     boxes: dict[Group, gr.CheckboxGroup] = {"bias": box("bias", "Bias benchmarks"), "quality": box("quality", "Quality cost")}
     with gr.Row():
         limit = gr.Number(LIMIT, precision=0, label="Items per benchmark (0: all)", min_width=150, elem_id="measure-limit")
-        strengths = several(STRENGTHS, "Strengths (several: curve)", "measure-strengths", value=["1"])
+        strengths = several(STRENGTHS, "Adapter strengths (several plot a curve)", "measure-strengths", value=["1"])
     with gr.Row(elem_classes="actions"):
         start = gr.Button("Start", variant="primary", interactive=here, min_width=150, elem_id="measure-start")
         estimate = gr.Button("Estimate time", interactive=here, min_width=120, elem_id="measure-estimate")
@@ -337,7 +337,9 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         downloads = {kind: gr.DownloadButton(label, size="sm", elem_id=f"measure-{kind}") for kind, label in kinds.items()}
     grid = gr.Dataframe(label="Results", max_height=430, elem_id="measure-table", **_GRID)
     forest = gr.Plot(label="Improvement over base", elem_id="measure-forest")
-    others = gr.Dropdown([], multiselect=True, max_choices=MAX_SERIES - 1, label="Side by side with", elem_id="measure-others")
+    others = gr.Dropdown(
+        [], multiselect=True, max_choices=MAX_SERIES - 1, label="Compare with other evaluations", elem_id="measure-others"
+    )
     command = gr.Textbox(label="Command", interactive=False, max_lines=3, buttons=["copy"], elem_id="measure-command")
     tables = [grid, forest, *downloads.values()]
 

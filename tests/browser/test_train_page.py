@@ -252,7 +252,6 @@ def test_data_that_can_not_be_trained_on_is_one_line_with_the_way_to_more(traine
         (one, "no pairs to train on (1 rows read, 1 held out"),
         (bad, "No column was recognized as rejected"),
         (tmp_path / "missing.jsonl", "missing.jsonl"),
-        ("workspace", "About 40 pairs are needed"),
     ):
         trainer.choose_data(source)
         visitor.wait(trainer.line, line)
@@ -261,7 +260,7 @@ def test_data_that_can_not_be_trained_on_is_one_line_with_the_way_to_more(traine
     trainer.choose_data(pairs_file)
     page.wait_for_selector("#train-start:not([disabled])")
     visitor.wait(trainer.line, "to train on")
-    trainer.choose_data("workspace")
+    trainer.choose_data(one)
     visitor.wait(trainer.line, "About 40 pairs are needed")
     page.locator("#train-needed").get_by_role("button", name="Label pairs").click()
     page.wait_for_selector("#steps [role=tab][aria-selected=true]:has-text('Label')")
