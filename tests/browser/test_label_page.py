@@ -57,6 +57,9 @@ class Annotator:
         self.wait_pair(before)
 
     def texts(self) -> tuple[str, str]:
+        """The pair's texts. Gradio writes them into the page a moment after its token."""
+        boxes = "[...document.querySelectorAll('#label-left-text textarea, #label-right-text textarea')]"
+        self.page.wait_for_function(f"() => {boxes}.length === 2 && {boxes}.every((box) => box.value)")
         left, right = (self.page.input_value(f"#label-{side}-text textarea") for side in ("left", "right"))
         return left, right
 
@@ -270,7 +273,7 @@ def test_a_verdict_that_cannot_be_stored_works_again_and_data_health_speaks_only
         shutil.rmtree(file)
         willow.press("1")
         assert [(row["chosen"], row["rejected"]) for row in willow.rows()] == [shown]
-        assert willow.page.inner_text("#label-health").strip() == ""
+        willow.page.wait_for_function("() => !document.querySelector('#label-health .prose')?.innerText.trim()")
         store(app.workspace, [say(f"Question {i}?") for i in range(30)])
         willow.press("1")
         willow.visitor.wait("#label-health", "Chosen answers are longer in")
