@@ -158,7 +158,7 @@ def export(
     if base is not None and adapter is not None:
         write.lora(adapter, base, file)
     else:
-        written = asdict(
+        written = {"quantization": config.quantization} | asdict(
             write.merged(
                 spec,
                 adapter,

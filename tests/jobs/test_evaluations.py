@@ -24,7 +24,7 @@ from tests.evaluating import under_way
 from tests.evaluation_results import result, write_result
 from tests.run_line import ROOT, ended, wait_for
 
-LONG = 500  # items, in so many batches that it is not over before it is stopped
+LONG = 1500  # items, in so many batches that it is not over before it is stopped
 
 
 @pytest.fixture
