@@ -22,6 +22,15 @@
   const isTimer = (callback) => /performance\.now\(\)-.{1,9}\)\/1e3/.test(String(callback));
   window.requestAnimationFrame = (callback) => (isTimer(callback) && !document.querySelector(".progress-text") ? 0 : nextFrame(callback));
 
+  // Gradio 6.31 gives the check boxes of its tables no name.
+  const nameBoxes = () => {
+    for (const box of document.querySelectorAll(".select-all-checkbox:not([aria-label])")) box.setAttribute("aria-label", "Select all rows");
+    for (const box of document.querySelectorAll("table input[type=checkbox]:not([aria-label]), [role=grid] input[type=checkbox]:not([aria-label])")) {
+      box.setAttribute("aria-label", "Select this row");
+    }
+  };
+  document.addEventListener("DOMContentLoaded", () => new MutationObserver(nameBoxes).observe(document.body, { childList: true, subtree: true }));
+
   // The address names the open tab and the job it shows, so that a reload shows them again.
   const jobs = {};
   let shown = null;

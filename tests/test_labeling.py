@@ -75,9 +75,9 @@ def test_nothing_to_judge(left, right, reason, words):
 
 
 def test_what_the_limit_cut_off_is_cut_back_on_both_sides_alike_and_says_so():
-    torn, whole = "Anyone can lead. It depends on", "Traits:\n- kind\n- patient"
+    truncated, whole = "Anyone can lead. It depends on", "Traits:\n- kind\n- patient"
     for sides in (("base", "tuned"), ("tuned", "base")):
-        cut, ended = Completion(sides[0], torn, 7, "limit"), Completion(sides[1], whole, 9, "end_of_text")
+        cut, ended = Completion(sides[0], truncated, 7, "limit"), Completion(sides[1], whole, 9, "end_of_text")
         pair = labeling.known(replace(PAIR, left=cut, right=ended), PROMPT)
         assert (pair.left, pair.right) == ("Anyone can lead.", whole)  # a list that the model ended itself is complete
         meta = row(pair.swapped(), "left")["meta"]

@@ -76,11 +76,11 @@ def test_measurements_of_any_adapter_are_read_whatever_they_hold(workspace):
 
 
 def test_a_damaged_folder_shows_what_it_has(workspace):
-    folder = write_run(workspace.root, "torn", "stopped", steps=3)
+    folder = write_run(workspace.root, "truncated", "stopped", steps=3)
     folder.config.write_text("{")
     folder.record.write_text("")
-    job = find(workspace, "torn")
-    assert train.row_of(job)[:4] == ["torn", "Stopped", "", ""]
+    job = find(workspace, "truncated")
+    assert train.row_of(job)[:4] == ["truncated", "Stopped", "", ""]
     assert run_table([job])["data"]
     assert not job.has_adapter
 

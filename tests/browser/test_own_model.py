@@ -28,7 +28,7 @@ def own_app(
         folder = shutil.copytree(adapter, root / "runs" / run_id / "adapter")
         (folder / "provenance.json").write_text(json.dumps({"model": model, "run_id": run_id}))
     write_lora(root / "runs" / "for-smollm2" / "adapter", base_model="smollm2")
-    for run_id, damage in (("torn", b"{"), ("wrong", b'{"peft_type": 3}'), ("empty", b"")):
+    for run_id, damage in (("truncated", b"{"), ("wrong", b'{"peft_type": 3}'), ("empty", b"")):
         folder = shutil.copytree(tiny_phi_adapter, root / "runs" / run_id / "adapter")
         (folder / "adapter_config.json").write_bytes(damage)
     folder = shutil.copytree(tiny_phi_adapter, root / "runs" / "cut" / "adapter")
