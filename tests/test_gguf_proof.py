@@ -73,7 +73,7 @@ def quantized(gguf: Path, folder: Path) -> Path:
 # What equals its model
 
 
-@pytest.mark.parametrize(("kind", "as_lora"), [("llama", True), ("phi", False)])
+@pytest.mark.parametrize(("kind", "as_lora"), [("llama", True), ("llama", False), ("phi", True), ("phi", False)])
 def test_f32_passes_as_lora_and_merged(request, kind: str, as_lora: bool, workspace: Workspace, tmp_path: Path) -> None:
     spec, adapter = tiny = request.getfixturevalue(kind)
     file = spec.gguf_path if as_lora else merged(tiny, tmp_path)

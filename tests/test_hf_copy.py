@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from biasdpo import models
+from biasdpo.backends.base import kl_divergence
+from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.hf_loading import encode_prompt, hf_copy, load_tokenizer
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.chat import PromptTemplate
@@ -124,6 +126,15 @@ def refused(gguf: Path, workspace: Workspace, match: str) -> None:
         hf_copy(spec_of(gguf), workspace)
     assert "\n" not in str(caught.value)
     assert [p.name for p in (workspace.cache / "hf").glob("*") if not p.name.endswith(".lock")] == []
+
+
+def test_logits_are_llama_cpps_to_rounding_in_f32(tiny_llama_gguf: Path, workspace: Workspace) -> None:
+    copy = hf_copy(spec_of(tiny_llama_gguf), workspace)
+    theirs = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, None, 512, threads=1, kv_cache="f32")
+    ours = open_transformers(copy, tiny_models.LLAMA_TEMPLATE, None, 512, device="cpu", threads=1)
+    assert kl_divergence(theirs.canary_logits("base"), ours.canary_logits("base")) <= 1e-8  # measured 1.5e-11
+    theirs.close()
+    ours.close()
 
 
 def test_what_has_no_copy_is_named(
