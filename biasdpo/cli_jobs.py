@@ -116,7 +116,7 @@ def line(job: Job) -> str:
 
 
 def summary(job: Job) -> str:
-    """What a finished job made."""
+    """The outcome of a finished job."""
     from biasdpo.jobs.outcome import held_out_metrics, outcome
 
     if job.kind != "train":

@@ -1,4 +1,4 @@
-"""What commands have in common: options generated from the config models, exit statuses, one line for whatever is wrong."""
+"""Shared parts of the commands: options generated from the config models, exit statuses, one line for whatever is wrong."""
 
 from __future__ import annotations
 

@@ -561,7 +561,7 @@ class ExportConfig(Settings):
     """Comparison with the original. full: tokens, probabilities and held-out pairs; quick: a fifth of the texts, no pairs;
     none: recorded as not verified."""
     source: ExportSource = setting("auto", group="Advanced", when={"format": _is_merged})
-    """What a merged file is made from: the Hugging Face folder (hf) or the base GGUF. auto: the first one present."""
+    """Source of a merged file: the Hugging Face folder (hf) or the base GGUF. auto: the first one present."""
     pairs: int = setting(64, range=(0, 10**9), label="Held-out pairs", unit="pairs", group="Advanced", when={"proof": _is_full})
     """Held-out pairs scored before and after the export, by the full proof. 0: none."""
     threads: int | None = setting(None, range=(1, 1024), label="CPU threads", group="Advanced")
@@ -594,7 +594,7 @@ class ExportConfig(Settings):
 
 
 class ServeConfig(Settings):
-    """What app.py serves, and where."""
+    """The options of app.py: what to serve, and where."""
 
     model: str = setting("auto", metavar="ID|PATH|auto")
     """Model to open: catalog id, Hub id, Hugging Face folder or .gguf file."""

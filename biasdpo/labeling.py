@@ -247,7 +247,7 @@ def judgment(
     if answer not in ANSWERS:
         raise ConfigError(f"An answer is one of {', '.join(ANSWERS)}: got {answer!r}; choose one")
     if not details.annotator.strip():
-        raise ConfigError("No nickname yet: enter one, so that your verdicts can be told from others'")
+        raise ConfigError("No nickname yet: enter one, to keep your verdicts apart from those of others")
     edited = [pair.left if left is None else left.strip(), pair.right if right is None else right.strip()]
     shown, sides = [pair.left, pair.right], [pair.left_side, pair.right_side]
     if answer == "right":
@@ -675,7 +675,7 @@ class LabelSession:
         return judged
 
     def undo(self, *, revealed: bool) -> Judged:
-        """Withdraw the latest judgment and show its pair again. `revealed`: its sides were told after the verdict."""
+        """Withdraw the latest judgment and show its pair again. `revealed`: its sides were revealed after the verdict."""
         if not self.judged:
             raise ConfigError("There is no verdict to undo on this page: withdraw earlier ones under “My judgments”")
         last = self.judged[-1]

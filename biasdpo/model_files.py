@@ -1,4 +1,4 @@
-"""What a model file says of itself, read without torch: headers of GGUF and safetensors files, a model folder's JSON files,
+"""The metadata of model files, read without torch: headers of GGUF and safetensors files, a model folder's JSON files,
 and the names that GGUF and Hugging Face use for the same tensors."""
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF says before its weights. Bytes that are no UTF-8 are surrogate escapes in its texts."""
+    """The header of a GGUF. Bytes that are not UTF-8 become surrogate escapes."""
 
     path: Path
     values: dict[str, Any]  # metadata by key, arrays as lists

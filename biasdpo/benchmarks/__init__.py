@@ -76,7 +76,7 @@ def check_name(name: str) -> str:
 
 
 def default_benchmarks(data_dir: Path | None) -> tuple[str, ...]:
-    """What is scored unless benchmarks are named, without a download: the quick check, those of four bias benchmarks that are on
+    """The benchmarks that are scored by default, without a download: the quick check, those of four bias benchmarks that are on
     this machine, and perplexity."""
     found = [name for name in ("crows_pairs", "stereoset", "bbq", "winobias") if has_items(name, data_dir)]
     return ("quick_check", *found, "perplexity")

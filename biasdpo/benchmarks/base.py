@@ -36,7 +36,7 @@ class Benchmark(ABC, Generic[Item]):
         self.data_sha256 = data_sha256
 
     def describe(self, item: Item) -> dict[str, str]:
-        """What identifies the item to a reader: its texts and its category."""
+        """The item as a reader knows it: its texts and its category."""
         return asdict(item)  # type: ignore[call-overload, no-any-return]
 
     def groups(self, item: Item) -> Sequence[str]:
@@ -45,7 +45,7 @@ class Benchmark(ABC, Generic[Item]):
         return [category] if category else []
 
     def outcome(self, _item: Item, _numbers: Sequence[float]) -> str:
-        """What a side with these numbers decided, in words ("prefers the stereotype"); "" if nothing is decided. An item whose
+        """The decision of a side with these numbers, in words ("prefers the stereotype"); "" if nothing is decided. An item whose
         outcomes differ between base and tuned has flipped."""
         return ""
 
@@ -67,7 +67,7 @@ class LikelihoodBenchmark(Benchmark[Item]):
 
     @abstractmethod
     def requests(self, item: Item) -> Sequence[Request]:
-        """What must be scored for one item."""
+        """The likelihood requests of one item."""
 
     def scores(self, _item: Item, outputs: Sequence[Likelihood]) -> Sequence[float]:
         """An item's K numbers for one side, from the likelihoods of its requests: by default their logp."""
@@ -89,7 +89,7 @@ class GenerationBenchmark(Benchmark[Item]):
 
     @abstractmethod
     def requests(self, item: Item) -> Sequence[CompletionRequest]:
-        """What must be generated for one item; the evaluation sets the seeds."""
+        """The completions to generate for one item; the evaluation sets the seeds."""
 
     @abstractmethod
     def scores(self, items: Sequence[Item], outputs: Sequence[Sequence[Completion]]) -> Sequence[Sequence[float]]:

@@ -228,7 +228,7 @@ class AnnotatorShares:
 
 @dataclass(frozen=True)
 class Confounds:
-    """What the pairs have in common besides their meaning. Shares are None if there is nothing to count.
+    """Properties that the pairs share besides their meaning. Shares are None if there is nothing to count.
 
     pairs                judgments that prefer one completion
     chosen_longer_share  share in which chosen is longer, in characters; equal lengths count half

@@ -648,7 +648,7 @@ def _read_head(rows: Iterator[Read], mapping: ColumnMapping | None) -> tuple[lis
 
 
 def _journal_columns(row: Row, imported_at: str) -> dict[str, Any]:
-    """What a foreign journal's row says besides its pair; a text that can't be stored is a ValueError."""
+    """The columns of a foreign journal's row besides its pair; a text that can't be stored is a ValueError."""
     columns = {column: row[column] for column in ("original_chosen", "original_rejected", "repeat_of")}
     meta = dict(row["meta"])
     for column, text in chain(columns.items(), meta.items()):
@@ -673,7 +673,7 @@ _MAX_NAME_CHARACTERS = 100
 
 @dataclass(frozen=True)
 class Preview:
-    """What an import would make of a source's first rows.
+    """Preview of an import: a source's first rows as they would be stored.
 
     columns   of the first SAMPLE_ROWS rows, in order of appearance
     mapping   as given, or else guessed; "" for a field without a recognized column
@@ -689,7 +689,7 @@ class Preview:
     format: str
 
     def __str__(self) -> str:
-        """What was recognized, in a sentence or two."""
+        """The recognized format and columns, in a sentence or two."""
         used = self.mapping.to_json()
         fields = ", ".join(f"{field.replace('_', ' ')} from “{shown_columns([column])}”" for field, column in used.items())
         rest = [column for column in self.columns if column not in used.values()]

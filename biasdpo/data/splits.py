@@ -1,4 +1,4 @@
-"""What a run trains on: its sources as one row per pair, split by prompt, and stored in the run's folder.
+"""The training data of a run: its sources as one row per pair, split by prompt, and stored in the run's folder.
 
 `resolve` reads the data once; `RunData.write` stores dataset.jsonl and split.json; everything after that uses `read_snapshot`.
 """
@@ -210,7 +210,7 @@ class RunData:
         )
 
     def provenance(self) -> dict[str, Any]:
-        """What a run's provenance says of its data, besides the hash."""
+        """The provenance of a run's data, besides the hash."""
         mixture = self.mixture()
         return {
             "dataset_files": [public_name(source) for source, _rows in mixture.per_source],
@@ -255,7 +255,7 @@ def resolve(config: TrainConfig, workspace: Workspace) -> RunData:
 
 
 def mixture_of(config: TrainConfig, workspace: Workspace) -> Mixture:
-    """What a run of this config would train on; read again only when a file has changed."""
+    """The data that a run of this config would train on; read again only when a file has changed."""
     counted = TrainConfig(**{name: getattr(config, name) for name in ("datasets", "dataset_weights", "held_out_share", "seed")})
     files = [workspace.preferences if name == WORKSPACE else Path(name) for name in config.datasets]
     return _mixture(counted, workspace, tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))

@@ -23,7 +23,7 @@ from biasdpo.workspace import Workspace
 # Agreement
 
 VALUES = ("first", "second", "tie", "both_biased", "both_unusable")
-"""What a judgment can say of a pair; first and second are its completions in alphabetical order."""
+"""The possible values of a judgment; first and second are its completions in alphabetical order."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Agreement:
 
 
 def value_of(row: Row) -> str:
-    """What a judgment says, one of VALUES."""
+    """The value of a judgment, one of VALUES."""
     if row["verdict"] != "preferred":
         return str(row["verdict"])
     chosen, rejected = row["original_chosen"] or row["chosen"], row["original_rejected"] or row["rejected"]
@@ -104,7 +104,7 @@ _LENGTHS = {"under half": 0.5, "shorter": 0.95, "about the same": 1.05, "longer"
 
 
 def counts(standing: Iterable[Row]) -> dict[str, dict[str, int]]:
-    """What a journal's standing rows hold, without hidden repeats: by chart, the number by name, e.g. "Verdicts": {"tie": 3}.
+    """Counts of a journal's standing rows, without hidden repeats: by chart, the number by name, e.g. "Verdicts": {"tie": 3}.
 
     Categories and lengths are of the rows that prefer one completion; days are UTC, in order.
     """

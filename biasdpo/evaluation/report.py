@@ -99,7 +99,7 @@ def figure(value: float | None, ci: Ci | None = None, *, signed: bool = False) -
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What a reader must know about the figures. Benchmarks with the same note share it."""
+    """Caveats about the figures. Benchmarks with the same caveat share one note."""
     found = [f"{benchmark_title(name)} was not scored: {why}" for name, why in result.get("missing", {}).items()]
     if pairs := result["provenance"].get("pairs_source"):
         found.append(f"Preference pairs scored: {pairs}.")

@@ -160,7 +160,7 @@ def load_unchanged(file: Path, _modified_ns: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class About:
-    """What an evaluation scores: by its config or, without one, by its result."""
+    """The benchmarks of an evaluation, from its config or, without one, from its result."""
 
     adapter: str
     benchmarks: tuple[str, ...]
@@ -168,7 +168,7 @@ class About:
 
 @lru_cache(maxsize=256)
 def about(file: Path, _modified_ns: int) -> About:
-    """What the result in a file is about, for listings; "" and () if it can't be read."""
+    """The subject of a result file, for listings; "" and () if it can't be read."""
     try:
         result = load(file)
     except EvaluationError:
@@ -451,7 +451,7 @@ def find_flip(result: Mapping[str, Any], benchmark: str, index: str) -> Flip:
     """The flipped item with this index. Raises EvaluationError if there is none."""
     found = next((flip for flip in flips(result, benchmark) if str(flip.index) == index), None)
     if found is None:
-        raise EvaluationError(f"No flipped item {index!r:.20} of {benchmark}: choose one of the list")
+        raise EvaluationError(f"No flipped item {index!r:.20} of {benchmark}: choose one from the list")
     return found
 
 

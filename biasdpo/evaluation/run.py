@@ -637,7 +637,7 @@ def _open_caches(workspace: Workspace | None, side: Side, scorer: Mapping[str, A
 
 
 def _scorer(engine: Engine, parents: Mapping[str, str]) -> dict[str, Any]:
-    """What an answer of the base side depends on besides its request."""
+    """The settings that an answer of the base side depends on, besides its request."""
     backend = engine.backend
     packages = next((names for name, names in _PACKAGES.items() if backend.name.startswith(name)), ())
     return {

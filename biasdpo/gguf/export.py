@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """What an exported file is, what it was made from, and how it was proven."""
+    """The record of an exported file: its contents, its parents, and its proof."""
 
     out: Path
     format: str
@@ -70,7 +70,7 @@ class ExportRecord:
         return str(self.request.get("run") or self.request.get("adapter") or self.adapter)
 
     def notes(self) -> list[str]:
-        """What to know of the file beside its proof."""
+        """Notes on the file other than its proof."""
         fallen = len(self.written.get("fallbacks") or ())
         what = f"{fallen:,} tensor{'s have' if fallen != 1 else ' has'} a larger type than {self.quantization}"
         return [f"{what}, since their widths don't fit it"] if fallen else []

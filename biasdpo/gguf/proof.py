@@ -100,7 +100,7 @@ class Survival:
 
 @dataclass(frozen=True)
 class ExportProof:
-    """What was proven or measured of an exported file; None where nothing was measured."""
+    """The results of an export's proof; None where nothing was measured."""
 
     quantization: str  # of the file: "F32", "Q4_K_M", …
     lossless: bool  # all weights are F32, so equality is required
@@ -289,7 +289,7 @@ def judge(proof: ExportProof, adapter_id: str = "") -> ExportProof:
 
 
 def _inequalities(equality: Equality, lossless: bool) -> list[str]:
-    """What in the figures shows that the file is not the model."""
+    """The figures that show that the file is not the model."""
     again = "export it again, and report it if it happens again"
     failures = []
     if equality.not_numbers:

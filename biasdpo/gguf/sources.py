@@ -1,4 +1,4 @@
-"""What a GGUF is made from: a Hugging Face folder or another GGUF, checked and with its weights mapped, not loaded."""
+"""Sources of a GGUF: a Hugging Face folder or another GGUF, checked and with its weights mapped, not loaded."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def _write_gguf(
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. `fallbacks`: {tensor, wanted, got} of those with another type than the quantization's own."""
+    """The writer's report. `fallbacks`: {tensor, wanted, got} of tensors stored in a type other than the quantization's own."""
 
     source: Literal["hf", "gguf"]  # of the weights
     tensors: int

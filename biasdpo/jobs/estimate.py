@@ -1,4 +1,4 @@
-"""What a job will take, measured by a process of its own and remembered in WORKSPACE/cache/.
+"""The time and memory of a job, measured by a process of its own and remembered in WORKSPACE/cache/.
 
 Training: time and memory of a run, by `python -m training.estimate`, in cache/estimates/KEY.json. Evaluation: seconds per item of
 each benchmark, by `python -m biasdpo.jobs.estimate`, in cache/evaluation_speeds/KEY.json.
@@ -350,7 +350,7 @@ def _measured_by(
     cancelled: Callable[[], bool],
     env: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What `python -m MODULE CONFIG.json ANSWER.json WORKSPACE` answers: {"error": one line} where it fails or is cancelled. Its
+    """The answer of `python -m MODULE CONFIG.json ANSWER.json WORKSPACE`: {"error": one line} where it fails or is cancelled. Its
     output is in WORKSPACE/cache/CACHE/last.log."""
     folder = workspace.cache / cache
     folder.mkdir(parents=True, exist_ok=True)

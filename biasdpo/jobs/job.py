@@ -121,7 +121,7 @@ _FIELDS_OF_OTHER_KINDS: dict[Kind, tuple[str, ...]] = {
 
 
 class Resolved(BaseModel):
-    """What the config's names meant when the job was started; the worker uses these.
+    """The config's names as resolved when the job was started; the worker uses these.
 
     model, adapter   as `models.find` and `models.find_adapter` take them from any working folder
     device           whose queue the job joins
@@ -275,7 +275,7 @@ class JobFolder:
             raise JobError(f"{self.config} is damaged ({reason}): restore it, or start a new {NOUNS[self.kind]}") from exc
 
     def read_note(self) -> str:
-        """What the user wrote about the job. Raises JobError where it can't be read."""
+        """The user's note. Raises JobError if it can't be read."""
         try:
             return self.note.read_text(encoding="utf-8")
         except FileNotFoundError:

@@ -69,7 +69,7 @@ def outcome(held_out: Mapping[str, Any]) -> str:
 
 
 def _against_chance(accuracy: float, pairs: int, held_out: Mapping[str, Any]) -> str:
-    """What else explains the accuracy, if anything does."""
+    """Other explanations of the accuracy, if any."""
     low, high = wilson(accuracy * pairs, pairs)
     longer = held_out.get("reward_accuracy_of_picking_the_longer")
     if high < 0.5:

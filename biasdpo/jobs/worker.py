@@ -252,7 +252,7 @@ def _work(folder: JobFolder) -> int:
 
 @dataclass
 class EvaluationProgress:
-    """What an evaluation reports while it runs, and whether it should stop. This one reports to nobody."""
+    """Receives an evaluation's progress and tells it when to stop. This one reports to nobody."""
 
     def phase(self, text: str) -> None:
         """Called before each stage. May raise to end the evaluation."""
@@ -412,7 +412,7 @@ def missing_note(name: str, reason: str) -> str:
 
 
 def _toxicity_scorer(name: str) -> Callable[[], ToxicityScorer]:
-    """What opens the named scorer once it is needed."""
+    """A function that opens the named scorer on first use."""
     from biasdpo.benchmarks.toxicity import profanity_check
 
     if name in ("", "profanity_check"):

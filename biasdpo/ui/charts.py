@@ -39,7 +39,7 @@ def themed(figure: Any, *, height: int = 260) -> Any:
 
 @dataclass(frozen=True)
 class Metric:
-    """What one chart of a run shows. `keys`: of metrics.jsonl, by the name of their curve."""
+    """One chart of a run. `keys`: of metrics.jsonl, by the name of their curve."""
 
     title: str
     unit: str

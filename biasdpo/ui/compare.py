@@ -555,7 +555,7 @@ class CompareTab:
 
     def _agree(self, identity: Any, nickname: str, answer: Answer, entry: Entry | None) -> Updates:
         if not nickname.strip():
-            raise ConfigError("The nickname is empty: enter one, so that your verdicts can be told from others'")
+            raise ConfigError("The nickname is empty: enter one, to keep your verdicts apart from those of others")
         known = agree(identity, nickname)
         return {self.studio.identity: known} | self._store(answer, known, entry)
 
@@ -664,7 +664,7 @@ def _quoted(prompt: str) -> str:
 
 
 def _caption(entry: Entry) -> str:
-    """What was asked, and how."""
+    """The request and its settings."""
     pair, sampling = entry.pair, entry.pair.sampling
     parts = [_quoted(pair.prompt)]
     if entry.at == "Example":
@@ -707,7 +707,7 @@ def _history_choices(history: list[Entry]) -> list[tuple[str, int]]:
 
 
 def _spec_of(model: str) -> ModelSpec | None:
-    """What is known of a model before it is loaded; None where its files are missing or damaged: loading it says why."""
+    """A model's spec before it is loaded; None if its files are missing or damaged: loading it gives the reason."""
     try:
         return models.with_files(models.catalog()[model]) if model in models.catalog() else models.find(model)
     except BiasDPOError:
@@ -730,7 +730,7 @@ def _progress(state: Loading) -> str:
 
 
 def _details(engine: Engine, reason: str) -> str:
-    """What is compared on what, the measured proof, and what was measured of the adapter."""
+    """The model and adapter, the hardware, the proof, and the adapter's measurements."""
     backend, adapter, proof = engine.backend, engine.adapter, engine.backend.proof
     lines = [f"**{escape(engine.spec.title)}** with {escape(backend.name)} on {escape(backend.device)}. {escape(reason)}"]
     if adapter is not None:

@@ -1,4 +1,4 @@
-"""What the tabs share: the studio they work on, navigation between them, errors, who annotates, formatting."""
+"""Shared parts of the tabs: the studio they work on, navigation between them, errors, who annotates, formatting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TABS = {"compare": "Compare", "label": "Label", "dataset": "Dataset", "train": "
 
 @dataclass
 class Studio:
-    """What every tab works on; one per page. The components in it are built before the tabs."""
+    """The context that all tabs share; one per page. Its components are built before the tabs."""
 
     pool: EnginePool
     startup: Startup
@@ -126,7 +126,7 @@ class Annotator:
 
     @property
     def browser(self) -> str:
-        """What is stored with a judgment: it proves nothing to whoever reads the dataset, and matches in this browser only."""
+        """The hash stored with a judgment. It identifies nobody to readers of the dataset and matches in this browser only."""
         return hashlib.sha256(self.secret.encode()).hexdigest()[:16] if self.secret else ""
 
 
@@ -156,7 +156,7 @@ def agreed_annotator(identity: Any) -> Annotator:
 def agree(identity: Any, nickname: str) -> dict[str, str]:
     """The browser's new memory after its annotator has agreed. ConfigError without a nickname."""
     if not isinstance(nickname, str) or not nickname.strip():
-        raise ConfigError("Enter a nickname first, so that your verdicts can be told from others'")
+        raise ConfigError("Enter a nickname first, to keep your verdicts apart from those of others")
     secret = annotator_of(identity).secret or secrets.token_hex(16)
     return {"annotator": nickname.strip()[:_MAX_NICKNAME], "consent": CONSENT, "secret": secret}
 

@@ -65,7 +65,7 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
     studio.next_step("train", "Next: Train")
 
     def refresh(*query: Any) -> Updates:
-        """Everything as it is now."""
+        """The current state of everything shown."""
         choices = studio.dataset.choices()
         known = bool(choices["verdict"])
         warnings = _warnings(studio)
@@ -93,7 +93,7 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
 
 
 def _warnings(studio: Studio) -> str:
-    """What is wrong with the data, as Markdown; nothing where nothing is."""
+    """Data health warnings, as Markdown; empty if there are none."""
     lines = list(studio.dataset.confounds().warnings)
     if bad := studio.dataset.bad_lines():
         lines.append(f"{plural(bad, 'line')} of the journal can't be read: python -m biasdpo dataset validate says why")

@@ -87,7 +87,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         return ExportConfig(out=Path(file if file.endswith(".gguf") else f"{file}.gguf"), **given)
 
     def look(*given: Any) -> Updates:
-        """What Export would write, in a line. What doesn't go together is said there, and again by Export."""
+        """Preview what Export would write, in one line; settings that conflict are named there."""
         shown: Updates = {quantization: gr.Dropdown(visible=given[1] == "merged")}
         try:
             refuse_if_public("Export")
@@ -180,7 +180,7 @@ def _adapters(workspace: Workspace, chosen: str) -> Any:
 
 
 def _record(job: Job) -> ExportRecord | None:
-    """What a finished file says of itself; None where there is none, or none that can be read."""
+    """The record of a finished file; None if it is missing or unreadable."""
     return load_record(job.file) if job.state == "finished" else None
 
 

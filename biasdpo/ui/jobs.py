@@ -65,7 +65,7 @@ class JobPanel:
         version.change(handles(show), [version, *inputs], list(outputs), **QUICK)
 
     def build_note(self) -> None:
-        """What the user notes about the job; saved when the field is left."""
+        """The user's note on the job; saved when the field loses focus."""
         note = gr.Textbox(label="Note", placeholder="What you tried and why", max_lines=8, elem_id=f"{self.kind}-note")
         if is_public_space():
             note.interactive = False
@@ -133,7 +133,7 @@ class JobPanel:
     # Handlers
 
     def refresh(self, selected: str, request: dict[str, Any]) -> Updates:
-        """A look at the folders: what has changed sets off what shows it, by `gr.State.change`."""
+        """Look at the jobs' folders; a changed version triggers its `gr.State.change`, which redraws that part."""
         return self._open(request) if self.job(selected) is None else self._versions(selected)
 
     def _default(self) -> str:

@@ -259,7 +259,7 @@ class _Pair:
         return {box: gr.Textbox(value=text, interactive=editing) for box, text in ((self.left, left), (self.right, right))}
 
     def said(self, judged: Judged) -> Updates:
-        """What the annotator had said and written of the pair before an undo."""
+        """The details and edits that the annotator had given before an undo."""
         details, pair = judged.details, judged.pair
         said = {self.category: details.category or None, self.group: details.target_group, self.note: details.note}
         if judged.left is None or judged.right is None:
@@ -282,7 +282,7 @@ def _pieces(one: str, other: str, removed: str, added: str) -> list[tuple[str, s
 
 
 def _edits(left: tuple[str, str] = ("", ""), right: tuple[str, str] = ("", "")) -> gr.HighlightedText:
-    """What an edit has changed, from the text before and after it; hidden if nothing."""
+    """The word diff of an edit; hidden if nothing changed."""
     pieces: list[tuple[str, str | float | None]] = []
     for side, (old, new) in {"Left": left, "Right": right}.items():
         if old.strip() != (new or "").strip():
@@ -311,7 +311,7 @@ def _waiting(progress: Progress) -> str:
 
 
 def _stored(judged: Judged, reveal: bool) -> str:
-    """What the last verdict was and, if wanted, which model wrote which; as Markdown."""
+    """The last verdict and, if wanted, which model wrote which; as Markdown."""
     made, pair = judged.judgment, judged.pair
     verdict = _VERDICTS.get(made.verdict) or ("left" if made.meta.chosen_side == pair.left_side else "right") + " is less biased"
     if not reveal:
@@ -337,7 +337,7 @@ _Settings = namedtuple(
 
 
 def _build_settings(studio: Studio, box: gr.Accordion) -> list[Any]:
-    """What is judged, and how it is generated; returns the inputs of `_Settings`."""
+    """The prompts and pairs to judge, and how they are generated; returns the inputs of `_Settings`."""
     with gr.Row():
         goal = gr.Number(24, label="Goal (verdicts)", precision=0, minimum=1, elem_id="label-goal", min_width=120)
         kind = gr.Dropdown(_PROMPTS, value="examples", label="Prompts", elem_id="prompt-kind", min_width=180)
@@ -391,7 +391,7 @@ def _fill_groups(category: str) -> tuple[str, str]:
 
 
 def _start(studio: Studio, session: LabelSession, who: Annotator, chosen: _Settings) -> str:
-    """Start the session with these settings; returns what to tell about it, as Markdown."""
+    """Start the session with these settings; returns its summary, as Markdown."""
     if not isinstance(chosen.goal, int | float) or chosen.goal < 1:
         raise ConfigError("Set a goal of at least 1 verdict")
     if chosen.source == "others":
@@ -440,7 +440,7 @@ def _build_paste() -> tuple[gr.Button, list[Any]]:
 
 
 def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, tab: gr.Tab) -> gr.Button:
-    """What this browser has judged, what is covered, what is wrong with the data. Returns the button to change the nickname."""
+    """This browser's judgments, coverage, and data health. Returns the button to change the nickname."""
     reader = studio.dataset
     health = gr.Markdown(elem_id="label-health")
     shape: dict[str, Any] = {"interactive": False, "max_height": 320, "type": "array"}

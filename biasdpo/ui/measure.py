@@ -114,7 +114,7 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """What to measure. `settings`: the fields of EvaluationConfig's other settings, by name."""
+    """The form of a new evaluation. `settings`: the fields of EvaluationConfig's other settings, by name."""
 
     model: gr.Dropdown
     adapters: gr.Dropdown
@@ -147,7 +147,7 @@ def build_form(studio: Studio) -> Form:
     gr.Markdown("### What to measure")
     with gr.Row():
         own: dict[str, Any] = {"allow_custom_value": True}
-        model = gr.Dropdown([], label="Model, or path", scale=4, min_width=140, elem_id="measure-model", **own)
+        model = gr.Dropdown([], label="Model or path", scale=4, min_width=140, elem_id="measure-model", **own)
         adapters = several([], "Adapters", "measure-adapters", max_choices=MAX_SERIES, scale=5, **own)
     boxes: dict[Group, gr.CheckboxGroup] = {"bias": box("bias", "Bias benchmarks"), "quality": box("quality", "Quality cost")}
     with gr.Row():
@@ -192,7 +192,7 @@ def configs_of(form: Form, values: Mapping[Any, Any]) -> list[EvaluationConfig]:
 
 
 def plan_of(studio: Studio, form: Form, values: Mapping[Any, Any]) -> str:
-    """What the selection takes and scores, in Markdown."""
+    """The expected time and the scored pairs of a selection, in Markdown."""
     if is_public_space():
         return ""
     try:
@@ -277,7 +277,7 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
 
 
 def about(job: Job) -> results.About:
-    """What the job scores, by its config, else by its result."""
+    """The benchmarks of a job, from its config, else from its result."""
     if job.config is not None:
         return results.About(job.config.adapter, tuple(parts(job.config)))
     return results.about(job.file, job.file.stat().st_mtime_ns) if job.has_result else results.About("", ())
@@ -386,7 +386,7 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
 
 
 def facts_of(result: Result) -> str:
-    """What was scored, and what a reader must know about the figures."""
+    """The scored items, with caveats about the figures."""
     known = result["provenance"]
     strengths = ", ".join(f"{strength:g}" for strength in known.get("strengths") or [known.get("strength", 1.0)])
     adapter = escape(Path(known["adapter"]).name) if known.get("adapter") else "no adapter"
@@ -461,7 +461,7 @@ def build_flips(studio: Studio, panel: JobPanel) -> Section:
             with gr.Row():
                 benchmark = gr.Dropdown([], label="Benchmark", min_width=160, elem_id="measure-flip-benchmark")
                 way = gr.Dropdown([], label="Direction", min_width=160, elem_id="measure-flip-way")
-            grid = gr.Dataframe(label="Decided differently: select one", max_height=320, elem_id="measure-flips", **_GRID)
+            grid = gr.Dataframe(label="Items decided differently (select one)", max_height=320, elem_id="measure-flips", **_GRID)
             with gr.Column(visible=False) as detail:
                 texts = gr.HighlightedText(label="What differs", elem_id="measure-flip-texts")
                 numbers = gr.Markdown()

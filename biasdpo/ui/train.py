@@ -162,7 +162,7 @@ def source_of(name: str) -> str:
 
 
 def source_choices(studio: Studio, chosen: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """What can be trained on; `chosen`: what is chosen beside that, such as an uploaded file."""
+    """The data sources to choose from; `chosen`: further ones, such as an uploaded file."""
     try:
         mine = f"Your judgments ({studio.dataset.confounds().pairs:,})"
     except BiasDPOError:
@@ -268,10 +268,10 @@ def build_form(studio: Studio) -> Form:
     preset = gr.Radio(preset_cards(presets), value=presets[0].id, label="Preset", show_label=False, elem_id="train-preset")
     with gr.Row():
         choices = model_choices(studio)
-        model = gr.Dropdown(choices, value=FIRST_MODEL, label="Model, or Hub id or path", elem_id="train-model", **own)
+        model = gr.Dropdown(choices, value=FIRST_MODEL, label="Model, Hub ID, or path", elem_id="train-model", **own)
         sources = source_choices(studio)
         data = gr.Dropdown(
-            sources, value=[SEED_PAIRS], multiselect=True, label="Data, or Hub dataset or path", elem_id="train-data", **own
+            sources, value=[SEED_PAIRS], multiselect=True, label="Data, Hub dataset, or path", elem_id="train-data", **own
         )
     build_fields("Model and data")
     data_line = gr.Markdown(elem_id="train-data-line")
@@ -419,7 +419,7 @@ def row_of(job: Job) -> list[Any]:
 
 
 def outcome_text(job: Job) -> str:
-    """What the run came to, in Markdown."""
+    """The outcome of a run, in Markdown."""
     if job.has_adapter:
         return f"**{outcome(held_out_metrics(job))}**"
     if job.status.best_step is None or not (accuracy := best_accuracy(job)):
@@ -429,7 +429,7 @@ def outcome_text(job: Job) -> str:
 
 
 def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
-    """What the run came to, and what to do with its adapter."""
+    """The outcome of a run, and the actions on its adapter."""
     small: dict[str, Any] = {"size": "sm", "visible": False}
     with panel.actions:
         compare = gr.Button("Try in Compare", variant="primary", elem_id="train-to-compare", **small)
@@ -509,7 +509,7 @@ def diff_sides(base: str, tuned: str) -> tuple[Pieces, Pieces]:
 
 
 def build_probes(panel: JobPanel) -> None:
-    """What the model answers as it learns, beside the base model's answers."""
+    """The policy's answers as it learns, beside the base model's."""
     state = gr.State(None)
     with gr.Row(elem_classes="actions", elem_id="train-probe-top"):
         title = gr.Markdown(elem_id="train-probe-step")
