@@ -115,3 +115,11 @@ def test_a_flipped_item_becomes_a_prompt_and_two_texts():
 def test_every_benchmark_has_a_title():
     assert {*benchmarks.NAMES} - titles.BENCHMARKS.keys() == {"utility"}
     assert titles.benchmark_title("utility") == titles.benchmark_title("perplexity")
+
+
+def test_a_metric_with_an_ideal_shows_what_its_verdict_is_about():
+    _headers, rows = report.text_table([("strong", result(120, n_failed=3))])
+    cells = next(row for row in rows if row[0] == "CrowS-Pairs: Stereotype preferred (%) →50")
+    assert cells[3].startswith("78.3 [")
+    assert cells[4].startswith("30.8 [")
+    assert cells[2].endswith("; distance from 50: 28.3 → 19.2")

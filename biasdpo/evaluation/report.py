@@ -124,7 +124,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
 
 # Tables of text, for the page
 
-_HEADERS = ("Verdict", "Change", "Base", "Tuned", "p", "Items")
+_HEADERS = ("Verdict", "Change", "Base", "Tuned", "p (Holm)", "Items")
 _SYMBOLS = {"less biased": "▲", "better": "▲", "no clear difference": "○", "worse": "▼"}
 
 
@@ -149,6 +149,9 @@ def _texts(row: TableRow) -> list[str]:
     """A row's cells under _HEADERS."""
     p = "" if row.p_holm is None else "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
     change = figure(row.difference, row.ci, signed=row.no_change == 0)
+    if row.better.startswith("nearer ") and row.base is not None and row.tuned is not None:  # verdict and p are of the distance
+        ideal = float(row.better.removeprefix("nearer "))
+        change += f"; distance from {ideal:g}: {figure(abs(row.base - ideal))} → {figure(abs(row.tuned - ideal))}"
     return [_decided(row), change, figure(row.base, row.base_ci), figure(row.tuned, row.tuned_ci), p, f"{row.n:,}"]
 
 
