@@ -48,10 +48,11 @@ _GRID: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", 
 _OFF = "Measuring is turned off on this public Space. Finished evaluations can be read."
 _INTRO = """Nothing measured yet. An evaluation scores the base model and an adapter on the same items and says what changed, with
 confidence intervals. Benchmarks are selected already: press **Start**. Below is the shipped adapter's evaluation."""
-_HELP = """↑ higher is better, ↓ lower is better, →50 nearer 50 is better, = unchanged is better. Base and tuned are scored on the
-same items, with 95 % bootstrap intervals. *Change* is tuned − base, paired. *p* is a paired randomization test, Holm-corrected
-over the table. For →50 the verdict, *p* and the plot are about the distance from 50. "Less biased" and "better" need an interval that excludes no change and p below 0.05; "worse" needs the interval
-only. Groups of fewer than ten items have no interval. In the plot, one unit is half the width of base's own interval."""
+_HELP = """↑ higher is better, ↓ lower is better, →50 nearer 50 is better, = unchanged is better. Base and tuned are scored on
+the same items, with 95 % bootstrap intervals. *Change* is tuned − base, paired. *p* is a paired randomization test, Holm-
+corrected over the table. For →50 the verdict, *p* and the plot are about the distance from 50. "Less biased" and "better"
+need an interval that excludes no change and p below 0.05; "worse" needs the interval only. Groups of fewer than ten items
+have no interval. In the plot, one unit is half the width of base's own interval."""
 
 _NO_GROUPS = "The items of these benchmarks have no groups."
 _NO_CURVE = "A curve needs several adapter strengths: choose them on the left, then start again."
