@@ -59,9 +59,12 @@ class Annotator:
     def texts(self) -> tuple[str, str]:
         """The pair's texts. Gradio writes them into the page a moment after its token."""
         boxes = "[...document.querySelectorAll('#label-left-text textarea, #label-right-text textarea')]"
-        self.page.wait_for_function(f"() => {boxes}.length === 2 && {boxes}.every((box) => box.value)")
-        left, right = (self.page.input_value(f"#label-{side}-text textarea") for side in ("left", "right"))
-        return left, right
+        for _ in range(300):
+            values = self.page.evaluate(f"() => {boxes}.map((box) => box.value)")
+            if len(values) == 2 and all(values):
+                return values[0], values[1]
+            self.page.wait_for_timeout(200)
+        raise AssertionError((values, self.token, self.page.inner_text("#label-progress")))
 
     def rows(self) -> list[dict[str, Any]]:
         """This annotator's, in order."""
@@ -164,9 +167,13 @@ def test_nothing_tells_the_sides_before_the_verdict_and_they_are_revealed_after(
     streams: list[Any] = []
     hazel.page.on("requestfinished", lambda request: streams.append(request) if "/queue/" in request.url else None)
     hazel.start()
-    hazel.page.wait_for_timeout(1000)
-    sent = [request.response().text() for request in streams]
-    assert any(json.dumps(hazel.texts()[0])[1:-1] in body for body in sent)
+    sent: list[str] = []
+    for _ in range(120):  # a stream is finished some time after its pair is shown
+        sent = [request.response().text() for request in streams]
+        if shown := any(json.dumps(hazel.texts()[0])[1:-1] in body for body in sent):
+            break
+        hazel.page.wait_for_timeout(500)
+    assert shown
     for body in sent:
         assert not re.search(r"left_side|_finish|the tuned model|the base model|\bseed\b", body), body[:500]
     hazel.press("1")
