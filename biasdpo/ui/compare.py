@@ -473,7 +473,7 @@ class CompareTab:
         updates = self._sides(pair.right is not None)
         for pane, completion in zip(self.panes.values(), (pair.left, pair.right), strict=True):
             if completion is not None:
-                updates |= {pane.views[TEXT]: completion.text, pane.status: _status(completion)}
+                updates |= {pane.views[TEXT]: gr.update(value=completion.text, visible=True), pane.status: _status(completion)}
         return updates
 
     def _shown(self, entry: Entry) -> Updates:
@@ -487,7 +487,7 @@ class CompareTab:
         return updates | {self.undo: gr.update(visible=False)}
 
     def _reopen(self, index: int, history: list[Entry]) -> Updates:
-        return self._shown(history[index])
+        return self._cleared(tuned=True) | self._shown(history[index])
 
     def _stop(self, request: gr.Request) -> None:
         """Stop, at any stage: loading, waiting, writing."""

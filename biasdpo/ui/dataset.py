@@ -302,8 +302,8 @@ def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed:
         columns = ", ".join(f"{name.replace('_', ' ')} “{escape(text)}”" for name, text in changes.items())
         what = plural(len(ids), "row")
         asks = f"Tag **{what}** with {columns}?" if changes else f"Withdraw **{what}**? Training will leave them out."
-        label = f"{'Tag' if changes else 'Withdraw'} {what}"
-        return {asked: (ids, changes), confirm: gr.Row(visible=True), question: asks, go: label}
+        button = gr.Button(f"Tag {what}", variant="primary") if changes else gr.Button(f"Withdraw {what}", variant="stop")
+        return {asked: (ids, changes), confirm: gr.Row(visible=True), question: asks, go: button}
 
     def ask_tag(scope_: str, rows: list[list[Any]], category_: str | None, group_: str, *query: Any) -> Updates:
         changes = {name: text.strip() for name, text in (("category", category_ or ""), ("target_group", group_)) if text.strip()}
@@ -405,8 +405,8 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
 
     def undo_import(chosen: str, who: Any) -> Updates:
         done = journal.undo_import(studio.workspace, chosen, annotator_of(who).nickname)
-        gr.Info(f"Import undone: {plural(done, 'row')} withdrawn.")
-        return {changed: secrets.token_hex(4)}
+        told = f"Import undone: {plural(done, 'row')} withdrawn."
+        return {changed: secrets.token_hex(4), result: gr.Markdown(told, visible=True), bad: gr.Dataframe(visible=False)}
 
     previewed = [format_, first, bad, go]
     opened = [*previewed, *pickers, source, guess, name, box, result]
@@ -420,7 +420,7 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     examples = handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", *_PICKED))
     seed.click(examples, None, imported, show_progress_on=seed, **work)
     imports.input(lambda: gr.Button(visible=True), None, undo, **QUICK)
-    undo.click(handles(undo_import), [imports, studio.identity], changed, **QUICK)
+    undo.click(handles(undo_import), [imports, studio.identity], [changed, result, bad], **QUICK)
     return imports, undo
 
 

@@ -207,7 +207,7 @@ class _Pair:
     def __init__(self) -> None:
         with gr.Column(visible=False, elem_id="label-work") as self.box:
             self.progress = gr.Markdown(elem_id="label-progress")
-            self.token = gr.Textbox(visible="hidden", elem_id="pair-token")  # in the browser: which pair a click is about
+            self.token = gr.Textbox(elem_id="pair-token")  # in the browser: which pair a click is about; hidden by style.css
             self.prompt = gr.Textbox(label="Prompt", interactive=False, lines=1, max_lines=6, elem_id="label-prompt")
             self.notice = gr.Markdown(elem_id="label-notice")
             with gr.Row(elem_id="label-panes"):
@@ -294,7 +294,7 @@ def _no_pair(session: LabelSession) -> str:
     if session.goes_on:
         return _waiting(session.queue.progress())
     error = session.queue.error
-    return f"⚠ {escape(str(error))}" if error else "No pairs are left: change the prompts or pairs under Settings, then restart."
+    return f"⚠ {escape(str(error))}" if error else "No pairs are left: for more, open Settings and press Restart."
 
 
 def _waiting(progress: Progress) -> str:

@@ -133,7 +133,9 @@ def test_the_newest_first_page_by_page_with_search_and_filters(reader):
     reader.pick("dataset-filter-annotator", "elm")
     reader.pick("dataset-filter-verdict", "tie")
     reader.wait_position("1 to 1 of 1")
-    assert reader.prompts() == ["A tie on rain?"]
+    cells = reader.page.locator("#dataset-table .virtual-row [role=gridcell]:visible").all_inner_texts()
+    assert cells[1:-1] == ["A tie on rain?", "It rains.", "It pours.", "tie", "", "elm"]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", cells[-1])
 
 
 def test_a_judgment_in_full_with_its_provenance(reader):
