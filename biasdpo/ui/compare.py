@@ -142,9 +142,8 @@ class CompareTab:
         picker: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
         with gr.Row(elem_id="engine"):
             chosen = self.studio.startup.model or "auto"
-            self.model = gr.Dropdown(
-                components.model_choices(self.studio, chosen), value=chosen, label=names[0], elem_id="model", **picker
-            )
+            known = components.model_choices(self.studio, chosen)
+            self.model = gr.Dropdown(known, value=chosen, label=names[0], elem_id="model", **picker)
             self.adapter = gr.Dropdown([("the model's own", "")], value="", label=names[1], elem_id="adapter", **picker)
             label = "Adapter strength (0: base, 1: as trained)"
             self.strength = gr.Slider(*STRENGTH_RANGE, 1.0, step=0.05, label=label, min_width=220, elem_id="strength", buttons=[])
@@ -276,7 +275,9 @@ class CompareTab:
         """Load what was picked. A pair with a tuned side makes no sense beside a model without an adapter, nor the reverse."""
         updates = self._engine(model, adapter, load=True)
         base_only = updates.get(self.adapter, {}).get("value") == "none"
-        if entry is not None and base_only == (entry.pair.right is None):
+        if entry is None:  # perhaps one is being written
+            return updates | self._sides(not base_only)
+        if base_only == (entry.pair.right is None):
             return updates
         return self._cleared(tuned=not base_only) | {self.caption: "Press **Generate**"} | updates
 

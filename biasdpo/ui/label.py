@@ -447,7 +447,7 @@ def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, t
         consistency = gr.Markdown(elem_id="consistency")
         table = gr.Dataframe(
             headers=["Date", "Prompt", "Verdict", "Chosen answer", "ID"],
-            column_widths=["140px", "30%", "130px", "35%", "90px"],
+            column_widths=["140px", "30%", "130px", "39%", "90px"],
             max_chars=160,
             label="Select a row to withdraw it",
             elem_id="my-judgments",
