@@ -33,8 +33,8 @@ _MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sa
 _TITLE = """# BiasDPO
 See a language model's bias, label it, train it away with Direct Preference Optimization, and measure what changed."""
 # HTML, because Gradio has no dismissible banner; assets/page.js remembers that it was dismissed.
-_WARNING = """<div id="content-warning" role="note"><span><b>Content warning.</b> Language models write prejudiced and false
-statements about people. This page shows them so that they can be measured and reduced.</span>
+_WARNING = """<div id="content-warning" role="note"><span><b>Content warning.</b> This page shows prejudiced and false statements
+that language models write about people.</span>
 <button type="button" id="dismiss-warning">I understand</button></div>"""
 _SPACE = """**Public Space.** Training, measuring, export, import and deletion are turned off here. Duplicate the Space, or run
 BiasDPO on your own machine, to use everything."""
@@ -49,26 +49,19 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
     `benchmarks`: the folder of --data-dir, if any.
     """
     demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True, delete_cache=_CACHE_SECONDS)
-    builders = {
-        "compare": build_compare,
-        "label": build_label,
-        "dataset": build_dataset,
-        "train": build_train,
-        "measure": build_measure,
-        "export": build_export,
-    }
+    builders = (build_compare, build_label, build_dataset, build_train, build_measure, build_export)
     with demo:
         gr.Markdown(_TITLE, elem_id="title")
         if is_public_space():
             gr.Markdown(_SPACE, elem_id="space-banner")
         gr.HTML(_WARNING, elem_id="content-warning-box")
-        tabs = gr.Tabs(elem_id="steps", render=False)
+        tabs = gr.Tabs(elem_id="steps", overflow_behavior="wrap", render=False)
         studio = Studio(pool, startup, DatasetReader(pool.workspace, benchmarks), benchmarks, tabs, build_identity())
         studio.requests = {name: gr.State({}) for name in TABS}
         tabs.render()  # type: ignore[no-untyped-call]
         steps: dict[str, gr.Tab] = {}
         with tabs:  # holds tabs only: Gradio numbers them by their place among its children
-            for name, build in builders.items():
+            for name, build in zip(TABS, builders, strict=True):
                 with gr.Tab(_step(name), id=name) as steps[name]:
                     build(studio, steps[name])
         timer = gr.Timer(_STEPS_SECONDS)
