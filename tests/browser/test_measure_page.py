@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 
 import psutil
@@ -11,9 +10,9 @@ import pytest
 
 from biasdpo.jobs import store
 from tests.browser.conftest import App, Visitor
-from tests.evaluating import under_way
+from tests.evaluating import stop_midway
 from tests.evaluation_results import result, with_curve, write_result
-from tests.run_line import kill_jobs, wait_for
+from tests.run_line import kill_jobs
 
 
 class Measurer:
@@ -104,14 +103,12 @@ def test_an_evaluation_goes_on_without_the_page_is_stopped_and_resumed(measurer,
     visitor.wait("#evaluate-stop")
     (job,) = store.list_jobs(app.workspace, "evaluate")
     page.goto("about:blank")
-    running = wait_for(job.folder, under_way)
-    worker = psutil.Process(running.status.pid)
-    worker.send_signal(signal.SIGSTOP)  # so that it is not over before it is stopped
+    worker = psutil.Process(stop_midway(job.folder).status.pid)
     other = Measurer(new_visitor()).open(job.id)
     other.visitor.wait("#evaluate-head", "CrowS-Pairs")
     other.page.click("#evaluate-stop")
     other.wait_state("Stopping")
-    worker.send_signal(signal.SIGCONT)
+    worker.resume()
     other.wait_state("Stopped")
     other.visitor.wait("#measure-facts", "interrupted after")  # what was scored is shown, and marked
     assert 0 < json.loads(job.file.read_text())["benchmarks"]["crows_pairs"]["n"] < 400
