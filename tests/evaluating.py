@@ -83,7 +83,7 @@ def write_files(folder: Path, files: dict[str, Any]) -> Path:
 def stop_midway(folder: JobFolder) -> Job:
     """The job, stopped by SIGSTOP where something but not everything is scored.
 
-    Its worker runs 50 ms at a time, so that it can't finish between two looks, however busy the machine is.
+    Its worker runs 20 ms at a time, so that it can't finish between two looks, however busy the machine is.
     """
     job = wait_for(folder, lambda job: "biasdpo.jobs.worker" in psutil.Process(job.status.pid).cmdline())
     worker, end = psutil.Process(job.status.pid), time.monotonic() + TIMEOUT_SECONDS
@@ -91,7 +91,7 @@ def stop_midway(folder: JobFolder) -> Job:
         assert job.is_active, f"{job.status}; {folder.log_tail(30)}"
         assert time.monotonic() < end, f"still {job.status} after {TIMEOUT_SECONDS} s"
         worker.resume()
-        time.sleep(0.05)
+        time.sleep(0.02)
         worker.suspend()
         if job.status.phase == "scoring":
             time.sleep(0.3)  # for the clock to reach the next status: the worker limits how often it writes one
