@@ -24,7 +24,7 @@ SERIES = (TUNED, "#8b5cf6", WARN, "#db2777", "#3b82f6", "#65a30d")
 
 
 def themed(figure: Any, *, height: int = 260) -> Any:
-    """Give a plotly figure the page's look: transparent, compact, no tool bar."""
+    """Give a plotly figure the page's look: transparent and compact."""
     figure.update_layout(
         height=height,
         margin={"l": 12, "r": 12, "t": 32, "b": 12},
@@ -32,6 +32,7 @@ def themed(figure: Any, *, height: int = 260) -> Any:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": "#64748b"},
         hovermode="x unified",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "remove": ["select", "lasso"]},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     )
     for update in (figure.update_xaxes, figure.update_yaxes):

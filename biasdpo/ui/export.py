@@ -57,7 +57,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
             with panel.box:
                 with gr.Column(visible=False, elem_id="export-result") as result:
                     files = gr.Dataframe(headers=["File", "Size", "SHA-256"], label="Files", interactive=False, buttons=[],
-                                         column_widths=["40%", "15%", "45%"], elem_id="export-files")  # fmt: skip
+                                         wrap=True, column_widths=["40%", "15%", "45%"], elem_id="export-files")  # fmt: skip
                     with gr.Accordion("Use it elsewhere", open=False, elem_id="export-elsewhere"):
                         commands = [
                             gr.Textbox(label=label, lines=lines, max_lines=12, interactive=False, buttons=["copy"])

@@ -240,9 +240,8 @@ class Form:
                 with gr.Accordion(group, open=group == "Essentials", elem_id=f"train-group-{group.lower()}"), gr.Row():
                     build_fields(group)
         with gr.Accordion("Config file", open=False, elem_id="train-config"):
-            self.preview = gr.Code(
-                language=None, label="Config file (TOML)", interactive=False, elem_id="train-preview", max_lines=30
-            )
+            look: dict[str, Any] = {"language": None, "interactive": False, "wrap_lines": True, "max_lines": 30}
+            self.preview = gr.Code(label="Config file (TOML)", elem_id="train-preview", **look)
             self.imported = gr.UploadButton(
                 "Import a config file", file_types=[".toml", ".json"], size="sm", elem_id="train-import"
             )
