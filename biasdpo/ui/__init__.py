@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from biasdpo.ui.compare import build_compare
 from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity, plural
 from biasdpo.ui.dataset import build_dataset
 from biasdpo.ui.export import build_export
-from biasdpo.ui.jobs import state_word
 from biasdpo.ui.label import build_label
 from biasdpo.ui.measure import build_measure
 from biasdpo.ui.security import GuardedApp, allowed_hosts
@@ -55,8 +55,9 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
         if is_public_space():
             gr.Markdown(_SPACE, elem_id="space-banner")
         gr.HTML(_WARNING, elem_id="content-warning-box")
+        signals = gr.Column(elem_id="signals")
         tabs = gr.Tabs(elem_id="steps", overflow_behavior="wrap", render=False)
-        studio = Studio(pool, startup, DatasetReader(pool.workspace, benchmarks), benchmarks, tabs, build_identity())
+        studio = Studio(pool, startup, DatasetReader(pool.workspace, benchmarks), benchmarks, tabs, build_identity(), signals)
         studio.requests = {name: gr.State({}) for name in TABS}
         tabs.render()  # type: ignore[no-untyped-call]
         steps: dict[str, gr.Tab] = {}
@@ -64,14 +65,15 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
             for name, build in zip(TABS, builders, strict=True):
                 with gr.Tab(_step(name), id=name) as steps[name]:
                     build(studio, steps[name])
-        timer = gr.Timer(_STEPS_SECONDS)
-        labels = gr.State({})
+        states = studio.signal("states")
+        with signals:
+            timer = gr.Timer(_STEPS_SECONDS)
+        gr.on([demo.load, timer.tick, tabs.select], lambda: json.dumps(step_states(studio)), None, states, **QUICK)
 
-        def look(shown: dict[str, str]) -> Updates:
-            return step_updates(studio, shown, steps) | {labels: step_states(studio)}
+        def relabel(now: str) -> list[gr.Tab]:
+            return [gr.Tab(label=_step(name, state)) for name, state in json.loads(now).items()]
 
-        outputs = [labels, *steps.values()]
-        gr.on([demo.load, timer.tick, tabs.select], look, labels, outputs, **QUICK)
+        states.change(relabel, states, list(steps.values()), **QUICK)
         for name, tab in steps.items():
             tab.select(None, None, None, js=f"() => window.bdAddress('{name}')", api_visibility="private")
 
@@ -85,6 +87,10 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
             return {request: value for request, value in studio.open("compare", link=query).items() if request is not tabs}
 
         demo.load(follow_address, None, [tabs, *studio.requests.values()], **QUICK)
+        # At each event Gradio 6.31 tells every component that was an output before how far that event is, and copies their values.
+        for function in demo.fns.values():
+            if function.show_progress == "hidden":
+                function.show_progress_on = [states]
     return demo
 
 
@@ -148,7 +154,7 @@ def step_states(studio: Studio) -> dict[str, str]:
     def newest(kind: Kind) -> str:
         jobs = store.list_jobs(studio.workspace, kind)
         job = next((job for job in jobs if job.is_active), jobs[0] if jobs else None)
-        return "" if job is None else f"{job.id}: {state_word(job).lower()}"
+        return "" if job is None else f"{job.id}: {job.state}"
 
     judgments, results = "", ""
     pairs = 0
@@ -177,9 +183,3 @@ def step_states(studio: Studio) -> dict[str, str]:
 def _step(name: str, state: str = "") -> str:
     """A step's label: its number and title, and under them its state (assets/style.css shows the line break)."""
     return f"{list(TABS).index(name) + 1} {TABS[name]}\n{state}"
-
-
-def step_updates(studio: Studio, shown: dict[str, str], steps: dict[str, gr.Tab]) -> Updates:
-    """New labels of the steps whose state has changed."""
-    states = step_states(studio)
-    return {tab: gr.Tab(label=_step(name, states[name])) for name, tab in steps.items() if shown.get(name) != states[name]}

@@ -47,11 +47,18 @@ class Studio:
     benchmarks: Path | None  # folder of --data-dir
     tabs: gr.Tabs
     identity: gr.BrowserState
+    signals: gr.Column
     requests: dict[str, gr.State] = field(default_factory=dict)  # by tab id: what the tab is asked to show
 
     @property
     def workspace(self) -> Workspace:
         return self.pool.workspace
+
+    def signal(self, name: str, **options: Any) -> gr.Textbox:
+        """A text that only the page's events read. At each output of an event Gradio's page searches its components from the top,
+        and for a gr.State it prepares all of them anew: what changes while nobody clicks is a text above the tabs."""
+        with self.signals:
+            return gr.Textbox("", label=name, visible="hidden", **options)
 
     def open_outputs(self, tab: str) -> list[Any]:
         """The outputs of a handler that returns `self.open(tab, ...)`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -16,7 +17,7 @@ from biasdpo.jobs.job import Job, Kind
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time
 from biasdpo.workspace import is_public_space, refuse_on_public_space
 
-TICK_SECONDS = 4.0  # each output of an event costs the page a walk through all of its components
+TICK_SECONDS = 4.0
 
 NOUNS: dict[Kind, str] = {"train": "run", "evaluate": "evaluation", "export": "export"}
 _DELETES: dict[Kind, str] = {
@@ -28,8 +29,7 @@ _RESUME_WORDS = {"failed": "Retry", "interrupted": "Resume", "stopped": "Resume"
 SMALL: dict[str, Any] = {"size": "sm", "visible": False, "min_width": 90}
 """Look of the buttons in `JobPanel.actions`, which are shown when the chosen job allows them."""
 _POLL_SECONDS = 1.0
-
-Version = tuple[Any, ...]
+_CURVES_SECONDS = 12.0
 
 
 class JobPanel:
@@ -64,10 +64,11 @@ class JobPanel:
                 self.confirm_delete = gr.Button("Delete", variant="stop", size="sm", elem_id=f"{kind}-confirm-delete")
                 self.keep = gr.Button("Keep", size="sm", elem_id=f"{kind}-keep")
         # Hidden: id of the chosen job, "" for none; kept by the page when the app restarts.
-        self.selected = gr.Textbox("", label="Chosen", visible="hidden", elem_id=f"{kind}-selected")
+        self.selected = studio.signal("chosen", elem_id=f"{kind}-selected")
         # By file of the job's folder; beside them "list", "status" (all that the job is) and "state" (what changes seldom).
-        self.versions = {name: gr.State(()) for name in ("list", "status", "state")}
-        self.timer = gr.Timer(TICK_SECONDS, active=False)
+        self.versions = {name: studio.signal(name) for name in ("list", "status", "state")}
+        with studio.signals:
+            self.timer = gr.Timer(TICK_SECONDS, active=False)
 
     # What a tab uses
 
@@ -76,10 +77,12 @@ class JobPanel:
 
         Call it while building the tab, before `wire`.
         """
-        version = self.versions.setdefault(file, gr.State(()))
+        if file not in self.versions:
+            self.versions[file] = self.studio.signal(file)
+        version = self.versions[file]
 
-        def show(seen: Version, *values: Any) -> Updates:
-            return render(self.job(seen[0] if seen else ""), *values)
+        def show(seen: str, *values: Any) -> Updates:
+            return render(self.job(seen.partition("\n")[0]), *values)
 
         version.change(handles(show), [version, *inputs], list(outputs), **QUICK)
 
@@ -151,7 +154,7 @@ class JobPanel:
     # Handlers
 
     def refresh(self, selected: str, request: dict[str, Any]) -> Updates:
-        """Look at the jobs' folders; a changed version triggers its `gr.State.change`, which redraws that part."""
+        """Look at the jobs' folders; a changed version triggers an event, which redraws that part."""
         return self._open(request) if self.job(selected) is None else self._versions(selected)
 
     def _default(self) -> str:
@@ -162,10 +165,10 @@ class JobPanel:
     def _versions(self, selected: str) -> Updates:
         jobs = store.list_jobs(self.studio.workspace, self.kind)
         job = next((job for job in jobs if job.id == selected), None)
-        values: dict[str, Version] = {"list": tuple(str(self.row_of(job)) for job in jobs), "status": (selected, repr(job))}
-        values["state"] = (selected, *(() if job is None else (job.state, job.has_result, job.has_adapter)))
-        for file in self.versions.keys() - values.keys():
-            values[file] = (selected, *_stamp(job, file))
+        seen: dict[str, Any] = {"status": job, "state": job and (job.state, job.has_result, job.has_adapter)}
+        seen |= {file: (job and job.is_active, _stamp(job, file)) for file in self.versions.keys() - {"list", *seen}}
+        values = {name: f"{selected}\n{_digest(value)}" for name, value in seen.items()}
+        values["list"] = f"{len(jobs)}\n{_digest([self.row_of(job) for job in jobs])}"
         active = any(job.is_active for job in jobs)
         return {self.versions[name]: value for name, value in values.items()} | {self.timer: gr.Timer(active=active)}
 
@@ -290,6 +293,10 @@ def _log_of(job: Job | None) -> str:
     return "" if job is None else job.log_tail(200)
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
 def _stamp(job: Job | None, file: str) -> tuple[int, int]:
     """When a file of the job's folder was last written, and its size; zeros where there is none."""
     if job is None:
@@ -298,4 +305,6 @@ def _stamp(job: Job | None, file: str) -> tuple[int, int]:
         status = (job.folder.path / file).stat()
     except OSError:
         return 0, 0
+    if job.is_active and file == "metrics.jsonl":  # drawing the curves is the page's greatest cost
+        return int(status.st_mtime // _CURVES_SECONDS), 0
     return status.st_mtime_ns, status.st_size

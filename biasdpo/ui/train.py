@@ -60,7 +60,12 @@ def build_train(studio: Studio, tab: gr.Tab) -> None:
     wire_form(studio, tab, form, panel)
     panel.wire(tab)
     runs = panel.versions["list"]
-    runs.change(lambda seen: (gr.update(visible=not seen), gr.update(visible=len(seen) > 1)), runs, [empty, compare], **QUICK)
+
+    def show_number(seen: str) -> tuple[Any, Any]:
+        number = int(seen.partition("\n")[0])
+        return gr.update(visible=not number), gr.update(visible=number > 1)
+
+    runs.change(show_number, runs, [empty, compare], **QUICK)
 
 
 # The settings of a run as fields of the form, generated from TrainConfig
