@@ -87,7 +87,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
             return {request: value for request, value in studio.open("compare", link=query).items() if request is not tabs}
 
         demo.load(follow_address, None, [tabs, *studio.requests.values()], **QUICK)
-        # At each event Gradio 6.31 tells every component that was an output before how far that event is, and copies their values.
+        # At each event Gradio 6.31 tells every component that was an output before how far it is, and copies their values.
         for function in demo.fns.values():
             if function.show_progress == "hidden":
                 function.show_progress_on = [states]
