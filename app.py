@@ -91,7 +91,7 @@ def serve(config: ServeConfig) -> None:
     from biasdpo.jobs import memory
     from biasdpo.ui import build_ui, launch_options
 
-    options = launch_options(config.address, config.allowed_hosts)
+    options = launch_options(config)
     workspace = open_workspace(config.workspace)
     journal.repair(workspace)  # a line that a power loss tore would keep other readers from the journal
     pool = EnginePool(workspace)

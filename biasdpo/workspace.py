@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from biasdpo.errors import ConfigError, RefusedError, WorkspaceError
+from biasdpo.errors import ConfigError, WorkspaceError
 
 _PACKAGE = Path(__file__).resolve().parent
 ASSETS = next(path for path in (_PACKAGE.parent / "assets", _PACKAGE / "assets") if (path / "models.toml").is_file())
@@ -69,12 +69,6 @@ def nearest_id(text: str, length: int = 64) -> str:
 def is_public_space() -> bool:
     """True on a Hugging Face Space, where every visitor is a stranger."""
     return bool(os.environ.get("SPACE_ID"))
-
-
-def refuse_on_public_space(action: str) -> None:
-    """Raise RefusedError on a public Space. Called inside the functions that act, since a hidden button protects nothing."""
-    if is_public_space():
-        raise RefusedError(f"{action} is turned off on a public Space: duplicate the Space or run BiasDPO on your own machine")
 
 
 def sha256_of(path: Path) -> str:

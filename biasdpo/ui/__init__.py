@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,12 @@ import gradio as gr
 from gradio.routes import templates
 from jinja2 import ChoiceLoader, DictLoader
 
+from biasdpo import access
+from biasdpo.accounts import Accounts
+from biasdpo.config import ServeConfig
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
-from biasdpo.errors import BiasDPOError
+from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Kind
 from biasdpo.ui.compare import build_compare
@@ -22,7 +24,7 @@ from biasdpo.ui.export import build_export
 from biasdpo.ui.jobs import state_word
 from biasdpo.ui.label import build_label
 from biasdpo.ui.measure import build_measure
-from biasdpo.ui.security import GuardedApp, allowed_hosts
+from biasdpo.ui.security import Callers, GuardedApp, allowed_hosts
 from biasdpo.ui.train import build_train
 from biasdpo.workspace import ASSETS, is_public_space
 
@@ -95,12 +97,18 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
     return demo
 
 
-def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
+def launch_options(config: ServeConfig) -> dict[str, Any]:
     """Arguments of `Blocks.launch` for this page, except the port.
 
-    host    the address to serve on
-    names   further hosts that the app answers to (--allowed-host)
+    Also tells `biasdpo.access` who is calling. ConfigError for a file of --auth that has no owner.
     """
+    accounts = Accounts(Path(config.auth)) if config.auth else None
+    if accounts is not None and not any(user["role"] == "owner" for user in accounts.read().values()):
+        raise ConfigError(
+            f"--auth {config.auth} has no owner, so nobody could train: add one with "
+            f"`python -m biasdpo users add NAME --role owner --file {config.auth}`"
+        )
+    access.set_caller_source(Callers(accounts, config.public))
     theme = gr.themes.Default(
         primary_hue=gr.themes.colors.teal,
         secondary_hue=gr.themes.colors.teal,
@@ -121,8 +129,9 @@ def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
     )
     _add_to_page((ASSETS / "page.js").read_text(encoding="utf-8"))
     return {
-        "_app": GuardedApp(allowed_hosts(host, names)),
-        "server_name": host,
+        "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts)),
+        "server_name": config.address,
+        "auth": accounts.sign_in if accounts else None,
         "theme": theme,
         "css_paths": [ASSETS / "style.css"],
         "footer_links": [],

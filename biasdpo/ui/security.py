@@ -1,4 +1,4 @@
-"""Request checks that run before every route: which hosts the app answers to, and which pages may call it.
+"""Who may use the page: request checks that run before every route (hosts, calling pages), and who is asking.
 
 Every website that a user visits can send requests to a server on 127.0.0.1. DNS rebinding (an attacker's host name that
 resolves to 127.0.0.1) even makes the attacker's page same-origin with it, so the Host header must be a known name. Forms
@@ -15,11 +15,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import gradio as gr
+from gradio.context import LocalContext
 from gradio.routes import App, ORJSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from biasdpo.access import Caller, Role
+from biasdpo.accounts import Accounts
 from biasdpo.errors import ConfigError
 from biasdpo.workspace import is_public_space
 
@@ -29,6 +33,7 @@ _ADDRESS = re.compile(
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _WILDCARDS = {"", "0.0.0.0", "::"}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_CLOSED = ("/monitoring", "/monitoring/summary", "/openapi.json")  # Gradio's pages for developers
 _HUB = "https://huggingface.co"  # a Space's page on the Hub embeds the app in a frame
 
 
@@ -148,6 +153,8 @@ class Guard:
             await send(message)
 
         app = self.app if refusal is None else PlainTextResponse(f"{refusal}\n", status_code=403)
+        if refusal is None and scope["path"].rstrip("/").endswith(_CLOSED):
+            app = PlainTextResponse("Not Found\n", status_code=404)
         await app(scope, receive, send_with_headers)
 
     def refusal(self, scope: Scope) -> str | None:
@@ -204,3 +211,42 @@ class GuardedApp(App):
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the middleware stack of Gradio and Starlette."""
         return Guard(super().build_middleware_stack(), self.hosts)
+
+
+# Who is asking
+
+
+@dataclass(frozen=True)
+class Callers:
+    """Finds out for whom Gradio runs a handler; `biasdpo.access` asks it.
+
+    accounts   of an app started with --auth: a signed-in user has the role of their account
+    public     started with --public: everybody is a visitor
+
+    On a Space, its owner and the members of the organization that owns it are owners once they have signed in with the Hub, and
+    everybody else is a visitor. Otherwise only this machine can reach the app, and who uses it is its owner.
+    """
+
+    accounts: Accounts | None = None
+    public: bool = False
+
+    def __call__(self) -> Caller:
+        request = LocalContext.request.get(None)
+        if request is None:  # the app itself, while the page is built or in a thread of its own
+            return Caller()
+        if self.accounts is not None:
+            name = str(request.username or "")
+            return Caller(self.accounts.role(name), name)
+        if is_public_space():
+            return _space_caller(request)
+        return Caller(Role.visitor) if self.public else Caller()
+
+
+def _space_caller(request: gr.Request) -> Caller:
+    """The visitor of a Space by the session that Gradio's Hub sign-in has signed."""
+    session = request.request.scope.get("session") if request.request is not None else None
+    info = ((session or {}).get("oauth_info") or {}).get("userinfo") or {}
+    name = str(info.get("preferred_username") or "")
+    own = {name, *(str(one.get("preferred_username") or one.get("name")) for one in info.get("orgs") or [])}
+    owner = os.environ.get("SPACE_AUTHOR_NAME", "")
+    return Caller(Role.owner if owner and owner in own else Role.visitor, name)
