@@ -91,8 +91,8 @@ def serve(config: ServeConfig) -> None:
     from biasdpo.jobs import memory
     from biasdpo.ui import build_ui, launch_options
 
-    options = launch_options(config)
     workspace = open_workspace(config.workspace)
+    options = launch_options(config, workspace.root)
     journal.repair(workspace)  # a line that a power loss tore would keep other readers from the journal
     pool = EnginePool(workspace)
     memory.serve_requests(pool, workspace)

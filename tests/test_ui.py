@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 
+from biasdpo import access
 from biasdpo.engines import EngineKey, Startup
 from biasdpo.errors import ConfigError, RefusedError
 from biasdpo.links import GREEDY, PairSettings, from_query
@@ -71,9 +72,9 @@ def test_anyone_can_post_anything():
 def test_on_a_space_only_the_catalog_and_known_adapters(monkeypatch, workspace):
     startup = Startup("smollm2")
     assert startup.key("/etc/passwd.gguf", "none", workspace) == EngineKey("/etc/passwd.gguf", "none")
-    monkeypatch.setenv("SPACE_ID", "someone/biasdpo")
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
     assert startup.key("phi-2", "none", workspace) == EngineKey("phi-2", "none")
-    with pytest.raises(RefusedError, match="turned off on a public Space"):
+    with pytest.raises(RefusedError, match="only for this app"):
         startup.key("/etc/passwd.gguf", "none", workspace)
     for adapter in ("../../etc", "assets", "~/adapter"):
         with pytest.raises(RefusedError):

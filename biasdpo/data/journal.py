@@ -458,7 +458,7 @@ def _opened(path: Path) -> Iterator[tuple[int, bool]]:
     """Open the journal under its lock, with its last line whole; yield the file and whether it had to be repaired."""
     try:
         with locked(path, LOCK_SECONDS):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 if os.fstat(file).st_size == 0:  # not "was it there?": its creator may have been killed before this
                     _sync_folder(path.parent)

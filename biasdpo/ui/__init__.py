@@ -97,9 +97,10 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
     return demo
 
 
-def launch_options(config: ServeConfig) -> dict[str, Any]:
+def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
     """Arguments of `Blocks.launch` for this page, except the port.
 
+    root   the workspace's folder
     Also tells `biasdpo.access` who is calling. ConfigError for a file of --auth that has no owner.
     """
     accounts = Accounts(Path(config.auth)) if config.auth else None
@@ -109,6 +110,12 @@ def launch_options(config: ServeConfig) -> dict[str, Any]:
             f"`python -m biasdpo users add NAME --role owner --file {config.auth}`"
         )
     access.set_caller_source(Callers(accounts, config.public))
+
+    def sign_in(name: str, password: str) -> bool:
+        is_right = accounts is not None and accounts.sign_in(name, password)
+        access.audit(root, "sign in" if is_right else "sign in refused", by=name[:64])
+        return is_right
+
     theme = gr.themes.Default(
         primary_hue=gr.themes.colors.teal,
         secondary_hue=gr.themes.colors.teal,
@@ -131,7 +138,7 @@ def launch_options(config: ServeConfig) -> dict[str, Any]:
     return {
         "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts)),
         "server_name": config.address,
-        "auth": accounts.sign_in if accounts else None,
+        "auth": sign_in if accounts else None,
         "theme": theme,
         "css_paths": [ASSETS / "style.css"],
         "footer_links": [],
