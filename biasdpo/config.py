@@ -618,6 +618,19 @@ class ServeConfig(Settings):
     """Let everybody compare and judge without an account, and nobody do more. Required, or --auth, for an address that other
     machines reach."""
 
+    max_request_mb: int = setting(4, range=(1, 1024), unit="MiB")
+    """Largest request that is no upload."""
+    max_upload_mb: int = setting(200, range=(1, 65536), unit="MiB")
+    """Largest uploaded file."""
+    max_queue: int = setting(200, range=(1, 100_000), unit="requests")
+    """Requests that may wait at a time, of all visitors."""
+    max_queue_per_visitor: int = setting(20, range=(1, 100_000), unit="requests")
+    """Requests that may wait at a time, of one address."""
+    max_sessions: int = setting(2000, range=(10, 1_000_000), unit="pages")
+    """Open pages whose state is kept; then the oldest is forgotten."""
+    max_visits_per_minute: int = setting(120, range=(1, 1_000_000), unit="pages")
+    """Pages that may be opened per minute from one address."""
+
     @model_validator(mode="after")
     def _check_reach(self) -> Self:
         if self.auth and self.public:

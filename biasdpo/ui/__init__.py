@@ -23,6 +23,7 @@ from biasdpo.ui.dataset import build_dataset
 from biasdpo.ui.export import build_export
 from biasdpo.ui.jobs import state_word
 from biasdpo.ui.label import build_label
+from biasdpo.ui.limits import Limits
 from biasdpo.ui.measure import build_measure
 from biasdpo.ui.security import Callers, GuardedApp, allowed_hosts
 from biasdpo.ui.train import build_train
@@ -136,13 +137,15 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
     )
     _add_to_page((ASSETS / "page.js").read_text(encoding="utf-8"))
     return {
-        "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts)),
+        "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts), Limits(config)),
         "server_name": config.address,
         "auth": sign_in if accounts else None,
         "theme": theme,
         "css_paths": [ASSETS / "style.css"],
         "footer_links": [],
         "run_history": False,
+        "max_file_size": config.max_upload_mb * 2**20,
+        "state_session_capacity": config.max_sessions,
         "ssr_mode": False,
         "pwa": False,
         "share": False,

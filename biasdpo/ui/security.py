@@ -12,6 +12,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from biasdpo.access import Caller, Role
 from biasdpo.accounts import Accounts
 from biasdpo.errors import ConfigError
+from biasdpo.ui.limits import Limits
 from biasdpo.workspace import is_public_space
 
 _ADDRESS = re.compile(
@@ -124,9 +126,10 @@ def _added_address(text: str) -> Address:
 class Guard:
     """ASGI middleware that refuses cross-site requests with 403 and adds security headers to every response."""
 
-    def __init__(self, app: ASGIApp, hosts: AllowedHosts) -> None:
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts, limits: Limits) -> None:
         self.app = app
         self.hosts = hosts
+        self.limits = limits
         frames = f"'self' {_HUB}" if is_public_space() else "'self'"
         self.headers = {
             "Content-Security-Policy": f"frame-ancestors {frames}",
@@ -152,10 +155,12 @@ class Guard:
                 MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
-        app = self.app if refusal is None else PlainTextResponse(f"{refusal}\n", status_code=403)
-        if refusal is None and scope["path"].rstrip("/").endswith(_CLOSED):
-            app = PlainTextResponse("Not Found\n", status_code=404)
-        await app(scope, receive, send_with_headers)
+        answer = (403, refusal) if refusal is not None else self.limits.refusal(scope)
+        if answer is None and scope["path"].rstrip("/").endswith(_CLOSED):
+            answer = (404, "Not Found")
+        app = self.app if answer is None else PlainTextResponse(f"{answer[1]}\n", status_code=answer[0])
+        with self.limits.listens(scope) or nullcontext():
+            await app(scope, receive, send_with_headers)
 
     def refusal(self, scope: Scope) -> str | None:
         """One-line reason to refuse a request; None if it may pass."""
@@ -204,13 +209,14 @@ class GuardedApp(App):
     Wrapping the whole stack is the only way to run first.
     """
 
-    def __init__(self, hosts: AllowedHosts) -> None:
+    def __init__(self, hosts: AllowedHosts, limits: Limits) -> None:
         self.hosts = hosts
+        self.limits = limits
         super().__init__(default_response_class=ORJSONResponse)  # as in App.create_app
 
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the middleware stack of Gradio and Starlette."""
-        return Guard(super().build_middleware_stack(), self.hosts)
+        return Guard(super().build_middleware_stack(), self.hosts, self.limits)
 
 
 # Who is asking
