@@ -39,13 +39,10 @@ class Limits:
         length = Headers(scope=scope).get("content-length", "")
         if not length.isdigit():  # of unknown length: browsers always say it
             return 411, "Send the length of the body (Content-Length)"
-        upload = scope["path"].rstrip("/").endswith("/upload")
-        most = self.config.max_upload_mb if upload else self.config.max_request_mb
+        name = "upload" if scope["path"].rstrip("/").endswith("/upload") else "request"
+        most = self.config.max_upload_mb if name == "upload" else self.config.max_request_mb
         if int(length) > most * 2**20:
-            return (
-                413,
-                f"{int(length) / 2**20:.1f} MiB is too large: at most {most} MiB; send less (--max-{'upload' if upload else 'request'}-mb)",
-            )
+            return 413, f"This {name} has {int(length) / 2**20:.1f} MiB, at most {most} are allowed: send less (--max-{name}-mb)"
         return None
 
     def listens(self, scope: Scope) -> _Listening | None:
