@@ -704,7 +704,7 @@ class LabelSessions:
         self._sessions: dict[str, LabelSession] = {}  # in order of last use
 
     def of(self, page: str | None) -> LabelSession:
-        """The page's session; RefusedError without a page. Long unused ones are dropped, first those in which nobody has judged."""
+        """The page's session; RefusedError without a page. Long unused ones are dropped, first those without a verdict."""
         if not page:
             raise RefusedError("A request to label needs a session_hash, as the page sends it: add one")
         now = time.monotonic()
