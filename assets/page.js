@@ -22,11 +22,11 @@
   const isTimer = (callback) => /performance\.now\(\)-.{1,9}\)\/1e3/.test(String(callback));
   window.requestAnimationFrame = (callback) => (isTimer(callback) && !document.querySelector(".progress-text") ? 0 : nextFrame(callback));
 
-  // Gradio 6.31 gives the check boxes of its tables no name.
+  // Gradio 6.31 gives the check boxes of its tables no name, and puts each into an element with the role of a button.
   const nameBoxes = () => {
-    for (const box of document.querySelectorAll(".select-all-checkbox:not([aria-label])")) box.setAttribute("aria-label", "Select all rows");
-    for (const box of document.querySelectorAll("table input[type=checkbox]:not([aria-label]), [role=grid] input[type=checkbox]:not([aria-label])")) {
-      box.setAttribute("aria-label", "Select this row");
+    for (const cell of document.querySelectorAll(":is(.select-all-checkbox, .bool-cell)[role]")) {
+      for (const name of ["role", "tabindex"]) cell.removeAttribute(name);
+      cell.querySelector("input")?.setAttribute("aria-label", cell.matches(".bool-cell") ? "Select this row" : "Select all rows");
     }
   };
   document.addEventListener("DOMContentLoaded", () => new MutationObserver(nameBoxes).observe(document.body, { childList: true, subtree: true }));
@@ -45,9 +45,10 @@
   };
 
   // Compare: Ctrl+Enter generates (in the follow-up field: asks both), Esc stops.
+  const visible = (id) => [document.getElementById(id)].find((element) => element?.offsetParent);
   const press = (id) => {
-    const button = document.getElementById(id);
-    if (!button || button.disabled || button.offsetParent === null) return false;
+    const button = visible(id);
+    if (!button || button.disabled) return false;
     button.click();
     return true;
   };
@@ -60,13 +61,7 @@
     } else if (event.key === "Escape" && !document.querySelector("[role=listbox]")) press("stop");
   }, true);
 
-  // (end of Compare)
-
   // Label: keys (Gradio has no shortcuts)
-  const visible = (id) => {
-    const element = document.getElementById(id);
-    return element && element.offsetParent !== null ? element : null;
-  };
   const LABEL_KEYS = {
     1: "answer-left", ArrowLeft: "answer-left", 2: "answer-right", ArrowRight: "answer-right", 3: "answer-tie", ArrowDown: "answer-tie",
     4: "answer-both-biased", ArrowUp: "answer-both-biased", 5: "answer-both-unusable", s: "answer-skip", u: "undo", e: "editing",
@@ -85,6 +80,4 @@
     event.preventDefault();
     (element.querySelector("input") ?? element).click();
   });
-
-  // (end of Label)
 })();

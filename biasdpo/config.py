@@ -559,13 +559,13 @@ class ExportConfig(Settings):
     """Base model. Default: the one that the adapter names."""
     quantization: Literal["", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0", "keep"] = setting("")
     """Quantization of a merged file. keep: as in the base GGUF. Default: Q8_0."""
-    proof: ProofDepth = setting("full")
+    proof: ProofDepth = setting("full", label="Verification")
     """Comparison with the original. full: tokens, probabilities and held-out pairs; quick: a fifth of the texts, no pairs;
     none: recorded as not verified."""
     source: ExportSource = setting("auto", group="Advanced", when={"format": _is_merged})
     """Source of a merged file: the Hugging Face folder (hf) or the base GGUF. auto: the first one present."""
     pairs: int = setting(64, range=(0, 10**9), label="Held-out pairs", unit="pairs", group="Advanced", when={"proof": _is_full})
-    """Held-out pairs scored before and after the export, by the full proof. 0: none."""
+    """Held-out pairs scored before and after the export, by the full verification. 0: none."""
     threads: int | None = setting(None, range=(1, 1024), label="CPU threads", group="Advanced")
     """CPU threads. Default: all cores."""
 

@@ -677,7 +677,7 @@ class LabelSession:
     def undo(self, *, revealed: bool) -> Judged:
         """Withdraw the latest judgment and show its pair again. `revealed`: its sides were revealed after the verdict."""
         if not self.judged:
-            raise ConfigError("There is no verdict to undo on this page: withdraw earlier ones under “My judgments”")
+            raise ConfigError("There is no verdict to undo on this page: withdraw earlier ones under “My verdicts”")
         last = self.judged[-1]
         journal.undo(self._reader.workspace, last.judgment.id, last.judgment.pair_id, last.judgment.annotator)
         self.judged.pop()
@@ -688,9 +688,9 @@ class LabelSession:
         """Withdraw one of this browser's own judgments, made on this page or before."""
         row = next((row for row in self._reader.standing() if row["id"] == judgment_id), None)
         if row is None:
-            raise ConfigError("No judgment is selected: select one in the table")
+            raise ConfigError("No verdict is selected: select one in the table")
         if not self._reader.is_own(row, browser, annotator):
-            raise RefusedError("Only judgments of this browser can be withdrawn here: use the browser that made it")
+            raise RefusedError("Only verdicts of this browser can be withdrawn here: use the browser that made it")
         journal.undo(self._reader.workspace, row["id"], row["pair_id"], row["annotator"], row["source"])
         self.judged = [judged for judged in self.judged if judged.judgment.id != judgment_id]
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
+
 from biasdpo.config import EvaluationConfig
 from biasdpo.engines import Engine
 from biasdpo.errors import PromptError
-from biasdpo.jobs.job import Job
+from biasdpo.jobs.job import Job, JobFolder, read_job
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Likelihood, Side
 from tests.lora_factory import write_lora
+from tests.run_line import TIMEOUT_SECONDS, wait_for
 
 
 class FakeBackend:
@@ -76,9 +80,23 @@ def write_files(folder: Path, files: dict[str, Any]) -> Path:
     return folder
 
 
-def under_way(evaluation: Job) -> bool:
-    """Scoring, with something scored; or ended already."""
-    return not evaluation.is_active or any(0 < one.done < one.total for one in evaluation.status.progress)
+def stop_midway(folder: JobFolder) -> Job:
+    """The job, stopped by SIGSTOP where something but not everything is scored.
+
+    Its worker runs 20 ms at a time, so that it can't finish between two looks, however busy the machine is.
+    """
+    job = wait_for(folder, lambda job: "biasdpo.jobs.worker" in psutil.Process(job.status.pid).cmdline())
+    worker, end = psutil.Process(job.status.pid), time.monotonic() + TIMEOUT_SECONDS
+    while not any(0 < one.done < one.total for one in job.status.progress):
+        assert job.is_active, f"{job.status}; {folder.log_tail(30)}"
+        assert time.monotonic() < end, f"still {job.status} after {TIMEOUT_SECONDS} s"
+        worker.resume()
+        time.sleep(0.02)
+        worker.suspend()
+        if job.status.phase == "scoring":
+            time.sleep(0.3)  # for the clock to reach the next status: the worker limits how often it writes one
+        job = read_job(folder)
+    return job
 
 
 def request(model: Path, adapter: Path | str, data_dir: Path, **changes: Any) -> EvaluationConfig:

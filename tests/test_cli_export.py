@@ -32,7 +32,7 @@ def test_without_a_proof_the_file_is_not_verified(tiny_llama_gguf, tiny_llama_ad
     out = tmp_path / "lora.gguf"
     arguments = ("export", "--adapter", tiny_llama_adapter, "--model", tiny_llama_gguf, "--format", "lora", "--out", out)
     done = run(*arguments, "--proof", "none", "--workspace", tmp_path / "w")
-    assert done.stdout.splitlines()[1] == "Not verified: no proof was requested"
+    assert done.stdout.splitlines()[1] == "Not verified: no verification was requested"
     assert json.loads((tmp_path / "lora.gguf.json").read_text())["proof"]["verdict"] == "not verified"
 
 

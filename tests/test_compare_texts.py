@@ -25,8 +25,8 @@ def adapter(folder: Path) -> AdapterSpec:
 
 
 def details(folder: Path) -> str:
-    metrics = {"reward_accuracy": {"before": 0.5, "after": 0.97}, EVIL: 3, "odd": "text", "worse": {"deep": 1}, "flag": True}
-    (folder / "provenance.json").write_text(json.dumps({"metrics": metrics}))
+    metrics = {"reward_accuracy": 0.97, "pairs": 200, EVIL: 3, "odd": EVIL, "worse": {"deep": 1}}
+    (folder / "provenance.json").write_text(json.dumps({"metrics": {"held_out": metrics}}))
     backend = SimpleNamespace(name=EVIL, device=EVIL, proof=Proof(0.0, 0.0, 1.0, 0.5))
     engine: Any = SimpleNamespace(spec=replace(catalog()["phi-2"], title=EVIL), adapter=adapter(folder), backend=backend)
     return compare._details(engine, EVIL)
@@ -56,11 +56,10 @@ def test_what_others_wrote_is_text(view, tmp_path):
     assert "<h1" not in html
 
 
-def test_measurements_of_any_adapter_are_shown_whatever_keys_they_have(tmp_path):
+def test_a_record_is_one_sentence_and_a_damaged_one_is_left_out(tmp_path):
     assert compare._measured(adapter(tmp_path)) == ""
-    table = details(tmp_path)
-    assert table.count("\n| ") == 3  # the heading, reward accuracy, the evil one
-    assert "| Reward accuracy | 0.5 | 0.97 |" in table
-    for damaged in ("{", "[]", '{"metrics": 5}', '{"metrics": {"held_out": [1]}}'):
+    assert "Reward accuracy 0.97 [0.94, 0.99] on 200 held-out pairs" in details(tmp_path)
+    accuracy = '{"reward_accuracy": 97, "pairs": 200}'
+    for damaged in ("{", "[]", '{"metrics": 5}', '{"metrics": {"held_out": [1]}}', f'{{"metrics": {{"held_out": {accuracy}}}}}'):
         (tmp_path / "provenance.json").write_text(damaged)
         assert compare._measured(adapter(tmp_path)) == ""

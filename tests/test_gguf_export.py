@@ -82,9 +82,9 @@ def test_the_card_says_what_the_file_is_and_how_it_was_verified():
     ):  # fmt: skip
         assert words in card, words
     assert "/w/" not in card
-    unproven = replace(proof, depth="none", equality=None, skipped="no proof was requested")
+    unproven = replace(proof, depth="none", equality=None, skipped="no verification was requested")
     card = export.card(record_of("smollm2", format="lora", base_gguf="/w/base.gguf", proof=unproven.to_json()))
-    assert "Not verified: no proof was requested" in card
+    assert "Not verified: no verification was requested" in card
     assert "base_model_relation: adapter\n" in card
     assert "llama-server -m base.gguf --lora my.gguf" in card
 

@@ -102,9 +102,9 @@ def test_a_quick_proof_of_a_plain_conversion_and_none(phi: Tiny, workspace: Work
     proof = prove(phi[0].gguf_path, None, phi[0], None, workspace, depth="quick", pairs=PAIRS, threads=1)
     assert (proof.verdict, proof.survival, proof.warnings, proof.equality.adapter_kl) == ("equal", None, (), None)
     assert (proof.equality.texts, proof.tokenizer.strings) == (4, 410)
-    assert "(quick proof)" in proof.sentence()
+    assert "(quick verification)" in proof.sentence()
     none = prove(phi[0].gguf_path, None, phi[0], None, workspace, depth="none")
-    assert (none.verdict, none.passed, none.sentence()) == ("not verified", None, "Not verified: no proof was requested")
+    assert (none.verdict, none.passed, none.sentence()) == ("not verified", None, "Not verified: no verification was requested")
     assert ExportProof.from_json(json.loads(json.dumps(none.to_json()))) == none
 
 

@@ -65,6 +65,9 @@ def test_a_group_of_fewer_than_ten_items_has_values_but_no_interval_and_no_verdi
         shown = (row.base_ci, row.tuned_ci, row.ci, row.p_holm, row.verdict or None)
         assert all(value is None for value in shown) if row.n < 10 else None not in shown
         assert row.base is not None
+    base, tuned = charts.groups(rows).data
+    assert [error is None for error in base.error_x.array] == [row.n < 10 for row in rows]
+    assert tuned.y[0] > base.y[0]  # below each other, so that neither hides the other
 
 
 def test_the_scored_pairs_are_named(workspace, smollm2, tmp_path):
@@ -119,7 +122,9 @@ def test_every_benchmark_has_a_title():
 
 def test_a_metric_with_an_ideal_shows_what_its_verdict_is_about():
     _headers, rows = report.text_table([("strong", result(120, n_failed=3))])
-    cells = next(row for row in rows if row[0] == "CrowS-Pairs: Stereotype preferred (%) →50")
+    cells = next(row for row in rows if row[0] == "CrowS-Pairs: Stereotype preferred (%), 50 is ideal")
     assert cells[3].startswith("78.3 [")
     assert cells[4].startswith("30.8 [")
     assert cells[2].endswith("; distance from 50: 28.3 → 19.2")
+    accuracy = next(row for row in rows if row[0] == "Preference pairs: Reward accuracy, ↑\u00a0is\u00a0better")
+    assert accuracy[2].endswith("; without a change: 0.5")  # it has no base to subtract

@@ -181,9 +181,9 @@ def test_counts_are_of_what_stands_without_hidden_repeats(workspace: Workspace) 
     store(workspace, [replace(judgment, created_at=f"2026-11-{24 + i % 2}T22:15") for i, judgment in enumerate(judgments)])
     assert counts(standing(workspace)) == {
         "Pairs by category": {"gender": 2, "(none)": 1},
-        "Judgments by verdict": {"preferred": 3, "both biased": 1},
+        "Rows by verdict": {"preferred": 3, "both biased": 1},
         "Length of chosen against rejected": {"under half": 1, "shorter": 0, "about the same": 1, "longer": 0, "over twice": 1},
-        "Judgments per day": {"2026-11-24": 2, "2026-11-25": 2},
+        "Rows per day": {"2026-11-24": 2, "2026-11-25": 2},
     }
 
 

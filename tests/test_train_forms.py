@@ -16,9 +16,10 @@ from biasdpo.config import TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.splits import SEED_PAIRS, WORKSPACE
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
-from biasdpo.errors import ConfigError, RunError
+from biasdpo.errors import ConfigError
 from biasdpo.jobs.estimate import Estimate
 from biasdpo.ui import train
+from biasdpo.ui.jobs import run_estimate
 from biasdpo.ui.train import SETTINGS
 from biasdpo.workspace import Workspace
 
@@ -156,33 +157,20 @@ def test_an_estimate_in_words():
     assert "Needs \\<9 GB" in train.estimate_line(estimate(fits=False, refusal="Needs <9 GB")).replace("&lt;", "\\<")
 
 
-def test_an_estimate_ends_when_nobody_waits_for_it_any_more(tmp_path, monkeypatch):
-    """Gradio closes the generator when the page is closed."""
+def test_an_estimate_ends_when_nobody_waits_for_it_any_more():
+    """Gradio closes the generator when the page is closed or the estimate is canceled."""
     ended = threading.Event()
 
-    def estimating(_config: TrainConfig, _workspace: Workspace, *, cancelled: Callable[[], bool]) -> None:
+    def estimating(_config: object, *, cancelled: Callable[[], bool]) -> None:
         while not cancelled():
             time.sleep(0.01)
         ended.set()
-        raise RunError("The estimate was cancelled: ask for it again")
 
-    monkeypatch.setattr(train, "estimate_training", estimating)
-    going = train.measure(CONFIG, Workspace(tmp_path), threading.Event())
-    assert "measuring" in next(going)
+    going = run_estimate("{:.0f} s".format, estimating, CONFIG)
+    assert next(going) == "1 s"
     with ThreadPoolExecutor(1) as executor:
         executor.submit(going.close).result(timeout=10)
     assert ended.is_set()
-    cancelled = threading.Event()
-    going = train.measure(CONFIG, Workspace(tmp_path), cancelled)
-    next(going)
-    cancelled.set()
-    assert list(going)[-1] == "Cancelled."
-
-    def failing(*_given: object, **_more: object) -> None:
-        raise RunError("It can't fit: lower max_length")
-
-    monkeypatch.setattr(train, "estimate_training", failing)
-    assert "It can't fit" in list(train.measure(CONFIG, Workspace(tmp_path), threading.Event()))[-1]
 
 
 def test_a_gone_file_is_replaced_by_the_runs_copy(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Job
 from biasdpo.jobs.outcome import accuracy_text, held_out_metrics, outcome, pack_run, pairs_needed, run_table
-from biasdpo.ui import train
+from biasdpo.ui import charts, train
 from biasdpo.ui.charts import moving_mean, points, thinned, training_chart
 from biasdpo.workspace import Workspace, read_json, write_json
 from tests.run_folders import metrics, probe, write_run
@@ -167,6 +167,18 @@ def test_a_long_curve_is_thinned_to_means_and_keeps_its_ends():
     assert thinned(curve[:50]) == curve[:50]
 
 
+@pytest.mark.parametrize("color", [charts.BASE, *charts.SERIES])
+@pytest.mark.parametrize("background", ["#ffffff", "#1e293b"])  # of the page's blocks, light and dark
+def test_curves_have_contrast_on_light_and_dark(color, background):
+    def luminance(color: str) -> float:  # WCAG 2
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted(map(luminance, (color, background)))
+    assert (light + 0.05) / (dark + 0.05) >= 3
+
+
 def test_a_runs_charts_have_training_held_out_interval_and_baseline():
     rows = metrics(40, 40, 1e-4)
     accuracy = training_chart("accuracy", {"a": rows}, pairs=26, longer=0.615)
@@ -175,7 +187,9 @@ def test_a_runs_charts_have_training_held_out_interval_and_baseline():
     assert list(held_out.x) == [10, 20, 30, 40]
     assert held_out.y[3] - held_out.error_y.arrayminus[3] == pytest.approx(0.70, abs=0.01)  # Wilson, 0.88 of 26: 0.70 to 0.96
     assert held_out.y[3] + held_out.error_y.array[3] == pytest.approx(0.96, abs=0.01)
-    assert accuracy.layout.shapes[0].y0 == 0.615
+    line = accuracy.layout.shapes[0]
+    assert (line.y0, line.showlegend, line.name) == (0.615, True, "always choosing the longer completion")
+    assert (accuracy.layout.xaxis.title.text, accuracy.layout.yaxis.title.text) == ("Step", "Share of pairs")
     assert [curve.name for curve in training_chart("loss", {"a": rows[:3]}).data] == ["training"]  # three points have no mean
     assert training_chart("kl", {"a": rows}) is None
     both = training_chart("margin", {"a": rows, "b": rows})

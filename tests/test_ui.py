@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -18,7 +19,7 @@ from biasdpo.engines import EngineKey, Startup
 from biasdpo.errors import ConfigError, RefusedError
 from biasdpo.links import GREEDY, PairSettings, from_query
 from biasdpo.records import Sampling
-from biasdpo.ui.components import escape
+from biasdpo.ui.components import escape, local_time
 from biasdpo.workspace import Workspace
 from tests.app_process import ROOT
 
@@ -106,6 +107,13 @@ def test_somebodys_text_in_markdown_is_shown_as_it_is(text):
     parser = Tags()
     parser.feed(MarkdownIt("commonmark", {"html": True}).enable("table").render(escape(text)))
     assert (parser.tags, parser.text.strip()) == (["p"], text)
+
+
+def test_a_time_is_unambiguous(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    assert local_time("2026-11-30T09:05:59+00:00") == "2026-11-30 09:05"
+    assert local_time("yesterday") == ""
 
 
 def run_app(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:

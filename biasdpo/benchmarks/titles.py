@@ -90,6 +90,7 @@ def headline(benchmark: str, metrics: list[str]) -> str:
     return wanted if wanted in metrics else next(iter(metrics), "")
 
 
-def better_symbol(better: str) -> str:
-    """Which direction of a metric is good: "↑", "↓", "→50", "="."""
-    return {"higher": "↑", "lower": "↓", "unchanged": "=", "": ""}.get(better, better.replace("nearer ", "→"))
+def better_words(better: str) -> str:
+    """Which values of a metric are good: "↑ is better", "50 is ideal"; "" where nothing is compared."""
+    known = {"higher": "↑\u00a0is\u00a0better", "lower": "↓\u00a0is\u00a0better", "unchanged": "no change is ideal", "": ""}
+    return known.get(better, better.replace("nearer ", "") + " is ideal")

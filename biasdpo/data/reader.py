@@ -98,7 +98,8 @@ class DatasetReader:
         """Where a judgment comes from, what it was before each edit, and what became of it: by title, in one line each."""
         meta = row["meta"]
         seconds = f"in {meta['seconds']:.1f} s" if meta["seconds"] else ""
-        facts = {"Judged": ", ".join(filter(None, (_minute(row), row["annotator"], seconds)))}
+        facts = {"Verdict": row["verdict"].replace("_", " ")}
+        facts["Judged"] = ", ".join(filter(None, (_minute(row), row["annotator"], seconds)))
         if retraction is not None:
             by = f" by {retraction['annotator']}" if retraction["annotator"] else ""
             facts["Edited since" if replacement(retraction) else "Withdrawn"] = _minute(retraction) + by
@@ -115,7 +116,7 @@ class DatasetReader:
             name.capitalize(): meta[name] for name in ("model", "adapter", "backend", "sampling")
         }
         facts |= {"Left side": meta["left_side"], "Chosen side": meta["chosen_side"], "Hidden repeat of": row["repeat_of"]}
-        facts |= {"Judgment": row["id"], "Pair": row["pair_id"]}
+        facts |= {"Row": row["id"], "Pair": row["pair_id"]}
         return {name: " ".join(text.split()) for name, text in facts.items() if text}
 
     def bad_lines(self) -> int:

@@ -114,9 +114,9 @@ def counts(standing: Iterable[Row]) -> dict[str, dict[str, int]]:
     classes = np.bincount(np.searchsorted([*_LENGTHS.values()], ratios), minlength=len(_LENGTHS)).tolist()
     return {
         "Pairs by category": dict(Counter(row["category"] or "(none)" for row in preferred).most_common()),
-        "Judgments by verdict": dict(Counter(row["verdict"].replace("_", " ") for row in rows).most_common()),
+        "Rows by verdict": dict(Counter(row["verdict"].replace("_", " ") for row in rows).most_common()),
         "Length of chosen against rejected": dict(zip(_LENGTHS, classes, strict=True)) if preferred else {},
-        "Judgments per day": dict(sorted(Counter(row["created_at"][:10] for row in rows).items())),
+        "Rows per day": dict(sorted(Counter(row["created_at"][:10] for row in rows).items())),
     }
 
 

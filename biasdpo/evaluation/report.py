@@ -13,7 +13,7 @@ from typing import Any
 
 from biasdpo import models
 from biasdpo.access import require_owner
-from biasdpo.benchmarks.titles import benchmark_title, better_symbol, metric_title
+from biasdpo.benchmarks.titles import benchmark_title, better_words, metric_title
 from biasdpo.errors import EvaluationError
 from biasdpo.evaluation.results import (
     PERPLEXITY,
@@ -100,10 +100,8 @@ def figure(value: float | None, ci: Ci | None = None, *, signed: bool = False) -
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """Caveats about the figures. Benchmarks with the same caveat share one note."""
+    """Caveats about the figures: what was not scored, then by benchmark. Those with the same caveat share one note."""
     found = [f"{benchmark_title(name)} was not scored: {why}" for name, why in result.get("missing", {}).items()]
-    if pairs := result["provenance"].get("pairs_source"):
-        found.append(f"Preference pairs scored: {pairs}.")
     shared: dict[str, list[str]] = {}
     for name, one in result["benchmarks"].items():
         for text in _remarks(one):
@@ -125,7 +123,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
 
 # Tables of text, for the page
 
-_HEADERS = ("Verdict", "Change", "Base", "Tuned", "p (Holm)", "Items")
+_HEADERS = ("Verdict", "Change (tuned − base)", "Base", "Tuned", "p", "Items")
 _SYMBOLS = {"less biased": "▲", "better": "▲", "no clear difference": "○", "worse": "▼"}
 
 
@@ -143,16 +141,20 @@ def text_of_groups(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]
 
 
 def _named(row: TableRow | ComparedRow) -> str:
-    return f"{benchmark_title(row.benchmark)}: {metric_title(row.metric)} {better_symbol(row.better)}".rstrip()
+    return f"{benchmark_title(row.benchmark)}: {metric_title(row.metric)}, {better_words(row.better)}".removesuffix(", ")
 
 
 def _texts(row: TableRow) -> list[str]:
     """A row's cells under _HEADERS."""
-    p = "" if row.p_holm is None else "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
+    p = "" if row.p_holm is None else "<\u00a00.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
     change = figure(row.difference, row.ci, signed=row.no_change == 0)
+    if row.no_change and row.difference is not None:
+        change += f"; without a change: {row.no_change:g}"
     if row.better.startswith("nearer ") and row.base is not None and row.tuned is not None:  # verdict and p are of the distance
         ideal = float(row.better.removeprefix("nearer "))
-        change += f"; distance from {ideal:g}: {figure(abs(row.base - ideal))} → {figure(abs(row.tuned - ideal))}"
+        base, tuned = abs(row.base - ideal), abs(row.tuned - ideal)
+        decimals = len(figure(max(base, tuned)).partition(".")[2])
+        change += f"; distance from {ideal:g}: {base:.{decimals}f} → {tuned:.{decimals}f}"
     return [_decided(row), change, figure(row.base, row.base_ci), figure(row.tuned, row.tuned_ci), p, f"{row.n:,}"]
 
 
@@ -200,7 +202,7 @@ def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
     yield from _curves(result)
     if command:
         yield from ("## Reproduce", "", "```", shown_command(list(command)[3:]), "```", "")
-    yield "Each row: base → tuned on the same items, 95 % bootstrap intervals, and the p-value of a paired randomization test,"
+    yield "Each row: base → tuned on the same items, 95% bootstrap intervals, and the p-value of a paired randomization test,"
     yield "Holm-corrected over the table. An improvement must survive the correction; a clear change for the worse need not."
 
 
@@ -212,6 +214,7 @@ def _facts(provenance: Mapping[str, Any]) -> Iterator[str]:
         "Strength": ", ".join(f"{s:g}" for s in provenance.get("strengths") or [provenance.get("strength", 1.0)]),
         "Backend": plain(provenance.get("backend", "")),
         "Items": f"at most {limit:,} of each benchmark, drawn by the seed" if limit else "all",
+        "Preference pairs": plain(provenance.get("pairs_source") or "not scored"),
         "Seed": provenance.get("seed", ""),
         "Code": f"BiasDPO {provenance.get('code_version', '')}",
         "Report": datetime.now(UTC).date().isoformat(),

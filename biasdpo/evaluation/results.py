@@ -195,7 +195,7 @@ class TableRow:
 
     group        "" for overall
     n, n_failed  items scored, and items that could not be (counted overall)
-    base_ci      95 % interval
+    base_ci      95% interval
     difference   tuned - base; for a metric of both sides: its value
     no_change    value of `difference` if the adapter changes nothing
     p_holm       corrected over the table: the overall rows, or the benchmark's groups
@@ -351,7 +351,7 @@ PERPLEXITY = ("utility", "perplexity")
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One strength. `perplexity` of neutral text, None if utility was not evaluated; intervals are 95 %."""
+    """One strength. `perplexity` of neutral text, None if utility was not evaluated; intervals are 95%."""
 
     strength: float
     value: float

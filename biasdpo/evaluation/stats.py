@@ -1,6 +1,6 @@
 """Bootstrap intervals, paired randomization tests, and verdicts over items; pure functions of arrays.
 
-interval   95 % percentile bootstrap over items (Efron and Tibshirani, 1993, chapter 13), seeded; both sides of an item are
+interval   95% percentile bootstrap over items (Efron and Tibshirani, 1993, chapter 13), seeded; both sides of an item are
            resampled together
 p-value    paired approximate randomization test of "both sides are the same" (Noreen, 1989): each item's sides swap with
            probability 1/2; p = (1 + resamples at least as far from the null as observed) / (1 + RESAMPLES)
@@ -63,7 +63,7 @@ def ratio(part: Array, whole: Array, *, undefined: float = np.nan) -> Array:
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric's value over all items and its 95 % interval."""
+    """A metric's value over all items and its 95% interval."""
 
     value: float
     low: float

@@ -185,7 +185,7 @@ def export(
         on_progress=lambda share, phase: on_progress(writing + (0.99 - writing) * share, phase),
     )
     if proof.passed is False:
-        raise UnprovenError(f"{config.out.name} was deleted, since its proof failed: {'; '.join(proof.failures)}", proof)
+        raise UnprovenError(f"{config.out.name} was deleted, since its verification failed: {'; '.join(proof.failures)}", proof)
     proven = time.monotonic()
     on_progress(0.99, "renaming and recording it")
     record = ExportRecord(
@@ -333,7 +333,7 @@ def card(record: ExportRecord) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {record.out.name}",
         f"{f'The LoRA adapter {adapter} for {plain(record.model_title)}' if is_lora else what}, as a GGUF file.",
-        f"## Proof\n\n{plain(proof.sentence())}.",
+        f"## Verification\n\n{plain(proof.sentence())}.",
         "\n".join(f"- {plain(warning)}" for warning in proof.warnings),
         f"## Usage\n\n```\n{llama_server(record, folders=False)}\n```",
         f"## Provenance\n\nWritten {record.created_at} by BiasDPO {record.code_version}. SHA-256: `{record.sha256}`. Parents:",

@@ -140,7 +140,7 @@ class ExportProof:
         if self.verdict == "not verified":
             return "; ".join([f"Not verified: {self.skipped}", *parts])
         verdict = "Equal to the original, up to rounding" if self.passed else f"{self.quantization}, compared with the original"
-        return f"{verdict}{' (quick proof)' if self.depth == 'quick' else ''}: {'; '.join(parts)}"
+        return f"{verdict}{' (quick verification)' if self.depth == 'quick' else ''}: {'; '.join(parts)}"
 
     def rows(self) -> list[list[str]]:
         """Each measurement, what was found, and what is required."""
@@ -203,20 +203,20 @@ def prove(
     quantization = _quantization(header)
     proof = ExportProof(quantization, quantization == "F32", depth)
     if depth == "none":
-        return replace(proof, skipped="no proof was requested")
+        return replace(proof, skipped="no verification was requested")
     step, measured = (1, pairs) if depth == "full" else (QUICK, None)
-    on_progress(0.0, "proof: opening the file in llama.cpp")
+    on_progress(0.0, "verification: opening the file in llama.cpp")
     with closing(open_llamacpp(gguf, spec.template, lora, CONTEXT_LENGTH, threads=threads, kv_cache="f32")) as exported:
-        on_progress(0.05, "proof: preparing the model for transformers")
+        on_progress(0.05, "verification: preparing the model for transformers")
         try:
             folder = hf_copy(spec, workspace)
         except (ModelError, WorkspaceError) as exc:
             return replace(proof, skipped=str(exc), seconds=time.monotonic() - started)
-        on_progress(0.1, "proof: comparing the tokenizers")
+        on_progress(0.1, "verification: comparing the tokenizers")
         tokens = compare_tokenizers(exported, load_tokenizer(folder), spec.template, step)
         proof = replace(proof, tokenizer=tokens, skipped=_lacking_memory(parameters))
         if not proof.skipped and not tokens.different:
-            on_progress(0.15, "proof: opening the model in transformers")
+            on_progress(0.15, "verification: opening the model in transformers")
             peft = None if adapter is None else adapter.folder
             side: Side = "base" if lora is None else "tuned"
             middle = 0.5 if adapter is not None and measured else 1.0
@@ -232,7 +232,7 @@ def prove(
 
 
 def _counter(on_progress: Progress, begin: float, end: float, what: str) -> Count:
-    return lambda done, total: on_progress(begin + (end - begin) * done / total, f"proof: {what} {done + 1} of {total}")
+    return lambda done, total: on_progress(begin + (end - begin) * done / total, f"verification: {what} {done + 1} of {total}")
 
 
 def _quantization(header: Header) -> str:

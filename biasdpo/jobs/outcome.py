@@ -23,8 +23,13 @@ _HARDLY, _SOMEWHAT = 0.02, 0.2
 
 def held_out_metrics(job: Job) -> dict[str, Any]:
     """The final metrics on the held-out pairs; {} while there are none."""
+    return recorded_metrics(job.folder.adapter)
+
+
+def recorded_metrics(adapter: Path) -> dict[str, Any]:
+    """The metrics on the held-out pairs in an adapter's record; {} without them."""
     with suppress(WorkspaceError, AttributeError):
-        found = read_json(job.folder.adapter / "provenance.json").get("metrics", {}).get("held_out")
+        found = read_json(adapter / "provenance.json").get("metrics", {}).get("held_out")
         return {name: value for name, value in (found or {}).items() if isinstance(value, int | float)}
     return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from gradio.routes import templates
 from jinja2 import ChoiceLoader, DictLoader
 
 from biasdpo import access
+from biasdpo.access import is_owner
 from biasdpo.accounts import Accounts
 from biasdpo.config import ServeConfig
 from biasdpo.data.reader import DatasetReader
@@ -27,7 +29,7 @@ from biasdpo.ui.limits import Limits
 from biasdpo.ui.measure import build_measure
 from biasdpo.ui.security import Callers, GuardedApp, allowed_hosts
 from biasdpo.ui.train import build_train
-from biasdpo.workspace import ASSETS, is_public_space
+from biasdpo.workspace import ASSETS
 
 # Fonts of the visitor's own system: a web font would ask another host.
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
@@ -36,11 +38,11 @@ _MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sa
 _TITLE = """# BiasDPO
 See a language model's bias, label it, train it away with Direct Preference Optimization, and measure what changed."""
 # HTML, because Gradio has no dismissible banner; assets/page.js remembers that it was dismissed.
-_WARNING = """<div id="content-warning" role="note"><span><b>Content warning.</b> Language models write prejudiced and false
-statements about people. This page shows them so that they can be measured and reduced.</span>
+_WARNING = """<div id="content-warning" role="note"><span><b>Content warning.</b> This page shows prejudiced and false statements
+that language models write about people.</span>
 <button type="button" id="dismiss-warning">I understand</button></div>"""
-_SPACE = """**Public Space.** Training, measuring, export, import and deletion are turned off here. Duplicate the Space, or run
-BiasDPO on your own machine, to use everything."""
+_VISITOR = """**You can compare and judge here.** Training, measuring, import, export and deletion are for the owner of this app. To use
+everything, run BiasDPO on your own machine (a Space: duplicate it)."""
 
 _STEPS_SECONDS = 15.0  # how often the steps look for changes made elsewhere
 _CACHE_SECONDS = (3600, 86400)  # how often Gradio's cache of uploads and downloads is cleaned, and the age to remove
@@ -52,26 +54,20 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
     `benchmarks`: the folder of --data-dir, if any.
     """
     demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True, delete_cache=_CACHE_SECONDS)
-    builders = {
-        "compare": build_compare,
-        "label": build_label,
-        "dataset": build_dataset,
-        "train": build_train,
-        "measure": build_measure,
-        "export": build_export,
-    }
+    builders = (build_compare, build_label, build_dataset, build_train, build_measure, build_export)
     with demo:
         gr.Markdown(_TITLE, elem_id="title")
-        if is_public_space():
-            gr.Markdown(_SPACE, elem_id="space-banner")
+        banner = gr.Markdown(visible=False, elem_id="visitor-banner")  # assets/style.css hides what is the owner's beside it
+        if os.environ.get("OAUTH_CLIENT_ID"):  # a Space with hf_oauth
+            gr.LoginButton("Sign in as the owner", size="sm", min_width=120, elem_id="sign-in")
         gr.HTML(_WARNING, elem_id="content-warning-box")
-        tabs = gr.Tabs(elem_id="steps", render=False)
+        tabs = gr.Tabs(elem_id="steps", overflow_behavior="wrap", render=False)
         studio = Studio(pool, startup, DatasetReader(pool.workspace, benchmarks), benchmarks, tabs, build_identity())
         studio.requests = {name: gr.State({}) for name in TABS}
         tabs.render()  # type: ignore[no-untyped-call]
         steps: dict[str, gr.Tab] = {}
         with tabs:  # holds tabs only: Gradio numbers them by their place among its children
-            for name, build in builders.items():
+            for name, build in zip(TABS, builders, strict=True):
                 with gr.Tab(_step(name), id=name) as steps[name]:
                     build(studio, steps[name])
         timer = gr.Timer(_STEPS_SECONDS)
@@ -94,6 +90,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
             # Not `tabs`: the visitor may have chosen another step while the page was loading.
             return {request: value for request, value in studio.open("compare", link=query).items() if request is not tabs}
 
+        demo.load(lambda: gr.Markdown(_VISITOR, visible=not is_owner()), None, banner, **QUICK)
         demo.load(follow_address, None, [tabs, *studio.requests.values()], **QUICK)
     return demo
 

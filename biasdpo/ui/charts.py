@@ -9,28 +9,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pandas
+
 from biasdpo.benchmarks.titles import benchmark_title, metric_title
 from biasdpo.data.health import wilson
 from biasdpo.evaluation.report import figure
 from biasdpo.evaluation.results import CurvePoint, TableRow, entry_of, table
 
 BASE, TUNED, WARN = "#64748b", "#0d9488", "#d97706"
-"""Colors of base, tuned, and what needs attention; readable on light and dark."""
+"""Colors of base, tuned, and what needs attention."""
+SERIES = (TUNED, "#8b5cf6", WARN, "#db2777", "#3b82f6", "#65a30d")
+"""Colors of runs or evaluations side by side, in this order; with 3:1 contrast on light and dark, as all colors here."""
 
 
 def themed(figure: Any, *, height: int = 260) -> Any:
-    """Give a plotly figure the page's look: transparent, compact, no tool bar."""
+    """Give a plotly figure the page's look: transparent and compact."""
     figure.update_layout(
         height=height,
-        margin={"l": 48, "r": 12, "t": 32, "b": 40},
+        margin={"l": 12, "r": 12, "t": 32, "b": 12},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": "#64748b"},
         hovermode="x unified",
-        legend={"orientation": "h", "y": -0.2},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "remove": ["select", "lasso"]},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     )
-    figure.update_xaxes(gridcolor="rgba(127,127,127,0.2)", zeroline=False)
-    figure.update_yaxes(gridcolor="rgba(127,127,127,0.2)", zeroline=False)
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        update(gridcolor="rgba(127,127,127,0.35)", zeroline=False, automargin=True, title_standoff=6)
     return figure
 
 
@@ -48,15 +54,15 @@ class Metric:
 
 
 TRAINING = {
-    "accuracy": Metric("Reward accuracy", "share of pairs", {"": "rewards/accuracies"}, (0, 1.02)),
-    "margin": Metric("Reward margin", "nats", {"": "rewards/margins"}),
-    "loss": Metric("Loss", "nats", {"": "loss"}),
+    "accuracy": Metric("Reward accuracy", "Share of pairs", {"": "rewards/accuracies"}, (0, 1.02)),
+    "margin": Metric("Reward margin", "Nats", {"": "rewards/margins"}),
+    "loss": Metric("Loss", "Nats", {"": "loss"}),
     "kl": Metric(
-        "KL to the base model", "nats", {"plain text": "text_kl", "counterfactual": "counterfactual_kl", "ending": "ending_kl"}
+        "KL to the base model", "Nats", {"plain text": "text_kl", "counterfactual": "counterfactual_kl", "ending": "ending_kl"}
     ),
 }
-_COLORS = (TUNED, "#7c3aed", WARN, "#2563eb", "#db2777", BASE)
 _MAX_POINTS = 400  # of one curve: more than a screen has columns for
+_LINE: dict[str, Any] = {"line": {"color": BASE, "dash": "dash", "width": 1.5}, "showlegend": True}
 _SMOOTHED_FROM = 12  # points; a moving mean of fewer hides what there is
 
 Rows = Sequence[Mapping[str, Any]]
@@ -67,13 +73,13 @@ def training_chart(name: str, runs: Mapping[str, Rows], *, pairs: int = 0, longe
     """One metric of one run, or of several, over the optimizer's steps; None where nothing was logged.
 
     runs     lines of metrics.jsonl by run id
-    pairs    held-out pairs of the one run: its held-out accuracies get 95 % intervals
+    pairs    held-out pairs of the one run: its held-out accuracies get 95% intervals
     longer   accuracy of always choosing the longer completion, drawn as a line
     """
     import plotly.graph_objects as go
 
     metric, figure = TRAINING[name], go.Figure()
-    colors = itertools.cycle(_COLORS)
+    colors = itertools.cycle(SERIES)
     for run_id, rows in runs.items():
         for label, key in metric.keys.items():
             color = next(colors)
@@ -81,32 +87,27 @@ def training_chart(name: str, runs: Mapping[str, Rows], *, pairs: int = 0, longe
             train, held_out = points(rows, key), points(rows, f"eval_{key}")
             if len(train) >= _SMOOTHED_FROM:
                 if len(runs) == 1:
-                    figure.add_scatter(**_xy(thinned(train)), line_color=color, opacity=0.3, showlegend=False, hoverinfo="skip")
+                    figure.add_scatter(**_xy(thinned(train)), line_color=color, opacity=0.4, showlegend=False, hoverinfo="skip")
                 train = moving_mean(train)
             if train:
                 figure.add_scatter(**_xy(thinned(train)), name=", ".join([*words, "training"]), line_color=color)
             if held_out:
-                bars = _intervals(held_out, pairs) if name == "accuracy" and pairs else None
+                ends = [wilson(y * pairs, pairs) if name == "accuracy" and pairs else None for _, y in held_out]
                 look: dict[str, Any] = {"line": {"color": color if len(runs) > 1 else WARN, "dash": "dot"}}
-                look |= {"name": ", ".join([*words, "held-out"]), "error_y": bars, "mode": "lines+markers"}
-                figure.add_scatter(**_xy(held_out) | look)
+                look |= {"name": ", ".join([*words, "held-out"]), "mode": "lines+markers"}
+                figure.add_scatter(**_xy(held_out) | look, error_y=_error([y for _, y in held_out], ends))
     if not figure.data:
         return None
     if longer is not None and name == "accuracy":
-        figure.add_hline(longer, line={"dash": "dash", "color": BASE, "width": 1}, annotation_text="choosing the longer")
-    figure.update_layout(title={"text": f"{metric.title} ({metric.unit})", "font_size": 13, "x": 0.02}, uirevision=name)
-    figure.update_yaxes(range=metric.bounds)
-    return themed(figure, height=230)
+        figure.add_hline(longer, name="always choosing the longer completion", **_LINE)
+    figure.update_layout(title={"text": metric.title, "font_size": 13, "x": 0.02}, uirevision=name, showlegend=True)
+    figure.update_xaxes(title_text="Step")
+    figure.update_yaxes(title_text=metric.unit, range=metric.bounds)
+    return themed(figure, height=270)
 
 
 def _xy(curve: Points) -> dict[str, Any]:
     return {"x": [x for x, _ in curve], "y": [y for _, y in curve], "mode": "lines" if len(curve) > 1 else "markers"}
-
-
-def _intervals(curve: Points, pairs: int) -> dict[str, Any]:
-    ends = [wilson(y * pairs, pairs) for _, y in curve]
-    up, down = ([abs(end[i] - y) for end, (_, y) in zip(ends, curve, strict=True)] for i in (1, 0))
-    return {"type": "data", "array": up, "arrayminus": down, "thickness": 1}
 
 
 def points(rows: Rows, key: str) -> Points:
@@ -120,29 +121,20 @@ def points(rows: Rows, key: str) -> Points:
 
 def moving_mean(curve: Points) -> Points:
     """The mean of each point and those before it, a twentieth of the curve (at least five points) wide."""
-    width = max(5, len(curve) // 20)
-    sums = [0.0, *itertools.accumulate(y for _, y in curve)]
-    starts = [max(0, i + 1 - width) for i in range(len(curve))]
-    return [
-        (x, (sums[i + 1] - sums[start]) / (i + 1 - start)) for i, ((x, _), start) in enumerate(zip(curve, starts, strict=True))
-    ]
+    means = pandas.Series([y for _, y in curve]).rolling(max(5, len(curve) // 20), min_periods=1).mean()
+    return [(x, mean) for (x, _), mean in zip(curve, means, strict=True)]
 
 
 def thinned(curve: Points, most: int = _MAX_POINTS) -> Points:
     """At most `most` points: means of stretches of equal length. The first and the last point stay."""
     if len(curve) <= most:
         return curve
-    inner, count = curve[1:-1], most - 2
-    ends = [round(i * len(inner) / count) for i in range(count + 1)]
-    parts = [inner[low:high] for low, high in itertools.pairwise(ends)]
-    means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
-    return [curve[0], *means, curve[-1]]
+    means = [part.mean(axis=0) for part in np.array_split(np.array(curve[1:-1]), most - 2)]
+    return [curve[0], *((float(x), float(y)) for x, y in means), curve[-1]]
 
 
 # Measure
 
-SERIES = (TUNED, "#7c3aed", WARN, "#db2777", "#2563eb", "#65a30d")
-"""Colors of evaluations side by side, in this order."""
 MAX_UNITS = 5.0  # of the forest plot's axis to either side; what lies beyond is drawn at the edge
 
 Labeled = tuple[str, Mapping[str, Any]]
@@ -174,7 +166,7 @@ def improvements(result: Mapping[str, Any]) -> list[Improvement]:
 
 
 def forest(results: Sequence[Labeled]) -> Any:
-    """The improvements of one result or of several, a point and its 95 % interval each; None if there are none."""
+    """The improvements of one result or of several, a point and its 95% interval each; None if there are none."""
     import plotly.graph_objects as go
 
     found = [(label, improvements(result)) for label, result in results]
@@ -208,30 +200,29 @@ def forest(results: Sequence[Labeled]) -> Any:
     ]
     themed(plot, height=90 + (18 + 4 * len(found)) * len(lines))
     plot.add_vline(x=0, line={"color": BASE, "width": 1})
-    plot.update_layout(hovermode="closest", showlegend=len(found) > 1, margin={"l": 8, "r": 12, "t": 28, "b": 40})
+    plot.update_layout(hovermode="closest", showlegend=len(found) > 1, margin_t=28)
     plot.update_xaxes(title_text="← worse · better →", range=[-MAX_UNITS - 0.3, MAX_UNITS + 0.3])
-    plot.update_yaxes(
-        range=[len(lines) - 0.5, -0.5], tickvals=list(lines.values()), ticktext=titles, automargin=True, showgrid=False
-    )
+    plot.update_yaxes(range=[len(lines) - 0.5, -0.5], tickvals=list(lines.values()), ticktext=titles, showgrid=False)
     return plot
 
 
 def groups(rows: Sequence[TableRow]) -> Any:
-    """One metric by group, base and tuned with their intervals. `rows`: the overall row first."""
+    """One metric by group, base and tuned with their intervals, if any. `rows`: the overall row first."""
     import plotly.graph_objects as go
 
-    names = [html.escape(row.group or "all items") for row in rows]
+    names = [html.escape(f"{row.group or 'all items'} (n = {row.n:,})") for row in rows]
     plot = go.Figure()
-    for side, color in (("base", BASE), ("tuned", TUNED)):
+    for side, color, offset in (("base", BASE, -0.12), ("tuned", TUNED, 0.12)):
         values = [getattr(row, side) for row in rows]
         if any(value is not None for value in values):
-            ends = [getattr(row, f"{side}_ci") or (value, value) for row, value in zip(rows, values, strict=True)]
-            plot.add_scatter(x=values, y=names, name=side, mode="markers", marker={"size": 9, "color": color})
-            plot.data[-1].error_x = _error(values, ends)
+            error = _error(values, [getattr(row, f"{side}_ci") for row in rows])
+            look: dict[str, Any] = {"name": side, "mode": "markers", "marker": {"size": 9, "color": color}, "error_x": error}
+            plot.add_scatter(x=values, y=[i + offset for i in range(len(rows))], **look)
     themed(plot, height=110 + 30 * len(rows))
     _add_ideal(plot.add_vline, rows[0].better, "x")
-    plot.update_layout(hovermode="closest", scattermode="group", margin={"l": 8, "r": 12, "t": 8, "b": 40})
-    plot.update_yaxes(autorange="reversed", automargin=True)
+    plot.update_layout(hovermode="closest", margin_t=8)
+    plot.update_xaxes(title_text=html.escape(metric_title(rows[0].metric)))
+    plot.update_yaxes(range=[len(rows) - 0.5, -0.5], tickvals=list(range(len(rows))), ticktext=names)
     return plot
 
 
@@ -244,31 +235,27 @@ def by_strength(points: Sequence[CurvePoint], title: str, better: str) -> Any:
     lines = [(points, "value", title, TUNED), (costs, "perplexity", "Perplexity", WARN)]
     for number, (shown, name, label, color) in enumerate(lines[: 2 if costs else 1], 1):
         values = [getattr(point, name) for point in shown]
-        ends = [getattr(point, f"{name}_ci") or (value, value) for point, value in zip(shown, values, strict=True)]
-        strengths = [point.strength for point in shown]
-        plot.add_scatter(
-            x=strengths, y=values, name=label, line={"color": color}, error_y=_error(values, ends), row=number, col=1
-        )
+        error = _error(values, [getattr(point, f"{name}_ci") for point in shown])
+        look: dict[str, Any] = {"line": {"color": color}, "showlegend": False, "row": number, "col": 1}
+        plot.add_scatter(x=[point.strength for point in shown], y=values, name=label, error_y=error, **look)
         plot.update_yaxes(title_text=html.escape(label), row=number, col=1)
     themed(plot, height=430 if costs else 260)
     _add_ideal(lambda **line: plot.add_hline(**line, row=1, col=1), better, "y")
-    plot.update_layout(showlegend=False, hovermode="closest")
+    plot.update_layout(hovermode="closest", margin_t=12)
     plot.update_xaxes(title_text="Adapter strength (0: base)", row=2 if costs else 1, col=1)
     return plot
 
 
-def _error(values: Sequence[float], ends: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    up = [high - value for value, (_, high) in zip(values, ends, strict=True)]
-    down = [value - low for value, (low, _) in zip(values, ends, strict=True)]
+def _error(values: Sequence[float], ends: Sequence[tuple[float, float] | None]) -> dict[str, Any]:
+    up = [end and end[1] - value for value, end in zip(values, ends, strict=True)]
+    down = [end and value - end[0] for value, end in zip(values, ends, strict=True)]
     return {"type": "data", "array": up, "arrayminus": down, "thickness": 1.5}
 
 
 def _add_ideal(add_line: Callable[..., Any], better: str, axis: str) -> None:
     if better.startswith("nearer "):
-        place = {axis: float(better.removeprefix("nearer "))}
-        add_line(
-            **place, line={"dash": "dot", "color": BASE, "width": 1}, annotation_text="ideal", annotation_position="bottom right"
-        )
+        ideal = better.removeprefix("nearer ")
+        add_line(**{axis: float(ideal)}, name=f"ideal: {ideal} (no bias)", **_LINE)
 
 
 # Dataset
@@ -278,8 +265,6 @@ _MOST_BARS = 12
 
 def counted(title: str, numbers: dict[str, int]) -> Any:
     """Bars of a count by name, in the given order, or by day (as "2026-11-30"). Names are text, never markup."""
-    import html
-
     from plotly import graph_objects
 
     by_day = title.endswith("per day") and len(numbers) > _MOST_BARS  # few days are names: plotly would show their hours

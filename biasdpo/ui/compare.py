@@ -7,6 +7,7 @@ import re
 import secrets
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -15,29 +16,20 @@ import gradio as gr
 from gradio.context import Context
 
 from biasdpo import labeling, links, models, prompts
+from biasdpo.access import is_owner
 from biasdpo.compare import Generation, Generations, TokenScore, Waiting, load_example_pairs, score_tokens
 from biasdpo.data import journal
 from biasdpo.engines import Engine, EngineKey, Loading
 from biasdpo.errors import BiasDPOError, ConfigError, PromptError
+from biasdpo.jobs.outcome import outcome, recorded_metrics
 from biasdpo.labeling import Answer, Details
 from biasdpo.links import PairSettings
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import SEED_RANGE, STRENGTH_RANGE, Completion, GenerationPair, PairTurn, Side
+from biasdpo.ui import components
 from biasdpo.ui.charts import TUNED, WARN
-from biasdpo.ui.components import (
-    CONSENT_TEXT,
-    QUICK,
-    Studio,
-    Updates,
-    agree,
-    annotator_of,
-    escape,
-    handles,
-    model_choices,
-    pasted,
-    plural,
-)
-from biasdpo.workspace import ASSETS, is_public_space, read_json
+from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, escape, handles, model_title, pasted, plural, short
+from biasdpo.workspace import ASSETS
 
 TEXT, WORDS, TOKENS = "Side by side", "Word differences", "Token scores"
 TITLES: dict[Side, str] = {"base": "Base", "tuned": "Tuned"}
@@ -56,13 +48,6 @@ _HISTORY = 50  # pairs of one page
 _LOADING_SECONDS = 2.0
 _TOKEN_NOTE = """How likely each token is under both models, given the text before it and without sampling settings. Colored where
 tuning changes the probability by a factor of more than e (1 nat). Select a token for its numbers."""
-_MEASURED = {
-    "pairs": "Held-out pairs",
-    "reward_accuracy": "Reward accuracy",
-    "reward_accuracy_of_picking_the_longer": "Baseline: choose the longer completion",
-    "reward_margin_nats": "Reward margin (nats)",
-    "length_normalised_accuracy": "Length-normalized accuracy",
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ class Entry:
         """One line for the history."""
         pair = self.pair
         how = f"seed {pair.sampling.seed}" if pair.sampling.temperature else "greedy"
-        return f"{self.at} · {_line(pair.prompt, 80)} · {pair.adapter or 'base only'} · {how}"
+        return f"{self.at} · {short(pair.prompt, 80)} · {pair.adapter or 'base only'} · {how}"
 
 
 @dataclass
@@ -119,9 +104,9 @@ class CompareTab:
             self.view = gr.Radio(views, value=WORDS, label="View", show_label=False, container=False, elem_id="view")
         with gr.Row(elem_id="panes"):
             self.panes: dict[Side, Pane] = {side: _build_pane(side, shipped[0].pair) for side in TITLES}
-            with gr.Column(visible=False, min_width=300, elem_id="base-only") as self.base_only:
-                self.base_only_text = gr.Markdown()
-                studio.next_step("train", "Train an adapter")
+        with gr.Column(visible=False, elem_id="base-only") as self.base_only:
+            self.base_only_text = gr.Markdown()
+            studio.next_step("train", "Train an adapter")
         self.token_note = gr.Markdown(visible=False, elem_id="token-note")
         self._build_verdicts()
         self._build_settings()
@@ -154,11 +139,12 @@ class CompareTab:
                 self.examples = [_build_examples(*item) for item in prompts.by_category().items()]
 
     def _build_engine(self) -> None:
-        names = ("Model", "Adapter") if is_public_space() else ("Model (id or path)", "Adapter (run or path)")
+        names = ("Model", "Adapter") if not is_owner() else ("Model (id or path)", "Adapter (run or path)")
         picker: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
         with gr.Row(elem_id="engine"):
             chosen = self.studio.startup.model or "auto"
-            self.model = gr.Dropdown(model_choices(self.studio, chosen), value=chosen, label=names[0], elem_id="model", **picker)
+            known = components.model_choices(self.studio, chosen)
+            self.model = gr.Dropdown(known, value=chosen, label=names[0], elem_id="model", **picker)
             self.adapter = gr.Dropdown([("the model's own", "")], value="", label=names[1], elem_id="adapter", **picker)
             label = "Adapter strength (0: base, 1: as trained)"
             self.strength = gr.Slider(*STRENGTH_RANGE, 1.0, step=0.05, label=label, min_width=220, elem_id="strength", buttons=[])
@@ -172,8 +158,9 @@ class CompareTab:
                 answer: gr.Button(title, size="sm", elem_id=f"verdict-{answer.replace('_', '-')}")
                 for answer, title in VERDICTS.items()
             }
+            self.send = gr.Button("Send to Label", size="sm", elem_id="send-to-label")
         with gr.Column(visible=False, elem_id="consent") as self.consent:
-            gr.Markdown(f"**Before your first verdict.** {CONSENT_TEXT}")
+            gr.Markdown(f"**Before your first verdict.** {components.CONSENT_TEXT}")
             with gr.Row(elem_classes="beside"):
                 self.nickname = gr.Textbox(label="Nickname", max_length=80, scale=2, elem_id="nickname")
                 self.agree = gr.Button("Agree and store my verdict", variant="primary", scale=1, elem_id="agree-here")
@@ -185,16 +172,15 @@ class CompareTab:
         with gr.Row(elem_classes="beside"):
             hint = "Ask a follow-up: each model sees only its own answers"
             self.follow_up = gr.Textbox(label="Follow-up", placeholder=hint, scale=5, min_width=240, elem_id="follow-up")
-            self.ask = gr.Button("Send to both", scale=1, min_width=100, elem_id="ask-both")
+            self.ask = gr.Button("Send", scale=1, min_width=100, elem_id="ask-both")
 
     def _build_settings(self) -> None:
         default = links.GREEDY
         with gr.Accordion("Generation settings and formatted prompt", open=False, elem_id="settings") as self.settings_box:
             with gr.Row():
                 info = f"0 is greedy: always the likeliest token. Regenerate then samples at {RESAMPLED_AT}."
-                self.temperature = gr.Slider(
-                    0, 2, default.temperature, step=0.05, label="Temperature", info=info, elem_id="temperature"
-                )
+                warm = default.temperature
+                self.temperature = gr.Slider(0, 2, warm, step=0.05, label="Temperature", info=info, elem_id="temperature")
                 info = "Probability mass to sample from; 1 keeps all"
                 self.top_p = gr.Slider(0.01, 1, default.top_p, step=0.01, label="Top-p", info=info, elem_id="top-p")
                 info = "Tokens to sample from; 0 keeps all"
@@ -219,11 +205,12 @@ class CompareTab:
         running: dict[str, Any] = raw | {"trigger_mode": "multiple"}  # a second click replaces a running generation
         panes = self.panes.values()
         views = [*(component for pane in panes for component in pane.views.values()), self.token_note, self.scores]
-        columns = [self.panes["tuned"].column, self.base_only, self.base_only_text]
-        shown = [*views, *columns, *(component for pane in panes for component in (pane.turns, pane.status))]
-        shown += [self.caption, self.entry, self.verdicts, self.verdict_note, self.undo, self.consent]
+        shown = [*views, self.panes["tuned"].column, self.view, self.caption, self.entry]
+        shown += [self.verdicts, self.verdict_note, self.undo, self.consent]
+        shown += [component for pane in panes for component in (pane.turns, pane.status)]
         engine = [self.model, self.adapter]
-        engine_view = [*engine, self.picked_model, self.proof, self.proof_text, self.reload, self.timer, self.system, *columns]
+        engine_view = [*engine, self.picked_model, self.proof, self.proof_text, self.reload, self.timer, self.system]
+        engine_view += [self.strength, self.base_only, self.base_only_text]
 
         inputs = [*self.inputs, self.entry, self.history]
         outputs = [*shown, self.prompt, self.stop, self.timer, self.resampled, self.follow_up, self.link]
@@ -249,12 +236,13 @@ class CompareTab:
         for side, pane in self.panes.items():
             pane.views[TOKENS].select(_token_line(side), self.scores, self.token_note, **QUICK)
 
-        self.model.input(handles(self._pick_model), [*engine, self.picked_model], engine_view, **raw)
-        gr.on([self.adapter.input, self.reload.click], handles(self._pick), engine, engine_view, **raw)
+        picked = list(dict.fromkeys([*engine_view, *shown]))
+        self.model.input(handles(self._pick_model), [*engine, self.entry, self.picked_model], picked, **raw)
+        gr.on([self.adapter.input, self.reload.click], handles(self._pick), [*engine, self.entry], picked, **raw)
         self.timer.tick(handles(self._watch), engine, engine_view, **raw)
         # Only the list: the page opens with this event, too, and an answer that comes late must not replace what a link names.
         tab.select(self._list_adapters, engine, self.adapter, **raw)
-        self.studio.on_request("compare", self._open, self.inputs, list(dict.fromkeys([*self.inputs, *engine_view, *shown])))
+        self.studio.on_request("compare", self._open, self.inputs, list(dict.fromkeys([*self.inputs, *picked])))
         trigger = [self.settings_box.expand, self.prompt.blur, self.system.blur]
         gr.on(trigger, self._show_seen, [self.prompt, self.model, self.adapter, self.system], self.seen, **raw)
 
@@ -273,18 +261,26 @@ class CompareTab:
         agreed = [identity, self.nickname, self.pending, self.entry]
         gr.on([self.agree.click, self.nickname.submit], handles(self._agree), agreed, [identity, *judged], **QUICK)
         self.undo.click(handles(self._undo), self.stored, judged, **QUICK)
+        self.send.click(handles(self._send), self.entry, self.studio.open_outputs("label"), **QUICK)
 
     # The engine
 
     def _key(self, model: Any, adapter: Any) -> EngineKey | None:
         return self.studio.startup.key(pasted(model) or "auto", pasted(adapter), self.studio.workspace)
 
-    def _pick_model(self, model: str, adapter: str, picked: str) -> Updates:
+    def _pick_model(self, model: str, adapter: str, entry: Entry | None, picked: str) -> Updates:
         """Another model, with its own adapter. A dropdown also reports that it was left without a change."""
-        return self._engine(model, adapter if pasted(model) == picked else "", load=True)
+        return self._pick(model, adapter if pasted(model) == picked else "", entry)
 
-    def _pick(self, model: str, adapter: str) -> Updates:
-        return self._engine(model, adapter, load=True)
+    def _pick(self, model: str, adapter: str, entry: Entry | None) -> Updates:
+        """Load what was picked. A pair with a tuned side makes no sense beside a model without an adapter, nor the reverse."""
+        updates = self._engine(model, adapter, load=True)
+        base_only = updates.get(self.adapter, {}).get("value") == "none"
+        if entry is None:  # perhaps one is being written
+            return updates | self._sides(not base_only)
+        if base_only == (entry.pair.right is None):
+            return updates
+        return self._cleared(tuned=not base_only) | {self.caption: "Press **Generate**"} | updates
 
     def _watch(self, model: str, adapter: str) -> Updates:
         return self._engine(model, adapter, load=False)
@@ -306,7 +302,7 @@ class CompareTab:
             updates |= {self.proof: gr.update(label="⚠ No comparison", open=True), self.proof_text: escape(str(exc))}
             return updates | {self.reload: gr.update(visible=True), self.timer: gr.Timer(active=False)}
         if state is None or state.engine is None:
-            title = _title(key.model)
+            title = model_title(key.model)
             label = f"Loading {title}: {_progress(state)}" if state is not None else f"{title} is not loaded: Generate loads it"
             waits = {self.timer: gr.Timer(active=state is not None)}
             return updates | waits | {self.proof: gr.update(label=label, open=False), self.proof_text: ""}
@@ -315,17 +311,20 @@ class CompareTab:
         adapter_title = "base only" if engine.adapter is None else engine.adapter.id
         label = f"✓ Verified: {engine.spec.title}, {adapter_title}, on {engine.backend.device}"
         updates |= {self.proof: gr.update(label=label, open=False), self.proof_text: _details(engine, reason)}
-        return updates | {self.timer: gr.Timer(active=False)} | self._columns(engine.spec, tuned=engine.adapter is not None)
+        return updates | {self.timer: gr.Timer(active=False)}
 
     def _picked(self, key: EngineKey) -> Updates:
         spec = _spec_of(key.model)
         updates: Updates = {
-            self.model: gr.update(choices=model_choices(self.studio, key.model), value=key.model),
+            self.model: gr.update(choices=components.model_choices(self.studio, key.model), value=key.model),
             self.adapter: gr.update(choices=self._adapter_choices(key), value=key.adapter),
             self.picked_model: key.model,
         }
+        tuned = key.adapter != "none"
+        updates |= {self.strength: gr.update(visible=tuned), self.base_only: gr.update(visible=not tuned)}
         if spec is not None:
             updates[self.system] = gr.update(visible=spec.template.has_system, placeholder=spec.template.default_system)
+            updates[self.base_only_text] = "" if tuned else _base_only(spec, models.adapters_for(spec, self.studio.workspace))
         return updates
 
     def _adapter_choices(self, key: EngineKey) -> list[tuple[str, str]]:
@@ -342,13 +341,6 @@ class CompareTab:
             return gr.skip()
         return gr.skip() if key is None else gr.update(choices=self._adapter_choices(key))
 
-    def _columns(self, spec: ModelSpec | None, *, tuned: bool) -> Updates:
-        """The tuned pane, or what to do about a missing adapter."""
-        updates: Updates = {self.panes["tuned"].column: gr.update(visible=tuned), self.base_only: gr.update(visible=not tuned)}
-        if not tuned and spec is not None:
-            updates[self.base_only_text] = _base_only(spec, models.adapters_for(spec, self.studio.workspace))
-        return updates
-
     def _open(self, request: dict[str, Any], *values: Any) -> Updates:
         """Show what a link, or another tab, asks for."""
         link = request.get("link")
@@ -362,11 +354,15 @@ class CompareTab:
             settings = replace(PairSettings.checked(*values), **{name: getattr(settings, name) for name in query})
         updates: Updates = dict(zip(self.inputs, settings.values(), strict=True))
         engine = self._engine(settings.model, settings.adapter, load=True)
-        system = gr.update(**(engine.pop(self.system, {}) | {"value": settings.system}))
-        updates |= engine | {self.system: system}
+        for field in (self.system, self.strength):  # what a link names, and whether it is shown
+            engine[field] = gr.update(**engine.get(field, {}) | {"value": updates[field]})
+        updates |= engine
+        base_only = engine.get(self.adapter, {}).get("value") == "none"
         if "prompt" in query:
-            return updates | self._cleared() | {self.caption: f"{_quoted(settings.prompt)} · press **Generate** to compare"}
-        del updates[self.prompt]
+            updates |= self._cleared(tuned=not base_only) | {self.caption: f"{_quoted(settings.prompt)} · press **Generate**"}
+        else:
+            del updates[self.prompt]
+            updates |= self._cleared(tuned=False) | {self.caption: "Press **Generate**"} if base_only else {}
         return updates
 
     # Generating
@@ -421,7 +417,7 @@ class CompareTab:
             }
             begun |= {self.caption: f"{head} · starting …", self.resampled: (asked, settings.sampling) if again else None}
             begun |= {pane.turns: _turns(past, side) for side, pane in self.panes.items()}
-            yield self._cleared() | begun | ({self.follow_up: ""} if follows is not None else {})
+            yield self._cleared(tuned=settings.adapter != "none") | begun | ({self.follow_up: ""} if follows is not None else {})
             while (key := self._key(settings.model, settings.adapter)) is None and not generation.stopped:
                 self.studio.startup.wait(0.25)
             if key is not None and follows is not None and key != follows.key:
@@ -463,37 +459,37 @@ class CompareTab:
         updates |= {self.history: history, self.picker: picker}
         return updates | {self.history_box: gr.update(label=f"Session history ({len(history)})")} | self._shown(entry)
 
-    def _cleared(self) -> Updates:
-        """No pair."""
-        updates: Updates = {self.entry: None, self.verdicts: gr.update(visible=False), self.verdict_note: ""}
-        updates |= {self.undo: gr.update(visible=False), self.consent: gr.update(visible=False)}
+    def _cleared(self, *, tuned: bool) -> Updates:
+        """No pair; `tuned`: whether the next one has a tuned side."""
+        updates = self._look(TEXT, None) | self._sides(tuned) | {self.entry: None, self.verdict_note: ""}
+        updates |= {part: gr.update(visible=False) for part in (self.verdicts, self.undo, self.consent)}
         for pane in self.panes.values():
             updates |= {pane.status: "", pane.turns: gr.update(value=[], visible=False)}
-        return (
-            updates
-            | self._look(TEXT, None)
-            | {pane.views[TEXT]: gr.update(value="", visible=True) for pane in self.panes.values()}
-        )
+            updates[pane.views[TEXT]] = gr.update(value="", visible=True)
+        return updates
+
+    def _sides(self, tuned: bool) -> Updates:
+        return {self.panes["tuned"].column: gr.update(visible=tuned), self.view: gr.update(visible=tuned)}
 
     def _texts(self, pair: GenerationPair) -> Updates:
-        updates: Updates = {}
+        updates = self._sides(pair.right is not None)
         for pane, completion in zip(self.panes.values(), (pair.left, pair.right), strict=True):
             if completion is not None:
-                updates |= {pane.views[TEXT]: completion.text, pane.status: _status(completion)}
+                updates |= {pane.views[TEXT]: gr.update(value=completion.text, visible=True), pane.status: _status(completion)}
         return updates
 
     def _shown(self, entry: Entry) -> Updates:
         """A finished pair; `_look` shows it in the chosen view."""
         pair = entry.pair
         note = _why_no_verdict(pair)
-        updates = self._texts(pair) | self._columns(_spec_of(pair.model), tuned=pair.right is not None)
+        updates = self._texts(pair)
         updates |= {pane.turns: _turns(pair.history, side) for side, pane in self.panes.items()}
         updates |= {self.caption: _caption(entry), self.entry: entry, self.consent: gr.update(visible=False)}
         updates |= {self.verdict_note: note, self.verdicts: gr.update(visible=not note and pair.right is not None)}
         return updates | {self.undo: gr.update(visible=False)}
 
     def _reopen(self, index: int, history: list[Entry]) -> Updates:
-        return self._shown(history[index])
+        return self._cleared(tuned=True) | self._shown(history[index])
 
     def _stop(self, request: gr.Request) -> None:
         """Stop, at any stage: loading, waiting, writing."""
@@ -554,27 +550,30 @@ class CompareTab:
         return handles(judge)
 
     def _agree(self, identity: Any, nickname: str, answer: Answer, entry: Entry | None) -> Updates:
-        if not nickname.strip():
-            raise ConfigError("The nickname is empty: enter one, to keep your verdicts apart from those of others")
-        known = agree(identity, nickname)
+        known = components.agree(identity, nickname)
         return {self.studio.identity: known} | self._store(answer, known, entry)
 
     def _store(self, answer: Answer, identity: Any, entry: Entry | None) -> Updates:
         """Store a verdict on the pair at hand, whose sides are known."""
         if entry is None or _why_no_verdict(entry.pair):
             raise ConfigError("There is no finished pair to judge: generate one first")
-        who = annotator_of(identity)
-        prompt = replace(prompts.known(entry.pair.prompt.strip()), text=entry.pair.prompt)
-        shown = replace(labeling.known(entry.pair, prompt), sides_known=True)
-        details = Details(category=prompt.category, annotator=who.nickname, browser=who.browser)
+        who, shown = annotator_of(identity), replace(_whole(entry.pair), sides_known=True)
+        details = Details(category=shown.prompt.category, annotator=who.nickname, browser=who.browser)
         made = labeling.judgment(shown, answer, details)
         mine = self.studio.dataset.own(who.browser, who.nickname)
         if any(row["pair_id"] == made.pair_id and not row["repeat_of"] for row in mine):
             raise ConfigError("You have judged this pair already: undo that verdict, or withdraw it on the Label tab")
         journal.append(self.studio.workspace, made)
-        stored = f"Stored: **{VERDICTS[answer].lower()}** · {plural(len(mine) + 1, 'verdict')} by {escape(who.nickname)}"
-        updates: Updates = {self.verdict_note: stored, self.undo: gr.update(visible=True), self.pending: ""}
+        told = f"Stored: **{VERDICTS[answer].lower()}** · {plural(len(mine) + 1, 'verdict')} by {escape(who.nickname)}"
+        updates: Updates = {self.verdict_note: told, self.undo: gr.update(visible=True), self.pending: ""}
         return updates | {self.stored: (made.id, made.pair_id, who.nickname), self.consent: gr.update(visible=False)}
+
+    def _send(self, entry: Entry | None) -> Updates:
+        """Offer the pair at hand in Label, where it can be edited and has a category and a note."""
+        if entry is None:
+            raise ConfigError("There is no finished pair to send: generate one first")
+        pair = _whole(entry.pair)
+        return self.studio.open("label", pair=[pair.prompt.text, pair.left, pair.right, pair.prompt.category or None])
 
     def _undo(self, stored: tuple[str, str, str] | None) -> Updates:
         if stored is None:
@@ -587,9 +586,14 @@ class CompareTab:
 # Parts
 
 
+def _whole(pair: GenerationPair) -> labeling.BlindPair:
+    """A pair to judge, with what is known about its prompt."""
+    return labeling.known(pair, replace(prompts.known(pair.prompt.strip()), text=pair.prompt))
+
+
 def _build_examples(category: str, texts: list[str]) -> gr.Dataset:
     with gr.Tab(category.capitalize()):
-        shown: dict[str, Any] = {"layout": "gallery", "samples_per_page": 4, "show_label": False, "label": "Example prompts"}
+        shown: dict[str, Any] = {"layout": "gallery", "samples_per_page": 3, "show_label": False, "label": "Example prompts"}
         return gr.Dataset(components=["textbox"], samples=[[text] for text in texts], elem_id=f"examples-{category}", **shown)
 
 
@@ -654,13 +658,8 @@ def _colored(scores: list[TokenScore]) -> list[tuple[str, str | float | None]]:
 # Words
 
 
-def _line(text: str, characters: int) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= characters else line[:characters] + "…"
-
-
 def _quoted(prompt: str) -> str:
-    return f"**{escape(_line(prompt, 160))}**"
+    return f"**{escape(short(prompt, 160))}**"
 
 
 def _caption(entry: Entry) -> str:
@@ -668,7 +667,7 @@ def _caption(entry: Entry) -> str:
     pair, sampling = entry.pair, entry.pair.sampling
     parts = [_quoted(pair.prompt)]
     if entry.at == "Example":
-        parts.append(f"precomputed example: {escape(_title(pair.model))}, {escape(pair.adapter)}")
+        parts.append(f"precomputed example: {escape(model_title(pair.model))}, {escape(pair.adapter)}")
     if pair.history:
         parts.append(f"turn {len(pair.history) + 1}")
     sampled = f"sampled at temperature {sampling.temperature:g}, seed {sampling.seed}"
@@ -714,14 +713,10 @@ def _spec_of(model: str) -> ModelSpec | None:
         return None
 
 
-def _title(model: str) -> str:
-    return models.catalog()[model].title if model in models.catalog() else model.rstrip("/").rpartition("/")[2]
-
-
 def _adapter_title(adapter: AdapterSpec, spec: ModelSpec | None) -> str:
     parts = [adapter.id] + [f"run {adapter.run_id}"] * (adapter.run_id not in ("", adapter.id))
     if spec is not None and adapter.model not in {spec.id, spec.hub_id} - {""}:
-        parts.append(f"fits, made for {_title(adapter.model)}" if adapter.model else "fits")
+        parts.append(f"fits, made for {model_title(adapter.model)}" if adapter.model else "fits")
     return " · ".join(parts)
 
 
@@ -745,25 +740,11 @@ def _details(engine: Engine, reason: str) -> str:
 
 
 def _measured(adapter: AdapterSpec) -> str:
-    """A table of an adapter's own measurements, with whatever keys it has."""
-    try:
-        metrics = read_json(adapter.folder / "provenance.json")["metrics"]
-        held_out = dict(metrics.get("held_out", metrics))
-    except (BiasDPOError, AttributeError, KeyError, TypeError, ValueError):
-        return ""
-    rows = []
-    for name, value in held_out.items():
-        before, after = (value.get("before"), value.get("after")) if isinstance(value, dict) else (None, value)
-        title = escape(_MEASURED.get(name, name.replace("_", " ").capitalize()))
-        if _number(before) or _number(after):
-            rows.append(f"\n| {title} | {_number(before)} | {_number(after)} |")
-    return "\n\n| On held-out prompts | Base | Tuned |\n|---|---|---|" + "".join(rows) if rows else ""
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    """An adapter's result on its held-out pairs, as its record has it."""
+    found = recorded_metrics(adapter.folder)
+    with suppress(TypeError, ValueError):  # somebody else's numbers
+        return f"\n\n{outcome(found)}" if found else ""
+    return ""
 
 
 def _base_only(spec: ModelSpec, fitting: list[AdapterSpec]) -> str:

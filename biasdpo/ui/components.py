@@ -7,9 +7,9 @@ import hashlib
 import html
 import inspect
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,6 +21,7 @@ from biasdpo.data.exporting import ANNOTATIONS_LICENSE
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
 from biasdpo.errors import BiasDPOError, ConfigError
+from biasdpo.labeling import word_diff
 from biasdpo.workspace import Workspace
 
 Updates = dict[Any, Any]
@@ -197,21 +198,34 @@ def duration(seconds: float | None) -> str:
 
 
 def local_time(utc: str) -> str:
-    """An ISO 8601 time as "30 Nov 14:05" on this machine's clock; "" where it can't be read."""
-    from datetime import datetime
-
+    """An ISO 8601 time as "2026-11-30 14:05" on this machine's clock; "" where it can't be read."""
     try:
-        when = datetime.fromisoformat(utc).astimezone()
+        return f"{datetime.fromisoformat(utc).astimezone():%Y-%m-%d %H:%M}"
     except ValueError:
         return ""
-    this_year = when.year == time.localtime().tm_year
-    return f"{when.day} {when:%b %H:%M}" if this_year else f"{when.day} {when:%b %Y}"
+
+
+def short(text: str, characters: int) -> str:
+    """A text in one line, cut with "…" where it is longer."""
+    line = " ".join(text.split())
+    return line if len(line) <= characters else line[:characters] + "…"
 
 
 def escape(text: str) -> str:
     """Someone else's text inside Markdown: shown as it is, neither markup nor HTML."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]()#+-.!|>~$" else c for c in text)
     return html.escape(escaped, quote=False).replace("&gt;", ">")
+
+
+_DIFF_CHARACTERS = 4_000  # of each text: two of 16,000 take 16 s
+
+
+def diff(one: str, other: str, removed: str, added: str) -> list[tuple[str, str | float | None]]:
+    """Both texts in one, for gr.HighlightedText, with the labels of what only one of them has."""
+    if max(len(one), len(other)) > _DIFF_CHARACTERS:
+        return [("These texts are too long to be compared word by word.", None)]
+    kinds = {"same": None, "out": removed, "in": added}
+    return [(text, kinds[kind]) for kind, text in word_diff(one, other)]
 
 
 # Models by name

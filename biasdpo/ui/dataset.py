@@ -13,27 +13,36 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
+from biasdpo.access import is_owner
 from biasdpo.data import exporting, importing, journal
 from biasdpo.data.importing import HUB, ColumnMapping, import_name
 from biasdpo.data.journal import EDITABLE, BadLine, Row, replacement
 from biasdpo.data.summary import FILTERS, Page, Query, counts
 from biasdpo.errors import ConfigError
-from biasdpo.labeling import word_diff
 from biasdpo.prompts import CATEGORIES
 from biasdpo.ui.charts import TUNED, WARN, counted
-from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, escape, handles, local_time, plural
-from biasdpo.workspace import ASSETS, is_public_space
+from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, diff, escape, handles, local_time, plural, short
+from biasdpo.workspace import ASSETS
 
 _PAGE_ROWS = 25
 _MAX_CHOICES = 300  # of one filter, the commonest: the search finds the others
-_MAX_DIFF = 4_000  # characters of each text: comparing two of 16,000 takes 16 s, of 4,000 half a second
 _MAX_BAD_ROWS = 500  # listed; the others are counted
-_SHOWN = 160  # characters of a text in a table
+_SHOWN = 90  # characters of a text in a table
 _FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"]
 _SEED_PAIRS = str(ASSETS / "seed_pairs.jsonl")
 _PICKED = ("prompt", "chosen", "rejected", "category", "target_group")  # columns that the user may map
 _STATES = {"Current": "standing", "Withdrawn or edited": "retracted", "All": "all"}
-_COLUMNS = {"": 44, "Prompt": 430, "Verdict": 100, "Category": 130, "Annotator": 110, "Source": 140, "Judged": 120, "ID": 100}
+_COLUMNS = {
+    "": 40,
+    "Prompt": 245,
+    "Chosen": 245,
+    "Rejected": 245,
+    "Verdict": 95,
+    "Category": 120,
+    "From": 110,
+    "Date": 105,
+    "ID": 1,
+}
 _COLORS = (WARN, TUNED)
 _EMPTY = """### No pairs yet
 A pair is a prompt with a better (chosen) and a worse (rejected) completion. Start from the example pairs, import a file below, or
@@ -43,7 +52,6 @@ judge completions yourself."""
 def build_dataset(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
     changed = gr.State("")  # a new value whenever this page has changed the journal
-    owner = not is_public_space()
     with gr.Row(visible=False, elem_id="dataset-top") as top:
         summary = gr.Markdown(elem_id="dataset-summary")
         studio.next_step("train", "Train on these pairs", "primary")
@@ -51,16 +59,16 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
     with gr.Column(visible=False, elem_id="dataset-empty") as empty:
         gr.Markdown(_EMPTY)
         with gr.Row(elem_classes="actions"):
-            seed = gr.Button("Import the example pairs", variant="primary", visible=owner, elem_id="import-seed")
+            seed = gr.Button("Import the example pairs", variant="primary", elem_id="import-seed")
             studio.next_step("label", "Label completions")
     with gr.Column(visible=False, elem_id="dataset-browse") as browse:
         show, query, shown = _build_table(studio, changed)
         charts = gr.Accordion("Charts", open=False, elem_id="dataset-charts")
         with charts, gr.Row():
             plots = [gr.Plot(show_label=False, min_width=420, elem_id=f"dataset-chart-{i}") for i in range(4)]
-    with gr.Accordion("Import", open=False, elem_id="dataset-import", visible=owner) as import_box:
+    with gr.Accordion("Import", open=False, elem_id="dataset-import") as import_box:
         imports, undo = _build_import(studio, changed, seed)
-    with gr.Accordion("Export", open=False, elem_id="dataset-export", visible=owner) as export_box:
+    with gr.Accordion("Export", open=False, elem_id="dataset-export") as export_box:
         _build_export(studio)
     studio.next_step("train", "Next: Train")
 
@@ -70,18 +78,18 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
         known = bool(choices["verdict"])
         warnings = _warnings(studio)
         listed = studio.dataset.imports()
-        titles = [(f"{source.removeprefix('import:')} ({plural(count, 'judgment')})", source) for source, count in listed.items()]
+        titles = [(f"{source.removeprefix('import:')} ({plural(count, 'row')})", source) for source, count in listed.items()]
         judged = sum(not row["repeat_of"] for row in studio.dataset.standing())
         pairs = plural(studio.dataset.confounds().pairs, "pair")
         return {
-            top: gr.Row(visible=known),
-            summary: f"**{pairs}** to train on, from {plural(judged, 'judgment')}.",
+            top: gr.Row(visible=judged > 0),
+            summary: f"**{pairs}** to train on, from {plural(judged, 'row')}.",
             health: gr.Markdown(warnings, visible=bool(warnings)),
-            empty: gr.Column(visible=not known),
+            empty: gr.Column(visible=not judged),
             browse: gr.Column(visible=known),
             charts: gr.Accordion(open=False),
-            import_box: gr.skip() if known else gr.Accordion(open=True),
-            export_box: gr.Accordion(visible=known and owner),
+            import_box: gr.skip() if judged else gr.Accordion(open=True),
+            export_box: gr.Accordion(visible=judged > 0 and is_owner()),
             imports: gr.Radio(titles, value=None, visible=bool(listed)),
             undo: gr.Button(visible=False),
         } | show(choices, *query)
@@ -129,23 +137,17 @@ def _choices(name: str, counted_: Counter[str]) -> list[tuple[str, str]]:
 def _line(row: Row, page: Page) -> list[Any]:
     gone = page.retractions.get(row["id"])
     verdict = row["verdict"].replace("both_", "both ") if gone is None else "edited since" if replacement(gone) else "withdrawn"
-    category = f"{row['category'] or '(none)'}, {row['target_group']}" if row["target_group"] else row["category"]
-    texts = map(_cut, (row["prompt"], verdict, category, row["annotator"], row["source"]))
-    return [False, *texts, local_time(row["created_at"]), row["id"]]
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    category = ", ".join(filter(None, (row["category"], row["target_group"])))
+    texts = (row["prompt"], row["chosen"], row["rejected"], verdict, category, row["annotator"] or row["source"])
+    return [False, *(short(text, _SHOWN) for text in texts), local_time(row["created_at"])[:10], row["id"]]
 
 
 def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updates], list[Any], list[Any]]:
     """The filters, the table, a judgment in full, and bulk changes; return how to fill the table, with its inputs and outputs."""
     number = gr.State(0)
     with gr.Row(elem_id="dataset-filters"):
-        search = gr.Textbox(
-            "", label="Search", placeholder="Words in any column", scale=2, min_width=160, elem_id="dataset-search"
-        )
+        look: dict[str, Any] = {"placeholder": "Words in any column", "scale": 2, "min_width": 160}
+        search = gr.Textbox("", label="Search", elem_id="dataset-search", **look)
         every: dict[str, Any] = {"choices": [("All", "")], "value": "", "min_width": 110}
         filters = [gr.Dropdown(label=name.capitalize(), elem_id=f"dataset-filter-{name}", **every) for name in FILTERS]
         state = gr.Dropdown(list(_STATES.items()), value="standing", label="Show", min_width=110, elem_id="dataset-filter-state")
@@ -153,13 +155,10 @@ def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updat
         with gr.Column(scale=3, min_width=340):
             # Interactive for its check boxes only.
             grid: dict[str, Any] = {"headers": list(_COLUMNS), "column_widths": list(_COLUMNS.values()), "max_height": 420}
-            grid |= {
-                "datatype": ["bool", *["str"] * 7],
-                "type": "array",
-                "interactive": True,
-                "static_columns": list(range(1, 8)),
-            }
-            table = gr.Dataframe(label="Judgments", show_label=False, buttons=[], elem_id="dataset-table", **grid)
+            others = len(_COLUMNS) - 1
+            grid |= {"datatype": ["bool", *["str"] * others], "static_columns": list(range(1, others + 1)), "wrap": True}
+            grid |= {"type": "array", "interactive": True}
+            table = gr.Dataframe(label="Pairs and verdicts", show_label=False, buttons=[], elem_id="dataset-table", **grid)
             with gr.Row(elem_classes="actions"):
                 position = gr.Markdown(elem_id="dataset-position")
                 newer = gr.Button("← Newer", size="sm", min_width=80, elem_id="dataset-previous")
@@ -171,7 +170,7 @@ def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updat
     def page_of(number_: int, *query: Any) -> Updates:
         page = studio.dataset.page(_wanted(*query), number_, _PAGE_ROWS)
         first = page.number * _PAGE_ROWS + 1
-        shown = f"{first:,} to {first + len(page.rows) - 1:,} of **{page.total:,}**, newest first"
+        shown = f"{first:,} to {first + len(page.rows) - 1:,} of **{page.total:,}**, newest first. Select a row to see all of it."
         return {
             number: page.number,
             table: [_line(row, page) for row in page.rows],
@@ -195,18 +194,9 @@ def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updat
 # One judgment
 
 
-def _pieces(one: str, other: str, names: tuple[str, str]) -> list[Any]:
-    """Both texts in one for gr.HighlightedText; `names` of what only one of them has."""
-    if max(len(one), len(other)) > _MAX_DIFF:
-        return [("These texts are too long to be compared word by word.", None)]
-    labels = {"same": None, "out": names[0], "in": names[1]}
-    return [(text, labels[kind]) for kind, text in word_diff(one, other)]
-
-
 def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> None:
     """A judgment in full beside the table: texts, word diff, provenance; edit and withdraw."""
     shown = gr.State("")
-    owner = not is_public_space()
     marks: dict[str, Any] = {"show_inline_category": False, "show_legend": True, "elem_classes": "marks"}
     with gr.Column(scale=2, min_width=340, visible=False, elem_id="dataset-detail") as box:
         with gr.Row(elem_classes="actions"):
@@ -227,38 +217,35 @@ def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> Non
         with gr.Row(visible=False, elem_classes="actions", elem_id="dataset-edit-actions") as edit_actions:
             save = gr.Button("Save as a new version", variant="primary", size="sm", elem_id="dataset-save")
             cancel = gr.Button("Cancel", size="sm", elem_id="dataset-cancel")
-        diff = gr.HighlightedText(label="Word by word", elem_id="dataset-diff", **marks)
+        words = gr.HighlightedText(label="Word by word", elem_id="dataset-diff", **marks)
         edits = gr.HighlightedText(label="Edited after it was shown", visible=False, elem_id="dataset-edits", **marks)
         with gr.Accordion("Provenance", open=True):
             facts = gr.Markdown(elem_id="dataset-facts")
 
     def render(judgment_id: str) -> Updates:
-        found = studio.dataset.judgment(judgment_id)
-        if found is None:
-            raise ConfigError("This judgment is no longer in the journal: choose another")
-        row, retraction = found
+        known = studio.dataset.judgment(judgment_id)
+        if known is None:
+            raise ConfigError("This row is no longer there: choose another")
+        row, retraction = known
+        found = studio.dataset.provenance(row, retraction).items()
         names = ("Chosen", "Rejected") if row["verdict"] == "preferred" else ("Left", "Right")
         only, around = (f"only {names[1].lower()}", f"only {names[0].lower()}"), ("before the edit", "after it")
-        edited: list[Any] = []
+        compared, edited = diff(row["rejected"], row["chosen"], *only), list[Any]()
         for title, column in zip(names, ("chosen", "rejected"), strict=True):
             if before := row[f"original_{column}"]:
-                edited += [(f"{title}: ", None), *_pieces(before, row[column], around)]
+                edited += [(f"{title}: ", None), *diff(before, row[column], *around)]
         return {field: gr.Textbox(row[name], interactive=False) for name, field in fields.items()} | {
             fields["chosen"]: gr.Textbox(row["chosen"], label=names[0], interactive=False),
             fields["rejected"]: gr.Textbox(row["rejected"], label=names[1], interactive=False),
             shown: row["id"],
             box: gr.Column(visible=True),
-            edit: gr.Button(visible=owner and retraction is None),
-            withdraw: gr.Button(visible=owner and retraction is None),
+            edit: gr.Button(visible=is_owner() and retraction is None),
+            withdraw: gr.Button(visible=is_owner() and retraction is None),
             confirm: gr.Row(visible=False),
             edit_actions: gr.Row(visible=False),
-            diff: gr.HighlightedText(
-                _pieces(row["rejected"], row["chosen"], only), color_map=dict(zip(only, _COLORS, strict=True))
-            ),
+            words: gr.HighlightedText(compared, color_map=dict(zip(only, _COLORS, strict=True))),
             edits: gr.HighlightedText(edited, color_map=dict(zip(around, _COLORS, strict=True)), visible=bool(edited)),
-            facts: "\n".join(
-                f"- **{name}**: {escape(text)}" for name, text in studio.dataset.provenance(row, retraction).items()
-            ),
+            facts: "\n".join(f"- **{name}**: {escape(text)}" for name, text in found),
         }
 
     def choose(event: gr.SelectData) -> Updates:
@@ -269,25 +256,21 @@ def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> Non
         changes = {name: text for name, text in zip(fields, texts, strict=True) if text != row.get(name)}
         new = journal.edit(studio.workspace, [judgment_id], changes, annotator_of(who).nickname)
         if changes and not new:
-            raise ConfigError("This judgment was edited or withdrawn meanwhile: choose it again in the table")
+            raise ConfigError("This row was edited or withdrawn meanwhile: choose it again in the table")
         return render(new[0] if new else judgment_id) | {changed: secrets.token_hex(4)}
 
     def withdraw_it(judgment_id: str, who: Any) -> Updates:
         journal.withdraw(studio.workspace, [judgment_id], annotator_of(who).nickname)
         return render(judgment_id) | {changed: secrets.token_hex(4)}
 
-    rendered = [shown, box, edit, withdraw, confirm, edit_actions, diff, edits, facts, *fields.values()]
+    rendered = [shown, box, edit, withdraw, confirm, edit_actions, words, edits, facts, *fields.values()]
     table.select(handles(choose), None, rendered, trigger_mode="multiple", **QUICK)
-    edit.click(
-        lambda: (gr.Row(visible=True), *[gr.Textbox(interactive=True)] * len(fields)),
-        None,
-        [edit_actions, *fields.values()],
-        **QUICK,
-    )
+    editing = [edit_actions, *fields.values()]
+    edit.click(lambda: (gr.Row(visible=True), *[gr.Textbox(interactive=True)] * len(fields)), None, editing, **QUICK)
     cancel.click(handles(render), shown, rendered, **QUICK)
     save.click(handles(save_edit), [shown, studio.identity, *fields.values()], [*rendered, changed], **QUICK)
     close.click(lambda: gr.Column(visible=False), None, box, **QUICK)
-    asks = "Withdraw this judgment? Training will leave it out."
+    asks = "Withdraw this row? Training will leave it out."
     withdraw.click(lambda: (gr.Row(visible=True), asks), None, [confirm, question], **QUICK)
     really.click(handles(withdraw_it), [shown, studio.identity], [*rendered, changed], **QUICK)
 
@@ -299,9 +282,9 @@ def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed:
     """Tag or withdraw the checked rows, or all that match; asks first, and changes exactly what was asked about."""
     asked = gr.State(([], {}))  # ids, and their new columns; {} withdraws
     scopes = [("The checked rows", "checked"), ("All that match the filters", "found")]
-    with gr.Accordion("Bulk edit", open=False, elem_id="dataset-bulk", visible=not is_public_space()):
+    with gr.Accordion("Bulk edit", open=False, elem_id="dataset-bulk"):
         with gr.Row():
-            scope = gr.Radio(scopes, value="checked", label="Judgments", elem_id="bulk-scope")
+            scope = gr.Radio(scopes, value="checked", label="Rows", elem_id="bulk-scope")
             own: dict[str, Any] = {"info": "Empty: unchanged", "allow_custom_value": True, "elem_id": "bulk-category"}
             category = gr.Dropdown(["", *CATEGORIES], label="Category", **own)
             group = gr.Textbox("", label="Target group", info="Empty: unchanged", elem_id="bulk-group")
@@ -314,12 +297,12 @@ def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed:
         checked = [str(row[-1]) for row in rows if row[0] in (True, "true")]
         ids = checked if scope_ == "checked" else studio.dataset.ids(_wanted(*query))
         if not ids:
-            raise ConfigError("No judgment is selected: check rows in the table, or choose all that match the filters")
+            raise ConfigError("No row is selected: check rows in the table, or choose all that match the filters")
         columns = ", ".join(f"{name.replace('_', ' ')} “{escape(text)}”" for name, text in changes.items())
-        what = plural(len(ids), "judgment")
+        what = plural(len(ids), "row")
         asks = f"Tag **{what}** with {columns}?" if changes else f"Withdraw **{what}**? Training will leave them out."
-        label = f"{'Tag' if changes else 'Withdraw'} {what}"
-        return {asked: (ids, changes), confirm: gr.Row(visible=True), question: asks, go: label}
+        button = gr.Button(f"Tag {what}", variant="primary") if changes else gr.Button(f"Withdraw {what}", variant="stop")
+        return {asked: (ids, changes), confirm: gr.Row(visible=True), question: asks, go: button}
 
     def ask_tag(scope_: str, rows: list[list[Any]], category_: str | None, group_: str, *query: Any) -> Updates:
         changes = {name: text.strip() for name, text in (("category", category_ or ""), ("target_group", group_)) if text.strip()}
@@ -332,7 +315,7 @@ def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed:
         to = studio.workspace, ids
         by = annotator_of(who).nickname
         done = len(journal.edit(*to, changes, by)) if changes else journal.withdraw(*to, by)
-        gr.Info(f"{plural(done, 'judgment')} {'tagged' if changes else 'withdrawn'}.")
+        gr.Info(f"{plural(done, 'row')} {'tagged' if changes else 'withdrawn'}.")
         return {asked: ([], {}), confirm: gr.Row(visible=False)} | {changed: secrets.token_hex(4)}
 
     asking = [asked, confirm, question, go]
@@ -385,11 +368,11 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     result = gr.Markdown(visible=False, elem_id="import-result")
     bad = gr.Dataframe(headers=["Line", "Reason"], column_widths=["12%", "88%"], elem_id="import-bad-rows", **grid)
     imports = gr.Radio([], label="Imports so far: choose one to undo it", visible=False, elem_id="imports")
-    undo = gr.Button("Undo this import: withdraw its judgments", size="sm", variant="stop", visible=False, elem_id="import-undo")
+    undo = gr.Button("Undo this import: withdraw its rows", size="sm", variant="stop", visible=False, elem_id="import-undo")
 
     def preview(source_: str, mapping: ColumnMapping | None) -> tuple[importing.Preview, Updates]:
         seen = importing.preview(source_, mapping)
-        rows = [[_cut(getattr(pair, field)) for field in _PICKED] for pair in seen.pairs]
+        rows = [[short(getattr(pair, field), _SHOWN) for field in _PICKED] for pair in seen.pairs]
         missing = [field for field in ("chosen", "rejected") if not getattr(seen.mapping, field)]
         ask = f" **Choose the column of the {' and the '.join(missing)} completion.**" if missing else ""
         return seen, {
@@ -421,8 +404,8 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
 
     def undo_import(chosen: str, who: Any) -> Updates:
         done = journal.undo_import(studio.workspace, chosen, annotator_of(who).nickname)
-        gr.Info(f"Import undone: {plural(done, 'judgment')} withdrawn.")
-        return {changed: secrets.token_hex(4)}
+        told = f"Import undone: {plural(done, 'row')} withdrawn."
+        return {changed: secrets.token_hex(4), result: gr.Markdown(told, visible=True), bad: gr.Dataframe(visible=False)}
 
     previewed = [format_, first, bad, go]
     opened = [*previewed, *pickers, source, guess, name, box, result]
@@ -433,15 +416,10 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     gr.on([p.input for p in pickers], map_columns, [source, guess, *pickers], previewed, show_progress_on=first, **work)
     imported = [result, bad, box, changed]
     go.click(handles(import_rows), [source, guess, name, *pickers], imported, show_progress_on=go, **work)
-    seed.click(
-        handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", *_PICKED)),
-        None,
-        imported,
-        show_progress_on=seed,
-        **work,
-    )
+    examples = handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", *_PICKED))
+    seed.click(examples, None, imported, show_progress_on=seed, **work)
     imports.input(lambda: gr.Button(visible=True), None, undo, **QUICK)
-    undo.click(handles(undo_import), [imports, studio.identity], changed, **QUICK)
+    undo.click(handles(undo_import), [imports, studio.identity], [changed, result, bad], **QUICK)
     return imports, undo
 
 

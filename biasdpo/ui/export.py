@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from biasdpo import models
+from biasdpo.access import is_owner, require_owner
 from biasdpo.config import DEFAULT_QUANTIZATION, ExportConfig, Setting
 from biasdpo.errors import BiasDPOError, ExportError
 from biasdpo.gguf import export as exporting
@@ -19,16 +20,16 @@ from biasdpo.gguf.write import expected_sizes
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Job
 from biasdpo.jobs.resolve import resolve_export
-from biasdpo.ui.components import QUICK, Studio, Updates, escape, handles, size_text
-from biasdpo.ui.jobs import build_jobs, refuse_if_public, state_word
-from biasdpo.workspace import Workspace, is_public_space, sha256_of
+from biasdpo.ui.components import QUICK, Studio, Updates, escape, handles, pasted, size_text
+from biasdpo.ui.jobs import SMALL, JobPanel, state_word
+from biasdpo.workspace import Workspace, sha256_of
 
 _FORMATS = [("LoRA adapter", "lora"), ("Merged model", "merged")]
 _FORMAT_INFO = "A LoRA adapter is a small file, loaded beside its base model. A merged model is complete."
-_PROOFS = [("Full", "full"), ("Quick", "quick"), ("None", "none")]
+_DEPTHS = [("Full", "full"), ("Quick", "quick"), ("None: not verified", "none")]
 _EMPTY = """### No exports yet
-An export is one GGUF file for llama.cpp, Ollama and similar apps. Choose a run or an adapter and press **Export**. Each file is
-verified against the original model before it is saved."""
+An export is one GGUF file for llama.cpp, Ollama and similar apps. Choose a run or an adapter and press **Export**. Unless you
+choose no verification, the file is compared with the original model before it is saved."""
 _METHOD = """Both on the CPU: transformers in F32, and llama.cpp on this file (F32 KV cache, no flash attention). KL divergence
 from the original to the file, in nats per position."""
 
@@ -43,37 +44,37 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
             format_ = gr.Radio(_FORMATS, value="lora", label="Format", info=_FORMAT_INFO, elem_id="export-format")
             quantization = gr.Dropdown(list(settings["quantization"].choices), value=DEFAULT_QUANTIZATION, label="Quantization",
                                        visible=False, filterable=False, elem_id="export-quantization")  # fmt: skip
-            proof = gr.Radio(_PROOFS, value="full", label="Proof", info=settings["proof"].help, elem_id="export-proof")
+            proof = gr.Radio(_DEPTHS, value="full", label="Verification", info=settings["proof"].help, elem_id="export-proof")
             name = gr.Textbox(label="File name", max_lines=1, elem_id="export-name")
-            start = gr.Button("Export", variant="primary", interactive=not is_public_space(), elem_id="export-start")
+            start = gr.Button("Export", variant="primary", elem_id="export-start")
             plan = gr.Markdown(elem_id="export-plan")
             with gr.Accordion("Advanced", open=False, elem_id="export-advanced"):
                 advanced = {key: _field(one) for key, one in settings.items() if one.is_advanced}
         with gr.Column(scale=3, min_width=300):
             empty = gr.Markdown(_EMPTY, elem_id="export-empty")
-            panel = build_jobs(studio, "export", ["Export", "State", "Adapter", "Format", "Size", "Proof"], _row, _outcome)
+            panel = JobPanel(studio, "export", ["Export", "State", "Adapter", "Format", "Size", "Verification"], _row, _outcome)
             with panel.actions:
-                download = gr.DownloadButton("Download", variant="primary", size="sm", visible=False, elem_id="export-download")
-                compare = gr.Button("Open in Compare", size="sm", visible=False, elem_id="export-compare")
+                download = gr.DownloadButton("Download", variant="primary", elem_id="export-download", **SMALL)
             with panel.box:
                 with gr.Column(visible=False, elem_id="export-result") as result:
                     files = gr.Dataframe(headers=["File", "Size", "SHA-256"], label="Files", interactive=False, buttons=[],
-                                         column_widths=["40%", "15%", "45%"], elem_id="export-files")  # fmt: skip
+                                         wrap=True, column_widths=["40%", "15%", "45%"], elem_id="export-files")  # fmt: skip
                     with gr.Accordion("Use it elsewhere", open=False, elem_id="export-elsewhere"):
                         commands = [
                             gr.Textbox(label=label, lines=lines, max_lines=12, interactive=False, buttons=["copy"])
                             for label, lines in (("llama.cpp", 1), ("Ask that server", 2), ("Ollama", 1), ("Modelfile", 4))
                         ]
-                with gr.Accordion("Proof details", open=False, visible=False, elem_id="export-details") as details:
-                    figures = gr.Dataframe(headers=["Measured", "Found", "Required"], label="Proof", wrap=True, interactive=False,
-                                           buttons=[], elem_id="export-figures")  # fmt: skip
+                with gr.Accordion("Verification details", open=False, visible=False, elem_id="export-details") as details:
+                    figures = gr.Dataframe(headers=["Measured", "Found", "Required"], label="Verification", interactive=False,
+                                           wrap=True, buttons=[], elem_id="export-figures")  # fmt: skip
                     gr.Markdown(_METHOD)
                 panel.build_log()
+            compare = gr.Button("Next: try it in Compare", visible=False, elem_id="export-compare", elem_classes="next-step")
     proposed, served = gr.State(""), set[Path]()  # served in place: copies in Gradio's cache could fill the disk
     inputs = [adapter, format_, quantization, proof, name, proposed, *advanced.values()]
 
     def config_of(chosen: str, kind: Any, type_: str, depth: Any, file: str, _proposed: str, *more: Any) -> ExportConfig:
-        chosen, file = (chosen or "").strip().strip("'\""), (file or "").strip() or "export"
+        chosen, file = pasted(chosen), (file or "").strip() or "export"
         shown = {key: value for key, value in zip(advanced, more, strict=True) if value not in (None, "")}
         given: dict[str, Any] = {key: settings[key].parse(str(value)) for key, value in shown.items()}
         if chosen == "none" and kind == "merged" and "model" not in given:
@@ -90,7 +91,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         """Preview what Export would write, in one line; settings that conflict are named there."""
         shown: Updates = {quantization: gr.Dropdown(visible=given[1] == "merged")}
         try:
-            refuse_if_public("Export")
+            require_owner("Export")
             config, spec, found = resolve_export(config_of(*given), workspace)
             sizes = expected_sizes(spec, found, config.format, config.source)
         except BiasDPOError as exc:
@@ -114,12 +115,12 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         return {adapter: _adapters(workspace, request["run"]) if request.get("run") else gr.skip()}
 
     def begin(*given: Any) -> Updates:
-        refuse_if_public("Export")
+        require_owner("Export")
         job = store.start_export(config_of(*given), workspace, command="the Export tab")
         return {name: "", proposed: ""} | panel.show(job.id)
 
     def render(job: Job | None) -> Updates:
-        hidden = job is None or is_public_space()  # names of folders
+        hidden = job is None or not is_owner()  # names of folders
         record, found = (None, None) if job is None or hidden else (_record(job), _proof(job))
         if record is not None and record.out not in served:
             gr.set_static_paths([record.out])
@@ -135,7 +136,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         } | dict(zip(commands, texts, strict=True))
 
     def use(selected: str) -> Updates:
-        refuse_if_public("Opening an export")
+        require_owner("Opening an export")
         job = panel.job(selected)
         record = None if job is None else _record(job)
         if record is None:

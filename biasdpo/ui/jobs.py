@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import gradio as gr
 
+from biasdpo.access import is_owner, require_owner
 from biasdpo.errors import JobError
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Job, Kind
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time
-from biasdpo.workspace import is_public_space, refuse_on_public_space
 
 TICK_SECONDS = 2.0
 
@@ -23,32 +25,49 @@ _DELETES: dict[Kind, str] = {
     "export": "the export with its file and log",
 }
 _RESUME_WORDS = {"failed": "Retry", "interrupted": "Resume", "stopped": "Resume"}
+SMALL: dict[str, Any] = {"size": "sm", "visible": False, "min_width": 90}
+"""Look of the buttons in `JobPanel.actions`, which are shown when the chosen job allows them."""
+_POLL_SECONDS = 1.0
 
 Version = tuple[Any, ...]
 
 
-@dataclass
 class JobPanel:
-    """The list of jobs of one kind and the chosen one. `watch` connects what a tab shows of the chosen job."""
+    """The list of jobs of one kind and the chosen one, with its state and buttons.
 
-    studio: Studio
-    kind: Kind
-    row_of: Callable[[Job], list[Any]]
-    detail: Callable[[Job], str]
-    selected: gr.Textbox  # hidden: id of the chosen job, "" for none; kept by the page when the app restarts
-    versions: dict[str, gr.State]  # by file of the job's folder; "list" and "status" beside them
-    table: gr.Dataframe
-    box: gr.Column
-    head: gr.Markdown
-    actions: gr.Row  # a tab may add its buttons
-    stop: gr.Button
-    resume: gr.Button
-    delete: gr.Button
-    confirm: gr.Row
-    question: gr.Markdown
-    confirm_delete: gr.Button
-    keep: gr.Button
-    timer: gr.Timer
+    row_of   a job's row under `headers`; its first cell is the job's id
+    detail   the outcome of a job, in Markdown
+
+    A tab adds what it shows of the job below, inside `with panel.box:`, then calls `watch` and `wire`.
+    """
+
+    def __init__(
+        self,
+        studio: Studio,
+        kind: Kind,
+        headers: Sequence[str],
+        row_of: Callable[[Job], list[Any]],
+        detail: Callable[[Job], str] = lambda _job: "",
+    ) -> None:
+        self.studio, self.kind, self.row_of, self.detail = studio, kind, row_of, detail
+        label = f"{NOUNS[kind].capitalize()}s"
+        look: dict[str, Any] = {"interactive": False, "visible": False, "max_height": 190, "buttons": [], "type": "array"}
+        self.table = gr.Dataframe(headers=list(headers), label=label, elem_id=f"{kind}-jobs", **look)
+        with gr.Column(visible=False, elem_id=f"{kind}-job") as self.box:
+            self.head = gr.Markdown(elem_id=f"{kind}-head")
+            with gr.Row(elem_classes="actions") as self.actions:  # a tab may add its buttons
+                self.stop = gr.Button("Stop", variant="stop", elem_id=f"{kind}-stop", **SMALL)
+                self.resume = gr.Button("Resume", elem_id=f"{kind}-resume", **SMALL)
+                self.delete = gr.Button("Delete", elem_id=f"{kind}-delete", **SMALL)
+            with gr.Row(visible=False, elem_id=f"{kind}-confirm") as self.confirm:
+                self.question = gr.Markdown()
+                self.confirm_delete = gr.Button("Delete", variant="stop", size="sm", elem_id=f"{kind}-confirm-delete")
+                self.keep = gr.Button("Keep", size="sm", elem_id=f"{kind}-keep")
+        # Hidden: id of the chosen job, "" for none; kept by the page when the app restarts.
+        self.selected = gr.Textbox("", label="Chosen", visible="hidden", elem_id=f"{kind}-selected")
+        # By file of the job's folder; "list" and "status" beside them.
+        self.versions = {name: gr.State(()) for name in ("list", "status")}
+        self.timer = gr.Timer(TICK_SECONDS, active=False)
 
     # What a tab uses
 
@@ -67,7 +86,7 @@ class JobPanel:
     def build_note(self) -> None:
         """The user's note on the job; saved when the field loses focus."""
         note = gr.Textbox(label="Note", placeholder="What you tried and why", max_lines=8, elem_id=f"{self.kind}-note")
-        if is_public_space():
+        if not is_owner():
             note.interactive = False
 
         def save(selected: str, text: str) -> None:
@@ -78,15 +97,15 @@ class JobPanel:
         gr.on([note.blur, note.submit], handles(save), [self.selected, note], None, **QUICK)
 
     def build_log(self) -> None:
-        """The log, folded away and read while it is open; the last thing in a tab's `with panel.box:`."""
+        """The log, folded away and read while it is open."""
         opened = gr.State(False)
-        with gr.Accordion("Log", open=False, elem_id=f"{self.kind}-log-box") as box:
+        with gr.Accordion("Log", open=False, visible=False, elem_id=f"{self.kind}-log-box") as box:
             log = gr.Textbox(label="Log", show_label=False, lines=8, max_lines=20, interactive=False, elem_id=f"{self.kind}-log")
 
         def show(job: Job | None, is_open: bool) -> Updates:
-            return {log: _log_of(job) if is_open else gr.skip()}
+            return {box: gr.Accordion(visible=job is not None), log: _log_of(job) if is_open else gr.skip()}
 
-        self.watch("log.txt", show, [log], [opened])
+        self.watch("log.txt", show, [box, log], [opened])
         box.expand(handles(lambda selected: (True, _log_of(self.job(selected)))), self.selected, [opened, log], **QUICK)
         box.collapse(lambda: (False, ""), None, [opened, log], **QUICK)
 
@@ -165,24 +184,28 @@ class JobPanel:
         job = self.job(selected)
         if job is None:
             return {self.box: gr.Column(visible=False), self.confirm: gr.Row(visible=False)}
-        may = not is_public_space()
+        may = is_owner()
         resumable = job.state in _RESUME_WORDS and job.loose is None and job.config is not None
         return {
             self.box: gr.Column(visible=True),
-            self.head: "\n\n".join(filter(None, (head(job), self.detail(job)))),
+            self.head: head(job, self.detail(job)),
             self.stop: gr.Button(visible=may and job.is_active, interactive=job.state != "stopping"),
-            self.resume: gr.Button(_RESUME_WORDS.get(job.state, "Resume"), visible=may and resumable),
+            self.resume: gr.Button(
+                _RESUME_WORDS.get(job.state, "Resume"),
+                variant="secondary" if self.kind == "train" and wants_changes(job) else "primary",
+                visible=may and resumable,
+            ),
             self.delete: gr.Button(visible=may and not job.is_active),
             self.confirm: gr.Row(visible=False),
         }
 
     def _stop(self, selected: str) -> Updates:
-        refuse_if_public("Stopping a job")
+        require_owner("Stopping a job")
         store.stop_job(selected, self.studio.workspace, self.kind)
         return self._versions(selected)
 
     def _resume(self, selected: str) -> Updates:
-        refuse_if_public("Resuming a job")
+        require_owner("Resuming a job")
         store.resume_job(selected, self.studio.workspace, self.kind)
         return self._versions(selected)
 
@@ -191,7 +214,7 @@ class JobPanel:
         return {self.confirm: gr.Row(visible=True), self.question: question}
 
     def _delete(self, selected: str) -> Updates:
-        refuse_if_public("Deleting a job")
+        require_owner("Deleting a job")
         store.delete_job(selected, self.studio.workspace, self.kind)
         return {self.confirm: gr.Row(visible=False)} | self.show(self._default())
 
@@ -199,71 +222,27 @@ class JobPanel:
 _TABS: dict[Kind, str] = {"train": "train", "evaluate": "measure", "export": "export"}
 
 
-def refuse_if_public(action: str) -> None:
-    """Raise RefusedError on a public Space."""
-    if is_public_space():
-        refuse_on_public_space(action)
+def wants_changes(job: Job) -> bool:
+    """Whether to repeat the job as it was is not the best next step."""
+    return job.state in ("failed", "stopped")
 
 
-def build_jobs(
-    studio: Studio,
-    kind: Kind,
-    headers: Sequence[str],
-    row_of: Callable[[Job], list[Any]],
-    detail: Callable[[Job], str] = lambda _job: "",
-) -> JobPanel:
-    """Lay out the list and the chosen job's head.
-
-    row_of   a job's row under `headers`; its first cell is the job's id
-    detail   what the head says of a job beside its state, in Markdown
-
-    A tab adds what it shows of the job below, inside `with panel.box:`, then calls `watch` and `wire`.
-    """
-    noun = NOUNS[kind]
-    table = gr.Dataframe(
-        headers=list(headers),
-        interactive=False,
-        visible=False,
-        max_height=190,
-        label=f"{noun.capitalize()}s",
-        buttons=[],
-        elem_id=f"{kind}-jobs",
-        type="array",
-    )
-    with gr.Column(visible=False, elem_id=f"{kind}-job") as box:
-        head_ = gr.Markdown(elem_id=f"{kind}-head")
-        with gr.Row(elem_classes="actions") as actions:
-            stop = gr.Button("Stop", variant="stop", size="sm", visible=False, elem_id=f"{kind}-stop")
-            resume = gr.Button("Resume", variant="primary", size="sm", visible=False, elem_id=f"{kind}-resume")
-            delete = gr.Button("Delete", size="sm", visible=False, elem_id=f"{kind}-delete")
-        with gr.Row(visible=False, elem_id=f"{kind}-confirm") as confirm:
-            question = gr.Markdown()
-            confirm_delete = gr.Button("Delete", variant="stop", size="sm", elem_id=f"{kind}-confirm-delete")
-            keep = gr.Button("Keep", size="sm", elem_id=f"{kind}-keep")
-    return JobPanel(
-        studio=studio,
-        kind=kind,
-        row_of=row_of,
-        detail=detail,
-        selected=gr.Textbox("", label="Chosen", visible="hidden", elem_id=f"{kind}-selected"),
-        versions={name: gr.State(()) for name in ("list", "status")},
-        table=table,
-        box=box,
-        head=head_,
-        actions=actions,
-        stop=stop,
-        resume=resume,
-        delete=delete,
-        confirm=confirm,
-        question=question,
-        confirm_delete=confirm_delete,
-        keep=keep,
-        timer=gr.Timer(TICK_SECONDS, active=False),
-    )
+def run_estimate(shown: Callable[[float], Any], estimate: Callable[..., Any], *given: Any) -> Generator[Any, None, Any]:
+    """Return what `estimate` finds in a process of its own; until then yield `shown(seconds)`. Closing this generator, which
+    Gradio does when the page is closed or by `cancels`, ends the process."""
+    began, ended = time.monotonic(), threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        task = executor.submit(estimate, *given, cancelled=ended.is_set)
+        try:
+            while not wait([task], _POLL_SECONDS).done:
+                yield shown(time.monotonic() - began)
+            return task.result()
+        finally:
+            ended.set()
 
 
-def head(job: Job) -> str:
-    """The chosen job in one line of Markdown, and its error with the remedy."""
+def head(job: Job, detail: str = "") -> str:
+    """The chosen job in Markdown: its state, its error with the remedy, the outcome, notes."""
     status = job.status
     parts = [f"### {escape(job.id)}", f"**{state_word(job)}**"]
     if job.kind == "train" and status.total_steps and job.state != "finished":
@@ -283,13 +262,14 @@ def head(job: Job) -> str:
         line += f"\n\nWaiting for {escape(status.waits_for)}, which is using the same device."
     if job.error:
         line += f"\n\n> ⚠ {escape(job.error)}"
+    line += f"\n\n{detail}" if detail else ""
     return line + (f"\n\n{escape('. '.join(status.notes))}." if status.notes else "")
 
 
 def state_word(job: Job) -> str:
-    """A job's state for people: "Running · 45 %", "Finished"."""
+    """A job's state for people: "Running · 45%", "Finished"."""
     share, word = _share(job), str(job.state).capitalize()
-    return f"{word} · {100 * share:.0f} %" if job.is_active and share else word
+    return f"{word} · {share:.0%}" if job.is_active and share else word
 
 
 def _share(job: Job) -> float:
@@ -301,7 +281,7 @@ def _share(job: Job) -> float:
 
 
 def _log_of(job: Job | None) -> str:
-    if job is not None and is_public_space():  # it may name folders
+    if job is not None and not is_owner():  # it may name folders
         return "Logs are not shown on a public Space."
     return "" if job is None else job.log_tail(200)
 

@@ -35,8 +35,7 @@ _VERDICTS = {"tie": "tie", "both_biased": "both biased", "both_unusable": "both 
 _PROMPTS = [("Examples", "examples"), ("My own list", "list"), ("The dataset's", "dataset"), ("Template with groups", "template")]
 _PAIRS = [*((title, name) for name, title in labeling.PAIR_SOURCES.items()), ("Second opinion on others' pairs", "others")]
 _CATEGORIES = list(prompts.CATEGORIES)
-_DIFF_CHARACTERS = 20_000  # longer texts take seconds to compare
-_LISTED = 200  # of one's own judgments
+_LISTED = 200  # of one's own verdicts
 
 
 def build_label(studio: Studio, tab: gr.Tab) -> None:
@@ -54,7 +53,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
     with gr.Accordion("Settings: prompts, pairs, model", open=False, elem_id="label-settings") as settings_box:
         settings = _build_settings(studio, settings_box)
         restart = gr.Button("Restart with these settings", variant="primary", visible=False, elem_id="restart")
-    paste, pasted = _build_paste()
+    paste_box, paste, pasted = _build_paste()
     changed = gr.State(0)  # how many verdicts of this page stand, to redraw what depends on it
     change_nickname = _build_records(studio, sessions, changed, tab)
     studio.next_step("dataset", "Next: Dataset")
@@ -149,6 +148,14 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
             told = {pair.last: "This is your pair, with its sides in random order."}
             return pair.shown(session) | gate_updates(who, session) | told
 
+    def receive(sent: dict[str, Any], request: gr.Request, identity: Any) -> Updates:
+        """A pair that another tab sends: judged at once by who has agreed, else kept under "Paste your own pair"."""
+        if "pair" not in sent:
+            return {paste_box: gr.skip()}
+        agreed, texts = annotator_of(identity).agreed, [*sent["pair"], ""]
+        filled: Updates = {paste_box: gr.Accordion(open=not agreed), **dict(zip(pasted, texts, strict=True))}
+        return filled | (paste_pair(request, identity, *texts) if agreed else {})
+
     def edit(request: gr.Request, editing: bool) -> Updates:  # off restores what was generated
         shown = sessions.of(request.session_hash).shown
         left, right = (shown.left, shown.right) if shown is not None else ("", "")
@@ -180,6 +187,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
     pair.skip.click(handles(skip), pair.token, judged, trigger_mode="multiple", **QUICK)
     pair.undo.click(handles(undo), pair.reveal, judged, **QUICK)
     paste.click(handles(paste_pair), [who, *pasted], [*gated, *judged], **QUICK)
+    studio.on_request("label", receive, [who], [paste_box, *pasted, *gated, *judged])
     pair.editing.input(edit, pair.editing, [pair.left, pair.right, pair.edits, pair.length_note], **QUICK)
     # `change`, since `input` isn't sent for text that is pasted or comes from an input method.
     texts = [pair.editing, pair.left, pair.right]
@@ -199,22 +207,22 @@ class _Pair:
     def __init__(self) -> None:
         with gr.Column(visible=False, elem_id="label-work") as self.box:
             self.progress = gr.Markdown(elem_id="label-progress")
-            self.token = gr.Textbox(visible="hidden", elem_id="pair-token")  # in the browser: which pair a click is about
+            self.token = gr.Textbox(elem_id="pair-token")  # in the browser: which pair a click is about; hidden by style.css
             self.prompt = gr.Textbox(label="Prompt", interactive=False, lines=1, max_lines=6, elem_id="label-prompt")
             self.notice = gr.Markdown(elem_id="label-notice")
             with gr.Row(elem_id="label-panes"):
                 answer: dict[str, Any] = {"interactive": False, "lines": 6, "max_lines": 18, "min_width": 280}
                 self.left = gr.Textbox(label="Left", elem_id="label-left-text", **answer)
                 self.right = gr.Textbox(label="Right", elem_id="label-right-text", **answer)
-            self.edits = _highlighted(
-                "Your edits", {"removed": "#f87171", "added": "#34d399"}, elem_id="label-edits", visible=False
-            )
+            colors = {"removed": "#f87171", "added": "#34d399"}
+            self.edits = _highlighted("Your edits", colors, elem_id="label-edits", visible=False)
             self.length_note = gr.Markdown(elem_id="length-note")
             with gr.Row(elem_id="verdicts", elem_classes="actions"):
-                self.answers = {
-                    name: gr.Button(title, variant=variant, elem_id=f"answer-{name.replace('_', '-')}", min_width=100)
-                    for name, (title, variant) in _ANSWERS.items()
-                }
+                self.answers: dict[Answer, gr.Button] = {}
+                for name, (title, variant) in _ANSWERS.items():
+                    self.answers[name] = gr.Button(
+                        title, variant=variant, elem_id=f"answer-{name.replace('_', '-')}", min_width=100
+                    )
                 self.skip = gr.Button("Skip (S)", elem_id="answer-skip", min_width=80)
                 self.undo = gr.Button("Undo (U)", elem_id="undo", min_width=80)
             self.last = gr.Markdown(elem_id="label-last")
@@ -222,9 +230,8 @@ class _Pair:
                 self.editing = gr.Checkbox(False, label="Edit before choosing (E)", elem_id="editing", container=False)
                 self.reveal = gr.Checkbox(True, label="Reveal the models after a verdict", elem_id="reveal", container=False)
             with gr.Row(elem_id="judgment-details"):
-                self.category = gr.Dropdown(
-                    _CATEGORIES, value=None, label="Category (optional)", elem_id="category", min_width=140
-                )
+                label = "Category (optional)"
+                self.category = gr.Dropdown(_CATEGORIES, value=None, label=label, elem_id="category", min_width=140)
                 self.group = gr.Textbox(label="Target group (optional)", max_lines=1, elem_id="target-group", min_width=160)
                 self.note = gr.Textbox(label="Note (optional)", max_lines=1, elem_id="judgment-note", min_width=160)
             with gr.Accordion("Differences between left and right, word by word", open=False, elem_id="label-diff"):
@@ -246,7 +253,7 @@ class _Pair:
             self.notice: _no_pair(session) if pair is None else "",
             self.token: session.token,
             self.prompt: prompt.text,
-            self.differences: _pieces(left, right, "left only", "right only"),
+            self.differences: components.diff(left, right, "left only", "right only"),
             self.editing: False,
             self.edits: _edits(),
             self.length_note: "",
@@ -273,20 +280,12 @@ def _highlighted(label: str, colors: dict[str, str], **options: Any) -> gr.Highl
     return gr.HighlightedText(label=label, color_map=colors, **look, **options)
 
 
-def _pieces(one: str, other: str, removed: str, added: str) -> list[tuple[str, str | float | None]]:
-    """Both texts in one, for gr.HighlightedText."""
-    if max(len(one), len(other)) > _DIFF_CHARACTERS:
-        return [("These texts are too long to be compared word by word.", None)]
-    kinds = {"same": None, "out": removed, "in": added}
-    return [(text, kinds[kind]) for kind, text in labeling.word_diff(one, other)]
-
-
 def _edits(left: tuple[str, str] = ("", ""), right: tuple[str, str] = ("", "")) -> gr.HighlightedText:
     """The word diff of an edit; hidden if nothing changed."""
     pieces: list[tuple[str, str | float | None]] = []
     for side, (old, new) in {"Left": left, "Right": right}.items():
         if old.strip() != (new or "").strip():
-            pieces += [(f"{side}: ", None), *_pieces(old, new or "", "removed", "added"), ("\n\n", None)]
+            pieces += [(f"{side}: ", None), *components.diff(old, new or "", "removed", "added"), ("\n\n", None)]
     return gr.HighlightedText(value=pieces, visible=bool(pieces))
 
 
@@ -295,7 +294,7 @@ def _no_pair(session: LabelSession) -> str:
     if session.goes_on:
         return _waiting(session.queue.progress())
     error = session.queue.error
-    return f"⚠ {escape(str(error))}" if error else "No pairs are left: change the prompts or pairs under Settings, then restart."
+    return f"⚠ {escape(str(error))}" if error else "No pairs are left: for more, open Settings and press Restart."
 
 
 def _waiting(progress: Progress) -> str:
@@ -355,9 +354,9 @@ def _build_settings(studio: Studio, box: gr.Accordion) -> list[Any]:
             groups = gr.Textbox(first_groups, label="Groups, one per line", lines=5, max_lines=12)
             traits = gr.Textbox(first_traits, label="Traits, one per line", lines=5, max_lines=12)
     with gr.Row():
-        titles = [("The app's model", "auto"), *((spec.title, name) for name, spec in models.catalog().items())]
         own: dict[str, Any] = {"allow_custom_value": True, "min_width": 180}
-        model = gr.Dropdown(titles, value="auto", label="Model", info="Or a path or Hub ID", elem_id="label-model", **own)
+        known = components.model_choices(studio, "auto")
+        model = gr.Dropdown(known, value="auto", label="Model", info="Or a path or Hub ID", elem_id="label-model", **own)
         adapter = gr.Dropdown(_adapters(studio), value="", label="Adapter", info="Or a folder", elem_id="label-adapter", **own)
         strength = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter strength", info="1: as trained", min_width=160, buttons=[])
     with gr.Row():
@@ -423,8 +422,8 @@ def _prompts(studio: Studio, chosen: _Settings) -> list[Prompt]:
     return prompts.shipped()
 
 
-def _build_paste() -> tuple[gr.Button, list[Any]]:
-    with gr.Accordion("Paste your own pair", open=False, elem_id="paste"):
+def _build_paste() -> tuple[gr.Accordion, gr.Button, list[Any]]:
+    with gr.Accordion("Paste your own pair", open=False, elem_id="paste") as box:
         prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="paste-prompt")
         with gr.Row():
             one = gr.Textbox(label="One answer", lines=4, max_lines=12, elem_id="paste-one")
@@ -433,22 +432,22 @@ def _build_paste() -> tuple[gr.Button, list[Any]]:
             category = gr.Dropdown(_CATEGORIES, value=None, label="Category (optional)")
             group = gr.Textbox(label="Target group (optional)", max_lines=1)
         button = gr.Button("Judge this pair", elem_id="paste-button")
-    return button, [prompt, one, other, category, group]
+    return box, button, [prompt, one, other, category, group]
 
 
-# Own judgments, coverage and data health
+# Own verdicts, coverage and data health
 
 
 def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, tab: gr.Tab) -> gr.Button:
-    """This browser's judgments, coverage, and data health. Returns the button to change the nickname."""
+    """This browser's verdicts, coverage, and data health. Returns the button to change the nickname."""
     reader = studio.dataset
     health = gr.Markdown(elem_id="label-health")
     shape: dict[str, Any] = {"interactive": False, "max_height": 320, "type": "array"}
-    with gr.Accordion("My judgments", open=False, elem_id="mine") as mine_box:
+    with gr.Accordion("My verdicts", open=False, elem_id="mine") as mine_box:
         consistency = gr.Markdown(elem_id="consistency")
         table = gr.Dataframe(
-            headers=["Judged", "Prompt", "Verdict", "Chosen answer", "ID"],
-            column_widths=["140px", "30%", "130px", "35%", "90px"],
+            headers=["Date", "Prompt", "Verdict", "Chosen answer", "ID"],
+            column_widths=["140px", "30%", "130px", "39%", "90px"],
             max_chars=160,
             label="Select a row to withdraw it",
             elem_id="my-judgments",
@@ -459,7 +458,7 @@ def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, t
             change_nickname = gr.Button("Change nickname or withdraw consent", size="sm", elem_id="change-nickname")
         notice = gr.Markdown(elem_id="mine-notice")
     with gr.Accordion("Coverage by category and group", open=False, elem_id="coverage") as coverage_box:
-        headers = ["Category", "Target group", "Judgments"]
+        headers = ["Category", "Target group", "Pairs"]
         coverage = gr.Dataframe(headers=headers, label="Coverage", elem_id="coverage-table", **shape)
     selected, mine_open, coverage_open = gr.State(""), gr.State(False), gr.State(False)
 
@@ -467,14 +466,13 @@ def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, t
         who, agreement = annotator_of(identity), reader.agreement()
         rows = reader.own(who.browser, who.nickname)
         agreed, repeats = agreement.self_consistency.get(who.nickname, (0, 0))
-        said = f"**{plural(len(rows), 'judgment')}** made in this browser"
+        said = f"**{plural(len(rows), 'verdict')}** made in this browser"
         said += f", the latest {_LISTED} shown. " if len(rows) > _LISTED else ". "
         if repeats:
             said += f"You gave the same verdict in {agreed} of {plural(repeats, 'hidden repeat')}. "
         if agreement.alpha is not None:
-            said += (
-                f"Agreement of all annotators: Krippendorff's alpha {agreement.alpha:.2f} on {plural(agreement.pairs, 'pair')}."
-            )
+            on = plural(agreement.pairs, "pair")
+            said += f"Agreement of all annotators: Krippendorff's alpha {agreement.alpha:.2f} on {on}."
         return {consistency: said, table: [_line(row) for row in reversed(rows[-_LISTED:])], mine_open: True}
 
     def covered() -> Updates:

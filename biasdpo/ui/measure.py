@@ -5,9 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shlex
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +16,7 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
 from biasdpo import benchmarks, models
+from biasdpo.access import is_owner, require_owner
 from biasdpo.benchmarks.titles import BENCHMARKS, Group, benchmark_title, metric_title
 from biasdpo.config import RUN, WORKSPACE, EvaluationConfig
 from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError
@@ -32,27 +31,25 @@ from biasdpo.jobs.resolve import command_of, parts
 from biasdpo.labeling import word_diff
 from biasdpo.ui import charts
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, plural
-from biasdpo.ui.jobs import JobPanel, build_jobs, refuse_if_public, state_word
-from biasdpo.workspace import ASSETS, is_public_space
+from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word
+from biasdpo.workspace import ASSETS
 
 STRENGTHS = ("0", "0.25", "0.5", "0.75", "1", "1.25", "1.5")
 MAX_SERIES = len(charts.SERIES)
 LIMIT = 200  # items at first: minutes on a laptop
 MAX_FLIPS = 200
-_POLL_SECONDS = 0.5
 _SHIPPED = ASSETS / "adapters" / "smollm2-biasdpo" / "evaluation.json"
 _PAIRS = [("The adapter's held-out pairs", RUN), ("The workspace's held-out judgments", WORKSPACE)]
 _ADVANCED = ("data_dir", "seed", "backend", "samples", "max_new_tokens", "toxicity_scorer")
-_WIDTHS: list[str | int] = ["172px", "104px", "116px", "108px", "108px", "66px", "62px"]  # of a table's columns
+_WIDTHS: list[str | int] = ["176px", "96px", "144px", "96px", "96px", "64px", "64px"]  # of a table's columns
 _GRID: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", "buttons": []}
-_OFF = "Measuring is turned off on this public Space. Finished evaluations can be read."
+_OFF = "Measuring is for the owner of this app. Finished evaluations can be read."
 _INTRO = """Nothing measured yet. An evaluation scores the base model and an adapter on the same items and says what changed, with
 confidence intervals. Benchmarks are selected already: press **Start**. Below is the shipped adapter's evaluation."""
-_HELP = """↑ higher is better, ↓ lower is better, →50 nearer 50 is better, = unchanged is better. Base and tuned are scored on
-the same items, with 95 % bootstrap intervals. *Change* is tuned − base, paired. *p* is a paired randomization test, Holm-
-corrected over the table. For →50 the verdict, *p* and the plot are about the distance from 50. "Less biased" and "better"
-need an interval that excludes no change and p below 0.05; "worse" needs the interval only. Groups of fewer than ten items
-have no interval. In the plot, one unit is half the width of base's own interval."""
+_HELP = """**How to read this.** Base and tuned are scored on the same items; brackets are 95% bootstrap intervals. *p* is of a
+paired randomization test, Holm-corrected over the table. Where a value is ideal, such as 50, the verdict, *p* and the plot are
+about the distance from it. "Less biased" and "better" need an interval that excludes no change and p below 0.05; "worse" needs
+the interval only. Groups of fewer than ten items have no interval. In the plot, one unit is half the width of base's interval."""
 
 _NO_GROUPS = "The items of these benchmarks have no groups."
 _NO_CURVE = "A curve needs several adapter strengths: choose them on the left, then start again."
@@ -72,29 +69,33 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            form = build_form(studio)
+            form = Form(studio)
         with gr.Column(scale=8, min_width=320):
-            intro = gr.Markdown(_OFF if is_public_space() else _INTRO, elem_id="measure-empty")
-            panel = build_jobs(studio, "evaluate", ("Evaluation", "State", "Benchmarks", "Started"), row_of, progress_of)
-            with panel.box:
-                panel.build_log()
+            intro = gr.Markdown(elem_id="measure-empty")
+            panel = JobPanel(studio, "evaluate", ("Evaluation", "State", "Benchmarks", "Started"), row_of, outcome_of)
             with gr.Column(visible=False, elem_id="measure-result") as box:
                 sections = [build_outcome(studio, panel)]
-                with gr.Tabs(elem_id="measure-details"):
+                with gr.Tabs(elem_id="measure-details") as details:
                     sections.append(build_by_metric(panel, "By group", _NO_GROUPS, results.group_metrics, draw_groups))
                     sections.append(build_flips(studio, panel))
                     sections.append(build_by_metric(panel, "By strength", _NO_CURVE, results.curve_metrics, draw_curve))
-                with gr.Accordion("How to read this", open=False):
-                    gr.Markdown(_HELP)
+            panel.build_log()
             following = gr.Button("Next: Export", elem_id="measure-next", elem_classes="next-step")
 
     def show(job: Job | None) -> Updates:
-        updates: Updates = {box: gr.Column(visible=False)}
+        updates: Updates = {box: gr.Column(visible=False), intro: gr.Markdown(visible=job is None)}
+        updates |= {
+            one: gr.update(visible=False) for one in sections[0].outputs if isinstance(one, (gr.Button, gr.DownloadButton))
+        }
         try:
             if (result := result_of(job)) is not None:
-                updates = {box: gr.Column(visible=True)}
+                updates |= {box: gr.Column(visible=True)}
+                updates[details] = gr.Tabs(selected="By strength" if results.curve_metrics(result) else "By group")
                 for section in sections:
                     updates |= section.show(result, job)
+                if job is None:
+                    text = _OFF if not is_owner() else _INTRO
+                    updates[intro] = gr.Markdown(f"{text}\n\n### {escape(report.sentence(result))}", visible=True)
         except EvaluationError as exc:
             gr.Warning(html.escape(str(exc)))
         return updates
@@ -103,8 +104,7 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
         run = run_of(studio, panel.job(chosen))
         return studio.open("export", **({"run": run} if run else {}))
 
-    panel.watch("result.json", show, [box, *(one for section in sections for one in section.outputs)])
-    panel.versions["list"].change(lambda seen: gr.Markdown(visible=not seen), panel.versions["list"], intro, **QUICK)
+    panel.watch("result.json", show, [box, intro, details, *(one for section in sections for one in section.outputs)])
     following.click(handles(export), panel.selected, studio.open_outputs("export"), **QUICK)
     wire_form(studio, tab, form, panel)
     panel.wire(tab)
@@ -113,65 +113,57 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
 # A new evaluation
 
 
-@dataclass(frozen=True)
 class Form:
-    """The form of a new evaluation. `settings`: the fields of EvaluationConfig's other settings, by name."""
+    """The left column: a new evaluation. What is selected at first needs no download. `settings`: the fields of
+    EvaluationConfig's other settings, by name."""
 
-    model: gr.Dropdown
-    adapters: gr.Dropdown
-    boxes: dict[Group, gr.CheckboxGroup]
-    limit: gr.Number
-    strengths: gr.Dropdown
-    settings: dict[str, Any]
-    plan: gr.Markdown
-    start: gr.Button
-    estimate: gr.Button
+    def __init__(self, studio: Studio) -> None:
+        first = benchmarks.default_benchmarks(studio.benchmarks)
+
+        def box(group: Group, label: str) -> gr.CheckboxGroup:
+            named = [(title.name, name) for name, title in BENCHMARKS.items() if title.group == group]
+            chosen = [name for _, name in named if name in first]
+            return gr.CheckboxGroup(named, value=chosen, label=label, elem_id=f"measure-{group}")
+
+        def several(choices: Sequence[str], label: str, elem_id: str, **options: Any) -> gr.Dropdown:
+            return gr.Dropdown(choices, multiselect=True, label=label, min_width=140, elem_id=elem_id, **options)
+
+        own: dict[str, Any] = {"allow_custom_value": True}
+        self.model = gr.Dropdown([], label="Model or path", elem_id="measure-model", **own)
+        self.adapters = several([], "Adapters", "measure-adapters", max_choices=MAX_SERIES, **own)
+        self.boxes: dict[Group, gr.CheckboxGroup] = {
+            "bias": box("bias", "Bias benchmarks"),
+            "quality": box("quality", "Quality cost"),
+        }
+        with gr.Row():
+            self.limit = gr.Number(
+                LIMIT, precision=0, label="Items per benchmark (0: all)", min_width=150, elem_id="measure-limit"
+            )
+            self.strengths = several(STRENGTHS, "Strengths (several: a curve)", "measure-strengths", value=["1"])
+        with gr.Row(elem_classes="actions"):
+            self.start = gr.Button("Start", variant="primary", min_width=150, elem_id="measure-start")
+            self.estimate = gr.Button("Estimate time", min_width=120, elem_id="measure-estimate")
+        self.plan = gr.Markdown(elem_id="measure-plan")
+        with gr.Accordion("Advanced", open=False, elem_id="measure-advanced"):
+            self.boxes["generation"] = box("generation", "Generation-based (slower, noisier)")
+            info = "Or the path of the file that the adapter was trained on. Only pairs that training held out are scored."
+            pairs = gr.Dropdown(_PAIRS, value=RUN, label="Preference pairs", info=info, elem_id="measure-dataset", **own)
+            self.settings: dict[str, Any] = {"dataset": pairs}
+            for name in _ADVANCED:
+                one = EvaluationConfig.settings()[name]
+                shown: dict[str, Any] = {"label": one.label, "info": one.help, "elem_id": f"measure-{name.replace('_', '-')}"}
+                value = str(studio.benchmarks or "") if name == "data_dir" else one.format(one.default)
+                is_choice = one.kind == "choice"
+                self.settings[name] = (
+                    gr.Dropdown(list(one.choices), value=value, **shown) if is_choice else gr.Textbox(value, **shown)
+                )
+        with gr.Accordion("What the benchmarks ask", open=False):
+            gr.Markdown("\n".join(f"- **{title.name}**: {title.about}" for title in BENCHMARKS.values()))
 
     @property
     def inputs(self) -> set[Any]:
         """All fields: a handler gets their values by component."""
         return {self.model, self.adapters, *self.boxes.values(), self.limit, self.strengths, *self.settings.values()}
-
-
-def build_form(studio: Studio) -> Form:
-    """Lay out the left column. What is selected at first needs no download."""
-    here, first = not is_public_space(), benchmarks.default_benchmarks(studio.benchmarks)
-
-    def box(group: Group, label: str) -> gr.CheckboxGroup:
-        named = [(title.name, name) for name, title in BENCHMARKS.items() if title.group == group]
-        chosen = [name for _, name in named if name in first]
-        return gr.CheckboxGroup(named, value=chosen, label=label, elem_id=f"measure-{group}")
-
-    def several(choices: Sequence[str], label: str, elem_id: str, **options: Any) -> gr.Dropdown:
-        return gr.Dropdown(choices, multiselect=True, label=label, min_width=140, elem_id=elem_id, **options)
-
-    gr.Markdown("### What to measure")
-    with gr.Row():
-        own: dict[str, Any] = {"allow_custom_value": True}
-        model = gr.Dropdown([], label="Model or path", scale=4, min_width=140, elem_id="measure-model", **own)
-        adapters = several([], "Adapters", "measure-adapters", max_choices=MAX_SERIES, scale=5, **own)
-    boxes: dict[Group, gr.CheckboxGroup] = {"bias": box("bias", "Bias benchmarks"), "quality": box("quality", "Quality cost")}
-    with gr.Row():
-        limit = gr.Number(LIMIT, precision=0, label="Items per benchmark (0: all)", min_width=150, elem_id="measure-limit")
-        strengths = several(STRENGTHS, "Adapter strengths (several plot a curve)", "measure-strengths", value=["1"])
-    with gr.Row(elem_classes="actions"):
-        start = gr.Button("Start", variant="primary", interactive=here, min_width=150, elem_id="measure-start")
-        estimate = gr.Button("Estimate time", interactive=here, min_width=120, elem_id="measure-estimate")
-    plan = gr.Markdown(elem_id="measure-plan")
-    with gr.Accordion("Advanced", open=False, elem_id="measure-advanced"):
-        boxes["generation"] = box("generation", "Generation-based (slower, noisier)")
-        info = "Or the path of the file that the adapter was trained on. Only pairs that training held out are scored."
-        pairs = gr.Dropdown(_PAIRS, value=RUN, label="Preference pairs", info=info, elem_id="measure-dataset", **own)
-        settings: dict[str, Any] = {"dataset": pairs}
-        for name in _ADVANCED:
-            one = EvaluationConfig.settings()[name]
-            shown: dict[str, Any] = {"label": one.label, "info": one.help, "elem_id": f"measure-{name.replace('_', '-')}"}
-            value = str(studio.benchmarks or "") if name == "data_dir" else one.format(one.default)
-            is_choice = one.kind == "choice"
-            settings[name] = gr.Dropdown(list(one.choices), value=value, **shown) if is_choice else gr.Textbox(value, **shown)
-    with gr.Accordion("What the benchmarks ask", open=False):
-        gr.Markdown("\n".join(f"- **{title.name}**: {title.about}" for title in BENCHMARKS.values()))
-    return Form(model, adapters, boxes, limit, strengths, settings, plan, start, estimate)
 
 
 def configs_of(form: Form, values: Mapping[Any, Any]) -> list[EvaluationConfig]:
@@ -194,7 +186,7 @@ def configs_of(form: Form, values: Mapping[Any, Any]) -> list[EvaluationConfig]:
 
 def plan_of(studio: Studio, form: Form, values: Mapping[Any, Any]) -> str:
     """The expected time and the scored pairs of a selection, in Markdown."""
-    if is_public_space():
+    if not is_owner():
         return ""
     try:
         config, *others = configs_of(form, values)
@@ -235,25 +227,17 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         }
 
     def start(values: dict[Any, Any]) -> Updates:
-        refuse_if_public("Measuring")
+        require_owner("Measuring")
         started = [store.start_evaluation(config, studio.workspace, command="Measure") for config in configs_of(form, values)]
         if len(started) > 1:
             gr.Info(f"{plural(len(started), 'evaluation')} started; they run one after another.")
         return panel.show(started[0].id)
 
     def estimate(values: dict[Any, Any]) -> Iterator[Any]:
-        refuse_if_public("Measuring")
+        require_owner("Measuring")
         config, *_ = configs_of(form, values)
-        yield "Time: loading the model and scoring a few items …"
-        ended = threading.Event()
-        with ThreadPoolExecutor(1) as executor:
-            task = executor.submit(estimate_evaluation, config, studio.workspace, cancelled=ended.is_set)
-            try:
-                while not wait([task], _POLL_SECONDS).done:
-                    yield gr.skip()  # a closed page or Start ends the generator here
-                task.result()
-            finally:
-                ended.set()
+        waiting = "Time: loading the model and scoring a few items, {:.0f} s so far …".format
+        yield from run_estimate(waiting, estimate_evaluation, config, studio.workspace)
         yield plan_of(studio, form, values)
 
     def prefill(request: dict[str, Any], bias: list[str]) -> Updates:
@@ -297,8 +281,11 @@ def row_of(job: Job) -> list[Any]:
     return [job.id, state_word(job), names, local_time(job.started_at)]
 
 
-def progress_of(job: Job) -> str:
-    """The items of each benchmark, while they are scored."""
+def outcome_of(job: Job) -> str:
+    """The result in a sentence; while there is none, the scored items of each benchmark."""
+    with suppress(EvaluationError):  # which is the job's error, too
+        if (result := result_of(job)) is not None and not job.is_active:
+            return f"### {escape(report.sentence(result))}"
     shown = job.status.progress if job.is_active else ()
     return " · ".join(f"{benchmark_title(one.name)}: {one.done:,} of {one.total:,}" for one in shown if one.total)
 
@@ -329,14 +316,15 @@ def measured(panel: JobPanel, chosen: str) -> dict[str, str]:
 
 
 def build_outcome(studio: Studio, panel: JobPanel) -> Section:
-    sentence = gr.Markdown(elem_id="measure-sentence")
     facts = gr.Markdown(elem_id="measure-facts")
-    with gr.Row(elem_classes="actions"):
-        compare = gr.Button("Try in Compare", size="sm", elem_id="measure-try")
-        card = gr.Button("Add to model card", size="sm", elem_id="measure-card")
+    with panel.actions:
+        compare = gr.Button("Try in Compare", elem_id="measure-try", **SMALL)
+        card = gr.Button("Add to model card", elem_id="measure-card", **SMALL)
         kinds = {"md": "Report", "csv": "CSV", "json": "JSON"}
-        downloads = {kind: gr.DownloadButton(label, size="sm", elem_id=f"measure-{kind}") for kind, label in kinds.items()}
+        downloads = {kind: gr.DownloadButton(label, elem_id=f"measure-{kind}", **SMALL) for kind, label in kinds.items()}
     grid = gr.Dataframe(label="Results", max_height=430, elem_id="measure-table", **_GRID)
+    with gr.Accordion(open=False, elem_id="measure-notes") as folded:
+        notes = gr.Markdown()
     forest = gr.Plot(label="Improvement over base", elem_id="measure-forest")
     others = gr.Dropdown(
         [], multiselect=True, max_choices=MAX_SERIES - 1, label="Compare with other evaluations", elem_id="measure-others"
@@ -352,17 +340,20 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         plot = charts.forest(labeled)
         shown: Updates = {grid: _table(report.text_table(labeled)), forest: gr.Plot(value=plot, visible=plot is not None)}
         for kind, button in downloads.items():  # into the folder that Gradio serves and cleans
-            shown[button] = save_bytes_to_cache(files[kind].encode(), f"{name}.{kind}", button.GRADIO_CACHE)
+            file = save_bytes_to_cache(files[kind].encode(), f"{name}.{kind}", button.GRADIO_CACHE)
+            shown[button] = gr.DownloadButton(value=file, visible=True)
         return shown
 
     def show(result: Result, job: Job | None) -> Updates:
-        has_adapter, here = bool(result["provenance"].get("adapter")), not is_public_space()
+        has_adapter, here = bool(result["provenance"].get("adapter")), is_owner()
         arguments = command_of(job.config) if job is not None and job.config is not None and here else []
         jobs = store.list_jobs(studio.workspace, "evaluate") if job is not None else []
         names = [one.id for one in jobs if one.has_result and job is not None and one.id != job.id]
+        caveats = report.notes(result)
         return {
-            sentence: f"### {escape(report.sentence(result))}",
             facts: facts_of(result),
+            folded: gr.Accordion(label=f"{plural(len(caveats), 'caveat')} · how to read this" if caveats else "How to read this"),
+            notes: "\n\n".join([*(f"- {escape(text)}" for text in caveats), _HELP]),
             compare: gr.Button(visible=has_adapter),
             card: gr.Button(visible=here and bool(run_of(studio, job))),
             others: gr.Dropdown(choices=names, value=[], visible=bool(names)),
@@ -373,7 +364,7 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         return show_tables([(name, read(panel, name)) for name in [chosen, *more]])
 
     def add_to_card(chosen: str) -> None:
-        refuse_if_public("Writing a model card")
+        require_owner("Writing a model card")
         job = panel.job(chosen)
         arguments = command_of(job.config) if job is not None and job.config is not None else ()
         file = report.add_to_card(read(panel, chosen), studio.workspace, arguments)
@@ -383,16 +374,16 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
     card.click(handles(add_to_card), panel.selected, None, **QUICK)
     to_compare = handles(lambda chosen: studio.open("compare", **measured(panel, chosen)))
     compare.click(to_compare, panel.selected, studio.open_outputs("compare"), **QUICK)
-    return Section([sentence, facts, compare, card, others, command, *tables], show)
+    return Section([facts, folded, notes, compare, card, others, command, *tables], show)
 
 
 def facts_of(result: Result) -> str:
-    """The scored items, with caveats about the figures."""
+    """What was measured, and on which preference pairs."""
     known = result["provenance"]
     strengths = ", ".join(f"{strength:g}" for strength in known.get("strengths") or [known.get("strength", 1.0)])
     adapter = escape(Path(known["adapter"]).name) if known.get("adapter") else "no adapter"
     line = f"**{adapter}** on **{escape(Path(known['model']).name)}** · strength {strengths} · seed {known.get('seed', 0)}"
-    return "\n\n".join([line, *map(escape, report.notes(result))])
+    return line + (f"\n\nPreference pairs: {escape(known['pairs_source'])}." if known.get("pairs_source") else "")
 
 
 def _table(text: tuple[list[str], list[list[str]]]) -> gr.Dataframe:
@@ -414,7 +405,7 @@ def build_by_metric(
     """A tab with a chart and a table of one metric. `metrics_of`: the (benchmark, metric) pairs to choose from; `draw`: the
     chart and the rows of one of them."""
     name = label.lower().replace(" ", "-")
-    with gr.Tab(label):
+    with gr.Tab(label, id=label):
         note = gr.Markdown(empty, visible=False)
         with gr.Column() as content:
             metric = gr.Dropdown([], label="Metric", elem_id=f"measure-{name}")
@@ -456,7 +447,7 @@ def _either(shown: Any, hidden: Any) -> Updates:
 
 
 def build_flips(studio: Studio, panel: JobPanel) -> Section:
-    with gr.Tab("Flipped items"):
+    with gr.Tab("Flipped items", id="Flipped items"):
         note = gr.Markdown("Base and tuned decide all items alike, or the result has no items.", visible=False)
         with gr.Column() as content:
             with gr.Row():

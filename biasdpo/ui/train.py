@@ -6,11 +6,8 @@ Training is a process of its own. The tab only reads run folders, so neither a c
 from __future__ import annotations
 
 import html
-import threading
-import time
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import gradio as gr
 
 from biasdpo import config as configs
 from biasdpo import models
+from biasdpo.access import is_owner, require_owner
 from biasdpo.config import Preset, Setting, TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.importing import HUB
@@ -30,16 +28,14 @@ from biasdpo.jobs.job import Job
 from biasdpo.jobs.outcome import best_accuracy, held_out_metrics, held_out_pairs, outcome, pack_run, pairs_needed, run_table
 from biasdpo.labeling import word_diff
 from biasdpo.ui.charts import TRAINING, training_chart
-from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, plural
-from biasdpo.ui.jobs import JobPanel, build_jobs, refuse_if_public, state_word
-from biasdpo.workspace import Workspace, is_public_space
+from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, pasted, plural
+from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word, wants_changes
 
 FIRST_MODEL = "smollm2"
 MAX_COMPARED = 6  # as many as the charts have colors
 _FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"]
 _DIFF_CHARACTERS = 4_000  # difflib's time grows with the square
-_POLL_SECONDS = 1.0
-_OFF = "Training is turned off on this public Space."
+_OFF = "Training is for the owner of this app."
 _NO_RUNS = """No runs yet. A run teaches the model to prefer the less biased completion of each pair, and saves an adapter that
 Compare can switch on and off. A preset and data are chosen already: press **Start**."""
 
@@ -48,10 +44,10 @@ def build_train(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
     with gr.Row(elem_id="train-columns"):
         with gr.Column(scale=5, min_width=340):
-            form = build_form(studio)
+            form = Form(studio)
         with gr.Column(scale=7, min_width=340):
             empty = gr.Markdown(_NO_RUNS, elem_id="train-empty")
-            panel = build_jobs(studio, "train", ("Run", "State", "Held-out accuracy", "Data", "Started"), row_of, outcome_text)
+            panel = JobPanel(studio, "train", ("Run", "State", "Held-out accuracy", "Data", "Started"), row_of, outcome_text)
             with panel.box:
                 build_outcome(studio, panel, form)
                 build_probes(panel)
@@ -127,12 +123,7 @@ def config_of(model: Any, data: Any, *values: Any) -> TrainConfig:
     shown = {one.name: value for one, value in zip(SETTINGS, values, strict=True)}
     matters = effects({**shown, "datasets": names})
     read = {one.name: from_field(one, shown[one.name]) if matters[one.name] else one.default for one in SETTINGS}
-    return TrainConfig(**read | {"model": models.absolute_name(_typed(model)), "datasets": names})
-
-
-def _typed(name: str) -> str:
-    """A path as people paste it: with spaces and quotes around it."""
-    return name.strip().strip("'\"")
+    return TrainConfig(**read | {"model": models.absolute_name(pasted(model)), "datasets": names})
 
 
 # Models, presets and data
@@ -157,7 +148,7 @@ def preset_cards(presets: Sequence[Preset]) -> list[tuple[str, str]]:
 
 def source_of(name: str) -> str:
     """A source as the training process finds it: a file by its absolute path."""
-    name = _typed(name)
+    name = pasted(name)
     return name if name == WORKSPACE or name.startswith(HUB) else str(Path(name).expanduser().resolve())
 
 
@@ -202,24 +193,57 @@ def estimate_line(found: Estimate) -> str:
 # A new run
 
 
-@dataclass(frozen=True)
 class Form:
-    """The components of a new run. `fields`: in the order of SETTINGS."""
+    """The left column: a new run, at first with the quickest preset of the first model. `fields`: in the order of SETTINGS."""
 
-    preset: gr.Radio
-    model: gr.Dropdown
-    data: gr.Dropdown
-    fields: list[Any]
-    upload: gr.UploadButton
-    data_line: gr.Markdown
-    more_data: gr.Row
-    cost: gr.Markdown
-    start: gr.Button
-    measure: gr.Button
-    cancel: gr.Button
-    name: gr.Textbox
-    preview: gr.Code
-    imported: gr.UploadButton
+    def __init__(self, studio: Studio) -> None:
+        presets = presets_of(FIRST_MODEL)
+        config = TrainConfig(**presets[0].values)
+        fields: dict[str, Any] = {}
+        own: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
+
+        def build_fields(group: str) -> None:
+            for one in SETTINGS:
+                if one.group == group:
+                    fields[one.name] = build_field(one, getattr(config, one.name))
+                    fields[one.name].visible = one.has_effect(dict(config))
+
+        gr.Markdown("### New run")
+        self.preset = gr.Radio(
+            preset_cards(presets), value=presets[0].id, label="Preset", show_label=False, elem_id="train-preset"
+        )
+        with gr.Row():
+            choices = model_choices(studio)
+            self.model = gr.Dropdown(choices, value=FIRST_MODEL, label="Model, Hub ID, or path", elem_id="train-model", **own)
+            sources = source_choices(studio)
+            self.data = gr.Dropdown(
+                sources, value=[SEED_PAIRS], multiselect=True, label="Data, Hub dataset, or path", elem_id="train-data", **own
+            )
+        build_fields("Model and data")
+        self.data_line = gr.Markdown(elem_id="train-data-line")
+        with gr.Row(visible=False, elem_id="train-needed", elem_classes="actions") as self.more_data:
+            studio.next_step("label", "Label pairs")
+            studio.next_step("dataset", "Import pairs")
+        self.cost = gr.Markdown(elem_id="train-cost")
+        with gr.Row(elem_classes="actions"):
+            self.start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=150)
+            self.measure = gr.Button("Estimate time", elem_id="train-estimate", min_width=120)
+            self.cancel = gr.Button("Cancel", elem_id="train-cancel", visible=False, min_width=90)
+            self.upload = gr.UploadButton("Add a data file", file_types=_FILES, elem_id="train-upload", min_width=130)
+        with gr.Accordion("Advanced", open=False, elem_id="train-advanced") as self.advanced:
+            self.name = gr.Textbox(
+                label="Run name", info="Default: the model's name and a number.", max_lines=1, elem_id="train-run-id"
+            )
+            for group in dict.fromkeys(one.group for one in SETTINGS if one.group != "Model and data"):
+                with gr.Accordion(group, open=group == "Essentials", elem_id=f"train-group-{group.lower()}"), gr.Row():
+                    build_fields(group)
+        with gr.Accordion("Config file", open=False, elem_id="train-config"):
+            look: dict[str, Any] = {"language": None, "interactive": False, "wrap_lines": True, "max_lines": 30}
+            self.preview = gr.Code(label="Config file (TOML)", elem_id="train-preview", **look)
+            self.imported = gr.UploadButton(
+                "Import a config file", file_types=[".toml", ".json"], size="sm", elem_id="train-import"
+            )
+        self.fields = [fields[one.name] for one in SETTINGS]
 
     @property
     def filled(self) -> list[Any]:
@@ -251,51 +275,6 @@ def with_data(config: TrainConfig, snapshot: Path) -> TrainConfig:
     return config.replace(datasets=(str(snapshot),), dataset_weights=())
 
 
-def build_form(studio: Studio) -> Form:
-    """Lay out the left column, with the quickest preset of the first model."""
-    presets, here = presets_of(FIRST_MODEL), not is_public_space()
-    config = TrainConfig(**presets[0].values)
-    fields: dict[str, Any] = {}
-    own: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
-
-    def build_fields(group: str) -> None:
-        for one in SETTINGS:
-            if one.group == group:
-                fields[one.name] = build_field(one, getattr(config, one.name))
-                fields[one.name].visible = one.has_effect(dict(config))
-
-    gr.Markdown("### New run")
-    preset = gr.Radio(preset_cards(presets), value=presets[0].id, label="Preset", show_label=False, elem_id="train-preset")
-    with gr.Row():
-        choices = model_choices(studio)
-        model = gr.Dropdown(choices, value=FIRST_MODEL, label="Model, Hub ID, or path", elem_id="train-model", **own)
-        sources = source_choices(studio)
-        data = gr.Dropdown(
-            sources, value=[SEED_PAIRS], multiselect=True, label="Data, Hub dataset, or path", elem_id="train-data", **own
-        )
-    build_fields("Model and data")
-    data_line = gr.Markdown(elem_id="train-data-line")
-    with gr.Row(visible=False, elem_id="train-needed", elem_classes="actions") as more_data:
-        studio.next_step("label", "Label pairs")
-        studio.next_step("dataset", "Import pairs")
-    cost = gr.Markdown(elem_id="train-cost")
-    with gr.Row(elem_classes="actions"):
-        start = gr.Button("Start", variant="primary", elem_id="train-start", interactive=here, min_width=150)
-        measure = gr.Button("Estimate time", elem_id="train-estimate", interactive=here, min_width=120)
-        cancel = gr.Button("Cancel", elem_id="train-cancel", visible=False, min_width=90)
-        upload = gr.UploadButton("Add a data file", file_types=_FILES, elem_id="train-upload", interactive=here, min_width=130)
-    with gr.Accordion("Advanced", open=False, elem_id="train-advanced"):
-        name = gr.Textbox(label="Run name", info="Default: the model's name and a number.", max_lines=1, elem_id="train-run-id")
-        for group in dict.fromkeys(one.group for one in SETTINGS if one.group != "Model and data"):
-            with gr.Accordion(group, open=group == "Essentials", elem_id=f"train-group-{group.lower()}"), gr.Row():
-                build_fields(group)
-    with gr.Accordion("Config file", open=False, elem_id="train-config"):
-        preview = gr.Code(language=None, label="Config file (TOML)", interactive=False, elem_id="train-preview", max_lines=30)
-        imported = gr.UploadButton("Import a config file", file_types=[".toml", ".json"], size="sm", elem_id="train-import")
-    ordered = [fields[one.name] for one in SETTINGS]
-    return Form(preset, model, data, ordered, upload, data_line, more_data, cost, start, measure, cancel, name, preview, imported)
-
-
 def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
     """Connect the left column."""
     workspace = studio.workspace
@@ -303,7 +282,7 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
 
     def describe(name: Any, *given: Any) -> Updates:
         """All that follows from what the form shows: the pairs, the cost if it was measured before, the config file."""
-        if is_public_space():
+        if not is_owner():
             return {form.data_line: _OFF}
         matters = effects({one.name: value for one, value in zip(SETTINGS, given[2:], strict=True)} | {"datasets": given[1]})
         shown: Updates = {field: gr.update(visible=matters[one.name]) for one, field in conditional}
@@ -315,7 +294,8 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
                 form.preview: f"# {exc}",
                 form.start: gr.update(interactive=False),
             }
-        command = f"# python -m biasdpo train --config FILE --run-id {name or 'NAME'} --workspace {workspace.root}\n"
+        root = shlex.quote(str(workspace.root))
+        command = f"# python -m biasdpo train --config FILE --run-id {name or 'NAME'} --workspace {root}\n"
         known, needed = known_estimate(config, workspace), pairs_needed(config.held_out_share)
         shown[form.cost] = "Time and memory: not measured for these settings yet." if known is None else estimate_line(known)
         shown[form.preview] = command + config.to_toml()
@@ -331,8 +311,8 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         }
 
     def pick_model(model: Any) -> Updates:
-        refuse_if_public("Training")
-        name = models.absolute_name(_typed(str(model or "")))
+        require_owner("Training")
+        name = models.absolute_name(pasted(str(model or "")))
         presets = presets_of(name)
         preset = gr.update(choices=preset_cards(presets), value=presets[0].id if presets else None)
         chosen = gr.update(choices=model_choices(studio, name), value=name)
@@ -344,33 +324,34 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         return {field: value for field, value in filled.items() if field is not form.fields[0]}  # the weights of the data
 
     def import_config(file: str) -> Updates:
-        refuse_if_public("Training")
+        require_owner("Training")
         path = Path(file)
         config = configs.load_json(path) if path.suffix == ".json" else TrainConfig(**configs.read_toml(path))
         return form.show(studio, config)
 
     def add_file(file: str, data: Any) -> Any:
-        refuse_if_public("Training")
+        require_owner("Training")
         chosen = [*(data or ()), file]
         return gr.update(choices=source_choices(studio, chosen), value=chosen)
 
-    running: dict[str | None, threading.Event] = {}  # estimates, by the visitor's session
+    def estimate(*given: Any) -> Iterator[Updates]:
+        require_owner("Training")
 
-    def estimate(request: gr.Request, *given: Any) -> Iterator[Updates]:
-        refuse_if_public("Training")
-        config = config_of(*given)
-        cancelled = running[request.session_hash] = threading.Event()
-        for line in measure(config, workspace, cancelled):
-            yield {form.cost: line, form.measure: gr.update(interactive=False), form.cancel: gr.update(visible=True)}
-        running.pop(request.session_hash, None)
-        yield {form.cost: line, form.measure: gr.update(interactive=True), form.cancel: gr.update(visible=False)}
+        def waiting(seconds: float) -> Updates:
+            line = f"Loading the model and measuring a few steps: {seconds:.0f} s so far …"
+            return {form.cost: line, form.measure: gr.update(interactive=False), form.cancel: gr.update(visible=True)}
 
-    def cancel(request: gr.Request) -> None:
-        if (cancelled := running.get(request.session_hash)) is not None:
-            cancelled.set()
+        try:
+            line = estimate_line((yield from run_estimate(waiting, estimate_training, config_of(*given), workspace)))
+        except BiasDPOError as exc:
+            line = f"⚠ {escape(str(exc))}"
+        yield ended(line)
+
+    def ended(line: str = "Cancelled.") -> Updates:
+        return {form.cost: line, form.measure: gr.update(interactive=True), form.cancel: gr.update(visible=False)}
 
     def start(name: Any, *given: Any) -> Updates:
-        refuse_if_public("Training")
+        require_owner("Training")
         job = store.start_training(config_of(*given), workspace, str(name or "").strip(), command="Train tab")
         return panel.show(job.id) | {form.name: ""}
 
@@ -386,27 +367,9 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
     form.imported.upload(handles(import_config), form.imported, form.filled, **QUICK).then(**described)
     form.upload.upload(handles(add_file), [form.upload, form.data], form.data, **QUICK)
     progress = [form.cost, form.measure, form.cancel]
-    form.measure.click(handles(estimate), everything[1:], progress, **QUICK | {"concurrency_limit": 1})
-    form.cancel.click(cancel, None, None, **QUICK)
+    going = form.measure.click(handles(estimate), everything[1:], progress, **QUICK | {"concurrency_limit": 1})
+    form.cancel.click(ended, None, progress, cancels=[going], **QUICK)
     form.start.click(handles(start), everything, [form.name, *panel.chosen_outputs()], **QUICK)
-
-
-def measure(config: TrainConfig, workspace: Workspace, cancelled: threading.Event) -> Iterator[str]:
-    """Measure real steps in a process of its own; the last line is the estimate, or why there is none. `cancelled` ends the
-    process; so does closing this generator, which Gradio does when the page is closed."""
-    began = time.monotonic()
-    with ThreadPoolExecutor(1) as executor:
-        task = executor.submit(estimate_training, config, workspace, cancelled=cancelled.is_set)
-        try:
-            while not wait([task], _POLL_SECONDS).done:
-                yield f"Loading the model and measuring a few steps: {time.monotonic() - began:.0f} s so far …"
-        except GeneratorExit:
-            cancelled.set()  # before the executor waits for its task
-            raise
-    try:
-        yield estimate_line(task.result())
-    except BiasDPOError as exc:
-        yield "Cancelled." if cancelled.is_set() else f"⚠ {escape(str(exc))}"
 
 
 # The chosen run
@@ -429,21 +392,22 @@ def outcome_text(job: Job) -> str:
 
 
 def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
-    """The outcome of a run, and the actions on its adapter."""
-    small: dict[str, Any] = {"size": "sm", "visible": False}
+    """The actions on a run and its adapter."""
     with panel.actions:
-        compare = gr.Button("Try in Compare", variant="primary", elem_id="train-to-compare", **small)
-        measure = gr.Button("Measure", elem_id="train-to-measure", **small)
-        export = gr.Button("Export", elem_id="train-to-export", **small)
-        download = gr.Button("Download (.zip)", elem_id="train-zip", **small)
-        retry = gr.Button("Retry with changes", elem_id="train-retry", **small)
+        compare = gr.Button("Try in Compare", variant="primary", elem_id="train-to-compare", **SMALL)
+        measure = gr.Button("Measure", elem_id="train-to-measure", **SMALL)
+        export = gr.Button("Export", elem_id="train-to-export", **SMALL)
+        download = gr.Button("Download (.zip)", elem_id="train-zip", **SMALL)
+        retry = gr.Button("Retry with changes", elem_id="train-retry", **SMALL)
     file = gr.DownloadButton("Download", visible="hidden", elem_id="train-zip-file")
 
     def show(job: Job | None) -> Updates:
-        ready, here = job is not None and job.has_adapter, not is_public_space()
+        ready, here = job is not None and job.has_adapter, is_owner()
         shown = {compare: ready, measure: ready, export: ready, download: ready and here}
         shown[retry] = job is not None and job.config is not None and here
-        return {button: gr.update(visible=visible) for button, visible in shown.items()}
+        updates: Updates = {button: gr.update(visible=visible) for button, visible in shown.items()}
+        updates[retry]["variant"] = "primary" if job is not None and wants_changes(job) else "secondary"
+        return updates
 
     def finished(selected: str) -> Job:
         job = store.find_job(selected, studio.workspace, "train")
@@ -457,14 +421,15 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
         return studio.open(name, **asked)
 
     def copy_settings(selected: str) -> Updates:
-        refuse_if_public("Training")
+        require_owner("Training")
         job = store.find_job(selected, studio.workspace, "train")
         if job.config is None:
             raise JobError(f"The config of run {selected!r} can't be read: start a new run instead")
-        return form.show(studio, job.config, job.folder.snapshot)
+        gr.Info(f"The form has the settings of {job.id} now: change them, then press Start.")
+        return form.show(studio, job.config, job.folder.snapshot) | {form.advanced: gr.update(open=True)}
 
     def pack(selected: str) -> str:
-        refuse_if_public("Downloading a run")
+        require_owner("Downloading a run")
         return str(pack_run(finished(selected)))
 
     panel.watch("status", show, [compare, measure, export, download, retry])
@@ -474,7 +439,7 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
     download.click(handles(pack), panel.selected, file, **QUICK).success(
         None, None, None, js="() => document.querySelector('#train-zip-file').click()", api_visibility="private"
     )
-    retry.click(handles(copy_settings), panel.selected, form.filled, **QUICK).then(
+    retry.click(handles(copy_settings), panel.selected, [*form.filled, form.advanced], **QUICK).then(
         None, None, None, js="() => document.querySelector('#train-preset')?.scrollIntoView()", api_visibility="private"
     )
 

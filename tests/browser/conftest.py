@@ -34,6 +34,7 @@ FLAGS = [
     "--disable-gpu",
 ]
 SHORT = {"adapter": "demo", "temperature": "0", "max_new_tokens": "16"}  # greedy: the same text every time
+ITEMS = 1500  # of one benchmark, in so many batches that an evaluation can be stopped between two
 SIZE = {"width": 1280, "height": 900}
 TIMEOUT_MS = 60_000  # two tests may share two cores with a training
 SLOW_MS = 240_000  # for a process that loads PyTorch first
@@ -103,7 +104,7 @@ def app(browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:  # 
     """The shared app; its one run, "demo", has a random adapter of SmolLM2."""
     workspace = Workspace(tmp_path_factory.mktemp("workspace"))
     write_run(workspace.root, "demo")
-    items = write_items(workspace.root / "items", 400)
+    items = write_items(workspace.root / "items", ITEMS)
     app = App(workspace, ("--model", "smollm2", "--data-dir", str(items)), free_port()).start()
     yield app
     app.kill()

@@ -304,10 +304,38 @@ def test_base_only_is_a_named_state_with_the_command_that_trains(visitor):
     panel = visitor.page.inner_text("#base-only")
     assert "Base only" in panel
     assert "python -m biasdpo train --model smollm2 --dataset" in panel
+    two_sided = "#tuned-text, #tuned-words, #base-words, #view, #strength, #judge"
     visitor.generate("Hello")
     visitor.wait_written()
     assert visitor.text("base").strip()
-    assert not visitor.page.locator("#tuned-text").is_visible()
+    assert visitor.page.locator(two_sided).count() == 0
+    visitor.page.goto(visitor.url)  # the example has two sides
+    visitor.wait_proof()
+    assert visitor.page.locator("#judge").is_visible()
+    for adapter, panes in (("none", 0), ("demo", 1)):
+        visitor.choose("adapter", adapter)
+        visitor.page.keyboard.press("Tab")
+        visitor.wait_proof("base only" if adapter == "none" else adapter)
+        assert [visitor.page.locator(part).count() for part in ("#tuned-text", "#view", "#strength")] == [panes] * 3
+        assert visitor.page.locator("#judge, #base-words").count() == 0
+
+
+def test_a_pair_is_sent_to_label_and_judged_blind_there(visitor, app):
+    visitor.page.goto(visitor.url)
+    pair = load_example_pairs()[0]
+    visitor.page.click("#send-to-label")
+    visitor.wait_value("paste-prompt", pair.prompt)  # nobody has agreed yet
+    visitor.page.fill("#nickname :is(input, textarea)", "sent-maple")
+    visitor.page.click("#begin")
+    visitor.wait("#label-work")
+    visitor.tab("Compare")
+    visitor.page.click("#send-to-label")
+    visitor.wait_value("label-prompt", pair.prompt)
+    assert not visitor.page.locator("#pair-token").is_visible()  # after the tab was left and opened again
+    visitor.page.click("#answer-tie")
+    visitor.wait("#label-last", "Left was the")
+    [row] = rows(app, "sent-maple")
+    assert (row["verdict"], row["prompt"], row["category"]) == ("tie", pair.prompt, "gender")
 
 
 def test_nothing_scrolls_sideways_at_400_px(new_visitor):

@@ -133,7 +133,9 @@ def test_the_newest_first_page_by_page_with_search_and_filters(reader):
     reader.pick("dataset-filter-annotator", "elm")
     reader.pick("dataset-filter-verdict", "tie")
     reader.wait_position("1 to 1 of 1")
-    assert reader.prompts() == ["A tie on rain?"]
+    cells = reader.page.locator("#dataset-table .virtual-row [role=gridcell]:visible").all_inner_texts()
+    assert cells[1:-1] == ["A tie on rain?", "It rains.", "It pours.", "tie", "", "elm"]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", cells[-1])
 
 
 def test_a_judgment_in_full_with_its_provenance(reader):
@@ -209,18 +211,18 @@ def test_many_are_tagged_and_withdrawn_and_only_those(reader, library):
     reader.wait_position("of 11")
     reader.visitor.unfold("dataset-bulk")
     reader.page.click("#bulk-withdraw")
-    reader.visitor.wait(".toast-body.error", "No judgment is selected")
+    reader.visitor.wait(".toast-body.error", "No row is selected")
     for row in (0, 2):
         reader.page.locator(f"#dataset-table [data-testid=cell-{row}-0] input").check()
     reader.page.click("#bulk-withdraw")
-    reader.visitor.wait("#bulk-question", "Withdraw 2 judgments?")
+    reader.visitor.wait("#bulk-question", "Withdraw 2 rows?")
     reader.page.click("#bulk-go")
     reader.wait_position("of 9")
     assert [len(standing(library, f"number {i} ")) for i in (29, 28, 27, 26)] == [0, 1, 0, 1]
     reader.page.click("#bulk-scope label:has-text('All that match')")
     reader.visitor.set("bulk-group", "workers")
     reader.page.click("#bulk-tag")
-    reader.visitor.wait("#bulk-question", "Tag 9 judgments with target group “workers”?")
+    reader.visitor.wait("#bulk-question", "Tag 9 rows with target group “workers”?")
     reader.search("")  # what is changed is what was asked about
     reader.wait_position("of 28")
     reader.page.click("#bulk-go")
@@ -276,7 +278,7 @@ def test_an_import_keeps_the_good_rows_lists_the_bad_ones_and_is_undone(reader, 
     reader.page.click("#import-preview")
     reader.page.wait_for_selector("#import-box")
     map_and_import("0 pairs imported as import:my own pairs, 3 rows already there")
-    reader.page.locator("#imports label", has_text="my own pairs (3 judgments)").click()
+    reader.page.locator("#imports label", has_text="my own pairs (3 rows)").click()
     reader.page.click("#import-undo")
     reader.wait_position("Nothing matches")
     assert standing(library, "Question") == []

@@ -73,7 +73,7 @@ class Annotator:
         return [row for row in map(json.loads, lines) if row["annotator"] == self.name]
 
     def withdraw_oldest(self) -> None:
-        """Under “My judgments”."""
+        """Under “My verdicts”."""
         self.visitor.unfold("mine")
         self.page.locator("#my-judgments [role=gridcell][data-col='1']").last.click()
         self.page.click("#withdraw:not([disabled])")
@@ -155,11 +155,11 @@ def test_ten_pairs_with_the_keyboard_alone_one_edited_one_undone_and_withdrawn_a
     app.start()
     later = new_annotator("linden", storage_state=state)
     later.withdraw_oldest()
-    later.visitor.wait("#consistency", "9 judgments")  # 9 + 1 edited - 1 undone + 1 - 1 withdrawn
+    later.visitor.wait("#consistency", "9 verdicts")  # 9 + 1 edited - 1 undone + 1 - 1 withdrawn
     assert later.rows()[-1]["retracts"] == rows[0]["id"]
     stranger = new_annotator("linden", viewport=SIZE)  # the same nickname in another browser
     stranger.visitor.unfold("mine")
-    stranger.visitor.wait("#consistency", "0 judgments")
+    stranger.visitor.wait("#consistency", "0 verdicts")
 
 
 def test_nothing_tells_the_sides_before_the_verdict_and_they_are_revealed_after(new_annotator):

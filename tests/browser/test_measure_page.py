@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 
 import psutil
 import pytest
 
 from biasdpo.jobs import store
-from tests.browser.conftest import App, Visitor
-from tests.evaluating import under_way
+from tests.browser.conftest import ITEMS, App, Visitor
+from tests.evaluating import stop_midway
 from tests.evaluation_results import result, with_curve, write_result
-from tests.run_line import kill_jobs, wait_for
+from tests.run_line import kill_jobs
 
 
 class Measurer:
@@ -62,7 +61,7 @@ def measurer(new_visitor, app: App) -> Iterator[Measurer]:
 @pytest.mark.slow
 def test_a_run_is_measured_offline_with_one_benchmark_missing(measurer, app, tiny_run, tiny_llama_gguf):
     visitor, page = measurer.visitor, measurer.open().page
-    visitor.wait("#measure-sentence", "less biased")  # the shipped adapter's, while there is none of one's own
+    visitor.wait("#measure-empty", "less biased")  # the shipped adapter's, while there is none of one's own
     visitor.choose("measure-model", str(tiny_llama_gguf))
     visitor.wait("#measure-adapters .token", tiny_run)
     measurer.select("Quick check", "BBQ", "Perplexity of neutral text")
@@ -72,8 +71,9 @@ def test_a_run_is_measured_offline_with_one_benchmark_missing(measurer, app, tin
     visitor.wait("#measure-plan", "Time: about", slow=True)
     page.click("#measure-start")
     measurer.wait_state("Finished")
-    visitor.wait("#measure-sentence", "not scored: BBQ")
-    visitor.wait("#measure-facts", "get oskarvanderwal/bbq from the Hub")
+    visitor.wait("#evaluate-head", "not scored: BBQ")
+    visitor.unfold("measure-notes")
+    visitor.wait("#measure-notes", "get oskarvanderwal/bbq from the Hub")
     assert any(cell.startswith("Quick check") for cell in measurer.cells("measure-table"))
     (job,) = store.list_jobs(app.workspace, "evaluate")
     written = json.loads(job.file.read_text())
@@ -84,7 +84,7 @@ def test_a_run_is_measured_offline_with_one_benchmark_missing(measurer, app, tin
     visitor.wait(".toast-body", "Evaluation")
     assert "## Evaluation" in (app.workspace.run_folder(tiny_run) / "adapter" / "README.md").read_text(encoding="utf-8")
     page.reload()
-    visitor.wait("#measure-sentence", "not scored: BBQ")
+    visitor.wait("#evaluate-head", "not scored: BBQ")
     page.click("#evaluate-delete")
     page.click("#evaluate-keep")
     page.click("#evaluate-delete")
@@ -101,23 +101,24 @@ def test_an_evaluation_goes_on_without_the_page_is_stopped_and_resumed(measurer,
     measurer.select("CrowS-Pairs")
     visitor.set("measure-limit", "0")
     page.click("#measure-start")
+    while not (jobs := store.list_jobs(app.workspace, "evaluate")):
+        page.wait_for_timeout(20)
+    job = stop_midway(jobs[0].folder)  # at once: it takes a second or two
+    worker = psutil.Process(job.status.pid)
     visitor.wait("#evaluate-stop")
-    (job,) = store.list_jobs(app.workspace, "evaluate")
     page.goto("about:blank")
-    running = wait_for(job.folder, under_way)
-    worker = psutil.Process(running.status.pid)
-    worker.send_signal(signal.SIGSTOP)  # so that it is not over before it is stopped
     other = Measurer(new_visitor()).open(job.id)
     other.visitor.wait("#evaluate-head", "CrowS-Pairs")
     other.page.click("#evaluate-stop")
     other.wait_state("Stopping")
-    worker.send_signal(signal.SIGCONT)
+    worker.resume()
     other.wait_state("Stopped")
-    other.visitor.wait("#measure-facts", "interrupted after")  # what was scored is shown, and marked
-    assert 0 < json.loads(job.file.read_text())["benchmarks"]["crows_pairs"]["n"] < 400
+    other.visitor.unfold("measure-notes")
+    other.visitor.wait("#measure-notes", "interrupted after")  # what was scored is shown, and marked
+    assert 0 < json.loads(job.file.read_text())["benchmarks"]["crows_pairs"]["n"] < ITEMS
     other.page.click("#evaluate-resume")
     other.wait_state("Finished")
-    assert json.loads(job.file.read_text())["benchmarks"]["crows_pairs"]["n"] == 400
+    assert json.loads(job.file.read_text())["benchmarks"]["crows_pairs"]["n"] == ITEMS
 
 
 def test_groups_flipped_items_and_evaluations_side_by_side(measurer, app):
@@ -126,11 +127,11 @@ def test_groups_flipped_items_and_evaluations_side_by_side(measurer, app):
     write_result(app.workspace.root, "curve", with_curve(20))
     visitor, page = measurer.visitor, measurer.open("curve").page
     visitor.wait("#measure-forest .js-plotly-plot")
-    page.get_by_role("tab", name="By strength").click()
-    visitor.wait("#measure-by-strength-plot .js-plotly-plot")
+    visitor.wait("#measure-by-strength-plot .js-plotly-plot", "ideal: 50")
     measurer.click_cell("evaluate-jobs", "strong")
-    visitor.wait("#measure-facts", "longer than the model's context")
-    page.get_by_role("tab", name="By group").click()
+    visitor.wait("#measure-details [role=tab][aria-selected=true]", "By group")
+    visitor.unfold("measure-notes")
+    visitor.wait("#measure-notes", "longer than the model's context")
     measurer.choose("measure-by-group", "CrowS-Pairs: Stereotype preferred")
     visitor.wait("#measure-by-group-table [role=gridcell]", "race-color")
     page.get_by_role("tab", name="Flipped items").click()
@@ -161,7 +162,7 @@ def test_what_can_not_be_measured_is_one_line_and_names_from_a_result_are_text(m
     write_result(app.workspace.root, "hostile", made | {"missing": {"bbq": hostile}})
     write_result(app.workspace.root, "damaged", {"benchmarks": {"bbq": {}}, "provenance": {}})
     measurer.open("hostile")
-    visitor.wait("#measure-sentence", "not scored: BBQ")
+    visitor.wait("#evaluate-head", "not scored: BBQ")
     visitor.wait("#measure-facts", hostile)
     page.get_by_role("tab", name="Flipped items").click()
     visitor.wait("#measure-flips [role=gridcell]", hostile)

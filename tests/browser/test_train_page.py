@@ -34,7 +34,7 @@ def library(app: App) -> Workspace:
     write_run(root, "first", status={"best_step": 30, "best_accuracy": 0.785, "notes": ("232 pairs to train on",)})
     write_run(root, "second", learning_rate=1e-4, beta=0.3, probe_every=0).probes.unlink()
     hot = {"error": f"The loss became nan {EVIL}: lower learning_rate", "best_step": 10, "best_accuracy": 0.5}
-    write_run(root, "too-hot", "failed", steps=12, status=hot)
+    write_run(root, "too-hot", "failed", steps=12, status=hot, learning_rate=0.02)
     return app.workspace
 
 
@@ -86,11 +86,14 @@ def test_a_failed_run_says_why_and_retry_takes_its_settings_over(trainer):
     trainer.open("too-hot")
     trainer.wait_head("too-hot", f"The loss became nan {EVIL}: lower learning_rate")  # text
     assert trainer.page.locator("#train-resume").inner_text() == "Retry"
+    assert trainer.page.locator("#train-job button.primary").all_inner_texts() == ["Retry with changes"]
+    trainer.page.click("#train-retry")
+    trainer.visitor.wait(".toast-body", "the settings of too-hot")
+    trainer.visitor.wait_value("train-learning-rate", "0.02")
     trainer.choose("second")
     trainer.page.click("#train-retry")
-    trainer.visitor.unfold("train-advanced")
-    for field, value in (("learning-rate", "1e-4"), ("beta", "0.3"), ("max-steps", "40")):
-        trainer.visitor.wait_value(f"train-{field}", {"1e-4": "0.0001"}.get(value, value))
+    for field, value in (("learning-rate", "0.0001"), ("beta", "0.3"), ("max-steps", "40")):
+        trainer.visitor.wait_value(f"train-{field}", value)
     trainer.visitor.set("train-run-id", "second")
     trainer.page.click("#train-start")
     trainer.visitor.wait(".toast-body", "already exists")
@@ -186,7 +189,7 @@ def test_the_page_follows_a_run_to_its_end(trainer, library):
         run.at(24, best_step=20, best_accuracy=0.69, eta_seconds=100.0)
         trainer.wait_head("followed", "Best so far: step 20, reward accuracy 0.69 [0.50, 0.83] on 26 held-out pairs.")
         visitor.wait("#train-probe-step", "after step 20")
-        trainer.wait_listed("followed", "Running · 60 %")
+        trainer.wait_listed("followed", "Running · 60%")
         trainer.choose("waiting")
         trainer.wait_head("waiting", "Waiting for followed")
         trainer.choose("followed")

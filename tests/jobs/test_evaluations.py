@@ -20,7 +20,7 @@ from biasdpo.jobs.job import Job, Progress
 from biasdpo.jobs.resolve import command_of
 from biasdpo.workspace import Workspace
 from tests import evaluating
-from tests.evaluating import under_way
+from tests.evaluating import stop_midway
 from tests.evaluation_results import result, write_result
 from tests.run_line import ROOT, ended, wait_for
 
@@ -87,7 +87,7 @@ def test_an_evaluation_from_start_to_end(asked, workspace):
 
 def test_a_killed_one_is_interrupted_and_goes_on_without_scoring_anything_twice(long, workspace):
     started = store.start_evaluation(long, workspace)
-    seen = wait_for(started.folder, under_way)
+    seen = stop_midway(started.folder)
     assert 0 < seen.status.progress[0].done < LONG
     assert seen.status.eta_seconds is not None
     signal_process(started, signal.SIGKILL)
@@ -106,8 +106,7 @@ def test_a_killed_one_is_interrupted_and_goes_on_without_scoring_anything_twice(
 
 def test_a_stopped_one_keeps_what_it_scored_and_goes_on_and_a_second_stop_kills(long, workspace):
     started = store.start_evaluation(long, workspace)
-    wait_for(started.folder, under_way)
-    signal_process(started, signal.SIGSTOP)  # so that it is not over before it is asked
+    stop_midway(started.folder)
     assert store.stop_job(started.id, workspace).state == "stopping"
     signal_process(started, signal.SIGCONT)
     stopped = wait_for(started.folder, ended)
@@ -118,8 +117,7 @@ def test_a_stopped_one_keeps_what_it_scored_and_goes_on_and_a_second_stop_kills(
     assert not any(row.comparable for row in table(store.load_result(stopped)))
 
     resumed = store.resume_job(started.id, workspace)
-    wait_for(resumed.folder, under_way)
-    signal_process(resumed, signal.SIGSTOP)  # it hears nothing any more
+    stop_midway(resumed.folder)  # it hears nothing any more
     store.stop_job(started.id, workspace)
     store.stop_job(started.id, workspace)
     killed = wait_for(started.folder, ended)

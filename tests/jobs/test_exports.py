@@ -137,7 +137,7 @@ def test_a_failed_proof_leaves_what_was_there(lora, workspace, tiny_llama, tmp_p
     lora.out.write_bytes(b"the one before")
     with monkeypatch.context() as patch:  # a writer that writes another adapter than it was given
         patch.setattr(exporting.write, "lora", lambda _adapter, base, out: real_lora(wrong, base, out))
-        with pytest.raises(ExportError, match=r"tiny.gguf was deleted, since its proof failed: .*mean KL") as caught:
+        with pytest.raises(ExportError, match=r"tiny.gguf was deleted, since its verification failed: .*mean KL") as caught:
             export(lora, workspace)
     assert caught.value.proof.passed is False
     assert lora.out.read_bytes() == b"the one before"

@@ -2,29 +2,41 @@
 
     python -m tests.perf.page [--seconds 60] [--memory-minutes 0] [--url URL]
 
-Per tab, idle: CPU seconds of Chromium's renderer per second, in percent of one core. With --run-id of a running training: the
-Train tab while it watches. First paint: median of 5 against a Gradio hello-world, alternating. Memory: growth of the renderer's
-resident set on the Train tab over --memory-minutes. Prints one JSON object. Needs Linux (reads /proc) and a quiet machine.
+Per tab, idle, over a workspace with a dataset, a finished run and an evaluation: CPU time of Chromium's renderer in
+percent of one core; then of the Train tab while it watches a run that makes a step a second (--watch: this only). First paint:
+median of 5 against a Gradio hello-world, alternating. Memory: the renderer's resident set over --memory-minutes of watching.
+With --url: of an app that runs already, whose workspace stays as it is. Prints one JSON object. Needs Linux (reads /proc) and a
+quiet machine.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from biasdpo.data.journal import append_all
+from biasdpo.jobs.job import JobFolder
+from biasdpo.workspace import Workspace
 from tests.app_process import free_port, start_app, wait_for_page
 from tests.browser.conftest import FLAGS, chromium_path
+from tests.evaluation_results import result, write_result
+from tests.perf.dataset import judgments
 from tests.perf.measuring import options, rounded
 from tests.perf.startup import HELLO, ROOT
+from tests.run_folders import metrics, write_run
 
 TABS = ("compare", "label", "dataset", "train", "measure", "export")
 REPETITIONS = 5
@@ -56,6 +68,26 @@ def first_paint(browser: Browser, url: str) -> float:
     return paint / 1000
 
 
+def fill(root: Path) -> None:
+    """300 judgments, a finished run, an evaluation."""
+    append_all(Workspace(root), judgments(300, seed=0))
+    write_run(root, "finished")
+    write_result(root, "measured", result(200))
+
+
+def train(root: Path, ended: threading.Event) -> None:
+    """Play a training run that makes a step a second."""
+    me = {"pid": os.getpid(), "pid_created": psutil.Process().create_time(), "phase": "training"}
+    folder: JobFolder = write_run(root, "running", "running", total=10_000, status=me)
+    rows = metrics(10_000, 10_000, 1e-4)
+    for step in itertools.count(41):
+        with folder.metrics.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] == step)
+        folder.write_status(replace(folder.read_status(), step=step))
+        if ended.wait(1.0):
+            return
+
+
 def open_tab(page: Page, url: str, tab: str) -> None:
     page.goto(f"{url}?tab={tab}")
     page.wait_for_selector(f"[role=tab][data-tab-id={tab}][aria-selected=true]")
@@ -71,8 +103,10 @@ def main() -> None:
         if not url:
             port = free_port()
             url = f"http://127.0.0.1:{port}/"
+            fill(Path(folder))
             app = start_app(Path(folder), port, "--model", "smollm2")
             wait_for_page(url, app, Path(folder) / "app.log", 180)
+        ended = threading.Event()
         hello_port = free_port()
         hello = subprocess.Popen(
             [sys.executable, "-c", HELLO.replace("PORT", str(hello_port))],
@@ -102,9 +136,14 @@ def main() -> None:
             page.goto(hello_url)
             time.sleep(SETTLE_SECONDS)
             percent["hello"] = cpu_percent(renderer(chromium.pid), args.seconds)
-            for tab in ("train",) if args.watch else TABS:
+            for tab in () if args.watch else TABS:
                 open_tab(page, url, tab)
                 percent[tab] = cpu_percent(renderer(chromium.pid), args.seconds)
+            if app is not None:
+                threading.Thread(target=train, args=(Path(folder), ended), daemon=True).start()
+                time.sleep(1)
+            open_tab(page, url, "train")
+            percent["watching"] = cpu_percent(renderer(chromium.pid), args.seconds)
             answer["cpu_percent"] = rounded(percent, 2)
             if args.memory_minutes:
                 process = renderer(chromium.pid)
@@ -114,6 +153,7 @@ def main() -> None:
                     time.sleep(60)
                 answer["memory_mib"] = [round(value) for value in megabytes]
         finally:
+            ended.set()
             browser.close()
             hello.terminate()
             if app is not None:
