@@ -102,8 +102,7 @@ def serve(config: ServeConfig) -> None:
     demo = build_ui(pool, startup, Path(config.data_dir) if config.data_dir else None)
 
     def healthz() -> dict[str, Any]:
-        waiting = len(demo._queue) if demo._queue else 0
-        return {"ready": any(pool.opened()), "model": startup.model, "waiting": waiting}
+        return {"ready": any(pool.opened()), "model": startup.model, "requests": options["_app"].limits.count(demo)}
 
     options["_app"].add_api_route("/healthz", healthz)
     signal.signal(signal.SIGTERM, _end)

@@ -623,9 +623,9 @@ class ServeConfig(Settings):
     max_upload_mb: int = setting(200, range=(1, 65536), unit="MiB")
     """Largest uploaded file."""
     max_queue: int = setting(200, range=(1, 100_000), unit="requests")
-    """Requests that may wait at a time, of all visitors."""
+    """Requests that may wait or be answered at a time, of all visitors."""
     max_queue_per_visitor: int = setting(20, range=(1, 100_000), unit="requests")
-    """Requests that may wait at a time, of one address."""
+    """The same, of one address."""
     max_sessions: int = setting(2000, range=(10, 1_000_000), unit="pages")
     """Open pages whose state is kept; then the oldest is forgotten."""
     max_visits_per_minute: int = setting(120, range=(1, 1_000_000), unit="pages")

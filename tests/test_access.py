@@ -125,7 +125,9 @@ class Browser:
         answer = connection.getresponse()
         if cookies := [value for name, value in answer.getheaders() if name.lower() == "set-cookie"]:
             self.cookie = "; ".join(one.partition(";")[0] for one in cookies)
-        return answer.status, answer.read().decode()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, text
 
     def sign_in(self, name: str, password: str) -> int:
         body = urllib.parse.urlencode({"username": name, "password": password}).encode()

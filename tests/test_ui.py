@@ -138,7 +138,7 @@ def test_app_names_the_port_in_use_and_a_free_one(tmp_path):
         (("--model", "no-such"), "Unknown model 'no-such': choose one of smollm2, phi-2"),
         (("--model", "phi-2"), "hf download microsoft/phi-2"),
         (("--port", "99999"), "port must be a whole number from 1 to 65535: got 99999"),
-        (("--host", "no.such.host.invalid"), "Can't serve on no.such.host.invalid:"),
+        (("--public", "--host", "no.such.host.invalid"), "Can't serve on no.such.host.invalid:"),
         (("--workspace", "/proc/nowhere"), "name a writable folder with --workspace"),
     ],
 )

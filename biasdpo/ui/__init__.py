@@ -41,8 +41,8 @@ See a language model's bias, label it, train it away with Direct Preference Opti
 _WARNING = """<div id="content-warning" role="note"><span><b>Content warning.</b> This page shows prejudiced and false statements
 that language models write about people.</span>
 <button type="button" id="dismiss-warning">I understand</button></div>"""
-_VISITOR = """**You can compare and judge here.** Training, measuring, import, export and deletion are for the owner of this app. To use
-everything, run BiasDPO on your own machine (a Space: duplicate it)."""
+_VISITOR = """**You can compare and judge here.** Training, measuring, import, export and deletion are for this app's owner. To
+use everything, run BiasDPO on your own machine (a Space: duplicate it)."""
 
 _STEPS_SECONDS = 15.0  # how often the steps look for changes made elsewhere
 _CACHE_SECONDS = (3600, 86400)  # how often Gradio's cache of uploads and downloads is cleaned, and the age to remove

@@ -23,7 +23,7 @@ _MINUTE = 60.0
 
 
 class Limits:
-    """Counts what waits and who listens. `refusal` is asked about every request; `watch` guards Gradio's queue."""
+    """Counts who asks and who listens. `refusal` is asked about every request; `watch` guards Gradio's queue."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
@@ -55,7 +55,7 @@ class Limits:
         return _Listening(self, session) if session else None
 
     def watch(self, blocks: Blocks) -> None:
-        """Refuse what is too much for the queue, and drop what waits there for a page that is gone."""
+        """Refuse what is too much for the queue, and drop what a page asked that is gone."""
         queue: Any = blocks._queue  # Gradio has no public hook
         push = queue.push
 
@@ -67,16 +67,20 @@ class Limits:
 
         queue.push = guarded
 
+    def count(self, blocks: Blocks) -> int:
+        """Requests that wait or are being answered."""
+        return len(_requests(blocks._queue))
+
     _sweeper: asyncio.Task[None] | None = None
 
     def _too_much(self, queue: Any, body: Any, request: HTTPConnection) -> str:
         """Why a request may not join the queue; "" if it may."""
-        waiting = _waiting(queue)
-        if len(waiting) >= self.config.max_queue:
-            return f"The app is busy: {len(waiting)} requests are waiting. Try again in a minute"
+        asked = _requests(queue)
+        if len(asked) >= self.config.max_queue:
+            return f"The app is busy with {len(asked)} requests: try again in a minute"
         address = client_address(request)
-        if sum(client_address(event.request) == address for event in waiting) >= self.config.max_queue_per_visitor:
-            return f"You have {self.config.max_queue_per_visitor} requests waiting: wait until one is done"
+        if sum(client_address(event.request) == address for event in asked) >= self.config.max_queue_per_visitor:
+            return f"You have {self.config.max_queue_per_visitor} requests under way: wait until one is done"
         session = body.session_hash or ""
         if session not in self._sessions:
             arrivals, now = self._arrivals[address], time.monotonic()
@@ -91,17 +95,17 @@ class Limits:
         return ""
 
     async def _sweep(self, queue: Any) -> None:
-        """Drop what waits for a client that left, or never listened."""
+        """Drop what was asked by a client that left, or never listened."""
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             now = time.monotonic()
-            waiting = {event.session_hash for event in _waiting(queue)}
-            for session in waiting:
+            asking = {event.session_hash for event in _requests(queue)}
+            for session in asking:
                 if self._listening.get(session) or now - self._heard.setdefault(session, now) < _UNHEARD_SECONDS:
                     continue
                 await queue.clean_events(session_hash=session)
                 self._heard.pop(session, None)
-            self._heard = {session: at for session, at in self._heard.items() if session in waiting}
+            self._heard = {session: at for session, at in self._heard.items() if session in asking}
             for address, arrivals in list(self._arrivals.items()):
                 if not arrivals or now - arrivals[-1] > _MINUTE:
                     del self._arrivals[address]
@@ -122,8 +126,10 @@ class _Listening:
                 del self.limits._listening[self.session]
 
 
-def _waiting(queue: Any) -> list[Any]:
-    return [event for waiting in queue.event_queue_per_concurrency_id.values() for event in waiting.queue]
+def _requests(queue: Any) -> list[Any]:
+    """What waits in the queue and what is being answered."""
+    waiting = [event for events in queue.event_queue_per_concurrency_id.values() for event in events.queue]
+    return waiting + [event for events in queue.active_jobs for event in events or () if event.alive]
 
 
 def client_address(request: Any) -> str:
