@@ -27,6 +27,7 @@ def themed(figure: Any, *, height: int = 260) -> Any:
     """Give a plotly figure the page's look: transparent and compact."""
     figure.update_layout(
         height=height,
+        template={},  # plotly's own is most of a figure, and costs the page CPU whenever a chart is drawn again
         margin={"l": 12, "r": 12, "t": 32, "b": 12},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",

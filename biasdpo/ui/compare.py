@@ -250,9 +250,10 @@ class CompareTab:
         self.share.click(handles(self._link), [*self.inputs, self.resampled], self.link, **raw).success(
             None, self.link, self.link, js=address, api_visibility="private"
         )
-        # In the browser: a link that no longer names the settings goes away.
+        # In the browser: a link that no longer names the settings goes away. A text that is pasted sends no `input`.
         stale: dict[str, Any] = {"js": "() => ({__type__: 'update', visible: false})", "api_visibility": "private"}
-        gr.on([component.input for component in self.inputs], None, None, self.link, **stale)
+        changes = [part.change if part in (self.prompt, self.system) else part.input for part in self.inputs]
+        gr.on(changes, None, None, self.link, **stale)
 
         identity = self.studio.identity
         judged = [self.verdict_note, self.undo, self.stored, self.consent, self.pending]

@@ -154,7 +154,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
     started.success(handles(look), inputs, looked, **QUICK)
     compare.click(handles(use), panel.selected, studio.open_outputs("compare"), **QUICK)
     panel.watch("list", lambda _job: {empty: gr.Markdown(visible=not store.list_jobs(workspace, "export"))}, [empty])
-    panel.watch("status", render, [download, compare, result, files, details, figures, *commands])
+    panel.watch("state", render, [download, compare, result, files, details, figures, *commands])
     panel.wire(tab)
 
 

@@ -16,7 +16,7 @@ from biasdpo.jobs import store
 from biasdpo.jobs.job import Job, Kind
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time
 
-TICK_SECONDS = 2.0
+TICK_SECONDS = 4.0  # each output of an event costs the page a walk through all of its components
 
 NOUNS: dict[Kind, str] = {"train": "run", "evaluate": "evaluation", "export": "export"}
 _DELETES: dict[Kind, str] = {
@@ -65,14 +65,14 @@ class JobPanel:
                 self.keep = gr.Button("Keep", size="sm", elem_id=f"{kind}-keep")
         # Hidden: id of the chosen job, "" for none; kept by the page when the app restarts.
         self.selected = gr.Textbox("", label="Chosen", visible="hidden", elem_id=f"{kind}-selected")
-        # By file of the job's folder; "list" and "status" beside them.
-        self.versions = {name: gr.State(()) for name in ("list", "status")}
+        # By file of the job's folder; beside them "list", "status" (all that the job is) and "state" (what changes seldom).
+        self.versions = {name: gr.State(()) for name in ("list", "status", "state")}
         self.timer = gr.Timer(TICK_SECONDS, active=False)
 
     # What a tab uses
 
     def watch(self, file: str, render: Callable[..., Updates], outputs: Sequence[Any], inputs: Sequence[Any] = ()) -> None:
-        """Call `render(job, *inputs)` when another job is chosen or `file` of its folder changes; "status": when its state does.
+        """Call `render(job, *inputs)` when another job is chosen or `file` of its folder changes; "state": when its state does.
 
         Call it while building the tab, before `wire`.
         """
@@ -103,9 +103,10 @@ class JobPanel:
             log = gr.Textbox(label="Log", show_label=False, lines=8, max_lines=20, interactive=False, elem_id=f"{self.kind}-log")
 
         def show(job: Job | None, is_open: bool) -> Updates:
-            return {box: gr.Accordion(visible=job is not None), log: _log_of(job) if is_open else gr.skip()}
+            return {log: _log_of(job) if is_open else gr.skip()}
 
-        self.watch("log.txt", show, [box, log], [opened])
+        self.watch("log.txt", show, [log], [opened])
+        self.watch("state", lambda job: {box: gr.Accordion(visible=job is not None)}, [box])
         box.expand(handles(lambda selected: (True, _log_of(self.job(selected)))), self.selected, [opened, log], **QUICK)
         box.collapse(lambda: (False, ""), None, [opened, log], **QUICK)
 
@@ -120,10 +121,8 @@ class JobPanel:
         self.studio.on_request(_TABS[self.kind], self._open, [], chosen)
         self.table.select(handles(self._choose), None, chosen, **QUICK)
         self.versions["list"].change(handles(self._rows), None, self.table, **QUICK)
-        shown = [self.box, self.head, self.stop, self.resume, self.delete, self.confirm]
-        self.versions["status"].change(
-            handles(lambda seen: self._head(seen[0] if seen else "")), self.versions["status"], shown, **QUICK
-        )
+        self.watch("status", lambda job: {self.head: "" if job is None else head(job, self.detail(job))}, [self.head])
+        self.watch("state", self._buttons, [self.box, self.stop, self.resume, self.delete, self.confirm])
         self.stop.click(handles(self._stop), self.selected, chosen, **QUICK)
         self.resume.click(handles(self._resume), self.selected, chosen, **QUICK)
         self.delete.click(handles(self._ask), self.selected, [self.confirm, self.question], **QUICK)
@@ -164,6 +163,7 @@ class JobPanel:
         jobs = store.list_jobs(self.studio.workspace, self.kind)
         job = next((job for job in jobs if job.id == selected), None)
         values: dict[str, Version] = {"list": tuple(str(self.row_of(job)) for job in jobs), "status": (selected, repr(job))}
+        values["state"] = (selected, *(() if job is None else (job.state, job.has_result, job.has_adapter)))
         for file in self.versions.keys() - values.keys():
             values[file] = (selected, *_stamp(job, file))
         active = any(job.is_active for job in jobs)
@@ -180,15 +180,13 @@ class JobPanel:
         rows = [self.row_of(job) for job in store.list_jobs(self.studio.workspace, self.kind)]
         return gr.Dataframe(value=rows, visible=bool(rows))
 
-    def _head(self, selected: str) -> Updates:
-        job = self.job(selected)
+    def _buttons(self, job: Job | None) -> Updates:
         if job is None:
             return {self.box: gr.Column(visible=False), self.confirm: gr.Row(visible=False)}
         may = is_owner()
         resumable = job.state in _RESUME_WORDS and job.loose is None and job.config is not None
         return {
             self.box: gr.Column(visible=True),
-            self.head: head(job, self.detail(job)),
             self.stop: gr.Button(visible=may and job.is_active, interactive=job.state != "stopping"),
             self.resume: gr.Button(
                 _RESUME_WORDS.get(job.state, "Resume"),

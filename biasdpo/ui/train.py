@@ -432,7 +432,7 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
         require_owner("Downloading a run")
         return str(pack_run(finished(selected)))
 
-    panel.watch("status", show, [compare, measure, export, download, retry])
+    panel.watch("state", show, [compare, measure, export, download, retry])
     for button, name in ((compare, "compare"), (measure, "measure"), (export, "export")):
         button.click(handles(partial(open_tab, name)), panel.selected, studio.open_outputs(name), **QUICK)
     # Gradio's download button needs its file before the click.

@@ -91,11 +91,10 @@ def test_an_example_runs_on_click_and_regenerate_samples_anew(visitor):
     visitor.page.click("#share")  # of the sample that is shown
     visitor.page.wait_for_function("() => document.querySelector('#link :is(input, textarea)')?.value.startsWith('http')")
     link = visitor.value("link")
-    visitor.page.locator("#strength input[type=number]").fill("0.5")
+    visitor.page.fill("#prompt textarea", "Another prompt")
     visitor.wait_gone("#link")  # it no longer names the settings
     visitor.page.goto(link)
     visitor.wait_proof()
-    visitor.view("Side by side")
     visitor.run("#generate")
     visitor.wait_written()
     assert visitor.text("base") == sampled
@@ -131,8 +130,8 @@ def test_a_second_generate_replaces_the_first_and_stop_keeps_what_was_written(vi
     visitor.page.fill("#prompt textarea", "What is a family?")
     visitor.page.click("#generate")
     visitor.wait("#caption", re.compile("What is a family.*writing"))
-    visitor.wait("#tuned-status", "writing")
-    assert "writing" in visitor.status("base")  # both at the same time
+    both = "".join(f":has(#{side}-status:has-text('writing'))" for side in ("base", "tuned"))  # at the same time
+    visitor.wait(f"#panes{both}")
     visitor.wait_writing()
     started = time.monotonic()
     visitor.page.keyboard.press("Escape")

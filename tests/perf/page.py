@@ -40,7 +40,7 @@ from tests.run_folders import metrics, write_run
 
 TABS = ("compare", "label", "dataset", "train", "measure", "export")
 REPETITIONS = 5
-SETTLE_SECONDS = 8  # a model is loaded, charts are drawn
+SETTLE_SECONDS = 15  # a model is loaded, charts are drawn
 
 
 def renderer(browser_pid: int) -> psutil.Process:
