@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import sys
 import threading
@@ -21,6 +22,7 @@ from biasdpo.errors import ConfigError
 from biasdpo.migrations import open_workspace
 
 _PORTS_TRIED = 100
+_LAST_SECONDS = 8.0
 
 app = new_app()
 
@@ -91,21 +93,36 @@ def serve(config: ServeConfig) -> None:
     from biasdpo.jobs import memory
     from biasdpo.ui import build_ui, launch_options
 
-    options = launch_options(config.address, config.allowed_hosts)
     workspace = open_workspace(config.workspace)
+    options = launch_options(config, workspace.root)
     journal.repair(workspace)  # a line that a power loss tore would keep other readers from the journal
     pool = EnginePool(workspace)
     memory.serve_requests(pool, workspace)
     startup = Startup(config.model, config.backend)
     demo = build_ui(pool, startup, Path(config.data_dir) if config.data_dir else None)
+
+    def healthz() -> dict[str, Any]:
+        return {"ready": any(pool.opened()), "model": startup.model, "requests": options["_app"].limits.count(demo)}
+
+    options["_app"].add_api_route("/healthz", healthz)
+    signal.signal(signal.SIGTERM, _end)
     try:
         demo.launch(server_port=config.port, prevent_thread_lock=True, **options)
     except OSError as exc:  # taken between the check and here
         raise ConfigError(f"Can't serve on {config.address}:{config.port}: {exc}; choose another --port") from exc
+    options["_app"].limits.watch(demo)
     print(f"BiasDPO is at {demo.local_url}  (Ctrl+C stops it; workspace: {workspace.root})", flush=True)
     threading.Thread(target=startup.resolve, args=(pool,), name="startup", daemon=True).start()
     demo.block_thread()
     pool.close()
+
+
+def _end(*_: object) -> None:
+    """On SIGTERM: as on Ctrl+C, and at the latest in a few seconds. Every stored verdict is on the disk already; jobs go on."""
+    last = threading.Timer(_LAST_SECONDS, os._exit, (0,))
+    last.daemon = True
+    last.start()
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|export|evaluate.
+"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|export|evaluate|users.
 
 Results go to stdout (one JSON object, or one per line, with --json), progress and messages to stderr. Exit status: 0 done;
 2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours. Everything
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from biasdpo import cli_jobs
+from biasdpo import cli_jobs, cli_users
 from biasdpo.cli_options import (
     JsonOption,
     LogLevel,
@@ -480,6 +480,7 @@ def _wait(folder: Any, workspace: Workspace) -> Any:
 
 app.command("jobs")(cli_jobs.jobs)
 app.command("runs")(cli_jobs.runs)
+app.add_typer(cli_users.users, name="users")
 
 
 # Export

@@ -55,6 +55,8 @@ def options_of(model: type[Settings]) -> Callable[[Callable[..., Any]], Callable
                 text = given.pop(name)
                 if text is not None and one.is_list:
                     given[name] = tuple(part for each in text for part in one.parse(each))
+                elif isinstance(text, bool):
+                    given[name] = text
                 elif text is not None:
                     given[name] = one.parse(text)
             return function(**given)
@@ -68,9 +70,18 @@ def options_of(model: type[Settings]) -> Callable[[Callable[..., Any]], Callable
 
 
 def _parameter(setting: Setting) -> inspect.Parameter:
-    option = typer.Option(setting.option, metavar=_metavar(setting), help=described(setting), show_default=False)
-    kind: Any = list[str] | None if setting.is_list else str | None
-    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+    kind: Any
+    if setting.kind == "flag":
+        option, kind = typer.Option(setting.option, help=setting.help, show_default=False), bool
+    else:
+        option = typer.Option(setting.option, metavar=_metavar(setting), help=described(setting), show_default=False)
+        kind = list[str] | None if setting.is_list else str | None
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if setting.kind == "flag" else None,
+        annotation=Annotated[kind, option],
+    )
 
 
 def _metavar(setting: Setting) -> str:

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from ipaddress import ip_address
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -55,7 +56,7 @@ class Setting:
     # From the field:
     name: str = ""
     help: str = ""
-    kind: Literal["integer", "number", "choice", "text"] = "text"
+    kind: Literal["integer", "number", "choice", "flag", "text"] = "text"
     is_list: bool = False
     is_required: bool = False
     is_optional: bool = False
@@ -94,6 +95,7 @@ class Setting:
             "integer": "a whole number",
             "number": "a number",
             "choice": "one of",
+            "flag": "true or false",
             "text": "text, not blank" if given == "" or str(given).isspace() else "text",
         }
         rule = f"{rules[self.kind]} {self.range}"
@@ -227,7 +229,7 @@ def _setting_of(name: str, info: FieldInfo) -> Setting:
         label=declared.label or name.replace("_", " ").capitalize(),
         help=" ".join((info.description or "").split()),
         option=declared.option or "--" + name.replace("_", "-"),
-        kind="choice" if choices else {int: "integer", float: "number"}.get(annotation, "text"),  # type: ignore[arg-type]
+        kind="choice" if choices else {int: "integer", float: "number", bool: "flag"}.get(annotation, "text"),  # type: ignore[arg-type]
         is_list=is_list,
         is_required=info.is_required(),
         is_optional=is_optional,
@@ -610,11 +612,47 @@ class ServeConfig(Settings):
     """Port to serve on."""
     allowed_hosts: ListOf[Name] = setting((), option="--allowed-host", metavar="NAME")
     """Another host name to answer to, such as a reverse proxy's or this machine's on the network. Repeatable."""
+    auth: str = setting("", metavar="FILE")
+    """Ask every visitor to sign in, with the accounts in this file; `python -m biasdpo users add NAME` adds one."""
+    public: bool = setting(False)
+    """Let everybody compare and judge without an account, and nobody do more. Required, or --auth, for an address that other
+    machines reach."""
+
+    max_request_mb: int = setting(4, range=(1, 1024), unit="MiB")
+    """Largest request that is no upload."""
+    max_upload_mb: int = setting(200, range=(1, 65536), unit="MiB")
+    """Largest uploaded file."""
+    max_queue: int = setting(200, range=(1, 100_000), unit="requests")
+    """Requests that may wait or be answered at a time, of all visitors."""
+    max_queue_per_visitor: int = setting(20, range=(1, 100_000), unit="requests")
+    """The same, of one address."""
+    max_sessions: int = setting(2000, range=(10, 1_000_000), unit="pages")
+    """Open pages whose state is kept; then the oldest is forgotten."""
+    max_visits_per_minute: int = setting(120, range=(1, 1_000_000), unit="pages")
+    """Pages that may be opened per minute from one address."""
+
+    @model_validator(mode="after")
+    def _check_reach(self) -> Self:
+        if self.auth and self.public:
+            raise ValueError("--auth asks every visitor to sign in and --public asks nobody: leave one of them out")
+        if not (self.auth or self.public or is_public_space() or _is_loopback(self.address)):
+            raise ValueError(
+                f"--host {self.address} lets other machines in, who could train and delete: add --auth FILE (accounts) or "
+                "--public (everybody may compare and judge, nothing else)"
+            )
+        return self
 
     @property
     def address(self) -> str:
         """The address to serve on."""
         return self.host or ("0.0.0.0" if is_public_space() else "127.0.0.1")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 # Files and the command line

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from biasdpo import models
+from biasdpo.access import is_owner, require_owner
 from biasdpo.backends import open_backend
 from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.errors import BackendError, BiasDPOError, ModelError
 from biasdpo.models import AdapterSpec, ModelSpec
-from biasdpo.workspace import Workspace, is_public_space, refuse_on_public_space
+from biasdpo.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +233,7 @@ class Startup:
     def key(self, model: str, adapter: str, workspace: Workspace) -> EngineKey | None:
         """The engine that a visitor's choice means; None while "auto" is not settled.
 
-        `model` may be "auto", `adapter` "" (the model's default). On a public Space visitors choose from the catalog and the
+        `model` may be "auto", `adapter` "" (the model's default). Visitors choose from the catalog and the
         known adapters only; the owner may start the app with any model.
         """
         if model not in ("auto", self.requested, self.model):
@@ -259,12 +260,12 @@ def default_adapter(model: str, workspace: Workspace) -> str:
 
 
 def check_model(model: str) -> None:
-    """Raise RefusedError for a model from outside the catalog on a public Space."""
-    if is_public_space() and model != "auto" and model not in models.catalog():
-        refuse_on_public_space(f"A model from outside the catalog ({', '.join(models.catalog())})")
+    """Raise RefusedError for a visitor's model from outside the catalog."""
+    if not is_owner() and model != "auto" and model not in models.catalog():
+        require_owner(f"A model from outside the catalog ({', '.join(models.catalog())})")
 
 
 def check_adapter(adapter: str, workspace: Workspace) -> None:
-    """Raise RefusedError for an adapter that is no known one's id on a public Space."""
-    if is_public_space() and adapter not in {"", "none", *(known.id for known in models.adapters(workspace))}:
-        refuse_on_public_space("An adapter from a path")
+    """Raise RefusedError for a visitor's adapter that is no known one's id."""
+    if not is_owner() and adapter not in {"", "none", *(known.id for known in models.adapters(workspace))}:
+        require_owner("An adapter from a path")

@@ -13,7 +13,7 @@ BiasDPOError            what a user can mend: exit status 2, one line
 ├── ExportError         a GGUF that could not be written, or that was not proven equal
 ├── EvaluationError     unknown evaluation, evaluation in the wrong state, damaged result
 ├── WorkspaceError      a folder that can't be written, a lock that can't be had
-└── RefusedError        turned off here (a public Space)
+└── RefusedError        not for whoever asks (a visitor)
 """
 
 
@@ -70,4 +70,4 @@ class WorkspaceError(BiasDPOError):
 
 
 class RefusedError(BiasDPOError):
-    """The action is turned off where the app runs (a public Space)."""
+    """The action is not for whoever asks: a visitor."""

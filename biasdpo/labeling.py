@@ -704,17 +704,18 @@ class LabelSessions:
         self._sessions: dict[str, LabelSession] = {}  # in order of last use
 
     def of(self, page: str | None) -> LabelSession:
-        """The page's session. Long unused ones are dropped."""
+        """The page's session; RefusedError without a page. Long unused ones are dropped, first those without a verdict."""
+        if not page:
+            raise RefusedError("A request to label needs a session_hash, as the page sends it: add one")
         now = time.monotonic()
         with self._lock:
-            session = self._sessions.pop(page or "", None) or LabelSession(self._pool, self._reader)
-            self._sessions[page or ""] = session
+            session = self._sessions.pop(page, None) or LabelSession(self._pool, self._reader)
+            self._sessions[page] = session
             session.used_at = now
-            for name, old in list(self._sessions.items()):
-                if now - old.used_at < _KEPT_SECONDS and len(self._sessions) <= _KEPT:
-                    break
-                old.queue.pause()
-                del self._sessions[name]
+            for name, old in sorted(self._sessions.items(), key=lambda item: bool(item[1].judged)):
+                if old is not session and (now - old.used_at >= _KEPT_SECONDS or len(self._sessions) > _KEPT):
+                    old.queue.pause()
+                    del self._sessions[name]
         return session
 
     def leave(self, page: str | None) -> None:

@@ -46,7 +46,7 @@ def open_workspace(folder: str | os.PathLike[str] | None = None) -> Workspace:
     """
     root = Path(folder or os.environ.get("BIASDPO_WORKSPACE") or "workspace").expanduser().resolve()
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what people said
         with tempfile.TemporaryFile(dir=root):
             pass
         _check_version(root)

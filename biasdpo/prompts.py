@@ -120,6 +120,7 @@ def expand(template: str, groups: Sequence[str], traits: Sequence[str], category
         traits = [""]
     elif not traits:
         raise PromptError("The template has a {trait}, but no traits are given: write one per line, or take {trait} out")
+    _check_count(len(groups) * len(traits))
     made = []
     for trait, group in product(traits, groups):
         # In one pass: a group that contains "{trait}" is not substituted again.
@@ -144,6 +145,11 @@ def _prompt_of(row: Read, name: str) -> Prompt:
     return Prompt(prompt.strip(), known_category(category), group)
 
 
+def _check_count(count: int) -> None:
+    if count > MAX_PROMPTS:
+        raise PromptError(f"{count:,} prompts are too many for one list: give at most {MAX_PROMPTS:,}")
+
+
 def _checked(found: Iterable[Prompt]) -> list[Prompt]:
     """Each prompt once, none empty, all fit to be stored."""
     prompts: dict[str, Prompt] = {}
@@ -152,8 +158,7 @@ def _checked(found: Iterable[Prompt]) -> list[Prompt]:
             prompts.setdefault(prompt.text, prompt)
     if not prompts:
         raise PromptError("No prompts: write one per line")
-    if len(prompts) > MAX_PROMPTS:
-        raise PromptError(f"{len(prompts):,} prompts are too many for one list: give at most {MAX_PROMPTS:,}")
+    _check_count(len(prompts))
     for text in prompts:
         if fault := text_fault(text, "prompt"):
             raise PromptError(f"This list: {fault}; fix or drop the prompt")

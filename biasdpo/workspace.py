@@ -15,13 +15,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from biasdpo.errors import ConfigError, RefusedError, WorkspaceError
+from biasdpo.errors import ConfigError, WorkspaceError
 
 _PACKAGE = Path(__file__).resolve().parent
 ASSETS = next(path for path in (_PACKAGE.parent / "assets", _PACKAGE / "assets") if (path / "models.toml").is_file())
 """In a checkout beside the package, installed in it."""
 MAX_JSON_BYTES = 256 * 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+os.umask(_UMASK := os.umask(0o077))  # it can only be read by being set
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,6 @@ def is_public_space() -> bool:
     return bool(os.environ.get("SPACE_ID"))
 
 
-def refuse_on_public_space(action: str) -> None:
-    """Raise RefusedError on a public Space. Called inside the functions that act, since a hidden button protects nothing."""
-    if is_public_space():
-        raise RefusedError(f"{action} is turned off on a public Space: duplicate the Space or run BiasDPO on your own machine")
-
-
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
@@ -84,8 +79,11 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it takes `path`'s place, else it is removed."""
+def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it takes `path`'s place, else it is removed.
+
+    private   only its owner may read it; else the process's umask decides
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -94,7 +92,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o600 if private else 0o666 & ~_UMASK)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -162,14 +162,6 @@ def test_an_empty_workspace_has_nothing_wrong_with_it(run):
     assert ok(run("stats", "--json"))["rows"] == 0
 
 
-def test_on_a_public_space_nothing_is_imported_exported_or_withdrawn(run, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n")
-    assert run("import", path).returncode == 0
-    for arguments in (("import", path), ("import", path, "--dry-run"), ("export", tmp_path / "out.csv"), ("retract", "x")):
-        assert "turned off on a public Space" in error_of(run(*arguments, SPACE_ID="someone/space"))
-
-
 def test_a_closed_pipe_is_no_fault(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("no json\n" * 20_000)

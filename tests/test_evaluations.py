@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from biasdpo import cli, models
+from biasdpo import access, cli, models
 from biasdpo.config import EvaluationConfig
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.data.splits import split
@@ -418,7 +418,7 @@ def test_a_card_gets_one_section_that_the_next_evaluation_replaces(workspace, mo
     ):
         with pytest.raises(EvaluationError, match=words):
             report.add_to_card(bad, workspace)
-    monkeypatch.setenv("SPACE_ID", "someone/space")
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
     with pytest.raises(RefusedError):
         report.add_to_card(result, workspace)
     assert card.read_text() == twice

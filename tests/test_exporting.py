@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from biasdpo import access
 from biasdpo.data import exporting, importing, splits
 from biasdpo.data.exporting import COLUMNS
 from biasdpo.data.journal import Journal, append, new_judgment, withdraw
@@ -191,7 +192,7 @@ def test_what_cannot_be_exported(workspace, tmp_path, monkeypatch):
         exporting.export_file(workspace, tmp_path / "folder.csv")
     with pytest.raises(WorkspaceError, match="Can't write"):
         exporting.export_file(workspace, link / "in a file" / "pairs.jsonl")
-    monkeypatch.setenv("SPACE_ID", "someone/space")
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
     with pytest.raises(RefusedError):
         exporting.export_file(workspace, tmp_path / "pairs.jsonl")
     assert not (tmp_path / "pairs.jsonl").exists()

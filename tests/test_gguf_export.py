@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from biasdpo import models
+from biasdpo import access, models
 from biasdpo.config import ExportConfig
 from biasdpo.errors import ExportError, RefusedError
 from biasdpo.gguf import export
@@ -30,8 +30,8 @@ def test_a_merged_file_names_its_parents_its_quantization_and_its_proof(
     assert record.parents.keys() > {"config.json", "adapter/adapter_model.safetensors"}
     assert (record.proof["depth"], record.proof["verdict"], record.proof["equality"]["texts"]) == ("quick", "measured", 4)
     assert 1e-5 < record.proof["equality"]["mean_kl"] < 0.1
-    monkeypatch.setenv("SPACE_ID", "someone/space")
-    with pytest.raises(RefusedError, match="Export is turned off"):
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
+    with pytest.raises(RefusedError, match="Export is only for"):
         export.export(config, *given)
 
 

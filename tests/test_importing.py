@@ -12,6 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from biasdpo import access
 from biasdpo.data.importing import (
     ColumnMapping,
     ForeignPair,
@@ -375,7 +376,7 @@ def test_rows_become_judgments_and_never_twice(workspace: Workspace, tmp_path: P
     for name in ("two\nlines", "x" * 101):
         with pytest.raises(ConfigError, match="An import's name"):
             import_file(workspace, path, name=name)
-    monkeypatch.setenv("SPACE_ID", "someone/space")
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
     for action in (import_file, lambda w, p: import_file(w, p, dry_run=True), lambda _w, p: preview(p)):
         with pytest.raises(RefusedError):
             action(workspace, path)

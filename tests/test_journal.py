@@ -20,6 +20,7 @@ import orjson
 import pytest
 from filelock import FileLock
 
+from biasdpo import access
 from biasdpo.data import journal
 from biasdpo.data.journal import Appended, Journal, append, append_all, edit, repair, repaired_lines, undo, withdraw
 from biasdpo.data.pairs import pair_id_of
@@ -249,7 +250,7 @@ def test_an_edit_supersedes_and_a_withdrawal_takes_what_stands(workspace: Worksp
     assert withdraw(workspace, ["a-0"]) == 0
     with pytest.raises(DatasetError, match="No judgment 'nope'"):
         withdraw(workspace, ["a-2", "nope"])
-    monkeypatch.setenv("SPACE_ID", "someone/space")
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
     for action in (
         lambda: edit(workspace, ["a-2"], {"note": "x"}),
         lambda: withdraw(workspace, ["a-2"]),

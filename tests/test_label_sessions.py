@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from biasdpo import labeling
+from biasdpo import access, labeling
 from biasdpo.data import journal
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool
@@ -114,7 +114,7 @@ def test_judgments_belong_to_their_browser_and_old_ones_to_their_nickname_except
     for judgment_id in (mine, imported.id):
         with pytest.raises(RefusedError, match="this browser"):
             other.withdraw(judgment_id, "b" * 16, "ada")
-    monkeypatch.setenv("SPACE_ID", "someone/space")
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
     assert [row["id"] for row in reader.own("a" * 16, "ada")] == [mine]
     with pytest.raises(RefusedError, match="this browser"):
         other.withdraw(old.id, "a" * 16, "ada")

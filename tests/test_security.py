@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from biasdpo.config import ServeConfig
 from biasdpo.errors import ConfigError
+from biasdpo.ui.limits import Limits
 from biasdpo.ui.security import Guard, allowed_hosts
 from tests.app_process import running_app
 from tests.run_folders import write_run
@@ -344,7 +346,7 @@ def test_websockets_are_checked_and_lifespan_passes(origin, passes):
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    guard = Guard(inner, allowed_hosts("127.0.0.1"))
+    guard = Guard(inner, allowed_hosts("127.0.0.1"), Limits(ServeConfig()))
     headers = [(b"host", b"127.0.0.1"), *([(b"origin", origin.encode())] if origin else [])]
     scope = {"type": "websocket", "path": "/", "headers": headers, "server": ("127.0.0.1", 80)}
     asyncio.run(guard(scope, receive, send))

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 
+from biasdpo import access
 from biasdpo.engines import EngineKey, Startup
 from biasdpo.errors import ConfigError, RefusedError
 from biasdpo.links import GREEDY, PairSettings, from_query
@@ -72,9 +73,9 @@ def test_anyone_can_post_anything():
 def test_on_a_space_only_the_catalog_and_known_adapters(monkeypatch, workspace):
     startup = Startup("smollm2")
     assert startup.key("/etc/passwd.gguf", "none", workspace) == EngineKey("/etc/passwd.gguf", "none")
-    monkeypatch.setenv("SPACE_ID", "someone/biasdpo")
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
     assert startup.key("phi-2", "none", workspace) == EngineKey("phi-2", "none")
-    with pytest.raises(RefusedError, match="turned off on a public Space"):
+    with pytest.raises(RefusedError, match="only for this app"):
         startup.key("/etc/passwd.gguf", "none", workspace)
     for adapter in ("../../etc", "assets", "~/adapter"):
         with pytest.raises(RefusedError):
@@ -137,7 +138,7 @@ def test_app_names_the_port_in_use_and_a_free_one(tmp_path):
         (("--model", "no-such"), "Unknown model 'no-such': choose one of smollm2, phi-2"),
         (("--model", "phi-2"), "hf download microsoft/phi-2"),
         (("--port", "99999"), "port must be a whole number from 1 to 65535: got 99999"),
-        (("--host", "no.such.host.invalid"), "Can't serve on no.such.host.invalid:"),
+        (("--public", "--host", "no.such.host.invalid"), "Can't serve on no.such.host.invalid:"),
         (("--workspace", "/proc/nowhere"), "name a writable folder with --workspace"),
     ],
 )

@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from biasdpo.access import require_owner
 from biasdpo.data.health import measure
 from biasdpo.data.journal import Journal, Row
 from biasdpo.data.pairs import derive, pair_of_row
 from biasdpo.data.splits import open_journal, trainable
 from biasdpo.errors import ConfigError, DatasetError, WorkspaceError
-from biasdpo.workspace import ASSETS, Workspace, refuse_on_public_space, replacing, sha256_of
+from biasdpo.workspace import ASSETS, Workspace, replacing, sha256_of
 
 # Rows
 
@@ -111,9 +112,9 @@ def export_file(workspace: Workspace, path: Path) -> Exported:
     """Write what training reads, and a card beside it: README.md, or FILE.README.md if there is a README.md of another origin.
 
     An existing file is replaced as a whole or not at all. Raises ConfigError for another suffix, DatasetError if there is nothing
-    to export, WorkspaceError if it can't be written, RefusedError on a public Space.
+    to export, WorkspaceError if it can't be written, RefusedError for a visitor.
     """
-    refuse_on_public_space("Export")
+    require_owner("Export")
     write = _WRITERS.get(path.suffix.lower())
     if write is None:
         raise ConfigError(f"An export ends in .jsonl, .csv or .parquet: got {path.name!r}; name such a file")

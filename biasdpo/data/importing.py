@@ -20,11 +20,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from biasdpo.access import require_owner
 from biasdpo.data.journal import BOM, BadLine, Row, append_all, journal_of, now, parse_row, row_of, undone_ids
 from biasdpo.data.pairs import LABELS, TEXTS, pair_id_of, text_fault
 from biasdpo.errors import ConfigError, DatasetError
 from biasdpo.records import SEED_RANGE, Judgment, JudgmentMeta
-from biasdpo.workspace import Workspace, refuse_on_public_space
+from biasdpo.workspace import Workspace
 
 # Reading: the rows of a source, one by one
 
@@ -716,8 +717,8 @@ class Imported:
 
 
 def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int = 5) -> Preview:
-    """Return a source's columns and its first `rows` pairs and bad rows; store nothing. Refused on a public Space."""
-    refuse_on_public_space("Import")
+    """Return a source's columns and its first `rows` pairs and bad rows; store nothing. Only for the owner."""
+    require_owner("Import")
     head, columns, mapping = _read_head(rows_of(source), mapping)
     pairs: list[ForeignPair] = []
     bad: list[BadLine] = []
@@ -766,9 +767,9 @@ def import_file(
     dry_run   only report what an import would do
 
     Raises DatasetError if not one row is good, WorkspaceError if the journal can't be written (then nothing is stored), and
-    RefusedError on a public Space.
+    RefusedError for a visitor.
     """
-    refuse_on_public_space("Import")
+    require_owner("Import")
     converted = convert_source(source, mapping, import_name(source, name), on_row)
     check_some_good(source, converted)
     journal = journal_of(workspace).refresh()

@@ -21,10 +21,11 @@ from typing import Any, get_args
 
 import orjson
 
+from biasdpo.access import require_owner
 from biasdpo.data.pairs import LABELS, TEXTS, check_label, check_text, pair_id_of
 from biasdpo.errors import DatasetError, WorkspaceError
 from biasdpo.records import Judgment, JudgmentMeta, Verdict
-from biasdpo.workspace import Workspace, locked, refuse_on_public_space
+from biasdpo.workspace import Workspace, locked
 
 EDITABLE = ("prompt", "chosen", "rejected", "category", "target_group", "note")
 _REPLACED, _UNDONE = "replaced by ", "import undone"  # notes of the rows that withdraw
@@ -326,8 +327,8 @@ def undo(workspace: Workspace, judgment_id: str, pair_id: str, annotator: str, s
 
 
 def withdraw(workspace: Workspace, ids: Iterable[str], annotator: str = "") -> int:
-    """Withdraw judgments by their ids, in one append; return how many of them stood. Refused on a public Space (see `undo`)."""
-    refuse_on_public_space("Withdrawing by id")
+    """Withdraw judgments by their ids, in one append; return how many of them stood. Only for the owner (see `undo`)."""
+    require_owner("Withdrawing by id")
     ids = frozenset(ids)
     rows = journal_of(workspace).refresh().rows
     for unknown in sorted(id for id in ids if id not in rows or rows[id]["verdict"] == "retracted"):
@@ -338,9 +339,9 @@ def withdraw(workspace: Workspace, ids: Iterable[str], annotator: str = "") -> i
 def undo_import(workspace: Workspace, source: str, annotator: str = "") -> int:
     """Withdraw everything that still stands of the source `import:NAME`, in one append; return how much that was.
 
-    Importing the same rows again stores them again, unlike rows that were withdrawn one by one. Refused on a public Space.
+    Importing the same rows again stores them again, unlike rows that were withdrawn one by one. Only for the owner.
     """
-    refuse_on_public_space("Undoing an import")
+    require_owner("Undoing an import")
     if not source.startswith("import:"):
         raise DatasetError(f"An import is named import:NAME, as the table's Source column shows: got {source!r}")
     return len(_replace(workspace, lambda row: row["source"] == source, lambda _row: None, annotator, _UNDONE))
@@ -350,9 +351,9 @@ def edit(workspace: Workspace, ids: Iterable[str], changes: Mapping[str, str], a
     """Change columns of judgments in one append: each is withdrawn, and one with the changes takes its place.
 
     Return the new ids; judgments that were withdrawn, or would not change, are left alone. A change that can't be stored is a
-    DatasetError. Refused on a public Space.
+    DatasetError. Only for the owner.
     """
-    refuse_on_public_space("Editing")
+    require_owner("Editing")
     if unknown := changes.keys() - set(EDITABLE):
         raise DatasetError(f"Only {', '.join(EDITABLE)} can be edited: got {', '.join(sorted(unknown))}")
     ids = frozenset(ids)
@@ -457,7 +458,7 @@ def _opened(path: Path) -> Iterator[tuple[int, bool]]:
     """Open the journal under its lock, with its last line whole; yield the file and whether it had to be repaired."""
     try:
         with locked(path, LOCK_SECONDS):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 if os.fstat(file).st_size == 0:  # not "was it there?": its creator may have been killed before this
                     _sync_folder(path.parent)

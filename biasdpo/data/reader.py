@@ -6,11 +6,12 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+from biasdpo.access import is_owner
 from biasdpo.data.health import Confounds, Meter, load_overlap
 from biasdpo.data.journal import EDITABLE, Journal, Row, journal_of, replacement
 from biasdpo.data.summary import Agreement, Page, Query, agreement, cell_counts, choices, find, query
 from biasdpo.errors import BiasDPOError
-from biasdpo.workspace import Workspace, is_public_space
+from biasdpo.workspace import Workspace
 
 
 class DatasetReader:
@@ -56,12 +57,12 @@ class DatasetReader:
     def is_own(row: Row, browser: str, annotator: str) -> bool:
         """Whether a judgment was made in the browser with this hash (see `JudgmentMeta`).
 
-        Rows of old versions have no browser: they belong to their nickname, except on a public Space, where anyone can take it.
+        Rows of old versions have no browser: they belong to their nickname, except for visitors, who can take any.
         """
         if row["meta"]["browser"]:
             return bool(row["meta"]["browser"] == browser)
         own_name = bool(annotator) and row["annotator"] == annotator and row["source"] in ("label", "compare")
-        return own_name and not is_public_space()
+        return own_name and is_owner()
 
     def agreement(self) -> Agreement:
         """How consistent annotators are with themselves and each other."""

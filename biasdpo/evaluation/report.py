@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import models
+from biasdpo.access import require_owner
 from biasdpo.benchmarks.titles import benchmark_title, better_words, metric_title
 from biasdpo.errors import EvaluationError
 from biasdpo.evaluation.results import (
@@ -28,7 +29,7 @@ from biasdpo.evaluation.results import (
 )
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
-from biasdpo.workspace import Workspace, refuse_on_public_space, replacing
+from biasdpo.workspace import Workspace, replacing
 
 Labeled = tuple[str, Mapping[str, Any]]
 """A name of an evaluation, and its result."""
@@ -346,9 +347,9 @@ def add_to_card(result: Mapping[str, Any], workspace: Workspace, command: Sequen
     """Put the report into the model card (README.md) of the evaluated adapter, in place of an earlier one; returns the card.
 
     Only for a run of this workspace, with the very adapter that was evaluated. Raises EvaluationError otherwise or for an
-    interrupted evaluation, RefusedError on a public Space.
+    interrupted evaluation, RefusedError for a visitor.
     """
-    refuse_on_public_space("Writing into an adapter's card")
+    require_owner("Writing into an adapter's card")
     provenance = result["provenance"]
     name = provenance.get("adapter", "")
     adapter = next((one for one in models.adapters(workspace) if one.id == name), None)

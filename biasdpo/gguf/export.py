@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from biasdpo.access import require_owner
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import ExportConfig
 from biasdpo.data.splits import held_out_pairs
@@ -24,7 +25,7 @@ from biasdpo.gguf.write import Progress
 from biasdpo.model_card import LICENSES, plain
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling
-from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, replacing, sha256_of, write_json
+from biasdpo.workspace import Workspace, read_json, replacing, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +146,10 @@ def export(
 
     config, spec, adapter   as `jobs.resolve.resolve_export` returns them
     folder                  on the disk of `config.out`, and the caller's to delete: a killed export leaves its files there alone
-    Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be exported, ExportError
+    Raises RefusedError for a visitor, ConfigError, ModelError or AdapterError for what can't be exported, ExportError
     (UnprovenError) if writing or the proof fails: `config.out` is then as it was before.
     """
-    refuse_on_public_space("Export")
+    require_owner("Export")
     file = folder / config.out.name
     base = spec.gguf_path if config.format == "lora" else None
     writing = 0.6 if base is None else 0.05  # share of the progress; the proof takes the rest up to 0.99

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from biasdpo import models
+from biasdpo.access import require_owner
 from biasdpo.backends import choose_backend
 from biasdpo.config import EvaluationConfig, TrainConfig
 from biasdpo.data import importing, splits
@@ -32,7 +33,7 @@ from biasdpo.jobs.memory import request_memory
 from biasdpo.jobs.resolve import absolute, device_of_training, parts, resolve_evaluation, threads_of, training_environment
 from biasdpo.jobs.worker import build_benchmarks, jobs_on
 from biasdpo.models import ModelSpec
-from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, write_json
+from biasdpo.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
     from biasdpo.benchmarks.base import Benchmark
@@ -85,7 +86,7 @@ class Estimate:
 def estimate_training(config: TrainConfig, workspace: Workspace, *, cancelled: Callable[[], bool] = lambda: False) -> Estimate:
     """Measure what a run will take, unless it is known. Raises what `start_training` would, RunError where it fails or is
     cancelled."""
-    refuse_on_public_space("Training")
+    require_owner("Training")
     config = absolute(config)
     remembered = known_estimate(config, workspace)
     if remembered is not None:
@@ -242,10 +243,10 @@ def estimate_evaluation(
     """Seconds by benchmark, where nothing is scored yet. What is unknown is measured on a few items, in a process of its own;
     benchmarks that can't be loaded are left out.
 
-    Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be evaluated, EvaluationError
+    Raises RefusedError for a visitor, ConfigError, ModelError or AdapterError for what can't be evaluated, EvaluationError
     where it fails or is cancelled.
     """
-    refuse_on_public_space("Evaluation")
+    require_owner("Evaluation")
     config, _ = resolve_evaluation(config, workspace)
     unknown = [name for name, seconds in known_seconds(config, workspace).items() if seconds is None]
     if unknown:

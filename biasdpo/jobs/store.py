@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from biasdpo.access import audit, require_owner
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
 from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError, JobError, WorkspaceError
 from biasdpo.jobs import estimate
@@ -40,7 +41,7 @@ from biasdpo.jobs.job import (
 )
 from biasdpo.jobs.resolve import device_of, parts, resolve_evaluation, resolve_export, resolve_training
 from biasdpo.jobs.worker import UNFINISHED, join_queue
-from biasdpo.workspace import Workspace, check_id, is_id, locked, nearest_id, refuse_on_public_space, replacing, write_json
+from biasdpo.workspace import Workspace, check_id, is_id, locked, nearest_id, replacing, write_json
 
 MAX_NOTE_CHARACTERS = 10_000
 _KILL_SECONDS = 5.0
@@ -57,7 +58,7 @@ def start_training(config: TrainConfig, workspace: Workspace, job_id: str = "", 
     """Make a run's folder, start its process, return at once; it waits where another job has the device.
 
     command   what the user typed, for the provenance
-    Raises RefusedError on a public Space, ConfigError, ModelError or DatasetError for what can't be trained, RunError where the
+    Raises RefusedError for a visitor, ConfigError, ModelError or DatasetError for what can't be trained, RunError where the
     memory can't suffice, JobError where the id is taken or no process can be started, WorkspaceError where the disk is full.
     """
     return _launch(create_training(config, workspace, job_id, command))
@@ -65,7 +66,7 @@ def start_training(config: TrainConfig, workspace: Workspace, job_id: str = "", 
 
 def create_training(config: TrainConfig, workspace: Workspace, job_id: str = "", command: str = "") -> JobFolder:
     """`start_training` without the process: the folder that `python -m training` takes. It exists whole or not at all."""
-    refuse_on_public_space("Training")
+    require_owner("Training")
     job_id = job_id or free_id("train", config.model, workspace)
     _check_free(_folder(job_id, workspace, "train"))
     run = resolve_training(config, workspace)
@@ -81,10 +82,10 @@ def create_training(config: TrainConfig, workspace: Workspace, job_id: str = "",
 def start_evaluation(config: EvaluationConfig, workspace: Workspace, job_id: str = "", command: str = "") -> Job:
     """Start an evaluation in a process of its own, return at once; it waits where another job has the device.
 
-    Raises RefusedError on a public Space, ConfigError, ModelError or AdapterError for what can't be evaluated, JobError where no
+    Raises RefusedError for a visitor, ConfigError, ModelError or AdapterError for what can't be evaluated, JobError where no
     process can be started, WorkspaceError where the disk is full. Faults in the data show in the job, which fails at once.
     """
-    refuse_on_public_space("Evaluation")
+    require_owner("Evaluation")
     config, resolved = resolve_evaluation(config, workspace)
     seconds = estimate.known_seconds(config, workspace)
     expected = {name: each for name, each in seconds.items() if each is not None}
@@ -102,11 +103,11 @@ def start_evaluation(config: EvaluationConfig, workspace: Workspace, job_id: str
 def start_export(config: ExportConfig, workspace: Workspace, job_id: str = "", command: str = "") -> Job:
     """Start an export in a process of its own, return at once; it waits for the CPU, since it takes the memory of a whole model.
 
-    Its file is exports/ID/NAME.gguf, whatever folder `config.out` names. Raises RefusedError on a public Space, ConfigError,
+    Its file is exports/ID/NAME.gguf, whatever folder `config.out` names. Raises RefusedError for a visitor, ConfigError,
     ModelError or AdapterError for what can't be exported, JobError where the id is taken or no process can be started,
     WorkspaceError where the disk is full.
     """
-    refuse_on_public_space("Export")
+    require_owner("Export")
     config, _spec, adapter = resolve_export(config, workspace)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\.gguf", config.out.name):
         raise ConfigError(f"An export's name is letters, digits, '.', '_' or '-', then .gguf: got {config.out.name!r}")
@@ -181,6 +182,7 @@ def _create(
             except OSError:
                 _check_free(folder)  # another start was faster
                 raise
+    audit(workspace.root, "start", job=f"{kind}/{job_id}")
     return folder
 
 
@@ -334,7 +336,7 @@ def stop_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> Job
     asked before; an export is killed, and nothing of its file is left. Raises JobError where the job is not active.
     """
     job = find_job(job_id, workspace, kind)
-    refuse_on_public_space(f"Stopping {_one(job)}")
+    require_owner(f"Stopping {_one(job)}")
     if not job.is_active:
         raise JobError(f"{_name(job)} is {job.state}: there is nothing to stop")
     kills = job.kind == "export" or (job.kind == "evaluate" and job.state == "stopping")
@@ -343,6 +345,7 @@ def stop_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> Job
     if kills:
         _kill(job.status)
         _remove_unfinished(job.folder)
+    audit(workspace.root, "stop", job=f"{job.kind}/{job.id}")
     return read_job(job.folder)
 
 
@@ -366,7 +369,7 @@ def resume_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> J
     """Resume a stopped, interrupted or failed job: a run from its last checkpoint, an evaluation with what it has scored, an
     export from its start."""
     job = find_job(job_id, workspace, kind)
-    refuse_on_public_space(f"Resuming {_one(job)}")
+    require_owner(f"Resuming {_one(job)}")
     with _one_at_a_time(workspace):
         job = find_job(job_id, workspace, job.kind)
         if job.is_active or job.state == "finished":
@@ -389,6 +392,7 @@ def resume_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> J
             folder.write_status(
                 _queued(step=known.step, total_steps=known.total_steps, progress=progress, expected=known.expected)
             )
+        audit(workspace.root, "resume", job=f"{job.kind}/{job.id}")
         return _launch(folder)
 
 
@@ -407,7 +411,8 @@ def _check_still_here(config: Any, workspace: Workspace) -> None:
 def delete_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> None:
     """Delete a job with all it made. Raises JobError while it is active."""
     job = find_job(job_id, workspace, kind)
-    refuse_on_public_space(f"Deleting {_one(job)}")
+    require_owner(f"Deleting {_one(job)}")
+    audit(workspace.root, "delete", job=f"{job.kind}/{job.id}")
     try:
         with _one_at_a_time(workspace):
             job = find_job(job_id, workspace, job.kind)
@@ -429,7 +434,7 @@ def delete_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> N
 
 def write_note(job_id: str, workspace: Workspace, text: str, kind: Kind | None = None) -> Job:
     """Replace the note on a job; an empty text removes it."""
-    refuse_on_public_space("Writing notes on jobs")
+    require_owner("Writing notes on jobs")
     folder = find_job(job_id, workspace, kind).folder
     clean = text.encode("utf-8", "replace").decode("utf-8").strip()
     if len(clean) > MAX_NOTE_CHARACTERS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,13 @@ import gradio as gr
 from gradio.routes import templates
 from jinja2 import ChoiceLoader, DictLoader
 
+from biasdpo import access
+from biasdpo.access import is_owner
+from biasdpo.accounts import Accounts
+from biasdpo.config import ServeConfig
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
-from biasdpo.errors import BiasDPOError
+from biasdpo.errors import BiasDPOError, ConfigError
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Kind
 from biasdpo.ui.compare import build_compare
@@ -21,10 +25,11 @@ from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity, 
 from biasdpo.ui.dataset import build_dataset
 from biasdpo.ui.export import build_export
 from biasdpo.ui.label import build_label
+from biasdpo.ui.limits import Limits
 from biasdpo.ui.measure import build_measure
-from biasdpo.ui.security import GuardedApp, allowed_hosts
+from biasdpo.ui.security import Callers, GuardedApp, allowed_hosts
 from biasdpo.ui.train import build_train
-from biasdpo.workspace import ASSETS, is_public_space
+from biasdpo.workspace import ASSETS
 
 # Fonts of the visitor's own system: a web font would ask another host.
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
@@ -36,8 +41,8 @@ See a language model's bias, label it, train it away with Direct Preference Opti
 _WARNING = """<div id="content-warning" role="note"><span><b>Content warning.</b> This page shows prejudiced and false statements
 that language models write about people.</span>
 <button type="button" id="dismiss-warning">I understand</button></div>"""
-_SPACE = """**Public Space.** Training, measuring, export, import and deletion are turned off here. Duplicate the Space, or run
-BiasDPO on your own machine, to use everything."""
+_VISITOR = """**You can compare and judge here.** Training, measuring, import, export and deletion are for this app's owner. To
+use everything, run BiasDPO on your own machine (a Space: duplicate it)."""
 
 _STEPS_SECONDS = 15.0  # how often the steps look for changes made elsewhere
 _CACHE_SECONDS = (3600, 86400)  # how often Gradio's cache of uploads and downloads is cleaned, and the age to remove
@@ -52,8 +57,9 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
     builders = (build_compare, build_label, build_dataset, build_train, build_measure, build_export)
     with demo:
         gr.Markdown(_TITLE, elem_id="title")
-        if is_public_space():
-            gr.Markdown(_SPACE, elem_id="space-banner")
+        banner = gr.Markdown(visible=False, elem_id="visitor-banner")  # assets/style.css hides what is the owner's beside it
+        if os.environ.get("OAUTH_CLIENT_ID"):  # a Space with hf_oauth
+            gr.LoginButton("Sign in as the owner", size="sm", min_width=120, elem_id="sign-in")
         gr.HTML(_WARNING, elem_id="content-warning-box")
         signals = gr.Column(elem_id="signals")
         tabs = gr.Tabs(elem_id="steps", overflow_behavior="wrap", render=False)
@@ -86,6 +92,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
             # Not `tabs`: the visitor may have chosen another step while the page was loading.
             return {request: value for request, value in studio.open("compare", link=query).items() if request is not tabs}
 
+        demo.load(lambda: gr.Markdown(_VISITOR, visible=not is_owner()), None, banner, **QUICK)
         demo.load(follow_address, None, [tabs, *studio.requests.values()], **QUICK)
         # At each event Gradio 6.31 tells every component that was an output before how far it is, and copies their values.
         for function in demo.fns.values():
@@ -94,12 +101,25 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
     return demo
 
 
-def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
+def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
     """Arguments of `Blocks.launch` for this page, except the port.
 
-    host    the address to serve on
-    names   further hosts that the app answers to (--allowed-host)
+    root   the workspace's folder
+    Also tells `biasdpo.access` who is calling. ConfigError for a file of --auth that has no owner.
     """
+    accounts = Accounts(Path(config.auth)) if config.auth else None
+    if accounts is not None and not any(user["role"] == "owner" for user in accounts.read().values()):
+        raise ConfigError(
+            f"--auth {config.auth} has no owner, so nobody could train: add one with "
+            f"`python -m biasdpo users add NAME --role owner --file {config.auth}`"
+        )
+    access.set_caller_source(Callers(accounts, config.public))
+
+    def sign_in(name: str, password: str) -> bool:
+        is_right = accounts is not None and accounts.sign_in(name, password)
+        access.audit(root, "sign in" if is_right else "sign in refused", by=name[:64])
+        return is_right
+
     theme = gr.themes.Default(
         primary_hue=gr.themes.colors.teal,
         secondary_hue=gr.themes.colors.teal,
@@ -120,12 +140,15 @@ def launch_options(host: str, names: Iterable[str] = ()) -> dict[str, Any]:
     )
     _add_to_page((ASSETS / "page.js").read_text(encoding="utf-8"))
     return {
-        "_app": GuardedApp(allowed_hosts(host, names)),
-        "server_name": host,
+        "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts), Limits(config)),
+        "server_name": config.address,
+        "auth": sign_in if accounts else None,
         "theme": theme,
         "css_paths": [ASSETS / "style.css"],
         "footer_links": [],
         "run_history": False,
+        "max_file_size": config.max_upload_mb * 2**20,
+        "state_session_capacity": config.max_sessions,
         "ssr_mode": False,
         "pwa": False,
         "share": False,

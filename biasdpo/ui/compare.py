@@ -16,6 +16,7 @@ import gradio as gr
 from gradio.context import Context
 
 from biasdpo import labeling, links, models, prompts
+from biasdpo.access import is_owner
 from biasdpo.compare import Generation, Generations, TokenScore, Waiting, load_example_pairs, score_tokens
 from biasdpo.data import journal
 from biasdpo.engines import Engine, EngineKey, Loading
@@ -28,7 +29,7 @@ from biasdpo.records import SEED_RANGE, STRENGTH_RANGE, Completion, GenerationPa
 from biasdpo.ui import components
 from biasdpo.ui.charts import TUNED, WARN
 from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, escape, handles, model_title, pasted, plural, short
-from biasdpo.workspace import ASSETS, is_public_space
+from biasdpo.workspace import ASSETS
 
 TEXT, WORDS, TOKENS = "Side by side", "Word differences", "Token scores"
 TITLES: dict[Side, str] = {"base": "Base", "tuned": "Tuned"}
@@ -138,7 +139,7 @@ class CompareTab:
                 self.examples = [_build_examples(*item) for item in prompts.by_category().items()]
 
     def _build_engine(self) -> None:
-        names = ("Model", "Adapter") if is_public_space() else ("Model (id or path)", "Adapter (run or path)")
+        names = ("Model", "Adapter") if not is_owner() else ("Model (id or path)", "Adapter (run or path)")
         picker: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
         with gr.Row(elem_id="engine"):
             chosen = self.studio.startup.model or "auto"

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
+from biasdpo.access import is_owner
 from biasdpo.data import exporting, importing, journal
 from biasdpo.data.importing import HUB, ColumnMapping, import_name
 from biasdpo.data.journal import EDITABLE, BadLine, Row, replacement
@@ -21,7 +22,7 @@ from biasdpo.errors import ConfigError
 from biasdpo.prompts import CATEGORIES
 from biasdpo.ui.charts import TUNED, WARN, counted
 from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, diff, escape, handles, local_time, plural, short
-from biasdpo.workspace import ASSETS, is_public_space
+from biasdpo.workspace import ASSETS
 
 _PAGE_ROWS = 25
 _MAX_CHOICES = 300  # of one filter, the commonest: the search finds the others
@@ -51,7 +52,6 @@ judge completions yourself."""
 def build_dataset(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
     changed = gr.State("")  # a new value whenever this page has changed the journal
-    owner = not is_public_space()
     with gr.Row(visible=False, elem_id="dataset-top") as top:
         summary = gr.Markdown(elem_id="dataset-summary")
         studio.next_step("train", "Train on these pairs", "primary")
@@ -59,16 +59,16 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
     with gr.Column(visible=False, elem_id="dataset-empty") as empty:
         gr.Markdown(_EMPTY)
         with gr.Row(elem_classes="actions"):
-            seed = gr.Button("Import the example pairs", variant="primary", visible=owner, elem_id="import-seed")
+            seed = gr.Button("Import the example pairs", variant="primary", elem_id="import-seed")
             studio.next_step("label", "Label completions")
     with gr.Column(visible=False, elem_id="dataset-browse") as browse:
         show, query, shown = _build_table(studio, changed)
         charts = gr.Accordion("Charts", open=False, elem_id="dataset-charts")
         with charts, gr.Row():
             plots = [gr.Plot(show_label=False, min_width=420, elem_id=f"dataset-chart-{i}") for i in range(4)]
-    with gr.Accordion("Import", open=False, elem_id="dataset-import", visible=owner) as import_box:
+    with gr.Accordion("Import", open=False, elem_id="dataset-import") as import_box:
         imports, undo = _build_import(studio, changed, seed)
-    with gr.Accordion("Export", open=False, elem_id="dataset-export", visible=owner) as export_box:
+    with gr.Accordion("Export", open=False, elem_id="dataset-export") as export_box:
         _build_export(studio)
     studio.next_step("train", "Next: Train")
 
@@ -89,7 +89,7 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
             browse: gr.Column(visible=known),
             charts: gr.Accordion(open=False),
             import_box: gr.skip() if judged else gr.Accordion(open=True),
-            export_box: gr.Accordion(visible=judged > 0 and owner),
+            export_box: gr.Accordion(visible=judged > 0 and is_owner()),
             imports: gr.Radio(titles, value=None, visible=bool(listed)),
             undo: gr.Button(visible=False),
         } | show(choices, *query)
@@ -197,7 +197,6 @@ def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updat
 def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> None:
     """A judgment in full beside the table: texts, word diff, provenance; edit and withdraw."""
     shown = gr.State("")
-    owner = not is_public_space()
     marks: dict[str, Any] = {"show_inline_category": False, "show_legend": True, "elem_classes": "marks"}
     with gr.Column(scale=2, min_width=340, visible=False, elem_id="dataset-detail") as box:
         with gr.Row(elem_classes="actions"):
@@ -240,8 +239,8 @@ def _build_detail(studio: Studio, table: gr.Dataframe, changed: gr.State) -> Non
             fields["rejected"]: gr.Textbox(row["rejected"], label=names[1], interactive=False),
             shown: row["id"],
             box: gr.Column(visible=True),
-            edit: gr.Button(visible=owner and retraction is None),
-            withdraw: gr.Button(visible=owner and retraction is None),
+            edit: gr.Button(visible=is_owner() and retraction is None),
+            withdraw: gr.Button(visible=is_owner() and retraction is None),
             confirm: gr.Row(visible=False),
             edit_actions: gr.Row(visible=False),
             words: gr.HighlightedText(compared, color_map=dict(zip(only, _COLORS, strict=True))),
@@ -283,7 +282,7 @@ def _build_bulk(studio: Studio, table: gr.Dataframe, sought: list[Any], changed:
     """Tag or withdraw the checked rows, or all that match; asks first, and changes exactly what was asked about."""
     asked = gr.State(([], {}))  # ids, and their new columns; {} withdraws
     scopes = [("The checked rows", "checked"), ("All that match the filters", "found")]
-    with gr.Accordion("Bulk edit", open=False, elem_id="dataset-bulk", visible=not is_public_space()):
+    with gr.Accordion("Bulk edit", open=False, elem_id="dataset-bulk"):
         with gr.Row():
             scope = gr.Radio(scopes, value="checked", label="Rows", elem_id="bulk-scope")
             own: dict[str, Any] = {"info": "Empty: unchanged", "allow_custom_value": True, "elem_id": "bulk-category"}

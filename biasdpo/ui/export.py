@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from biasdpo import models
+from biasdpo.access import is_owner, require_owner
 from biasdpo.config import DEFAULT_QUANTIZATION, ExportConfig, Setting
 from biasdpo.errors import BiasDPOError, ExportError
 from biasdpo.gguf import export as exporting
@@ -20,8 +21,8 @@ from biasdpo.jobs import store
 from biasdpo.jobs.job import Job
 from biasdpo.jobs.resolve import resolve_export
 from biasdpo.ui.components import QUICK, Studio, Updates, escape, handles, pasted, size_text
-from biasdpo.ui.jobs import SMALL, JobPanel, refuse_if_public, state_word
-from biasdpo.workspace import Workspace, is_public_space, sha256_of
+from biasdpo.ui.jobs import SMALL, JobPanel, state_word
+from biasdpo.workspace import Workspace, sha256_of
 
 _FORMATS = [("LoRA adapter", "lora"), ("Merged model", "merged")]
 _FORMAT_INFO = "A LoRA adapter is a small file, loaded beside its base model. A merged model is complete."
@@ -45,7 +46,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
                                        visible=False, filterable=False, elem_id="export-quantization")  # fmt: skip
             proof = gr.Radio(_DEPTHS, value="full", label="Verification", info=settings["proof"].help, elem_id="export-proof")
             name = gr.Textbox(label="File name", max_lines=1, elem_id="export-name")
-            start = gr.Button("Export", variant="primary", interactive=not is_public_space(), elem_id="export-start")
+            start = gr.Button("Export", variant="primary", elem_id="export-start")
             plan = gr.Markdown(elem_id="export-plan")
             with gr.Accordion("Advanced", open=False, elem_id="export-advanced"):
                 advanced = {key: _field(one) for key, one in settings.items() if one.is_advanced}
@@ -90,7 +91,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         """Preview what Export would write, in one line; settings that conflict are named there."""
         shown: Updates = {quantization: gr.Dropdown(visible=given[1] == "merged")}
         try:
-            refuse_if_public("Export")
+            require_owner("Export")
             config, spec, found = resolve_export(config_of(*given), workspace)
             sizes = expected_sizes(spec, found, config.format, config.source)
         except BiasDPOError as exc:
@@ -114,12 +115,12 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         return {adapter: _adapters(workspace, request["run"]) if request.get("run") else gr.skip()}
 
     def begin(*given: Any) -> Updates:
-        refuse_if_public("Export")
+        require_owner("Export")
         job = store.start_export(config_of(*given), workspace, command="the Export tab")
         return {name: "", proposed: ""} | panel.show(job.id)
 
     def render(job: Job | None) -> Updates:
-        hidden = job is None or is_public_space()  # names of folders
+        hidden = job is None or not is_owner()  # names of folders
         record, found = (None, None) if job is None or hidden else (_record(job), _proof(job))
         if record is not None and record.out not in served:
             gr.set_static_paths([record.out])
@@ -135,7 +136,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
         } | dict(zip(commands, texts, strict=True))
 
     def use(selected: str) -> Updates:
-        refuse_if_public("Opening an export")
+        require_owner("Opening an export")
         job = panel.job(selected)
         record = None if job is None else _record(job)
         if record is None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import gradio as gr
 
+from biasdpo.access import is_owner, require_owner
 from biasdpo.errors import JobError
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Job, Kind
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time
-from biasdpo.workspace import is_public_space, refuse_on_public_space
 
 TICK_SECONDS = 4.0
 
@@ -89,7 +89,7 @@ class JobPanel:
     def build_note(self) -> None:
         """The user's note on the job; saved when the field loses focus."""
         note = gr.Textbox(label="Note", placeholder="What you tried and why", max_lines=8, elem_id=f"{self.kind}-note")
-        if is_public_space():
+        if not is_owner():
             note.interactive = False
 
         def save(selected: str, text: str) -> None:
@@ -186,7 +186,7 @@ class JobPanel:
     def _buttons(self, job: Job | None) -> Updates:
         if job is None:
             return {self.box: gr.Column(visible=False), self.confirm: gr.Row(visible=False)}
-        may = not is_public_space()
+        may = is_owner()
         resumable = job.state in _RESUME_WORDS and job.loose is None and job.config is not None
         return {
             self.box: gr.Column(visible=True),
@@ -201,12 +201,12 @@ class JobPanel:
         }
 
     def _stop(self, selected: str) -> Updates:
-        refuse_if_public("Stopping a job")
+        require_owner("Stopping a job")
         store.stop_job(selected, self.studio.workspace, self.kind)
         return self._versions(selected)
 
     def _resume(self, selected: str) -> Updates:
-        refuse_if_public("Resuming a job")
+        require_owner("Resuming a job")
         store.resume_job(selected, self.studio.workspace, self.kind)
         return self._versions(selected)
 
@@ -215,18 +215,12 @@ class JobPanel:
         return {self.confirm: gr.Row(visible=True), self.question: question}
 
     def _delete(self, selected: str) -> Updates:
-        refuse_if_public("Deleting a job")
+        require_owner("Deleting a job")
         store.delete_job(selected, self.studio.workspace, self.kind)
         return {self.confirm: gr.Row(visible=False)} | self.show(self._default())
 
 
 _TABS: dict[Kind, str] = {"train": "train", "evaluate": "measure", "export": "export"}
-
-
-def refuse_if_public(action: str) -> None:
-    """Raise RefusedError on a public Space."""
-    if is_public_space():
-        refuse_on_public_space(action)
 
 
 def wants_changes(job: Job) -> bool:
@@ -288,7 +282,7 @@ def _share(job: Job) -> float:
 
 
 def _log_of(job: Job | None) -> str:
-    if job is not None and is_public_space():  # it may name folders
+    if job is not None and not is_owner():  # it may name folders
         return "Logs are not shown on a public Space."
     return "" if job is None else job.log_tail(200)
 

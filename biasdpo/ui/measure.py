@@ -16,6 +16,7 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
 from biasdpo import benchmarks, models
+from biasdpo.access import is_owner, require_owner
 from biasdpo.benchmarks.titles import BENCHMARKS, Group, benchmark_title, metric_title
 from biasdpo.config import RUN, WORKSPACE, EvaluationConfig
 from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError
@@ -30,8 +31,8 @@ from biasdpo.jobs.resolve import command_of, parts
 from biasdpo.labeling import word_diff
 from biasdpo.ui import charts
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, plural
-from biasdpo.ui.jobs import SMALL, JobPanel, refuse_if_public, run_estimate, state_word
-from biasdpo.workspace import ASSETS, is_public_space
+from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word
+from biasdpo.workspace import ASSETS
 
 STRENGTHS = ("0", "0.25", "0.5", "0.75", "1", "1.25", "1.5")
 MAX_SERIES = len(charts.SERIES)
@@ -42,7 +43,7 @@ _PAIRS = [("The adapter's held-out pairs", RUN), ("The workspace's held-out judg
 _ADVANCED = ("data_dir", "seed", "backend", "samples", "max_new_tokens", "toxicity_scorer")
 _WIDTHS: list[str | int] = ["176px", "96px", "144px", "96px", "96px", "64px", "64px"]  # of a table's columns
 _GRID: dict[str, Any] = {"interactive": False, "wrap": True, "datatype": "str", "buttons": []}
-_OFF = "Measuring is turned off on this public Space. Finished evaluations can be read."
+_OFF = "Measuring is for the owner of this app. Finished evaluations can be read."
 _INTRO = """Nothing measured yet. An evaluation scores the base model and an adapter on the same items and says what changed, with
 confidence intervals. Benchmarks are selected already: press **Start**. Below is the shipped adapter's evaluation."""
 _HELP = """**How to read this.** Base and tuned are scored on the same items; brackets are 95% bootstrap intervals. *p* is of a
@@ -93,7 +94,7 @@ def build_measure(studio: Studio, tab: gr.Tab) -> None:
                 for section in sections:
                     updates |= section.show(result, job)
                 if job is None:
-                    text = _OFF if is_public_space() else _INTRO
+                    text = _OFF if not is_owner() else _INTRO
                     updates[intro] = gr.Markdown(f"{text}\n\n### {escape(report.sentence(result))}", visible=True)
         except EvaluationError as exc:
             gr.Warning(html.escape(str(exc)))
@@ -117,7 +118,7 @@ class Form:
     EvaluationConfig's other settings, by name."""
 
     def __init__(self, studio: Studio) -> None:
-        here, first = not is_public_space(), benchmarks.default_benchmarks(studio.benchmarks)
+        first = benchmarks.default_benchmarks(studio.benchmarks)
 
         def box(group: Group, label: str) -> gr.CheckboxGroup:
             named = [(title.name, name) for name, title in BENCHMARKS.items() if title.group == group]
@@ -140,8 +141,8 @@ class Form:
             )
             self.strengths = several(STRENGTHS, "Strengths (several: a curve)", "measure-strengths", value=["1"])
         with gr.Row(elem_classes="actions"):
-            self.start = gr.Button("Start", variant="primary", interactive=here, min_width=150, elem_id="measure-start")
-            self.estimate = gr.Button("Estimate time", interactive=here, min_width=120, elem_id="measure-estimate")
+            self.start = gr.Button("Start", variant="primary", min_width=150, elem_id="measure-start")
+            self.estimate = gr.Button("Estimate time", min_width=120, elem_id="measure-estimate")
         self.plan = gr.Markdown(elem_id="measure-plan")
         with gr.Accordion("Advanced", open=False, elem_id="measure-advanced"):
             self.boxes["generation"] = box("generation", "Generation-based (slower, noisier)")
@@ -185,7 +186,7 @@ def configs_of(form: Form, values: Mapping[Any, Any]) -> list[EvaluationConfig]:
 
 def plan_of(studio: Studio, form: Form, values: Mapping[Any, Any]) -> str:
     """The expected time and the scored pairs of a selection, in Markdown."""
-    if is_public_space():
+    if not is_owner():
         return ""
     try:
         config, *others = configs_of(form, values)
@@ -226,14 +227,14 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         }
 
     def start(values: dict[Any, Any]) -> Updates:
-        refuse_if_public("Measuring")
+        require_owner("Measuring")
         started = [store.start_evaluation(config, studio.workspace, command="Measure") for config in configs_of(form, values)]
         if len(started) > 1:
             gr.Info(f"{plural(len(started), 'evaluation')} started; they run one after another.")
         return panel.show(started[0].id)
 
     def estimate(values: dict[Any, Any]) -> Iterator[Any]:
-        refuse_if_public("Measuring")
+        require_owner("Measuring")
         config, *_ = configs_of(form, values)
         waiting = "Time: loading the model and scoring a few items, {:.0f} s so far …".format
         yield from run_estimate(waiting, estimate_evaluation, config, studio.workspace)
@@ -344,7 +345,7 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         return shown
 
     def show(result: Result, job: Job | None) -> Updates:
-        has_adapter, here = bool(result["provenance"].get("adapter")), not is_public_space()
+        has_adapter, here = bool(result["provenance"].get("adapter")), is_owner()
         arguments = command_of(job.config) if job is not None and job.config is not None and here else []
         jobs = store.list_jobs(studio.workspace, "evaluate") if job is not None else []
         names = [one.id for one in jobs if one.has_result and job is not None and one.id != job.id]
@@ -363,7 +364,7 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
         return show_tables([(name, read(panel, name)) for name in [chosen, *more]])
 
     def add_to_card(chosen: str) -> None:
-        refuse_if_public("Writing a model card")
+        require_owner("Writing a model card")
         job = panel.job(chosen)
         arguments = command_of(job.config) if job is not None and job.config is not None else ()
         file = report.add_to_card(read(panel, chosen), studio.workspace, arguments)

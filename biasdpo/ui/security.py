@@ -1,4 +1,4 @@
-"""Request checks that run before every route: which hosts the app answers to, and which pages may call it.
+"""Who may use the page: request checks that run before every route (hosts, calling pages), and who is asking.
 
 Every website that a user visits can send requests to a server on 127.0.0.1. DNS rebinding (an attacker's host name that
 resolves to 127.0.0.1) even makes the attacker's page same-origin with it, so the Host header must be a known name. Forms
@@ -12,15 +12,21 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import gradio as gr
+from gradio.context import LocalContext
 from gradio.routes import App, ORJSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from biasdpo.access import Caller, Role
+from biasdpo.accounts import Accounts
 from biasdpo.errors import ConfigError
+from biasdpo.ui.limits import Limits
 from biasdpo.workspace import is_public_space
 
 _ADDRESS = re.compile(
@@ -29,6 +35,7 @@ _ADDRESS = re.compile(
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _WILDCARDS = {"", "0.0.0.0", "::"}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_CLOSED = ("/monitoring", "/monitoring/summary", "/openapi.json")  # Gradio's pages for developers
 _HUB = "https://huggingface.co"  # a Space's page on the Hub embeds the app in a frame
 
 
@@ -119,9 +126,10 @@ def _added_address(text: str) -> Address:
 class Guard:
     """ASGI middleware that refuses cross-site requests with 403 and adds security headers to every response."""
 
-    def __init__(self, app: ASGIApp, hosts: AllowedHosts) -> None:
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts, limits: Limits) -> None:
         self.app = app
         self.hosts = hosts
+        self.limits = limits
         frames = f"'self' {_HUB}" if is_public_space() else "'self'"
         self.headers = {
             "Content-Security-Policy": f"frame-ancestors {frames}",
@@ -147,8 +155,12 @@ class Guard:
                 MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
-        app = self.app if refusal is None else PlainTextResponse(f"{refusal}\n", status_code=403)
-        await app(scope, receive, send_with_headers)
+        answer = (403, refusal) if refusal is not None else self.limits.refusal(scope)
+        if answer is None and scope["path"].rstrip("/").endswith(_CLOSED):
+            answer = (404, "Not Found")
+        app = self.app if answer is None else PlainTextResponse(f"{answer[1]}\n", status_code=answer[0])
+        with self.limits.listens(scope) or nullcontext():
+            await app(scope, receive, send_with_headers)
 
     def refusal(self, scope: Scope) -> str | None:
         """One-line reason to refuse a request; None if it may pass."""
@@ -197,10 +209,50 @@ class GuardedApp(App):
     Wrapping the whole stack is the only way to run first.
     """
 
-    def __init__(self, hosts: AllowedHosts) -> None:
+    def __init__(self, hosts: AllowedHosts, limits: Limits) -> None:
         self.hosts = hosts
+        self.limits = limits
         super().__init__(default_response_class=ORJSONResponse)  # as in App.create_app
 
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the middleware stack of Gradio and Starlette."""
-        return Guard(super().build_middleware_stack(), self.hosts)
+        return Guard(super().build_middleware_stack(), self.hosts, self.limits)
+
+
+# Who is asking
+
+
+@dataclass(frozen=True)
+class Callers:
+    """Finds out for whom Gradio runs a handler; `biasdpo.access` asks it.
+
+    accounts   of an app started with --auth: a signed-in user has the role of their account
+    public     started with --public: everybody is a visitor
+
+    On a Space, its owner and the members of the organization that owns it are owners once they have signed in with the Hub, and
+    everybody else is a visitor. Otherwise only this machine can reach the app, and who uses it is its owner.
+    """
+
+    accounts: Accounts | None = None
+    public: bool = False
+
+    def __call__(self) -> Caller:
+        request = LocalContext.request.get(None)
+        if request is None:  # the app itself, while the page is built or in a thread of its own
+            return Caller()
+        if self.accounts is not None:
+            name = str(request.username or "")
+            return Caller(self.accounts.role(name), name)
+        if is_public_space():
+            return _space_caller(request)
+        return Caller(Role.visitor) if self.public else Caller()
+
+
+def _space_caller(request: gr.Request) -> Caller:
+    """The visitor of a Space by the session that Gradio's Hub sign-in has signed."""
+    session = request.request.scope.get("session") if request.request is not None else None
+    info = ((session or {}).get("oauth_info") or {}).get("userinfo") or {}
+    name = str(info.get("preferred_username") or "")
+    own = {name, *(str(one.get("preferred_username") or one.get("name")) for one in info.get("orgs") or [])}
+    owner = os.environ.get("SPACE_AUTHOR_NAME", "")
+    return Caller(Role.owner if owner and owner in own else Role.visitor, name)

@@ -16,6 +16,7 @@ import gradio as gr
 
 from biasdpo import config as configs
 from biasdpo import models
+from biasdpo.access import is_owner, require_owner
 from biasdpo.config import Preset, Setting, TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.importing import HUB
@@ -28,14 +29,13 @@ from biasdpo.jobs.outcome import best_accuracy, held_out_metrics, held_out_pairs
 from biasdpo.labeling import word_diff
 from biasdpo.ui.charts import TRAINING, training_chart
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, pasted, plural
-from biasdpo.ui.jobs import SMALL, JobPanel, refuse_if_public, run_estimate, state_word, wants_changes
-from biasdpo.workspace import is_public_space
+from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word, wants_changes
 
 FIRST_MODEL = "smollm2"
 MAX_COMPARED = 6  # as many as the charts have colors
 _FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"]
 _DIFF_CHARACTERS = 4_000  # difflib's time grows with the square
-_OFF = "Training is turned off on this public Space."
+_OFF = "Training is for the owner of this app."
 _NO_RUNS = """No runs yet. A run teaches the model to prefer the less biased completion of each pair, and saves an adapter that
 Compare can switch on and off. A preset and data are chosen already: press **Start**."""
 
@@ -202,7 +202,7 @@ class Form:
     """The left column: a new run, at first with the quickest preset of the first model. `fields`: in the order of SETTINGS."""
 
     def __init__(self, studio: Studio) -> None:
-        presets, here = presets_of(FIRST_MODEL), not is_public_space()
+        presets = presets_of(FIRST_MODEL)
         config = TrainConfig(**presets[0].values)
         fields: dict[str, Any] = {}
         own: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
@@ -231,12 +231,10 @@ class Form:
             studio.next_step("dataset", "Import pairs")
         self.cost = gr.Markdown(elem_id="train-cost")
         with gr.Row(elem_classes="actions"):
-            self.start = gr.Button("Start", variant="primary", elem_id="train-start", interactive=here, min_width=150)
-            self.measure = gr.Button("Estimate time", elem_id="train-estimate", interactive=here, min_width=120)
+            self.start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=150)
+            self.measure = gr.Button("Estimate time", elem_id="train-estimate", min_width=120)
             self.cancel = gr.Button("Cancel", elem_id="train-cancel", visible=False, min_width=90)
-            self.upload = gr.UploadButton(
-                "Add a data file", file_types=_FILES, elem_id="train-upload", interactive=here, min_width=130
-            )
+            self.upload = gr.UploadButton("Add a data file", file_types=_FILES, elem_id="train-upload", min_width=130)
         with gr.Accordion("Advanced", open=False, elem_id="train-advanced") as self.advanced:
             self.name = gr.Textbox(
                 label="Run name", info="Default: the model's name and a number.", max_lines=1, elem_id="train-run-id"
@@ -289,7 +287,7 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
 
     def describe(name: Any, *given: Any) -> Updates:
         """All that follows from what the form shows: the pairs, the cost if it was measured before, the config file."""
-        if is_public_space():
+        if not is_owner():
             return {form.data_line: _OFF}
         matters = effects({one.name: value for one, value in zip(SETTINGS, given[2:], strict=True)} | {"datasets": given[1]})
         shown: Updates = {field: gr.update(visible=matters[one.name]) for one, field in conditional}
@@ -318,7 +316,7 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         }
 
     def pick_model(model: Any) -> Updates:
-        refuse_if_public("Training")
+        require_owner("Training")
         name = models.absolute_name(pasted(str(model or "")))
         presets = presets_of(name)
         preset = gr.update(choices=preset_cards(presets), value=presets[0].id if presets else None)
@@ -331,18 +329,18 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         return {field: value for field, value in filled.items() if field is not form.fields[0]}  # the weights of the data
 
     def import_config(file: str) -> Updates:
-        refuse_if_public("Training")
+        require_owner("Training")
         path = Path(file)
         config = configs.load_json(path) if path.suffix == ".json" else TrainConfig(**configs.read_toml(path))
         return form.show(studio, config)
 
     def add_file(file: str, data: Any) -> Any:
-        refuse_if_public("Training")
+        require_owner("Training")
         chosen = [*(data or ()), file]
         return gr.update(choices=source_choices(studio, chosen), value=chosen)
 
     def estimate(*given: Any) -> Iterator[Updates]:
-        refuse_if_public("Training")
+        require_owner("Training")
 
         def waiting(seconds: float) -> Updates:
             line = f"Loading the model and measuring a few steps: {seconds:.0f} s so far …"
@@ -358,7 +356,7 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         return {form.cost: line, form.measure: gr.update(interactive=True), form.cancel: gr.update(visible=False)}
 
     def start(name: Any, *given: Any) -> Updates:
-        refuse_if_public("Training")
+        require_owner("Training")
         job = store.start_training(config_of(*given), workspace, str(name or "").strip(), command="Train tab")
         return panel.show(job.id) | {form.name: ""}
 
@@ -409,7 +407,7 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
     file = gr.DownloadButton("Download", visible="hidden", elem_id="train-zip-file")
 
     def show(job: Job | None) -> Updates:
-        ready, here = job is not None and job.has_adapter, not is_public_space()
+        ready, here = job is not None and job.has_adapter, is_owner()
         shown = {compare: ready, measure: ready, export: ready, download: ready and here}
         shown[retry] = job is not None and job.config is not None and here
         updates: Updates = {button: gr.update(visible=visible) for button, visible in shown.items()}
@@ -428,7 +426,7 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
         return studio.open(name, **asked)
 
     def copy_settings(selected: str) -> Updates:
-        refuse_if_public("Training")
+        require_owner("Training")
         job = store.find_job(selected, studio.workspace, "train")
         if job.config is None:
             raise JobError(f"The config of run {selected!r} can't be read: start a new run instead")
@@ -436,7 +434,7 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
         return form.show(studio, job.config, job.folder.snapshot) | {form.advanced: gr.update(open=True)}
 
     def pack(selected: str) -> str:
-        refuse_if_public("Downloading a run")
+        require_owner("Downloading a run")
         return str(pack_run(finished(selected)))
 
     panel.watch("state", show, [compare, measure, export, download, retry])

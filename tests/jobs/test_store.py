@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from biasdpo import access
 from biasdpo.config import EvaluationConfig, ExportConfig
 from biasdpo.errors import ConfigError, JobError, RefusedError
 from biasdpo.jobs import estimate, store
@@ -106,7 +107,7 @@ def test_a_public_space_refuses(
     write_run(workspace.root, "first")
     write_job(JobFolder(workspace.root / "exports" / "tiny"), "stopped")
     before = sorted(path for path in workspace.root.rglob("*") if ".lock" not in path.name)
-    monkeypatch.setenv("SPACE_ID", "someone/space")
+    monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))
     for act in (
         lambda: store.start_training(command_line.config(), workspace, "x"),
         lambda: store.resume_job("first", workspace),
@@ -121,7 +122,7 @@ def test_a_public_space_refuses(
         lambda: store.resume_job("export/tiny", workspace),
         lambda: store.delete_job("export/tiny", workspace),
     ):
-        with pytest.raises(RefusedError, match="turned off on a public Space"):
+        with pytest.raises(RefusedError, match="only for this app"):
             act()
     assert sorted(path for path in workspace.root.rglob("*") if ".lock" not in path.name) == before
 
