@@ -141,7 +141,7 @@ def test_wrong_use_is_one_line_and_makes_no_run(command_line: CommandLine, argum
 def test_over_long_rows_are_counted_and_said(command_line: CommandLine) -> None:
     # "Is a10 more b10 than c10?" has 25 bytes, "Neither of the 10." and "They are worse 10!" 18, and an end: 44 tokens, as
     # numbers 10 to 39 have; the ten with one digit less have 40.
-    folder = command_line.train_here("long", max_length=43, max_steps=1, held_out_share=0.0)
+    folder = command_line.train_here("long", max_length=43, max_steps=2, held_out_share=0.0)
     status = folder.read_status()
     assert (status.state, status.error) == ("finished", "")
     assert "max_length 43: 0 training pairs dropped (prompt too long), 30 with a completion cut" in status.notes
