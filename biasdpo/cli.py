@@ -603,7 +603,8 @@ def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
         return f"{interval(change)}, p {change['p_value']:.2g} (Holm {change['p_holm']:.2g}): {change['verdict']}"
 
     partial = f"; not comparable: {numbers['not_comparable']}" if numbers["not_comparable"] else ""
-    yield f"{name}: {numbers['n']} items, {numbers['n_failed']} failed{partial}"
+    unmatched = f", {unknown:.0f} without a biased answer" if (unknown := numbers.get("n_without_biased_answer")) else ""
+    yield f"{name}: {numbers['n']} items, {numbers['n_failed']} failed{unmatched}{partial}"
     if numbers["settings"]:
         yield f"  {', '.join(f'{key} {value}' for key, value in numbers['settings'].items())}"
     if numbers["not_as_published"]:
@@ -619,6 +620,6 @@ def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
         yield f"    {decided(change)}"
     for metric, value in numbers["paired"].items():
         yield f"  {metric}: {interval(value) if value['restates'] else decided(value)}"
-    for key in ("pick_the_longer_baseline", "n_without_biased_answer"):
-        if key in numbers:
-            yield f"  {key}: {numbers[key]:.4g}"
+    yield from (f"  {metric}: n/a" for metric in numbers.get("undefined", ()))
+    if "pick_the_longer_baseline" in numbers:
+        yield f"  pick_the_longer_baseline: {numbers['pick_the_longer_baseline']:.4g}"
