@@ -446,9 +446,10 @@ class ColumnMapping:
     history: str = ""
 
     def with_columns(self, prompt: str, chosen: str, rejected: str, category: str = "", target_group: str = "") -> ColumnMapping:
-        """This mapping with other columns; those that belong to the prompt's column go with it."""
+        """This mapping with other columns; those that belong to the prompt's column go with it, as do those that these take."""
         old = self if prompt == self.prompt else replace(self, input="", history="")
-        return replace(old, prompt=prompt, chosen=chosen, rejected=rejected, category=category, target_group=target_group)
+        columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "category": category, "target_group": target_group}
+        return replace(old, **{field: "" for field, column in old.to_json().items() if column in columns.values()} | columns)
 
     def to_json(self) -> dict[str, str]:
         """The columns that are mapped."""

@@ -86,7 +86,7 @@ def test_what_would_wait_for_another_run_is_not_refused(command_line: CommandLin
 def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     config = command_line.config()
     measured = Estimate(
-        **dict.fromkeys(("steps", "pairs_train", "pairs_held_out", "dropped", "cut", "tokens_per_epoch"), 1),
+        **dict.fromkeys(("steps", "pairs_train", "pairs_held_out", "dropped", "equal", "cut", "tokens_per_epoch"), 1),
         **dict.fromkeys(("seconds_per_step", "seconds_total"), 1.0),
         **dict.fromkeys(("memory_bytes", "memory_free_bytes"), 1),
         **dict.fromkeys(("refusal", "device", "measured_at"), ""),
