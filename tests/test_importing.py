@@ -257,6 +257,7 @@ def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
     (tmp_path / "wrapped.json").write_text(json.dumps({"version": 1, "data": rows, "tags": {}}), encoding="utf-8")
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row | {"rows": [{"a": 1}], "b": [{}]}) + "\n" for row in rows))
     (tmp_path / "viewer.json").write_text(json.dumps({"rows": [{"row_idx": 0, "row": row} for row in rows]}, indent=2))
     (tmp_path / "pretty.jsonl").write_text("\n".join(json.dumps(row, indent=2) for row in rows))
     (tmp_path / "tab.txt").write_bytes((tmp_path / "tab.tsv").read_bytes())
@@ -267,7 +268,7 @@ def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path) -> None:
             (tmp_path / f"{encoding}-{name}").write_bytes(text.encode(encoding))
     expected = [PreferencePair(*(row[c] for c in ("prompt", "chosen", "rejected", "category"))) for row in rows]
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 28
+    assert len(files) == 29
     for file in files:
         assert load([str(file)], Workspace(tmp_path)) == expected, file.name
 

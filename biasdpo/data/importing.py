@@ -37,6 +37,7 @@ MAX_LINE_BYTES = 16 * 1024 * 1024  # far longer than three texts of at most 100,
 MAX_PARQUET_CELLS, MAX_PARQUET_BYTES = 50_000_000, 4 * 2**30  # unpacked: a file of a few KB can claim any number
 _MAX_REASON = 300
 _NOT_UTF8 = "broken UTF-8; save the file as UTF-8"
+_AROUND_ROWS = ("data", "rows", "examples", "instances", "items", "samples", "train")
 _SPACES = (" ", "\t", "\r", "\n")
 _PACKED = {b"PK\x03\x04": "a ZIP or Excel file", b"\x1f\x8b": "a gzip file", b"\x28\xb5\x2f\xfd": "a zstd file"}
 
@@ -115,10 +116,12 @@ def _is_row(line: bytes) -> bool:
 
 def _rows_within(value: Any) -> list[Any] | None:
     """The rows of an object around them, such as {"data": [{…}, …]}; None for anything else."""
-    lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
-    if len(lists) != 1 or not lists[0] or _chat(lists[0]) or not all(isinstance(item, dict) for item in lists[0]):
+    rows = next((value[name] for name in _AROUND_ROWS if name in value), None) if isinstance(value, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(item, dict) for item in rows):
         return None
-    return [item["row"] if isinstance(item.get("row"), dict) else item for item in lists[0]]  # "row": of the Hub's viewer
+    if "chosen" in value or "prompt" in value:
+        return None
+    return [item["row"] if isinstance(item.get("row"), dict) else item for item in rows]  # "row": of the Hub's viewer
 
 
 def _open(path: Path) -> BinaryIO:

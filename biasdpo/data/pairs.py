@@ -118,6 +118,8 @@ def text_fault(value: str, column: str) -> str:
 
 def is_blank(text: str) -> bool:
     """Whether a text has only white space and characters without a shape, such as a zero-width space."""
+    if text.isascii():
+        return not text.strip()
     return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
 
 
