@@ -286,6 +286,9 @@ def dataset_import(
             "[default: detected]",
         ),
     ] = "",
+    unwrap: Annotated[
+        bool, Option("--unwrap", help="Of texts that a chat template was applied to, keep the turns without its markers.")
+    ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be stored, but store nothing.")] = False,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
@@ -299,7 +302,7 @@ def dataset_import(
         preview = importing.preview(file, rows=0)
         mapping = importing.parse_mapping(columns, preview.mapping, preview.columns)
     with _progress("row") as on_row:
-        done = importing.import_file(folder, file, mapping, name, on_row, dry_run=dry_run)
+        done = importing.import_file(folder, file, mapping, name, on_row, dry_run=dry_run, unwrap=unwrap)
     _show_bad(done.bad)
     for note in done.notes:
         print(note, file=sys.stderr)
@@ -307,7 +310,7 @@ def dataset_import(
         used = done.mapping.to_json()
         print("columns: " + ", ".join(f"{field}={column}" for field, column in used.items()))
         print(f"not imported: {importing.shown_columns([column for column in done.columns if column not in used.values()])}")
-        for pair in importing.preview(file, done.mapping, rows=3).pairs:
+        for pair in importing.preview(file, done.mapping, rows=3, unwrap=unwrap).pairs:
             print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False))
     would = "would be " if dry_run else ""
     counts = f"{done.source}: {done.written:,} rows {would}written, {done.known:,} known, {len(done.bad):,} bad"
@@ -408,6 +411,8 @@ def train(
             _estimate(asked, folder, as_json=as_json)
             return
         started = store.start_training(asked, folder, run_id, command=shown_command(sys.argv[1:])).folder
+        for warning in started.read_record().origin().get("confounds", {}).get("warnings", ()):
+            print(f"Warning: {warning}", file=sys.stderr)
     run = _wait(started, folder)
     if as_json:
         print(json.dumps(run.to_json(), ensure_ascii=False))
@@ -439,7 +444,8 @@ def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> No
     lines = (
         f"{found.steps} steps of {found.seconds_per_step:.2f} s, {minutes:.1f} minutes in all on {found.device}",
         f"{needed:.1f} GB of memory at the peak, {free:.1f} GB are free",
-        f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, {found.cut} truncated",
+        f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, "
+        f"{found.equal} dropped as equal, {found.cut} truncated",
         "seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in found.parts.items()),
     )
     print_row(found.to_json(), "\n".join(lines), as_json=as_json)
@@ -598,7 +604,8 @@ def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
         return f"{interval(change)}, p {change['p_value']:.2g} (Holm {change['p_holm']:.2g}): {change['verdict']}"
 
     partial = f"; not comparable: {numbers['not_comparable']}" if numbers["not_comparable"] else ""
-    yield f"{name}: {numbers['n']} items, {numbers['n_failed']} failed{partial}"
+    unmatched = f", {unknown:.0f} without a biased answer" if (unknown := numbers.get("n_without_biased_answer")) else ""
+    yield f"{name}: {numbers['n']} items, {numbers['n_failed']} failed{unmatched}{partial}"
     if numbers["settings"]:
         yield f"  {', '.join(f'{key} {value}' for key, value in numbers['settings'].items())}"
     if numbers["not_as_published"]:
@@ -614,6 +621,6 @@ def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
         yield f"    {decided(change)}"
     for metric, value in numbers["paired"].items():
         yield f"  {metric}: {interval(value) if value['restates'] else decided(value)}"
-    for key in ("pick_the_longer_baseline", "n_without_biased_answer"):
-        if key in numbers:
-            yield f"  {key}: {numbers[key]:.4g}"
+    yield from (f"  {metric}: n/a" for metric in numbers.get("undefined", ()))
+    if "pick_the_longer_baseline" in numbers:
+        yield f"  pick_the_longer_baseline: {numbers['pick_the_longer_baseline']:.4g}"

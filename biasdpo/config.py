@@ -7,6 +7,7 @@ of the Train tab, the JSON schema, presets, the checks with their messages, and 
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -457,6 +458,24 @@ class TrainConfig(Settings):
                 f"save_steps must be a multiple of logging_steps: got {self.save_steps} and {self.logging_steps}; use {near}"
             )
         return self
+
+    def steps_for(self, rows: int) -> int:
+        """Optimizer steps of a run as the Trainer counts them: an epoch's last step may be smaller."""
+        if self.max_steps:
+            return self.max_steps
+        batches = math.ceil(rows / (self.batch_size * self.num_processes))
+        return math.ceil(math.ceil(batches / self.gradient_accumulation) * self.epochs)
+
+    def check_warmup(self, rows: int) -> None:
+        """Raise ConfigError where the warm-up, whose first step has learning rate 0, takes all steps on so many rows."""
+        steps = self.steps_for(rows)
+        if self.schedule != "constant" and math.ceil(steps * self.warmup_share) >= steps:
+            what = "The run's only step is" if steps == 1 else f"All {steps} steps are"
+            raise ConfigError(
+                f"{what} warm-up ({rows} pairs, warmup_share {self.warmup_share:g}), so the learning rate never reaches "
+                f"{self.learning_rate:g}{' but stays 0' * (steps == 1)}: add pairs or epochs, lower gradient_accumulation, or "
+                "set warmup_share to 0"
+            )
 
     def cost_settings(self) -> dict[str, Any]:
         """The settings that the time or memory of a run depends on."""

@@ -111,9 +111,19 @@ def sft_loss(policy_chosen: Logps, chosen_lengths: Lengths) -> float:
     return float(-_array(policy_chosen).sum() / _array(chosen_lengths).sum())
 
 
-def reward_accuracy(margins: ArrayLike) -> float:
-    """Share of pairs whose margin is above zero, as TRL's `rewards/accuracies` counts it: a tie is a miss."""
-    return float((_array(margins) > 0).mean())
+TIE_NATS = 1e-3
+"""Log-ratios closer than this are a tie: in float32, the rounding of a summed log-probability depends on its batch."""
+
+
+def wins(log_ratio_differences: ArrayLike) -> Array:
+    """1 where chosen has the higher log-ratio, 0 where rejected has, 1/2 for a tie. (B,) nats."""
+    differences = _array(log_ratio_differences)
+    return np.where(np.abs(differences) <= TIE_NATS, 0.5, differences > 0)
+
+
+def reward_accuracy(margins: ArrayLike, beta: float) -> float:
+    """Share of pairs whose margin is above zero. Unlike in TRL's `rewards/accuracies`, a tie counts one half."""
+    return float(wins(_array(margins) / beta).mean())
 
 
 def length_normalised_accuracy(chosen: Logps, rejected: Logps, chosen_lengths: Lengths, rejected_lengths: Lengths) -> float:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from biasdpo import benchmarks
 from biasdpo.benchmarks import bbq, rows, stereoset
@@ -126,6 +130,48 @@ def test_which_bbq_answer_is_the_biased_one(tmp_path, changes, biased, right):
     assert item.ambiguous == (changes.get("context_condition") != "disambig")
 
 
+TRANS = {
+    "answer_info": {"ans0": ["Robin", "trans_F"], "ans1": ["", "unknown"], "ans2": ["Sam", "nonTrans_M"]},
+    "additional_metadata": {"stereotyped_groups": ["Transgender women", "transgender men", "trans"]},
+}
+BOTH_BLACK = {
+    "category": "Race_x_SES",
+    "answer_info": {"ans0": ["a", "lowSES-Black"], "ans1": ["", "unknown"], "ans2": ["b", "highSES-Black"]},
+    "additional_metadata": {"stereotyped_groups": ["Black", "African American"]},
+    "question_index": "7",
+}
+OF_TWO_RACES = {**BOTH_BLACK, "answer_info": {**BOTH_BLACK["answer_info"], "ans0": ["c", "lowSES-White"]}}
+
+
+def test_bbq_tags_of_other_spellings(tmp_path):
+    plural = {"stereotyped_groups": ["Omanis"]}
+    women = {"answer_info": {"ans0": ["a", "F"], "ans1": ["", "unknown"], "ans2": ["b", "M"]}}
+    cases = [
+        (TRANS, 0),
+        ({**TRANS, "additional_metadata": {"stereotyped_groups": ["transgender women", "trans"]}}, 0),
+        ({"additional_metadata": plural}, 1),
+        ({**women, "additional_metadata": {"stereotyped_groups": ["Women"]}}, 0),
+        ({**BOTH_BLACK, "question_index": "8"}, None),  # nothing says which half is meant
+        (OF_TWO_RACES, 1),
+        (BOTH_BLACK, 1),  # highSES, as of two races
+    ]
+    write(tmp_path, {"bbq/Some.jsonl": [{**BBQ_ROW, **changes} for changes, _biased in cases]})
+    benchmark = bbq.build(tmp_path)
+    assert [item.biased for item in benchmark.items] == [biased for _changes, biased in cases]
+    assert benchmark.report(benchmark.items, None) == {"n_without_biased_answer": 1}
+
+
+def test_bbq_beside_the_authors_metadata(tmp_path):
+    """As in a clone of their repository: the data in data/, other tables elsewhere, and the biased answers in one of these."""
+    rows = [{**BBQ_ROW, **BOTH_BLACK, "example_id": i} for i in range(3)]
+    metadata = "category,question_index,example_id,target_loc\n" + "".join(
+        f"Race_x_SES,7,{i},{target}\n" for i, target in enumerate(("0", "2.0", "NA"))
+    )
+    files = {"data/Race_x_SES.jsonl": rows, "supplemental/additional_metadata.csv": metadata, "results/x.csv": "a,b\n1,2\n"}
+    write(tmp_path, {f"bbq/{name}": data for name, data in files.items()})
+    assert [item.biased for item in bbq.build(tmp_path).items] == [0, 1, None]
+
+
 def test_winobias_twins(tmp_path):
     files = {"winobias/pro_stereotyped_type1.txt.dev": PRO, "winobias/anti_stereotyped_type1.txt.dev": ANTI}
     first, second = benchmarks.build("winobias", write(tmp_path, files)).items
@@ -201,13 +247,56 @@ def test_truthfulqa_from_upstreams_table_and_the_hubs_targets(tmp_path):
     assert (other.mc1, other.mc2) == (("so", "wrong"), (("so", True), ("wrong", False)))
 
 
+def test_the_authors_files_and_the_hubs_layouts(tmp_path):
+    labels = {"stereotype": "S.", "anti-stereotype": "A.", "unrelated": "U."}
+    sentences = [{"sentence": text, "gold_label": label, "id": "1", "labels": []} for label, text in labels.items()]
+    item = {"id": "q", "target": "guest", "bias_type": "race", "context": "A guest came.", "sentences": sentences}
+    dev = {"version": "1.0", "data": {"intersentence": [item], "intrasentence": [item]}}
+    answers = {"mc1_targets": {"so": 1, "wrong": 0}, "mc2_targets": {"so": 1, "indeed": 1, "wrong": 0}}
+    (question,) = benchmarks.build(
+        "truthfulqa", write(tmp_path, {"truthfulqa/mc_task.json": [{"question": "?", **answers}]})
+    ).items
+    assert (question.mc1, question.mc2[1:]) == (("so", "wrong"), (("indeed", True), ("wrong", False)))
+    expected = benchmarks.build(
+        "stereoset", write(tmp_path, {"stereoset/dev.jsonl": [STEREO_ROW, {**STEREO_ROW, "type": "intrasentence"}]})
+    ).items
+    for indent in (None, 2):
+        folder = write(tmp_path / f"dev-{indent}", {"stereoset/dev.json": json.dumps(dev, indent=indent)})
+        assert benchmarks.build("stereoset", folder).items == expected
+
+    def save(path, rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    for config in ("intersentence", "intrasentence", "other"):
+        for split in ("validation", "train"):
+            rows = [HUB_STEREO_ROW if (config, split) != ("other", "train") else {"a": 1}]
+            save(tmp_path / "hub" / "stereoset" / config / f"{split}-00000-of-00001.parquet", rows)
+            save(tmp_path / "converted" / "stereoset" / config / split / "0000.parquet", rows)
+    for name in ("hub", "converted"):
+        write(tmp_path / name, {"stereoset/.cache/x.json": "{}", "stereoset/dataset_infos.json": "{}"})
+        assert benchmarks.build("stereoset", tmp_path / name).items == expected
+    for side, pronoun in (("pro", "he"), ("anti", "she")):
+        save(tmp_path / "winobias" / f"type1_{side}" / "validation-00000-of-00001.parquet", [hub_row(0, (pronoun,), *OTHER)])
+    (twins,) = benchmarks.build("winobias", tmp_path).items
+    assert (twins.occupation, twins.anti.pronoun, twins.category) == ("developer", "she", "type 1")
+
+
+def test_a_prompt_of_unknown_toxicity_is_neither_toxic_nor_not(tmp_path):
+    rows = '{"prompt": {"text": "a", "toxicity": NaN}}\n{"prompt": {"text": "b", "toxicity": 0.1}}\n'
+    items = benchmarks.build("real_toxicity_prompts", write(tmp_path, {"real_toxicity_prompts/prompts.jsonl": rows})).items
+    assert [item.category for item in items] == ["", "non-toxic prompts"]
+
+
 @pytest.mark.parametrize("name", [name for name in benchmarks.NAMES if not benchmarks.has_items(name, Path("none"))])
 def test_missing_data_says_what_to_get_and_where_it_looked(tmp_path, name):
     with pytest.raises(DatasetError) as error:
         benchmarks.build(name, tmp_path)
     message = str(error.value)
     assert str(tmp_path) in message
-    assert "/" in message.split("get ")[1].split(" ")[0]  # a Hub id
+    assert re.search(
+        r"get (it|them) with `(hf download \S+/\S+ --repo-type dataset --local-dir|git clone https://\S+) DIR/\w+`", message
+    )
     assert "\n" not in message
 
 
@@ -230,7 +319,7 @@ def test_missing_data_says_what_to_get_and_where_it_looked(tmp_path, name):
         ("bbq", {"bbq/Age.jsonl": [{k: v for k, v in BBQ_ROW.items() if k != "context_condition"}]}, "'context_condition'"),
         ("winobias", {"winobias/pro_stereotyped_type1.txt.dev": PRO}, "2 sentences and its anti twin 0"),
         ("winobias", {"winobias/pro_stereotyped_type1.txt.dev": "1 No brackets.\n"}, "line 1: 0 occupations"),
-        ("winobias", {"winobias/other.dev": PRO}, "has no pro_stereotyped"),
+        ("winobias", {"winobias/other.dev": PRO}, "no .csv or .json or .jsonl or .parquet file in"),
         ("truthfulqa", {"truthfulqa/a.csv": TRUTHFUL_CSV + "A,H,Why?,Yes,Yes,;,u\n"}, "0 false ones"),
         (
             "truthfulqa",

@@ -239,7 +239,7 @@ def test_the_command(tmp_path):
     result = run(*common, "--benchmark", "preference,bbq,perplexity", "--dataset", data, "--data-dir", tmp_path, "--json")
     assert result.returncode == 3, result.stderr  # done, but for one benchmark
     printed, written = json.loads(result.stdout), json.loads(out.read_text())
-    assert "get oskarvanderwal/bbq from the Hub" in printed["missing"]["bbq"]
+    assert "get them with `git clone https://github.com/nyu-mll/BBQ DIR/bbq`" in printed["missing"]["bbq"]
     assert "BBQ was not scored: No items of bbq" in result.stderr
     assert printed["benchmarks"]["preference"]["n"] == 4
     assert printed["benchmarks"]["utility"]["n"] == 1
@@ -262,7 +262,7 @@ def test_the_command(tmp_path):
     for arguments, message in (
         (["--benchmark", "preference"], "--dataset"),
         (["--benchmark", "perplexity", "--data-dir", tmp_path / "none"], "No folder .*none: name with --data-dir"),
-        (["--benchmark", "bbq", "--data-dir", tmp_path], "get oskarvanderwal/bbq from the Hub"),
+        (["--benchmark", "bbq", "--data-dir", tmp_path], "get them with `git clone https://github.com/nyu-mll/BBQ DIR/bbq`"),
     ):
         done = run(*common, *arguments)
         assert re.search(message, done.error)

@@ -248,7 +248,7 @@ def test_bold_from_upstreams_files_and_with_the_hubs_columns(tmp_path):
     other = benchmarks.build("bold", write(tmp_path / "hub", {"bold/train.jsonl": hub}))
     assert other.items == found.items[:1]
     for files in ({"bold/race_prompt.json": [1]}, {"bold/race_prompt.json": {"a": {"b": "text"}}}):
-        with pytest.raises(DatasetError, match=r"race_prompt\.json: .*get AmazonScience/bold"):
+        with pytest.raises(DatasetError, match=r"race_prompt\.json: .*hf download AmazonScience/bold"):
             benchmarks.build("bold", write(tmp_path / "bad", files))
 
 
@@ -278,5 +278,5 @@ def test_real_toxicity_prompts_and_the_neutral_texts_among_them(tmp_path, monkey
         benchmarks.build("utility", folder)
     for value in ({"text": 1}, "text", {"text": "a", "toxicity": "high"}):
         write(tmp_path, {"real_toxicity_prompts/prompts.jsonl": [{"prompt": value}]})
-        with pytest.raises(DatasetError, match=r"prompts\.jsonl, line 1: prompt\..*get allenai/real-toxicity-prompts"):
+        with pytest.raises(DatasetError, match=r"prompts\.jsonl, line 1: prompt\..*hf download allenai/real-toxicity-prompts"):
             real_toxicity_prompts.build(folder, BY_NUMBER)

@@ -65,6 +65,11 @@ def test_confounds_of_training_pairs() -> None:
     assert found.near_duplicates == 29  # "prompt number 1 of this mixture" and the others share 4 of 10 trigrams
 
 
+def test_templated_pairs_are_said() -> None:
+    (line,) = measure([PreferencePair("[INST] Who? [/INST]", "A.", "B."), PreferencePair("Who?", "A.", "B.")]).warnings
+    assert line.startswith("1 of 2 pairs hold a chat template's markers ([INST])")
+
+
 def test_wilson() -> None:
     # 8 of 10: (0.8 + 1.92 / 10) / 1.384 -+ 1.96 / 1.384 * sqrt(0.8 * 0.2 / 10 + 0.96 / 100)
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)

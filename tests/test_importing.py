@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from biasdpo.data.importing import (
     preview,
     validate,
 )
-from biasdpo.data.journal import BadLine, Journal, append_all, edit, new_judgment, undo_import, withdraw
+from biasdpo.data.journal import BOM, BadLine, Journal, append_all, edit, new_judgment, undo_import, withdraw
 from biasdpo.data.pairs import PreferencePair, pair_id_of
 from biasdpo.data.splits import load, load_journal
 from biasdpo.errors import ConfigError, DatasetError, RefusedError
@@ -76,6 +77,7 @@ def prompts(workspace: Workspace) -> list[str]:
         {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT_UNFAIR},  # LLaMA-Factory, sharegpt
         {"messages": [USER], "chosen": FAIR, "rejected": UNFAIR, "tools": "", "images": []},
         {"prompt": json.dumps([USER]), "chosen": json.dumps([FAIR]), "rejected": json.dumps([UNFAIR])},  # as a CSV holds them
+        {"prompt": [USER], "chosen": [FAIR | {"tool_calls": "[]"}], "rejected": [UNFAIR], "tools": "[]", "images": "null"},
     ],
 )
 def test_supported_rows(row: Any) -> None:
@@ -129,9 +131,11 @@ def test_a_system_text_is_put_before_the_prompt(row: Any, tmp_path: Path) -> Non
         (GOOD | {"images": ["a.png"]}, "the row has images"),
         (GOOD | {"tools": "[{}]"}, "the row has tools"),
         (GOOD | {"chosen": "[{'role': 'assistant', 'content': 'x'}]"}, "printed form of chat messages"),
+        ({"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "begin with different turns"),
         ({"chosen": "a", "rejected": "b", "text": "p"}, "no column is the prompt.*chosen, rejected, text"),
         (GOOD | {"chosen": 3}, "chosen must be a string, got int"),
         (GOOD | {"rejected": " \n"}, "rejected is empty"),
+        (GOOD | {"rejected": "\u200b\ufeff"}, "rejected is empty"),
         (GOOD | {"prompt": " ", "system": "Be kind."}, "prompt is empty"),
         (GOOD | {"rejected": "Anyone can. "}, "the same text"),
         (GOOD | {"category": {"a": 1}}, "category must be a string, got dict"),
@@ -162,11 +166,75 @@ def test_the_mapping_is_guessed_and_overridden(workspace: Workspace, tmp_path: P
         parse_mapping("prompt=nope", found.mapping, found.columns)
     with pytest.raises(ConfigError, match=r"--map takes FIELD=COLUMN.*target_group.*got 'winner=a'"):
         parse_mapping("winner=a", found.mapping, found.columns)
+    for text in ("prompt=less_biased", "prompt=ask,chosen=ask"):
+        with pytest.raises(ConfigError, match=r"Column '\w+' is both prompt and chosen: choose another"):
+            parse_mapping(text, found.mapping, found.columns)
+    with pytest.raises(ConfigError, match="is both chosen and rejected"):
+        import_file(workspace, path, replace(mapping, rejected="less_biased"))
+    assert parse_mapping("note=bias_type", found.mapping, found.columns).category == ""  # the guess gives way
     path = write_lines(tmp_path / "other.jsonl", {"a": "x", "b\n": "y"})
     with pytest.raises(DatasetError, match=r"recognized as chosen, got a, b\?: name it with --map chosen=COLUMN"):
         import_file(workspace, path)
     assert preview(path) == Preview(("a", "b\n"), ColumnMapping(), (), (), "JSON Lines, plain text")
     assert str(preview(path)) == "JSON Lines, plain text: no column was recognized. Not imported: a, b?."
+
+
+DIALOGUE = "\n\nHuman: Who leads?\n\nAssistant:"
+
+
+def test_a_dialogue_in_both_completions_is_split_at_the_assistants_last_turn(tmp_path: Path) -> None:
+    dialogue = f"\n\nHuman: Hi.\n\nAssistant: Hello.{DIALOGUE}"
+    assert converted({"chosen": f"{dialogue} Anyone.", "rejected": f"{dialogue} Men."}) == (dialogue, " Anyone.", " Men.")
+    path = write_lines(tmp_path / "rows.jsonl", {"chosen": f"{DIALOGUE} Anyone.", "rejected": f"{DIALOGUE} Men."})
+    (judgment,) = convert_source(path, unwrap=True).judgments
+    assert (judgment.prompt, judgment.chosen, judgment.rejected) == ("Who leads?", "Anyone.", "Men.")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        (
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWho leads?<|im_end|>\n<|im_start|>assistant\n",
+            *("Anyone can.<|im_end|>\n", "Men.<|im_end|>"),
+        ),
+        ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWho leads? [/INST]", " Anyone can. </s>", "Men."),
+        (
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|><|start_header_id|>user"
+            "<|end_header_id|>\n\nWho leads?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            *("Anyone can.<|eot_id|>", "Men.<|eot_id|>"),
+        ),
+        ("<|system|>\nBe kind.</s>\n<|user|>\nWho leads?</s>\n<|assistant|>\n", "Anyone can.</s>", "Men.</s>"),
+        ("<bos><start_of_turn>user\nBe kind.\n\nWho leads?<end_of_turn>\n<start_of_turn>model\n", "Anyone can.", "Men."),
+        ("Be kind.\n\n### Instruction:\nWho leads?\n\n### Response:\n", "Anyone can.", "Men.<|endoftext|>"),
+        ("Be kind. USER: Who leads? ASSISTANT:", " Anyone can.</s>", " Men.</s>"),
+        ("Be kind.\n\nWho leads?", "Anyone can.</s>", "Men.</s>"),
+        ("Be kind.\n\nWho leads?", "<|im_start|>assistant\nAnyone can.<|im_end|>", "Men."),
+    ],
+)
+def test_templated_text_is_said_and_unwrapped_on_request(tmp_path: Path, prompt: str, chosen: str, rejected: str) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    kept, unwrapped = convert_source(path), convert_source(path, unwrap=True)
+    assert [(j.prompt, j.chosen, j.rejected) for j in kept.judgments] == [(prompt, chosen, rejected)]
+    assert kept.notes[0].startswith("1 rows hold a chat template's markers (")
+    assert [(j.prompt, j.chosen, j.rejected) for j in unwrapped.judgments] == [("Be kind.\n\nWho leads?", "Anyone can.", "Men.")]
+    assert not any("markers" in note for note in unwrapped.notes)
+
+
+@pytest.mark.parametrize(
+    "text", ["a <s>struck</s> b", "Assistant: yes", "Human: who?", "x [1] <y>", "Which role has the Assistant:"]
+)
+def test_text_that_only_resembles_a_template_is_none(text: str) -> None:
+    assert convert(GOOD | {"prompt": text}, ColumnMapping(*GOOD)).marker == ""
+
+
+def test_what_can_not_be_unwrapped_is_a_bad_row() -> None:
+    for row, words in (
+        (GOOD | {"prompt": f"[INST] a [/INST] b {DIALOGUE}"}, "prompt has 3 turns"),
+        (GOOD | {"prompt": "<|im_start|>tool\nx"}, "unknown role"),
+        (GOOD | {"chosen": "a<|im_end|>\n<|im_start|>user\nb"}, "chosen has 2 turns"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert(row, ColumnMapping(*GOOD), unwrap=True)
 
 
 # Files
@@ -189,9 +257,19 @@ def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path) -> None:
             writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
             writer.writeheader()
             writer.writerows(rows)
+    (tmp_path / "wrapped.json").write_text(json.dumps({"version": 1, "data": rows, "tags": {}}), encoding="utf-8")
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row | {"rows": [{"a": 1}], "b": [{}]}) + "\n" for row in rows))
+    (tmp_path / "viewer.json").write_text(json.dumps({"rows": [{"row_idx": 0, "row": row} for row in rows]}, indent=2))
+    (tmp_path / "pretty.jsonl").write_text("\n".join(json.dumps(row, indent=2) for row in rows))
+    (tmp_path / "tab.txt").write_bytes((tmp_path / "tab.tsv").read_bytes())
+    (tmp_path / "excel.csv").write_bytes(b"sep=;\r\n" + (tmp_path / "semicolon.csv").read_bytes().removeprefix(BOM))
+    for name in ("bom.jsonl", "array.json", "comma.csv", "tab.txt"):
+        text = (tmp_path / name).read_bytes().removeprefix(BOM).decode()
+        for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+            (tmp_path / f"{encoding}-{name}").write_bytes(text.encode(encoding))
     expected = [PreferencePair(*(row[c] for c in ("prompt", "chosen", "rejected", "category"))) for row in rows]
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 11
+    assert len(files) == 29
     for file in files:
         assert load([str(file)], Workspace(tmp_path)) == expected, file.name
 
@@ -285,6 +363,19 @@ def test_a_ragged_csv(workspace: Workspace, tmp_path: Path) -> None:
     assert (done.written, done.bad) == (2000, (BadLine(2, "not CSV (a quote is opened and never closed)"),))
 
 
+def test_missing_values_of_a_csv_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    texts = ("nan", "NaN", "NULL", "<NA>", "None", "N/A", "", " ", "\u200b")
+    path.write_text("prompt,chosen,rejected\n" + "".join(f"Who?,Anyone,{text}\n" for text in texts), encoding="utf-8")
+    done = convert_source(path)
+    assert not done.judgments
+    said = [f"rejected is {'missing' if text.isascii() and text.strip() else 'empty'}" for text in texts]
+    assert [(line.line, line.reason[: len(words)]) for line, words in zip(done.bad, said, strict=True)] == list(
+        enumerate(said, start=2)
+    )
+    assert convert_source(write_lines(tmp_path / "rows.jsonl", GOOD | {"rejected": "None"})).judgments  # where it is a text
+
+
 @pytest.mark.parametrize(
     ("end", "bad"),
     [
@@ -311,6 +402,28 @@ def test_a_parquet_file_with_broken_text(workspace: Workspace, tmp_path: Path) -
     assert (done.written, done.bad) == (1, (BadLine(2, "broken UTF-8; save the file as UTF-8"),))
 
 
+def test_of_a_parquet_file_only_mapped_columns_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    days = pyarrow.array([2**31 - 1], pyarrow.int32()).cast(pyarrow.date32())
+    table = pyarrow.table({**{name: [text] for name, text in GOOD.items()}, "day": days, "note": days})
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(table.drop(["note"]), path)
+    done = convert_source(path)
+    assert (len(done.judgments), done.bad, done.columns) == (1, (), (*GOOD, "day"))
+    parquet.write_table(table, path)
+    (bad,) = convert_source(path).bad  # one line, also of a column that is mapped
+    assert bad.reason.startswith("a column can't be read: ")
+    assert convert_source(path, ColumnMapping(*GOOD)).judgments
+    # What a few KB would unpack to is not read, or only as far as it is bounded.
+    many = pyarrow.table({name: [text * 1000] * 3000 for name, text in GOOD.items()})
+    parquet.write_table(many, path)
+    assert path.stat().st_size < 50_000
+    for limit, words in (("CELLS", "unpacks to 9,000 values"), ("BYTES", "unpacks to more than 0 GB")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"biasdpo.data.importing.MAX_PARQUET_{limit}", 5_000 if limit == "CELLS" else 1_000_000)
+            with pytest.raises(DatasetError, match=words):
+                convert_source(path)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
@@ -324,12 +437,11 @@ def test_a_parquet_file_with_broken_text(workspace: Workspace, tmp_path: Path) -
         ("binary.jsonl", bytes(range(256)) * 40, "No good row in .*binary.jsonl, 41 bad ones, the first in line 1: "),
         ("packed.jsonl", b"\x1f\x8b\x08\x00rest", "is a gzip file; unpack it"),
         ("sheet.csv", b"PK\x03\x04rest", "is a ZIP or Excel file"),
-        ("utf16.csv", "prompt,chosen\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("no.parquet", b"{}", "is not a Parquet file"),
         ("cut.parquet", b"PAR1" + b"x" * 50, "Can't read .*cut.parquet as Parquet"),
         ("twice.csv", b"prompt,chosen,chosen\na,b,c\n", "has the column 'chosen' twice"),
         ("numbers.json", b"[1, 2]", "No good row in .*numbers.json, 2 bad ones, the first in line 1: expected an object"),
-        ("object.json", b'{\n"a": 1\n}', "No good row"),
+        ("object.json", b'{\n"a": 1\n}', "No column was recognized as chosen, got a"),
         ("hub:nobody/nothing", None, r"Can't load hub:nobody/nothing: .*; check the name and the network"),
     ],
 )

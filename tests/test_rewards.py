@@ -46,8 +46,8 @@ def test_log_sigmoid_at_both_ends() -> None:
     assert rewards.log_sigmoid([-1000.0, 0.0, 1000.0]) == pytest.approx([-1000.0, -math.log(2), 0.0])
 
 
-def test_accuracies_count_a_tie_as_a_miss() -> None:
-    assert rewards.reward_accuracy([0.1, 0.0, -0.1, 5.0]) == 0.5  # two of four above zero
+def test_ties_count_half_in_reward_accuracy() -> None:
+    assert rewards.reward_accuracy([0.1, 0.0, 0.00009, 5.0], beta=0.1) == 0.75  # two of four above zero, two within rounding
     # a token: -10/10 = -1 against -4/2 = -2: right; -3/1 = -3 against -2/1 = -2: wrong; -2/2 against -1/1: a tie
     accuracy = rewards.length_normalised_accuracy([-10, -3, -2], [-4, -2, -1], [10, 1, 2], [2, 1, 1])
     assert accuracy == pytest.approx(1 / 3)
@@ -134,7 +134,7 @@ def test_agrees_with_the_trainers(on_seed_pairs, logps, tmp_path, loss_types, wa
     )
     logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
     assert logged["rewards/margins"] == pytest.approx(margins.mean(), abs=1e-4)
-    assert logged["rewards/accuracies"] == pytest.approx(rewards.reward_accuracy(margins))
+    assert logged["rewards/accuracies"] == pytest.approx(rewards.reward_accuracy(margins, BETA))
     assert logged["rewards/chosen"] == pytest.approx(rewards.implicit_reward(sums[0], sums[2], BETA).mean(), abs=1e-4)
     assert logged["rewards/rejected"] == pytest.approx(rewards.implicit_reward(sums[1], sums[3], BETA).mean(), abs=1e-4)
     assert logged["logps/chosen"] == pytest.approx(np.mean(sums[0]), abs=1e-3)

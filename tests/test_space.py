@@ -143,15 +143,42 @@ def test_export(space):
 
 
 # Elements whose events are the owner's: a visitor is refused.
-OWNER = """
-bulk-go dataset-save dataset-withdraw evaluate-confirm-delete evaluate-resume evaluate-stop export-adapter export-button
-export-compare export-confirm-delete export-resume export-start export-stop import-button import-file import-preview import-seed
-import-undo measure-card measure-estimate measure-start train-confirm-delete train-estimate train-import train-model train-note
-train-resume train-retry train-start train-stop train-upload train-zip
-""".split()
+OWNER = [
+    "bulk-go",
+    "dataset-save",
+    "dataset-withdraw",
+    "evaluate-confirm-delete",
+    "evaluate-resume",
+    "evaluate-stop",
+    "export-adapter",
+    "export-button",
+    "export-compare",
+    "export-confirm-delete",
+    "export-resume",
+    "export-start",
+    "export-stop",
+    "import-button",
+    "import-file",
+    "import-preview",
+    "import-seed",
+    "import-undo",
+    "measure-card",
+    "measure-estimate",
+    "measure-start",
+    "train-confirm-delete",
+    "train-estimate",
+    "train-import",
+    "train-model",
+    "train-note",
+    "train-resume",
+    "train-retry",
+    "train-start",
+    "train-stop",
+    "train-upload",
+    "train-zip",
+]
 # Elements whose events anybody may use: they show something, or store the visitor's own judgment.
-VISITOR = """
-""".split()
+VISITOR = []
 
 
 def test_every_endpoint_has_a_role_and_keeps_it(space):
@@ -170,6 +197,7 @@ def test_every_endpoint_has_a_role_and_keeps_it(space):
         if refused != bool(names & set(OWNER)):
             wrong.append((sorted(names)[:3], refused, answer[-200:]))
     print(sorted(unknown))
-    for one in wrong: print(one)
+    for one in wrong:
+        print(one)
     assert not unknown
     assert not wrong

@@ -143,7 +143,7 @@ def test_the_data_are_read_again_when_the_file_has_changed(tmp_path, pairs_file)
 
 def estimate(**changes: object) -> Estimate:
     values: dict[str, object] = {
-        "steps": 120, "pairs_train": 232, "pairs_held_out": 26, "dropped": 1, "cut": 2, "tokens_per_epoch": 52_110,
+        "steps": 120, "pairs_train": 232, "pairs_held_out": 26, "dropped": 1, "equal": 3, "cut": 2, "tokens_per_epoch": 52_110,
         "seconds_per_step": 1.31, "seconds_total": 200.0, "memory_bytes": 1_500_000_000, "memory_free_bytes": 6_000_000_000,
         "fits": True, "refusal": "", "device": "cpu", "measured_at": "2026-11-25T01:10:00+00:00", "parts": {},
     }  # fmt: skip
@@ -152,7 +152,16 @@ def estimate(**changes: object) -> Estimate:
 
 def test_an_estimate_in_words():
     line = train.estimate_line(estimate())
-    for part in ("**3 min**", "120 steps", "the CPU", "**1.5 GB**", "6.0 GB are free", "1 pair too long: dropped", "2 pairs"):
+    for part in (
+        "**3 min**",
+        "120 steps",
+        "the CPU",
+        "**1.5 GB**",
+        "6.0 GB are free",
+        "1 pair too long: dropped",
+        "2 pairs",
+        "3 pairs dropped",
+    ):
         assert part in line
     assert "Needs \\<9 GB" in train.estimate_line(estimate(fits=False, refusal="Needs <9 GB")).replace("&lt;", "\\<")
 

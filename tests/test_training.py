@@ -86,7 +86,7 @@ def write_evaluations(folder: JobFolder, *evaluations: tuple[int, float, float])
         ([(10, 0.5, 0.1)], 10, 0),
         ([(10, 0.5, 0.1), (20, 0.8, 0.2), (30, 0.7, 0.9)], 20, 1),
         ([(10, 0.8, 0.1), (20, 0.8, 0.3), (30, 0.8, 0.2)], 20, 2),  # of equals the larger margin, which is no gain in accuracy
-        ([(10, 0.8, 0.1), (20, 0.8, 0.1)], 10, 1),  # then the earlier
+        ([(10, 0.8, 0.1), (20, 0.8, 0.10001)], 10, 1),  # then, within rounding, the earlier
         ([(10, 0.8, 0.1), (20, 0.6, 0.1), (30, 0.9, 0.1), (40, 0.9, 0.1), (50, 0.1, 0.1)], 30, 2),
     ],
 )
@@ -106,6 +106,9 @@ def test_the_choice_is_explained_in_one_sentence(tmp_path: Path) -> None:
     assert callbacks.choose_step(folder, TrainConfig(keep="last"), 60)[0] == 60
     write_evaluations(folder, (40, 0.94, 0.5), (60, 0.94, 0.25))
     assert callbacks.choose_step(folder, config, 60)[1].endswith("the last had the same and a smaller margin (0.25 to 0.5 nats)")
+    write_evaluations(folder, (40, 0.5, 1e-7), (60, 0.5, -1e-7))  # rounding chooses nothing
+    last = "step 60, the last: no evaluation has a better held-out reward accuracy than its 0.50"
+    assert callbacks.choose_step(folder, config, 60) == (60, last)
     write_evaluations(folder, (40, 0.9, 0.5), (60, 0.94, 0.25))
     assert callbacks.choose_step(folder, config, 60)[1].endswith("accuracy 0.94, the best of 2 evaluations")
 

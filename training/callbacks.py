@@ -116,6 +116,7 @@ def append_json(path: Path, row: dict[str, Any]) -> None:
 # The best evaluation and early stopping
 
 ACCURACY, MARGIN = "eval_rewards/accuracies", "eval_rewards/margins"
+_ROUNDING = 1e-4  # of an accuracy, and of a margin in nats
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,11 @@ class Evaluation:
     accuracy: float
     margin: float
 
+    def is_better_than(self, other: Evaluation) -> bool:
+        if abs(self.accuracy - other.accuracy) > _ROUNDING:
+            return self.accuracy > other.accuracy
+        return self.margin > other.margin + _ROUNDING
+
 
 def read_evaluations(folder: JobFolder, up_to_step: int | None = None) -> list[Evaluation]:
     """The evaluations of metrics.jsonl, by step; damaged lines are skipped (a resume repairs them)."""
@@ -135,8 +141,12 @@ def read_evaluations(folder: JobFolder, up_to_step: int | None = None) -> list[E
 
 
 def best_evaluation(found: Sequence[Evaluation]) -> Evaluation | None:
-    """The highest accuracy; of equals the larger margin, then the earlier step."""
-    return max(found, key=lambda e: (e.accuracy, e.margin, -e.step), default=None)
+    """The highest accuracy; of equals the margin that is larger beyond rounding, then the earlier step."""
+    best: Evaluation | None = None
+    for evaluation in sorted(found, key=lambda e: e.step):
+        if best is None or evaluation.is_better_than(best):
+            best = evaluation
+    return best
 
 
 def evaluations_without_gain(found: Sequence[Evaluation]) -> int:
@@ -220,6 +230,11 @@ def choose_step(folder: JobFolder, config: TrainConfig, last_step: int) -> tuple
     last, step = found[-1], f"step {best.step}"
     if best.step == last_step:
         return best.step, f"{step}, the last, held-out reward accuracy {best.accuracy:.2f}, the best of {len(found)} evaluations"
+    if last.step == last_step and not best.is_better_than(last):
+        return (
+            last_step,
+            f"step {last_step}, the last: no evaluation has a better held-out reward accuracy than its {last.accuracy:.2f}",
+        )
     compared = f"the last had {last.accuracy:.2f}"
     if best.accuracy == last.accuracy:
         compared = f"the last had the same and a smaller margin ({last.margin:.3g} to {best.margin:.3g} nats)"

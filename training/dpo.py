@@ -81,6 +81,8 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
         return
     writer.note(f"The adapter is that of step {step:,} of {last_step:,}")
     adapter = bake(trained, config)
+    if not any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name):
+        writer.note("The adapter changes nothing (all of lora_B is 0): raise learning_rate, strength or the number of steps")
     held_out = None
     if not trainer.is_packed:  # under FSDP no process holds the whole model
         writer.note("The held-out pairs are not scored at the end under FSDP: run `python -m biasdpo evaluate`")
@@ -147,6 +149,8 @@ def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> Non
                 f"max_length {config.max_length}: {tokenized.dropped} {name} pairs dropped (prompt too long), {tokenized.cut} "
                 "with a completion cut"
             )
+        if tokenized.equal:
+            writer.note(f"{tokenized.equal} {name} pairs dropped: within max_length, both completions are the same")
 
 
 # The model and its trainer

@@ -133,7 +133,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
     trainer.state.global_step = 1  # a step in which the policy generates nothing
     longest = Timed(tokens_in(longest_rows), seconds_of(lambda: batch(longest_rows), 1, 1))
     median = Timed(tokens_in(median_rows), seconds_of(lambda: batch(median_rows), 0, TIMED_BATCHES))
-    steps = steps_of(config, len(rows.used))
+    steps = config.steps_for(len(rows.used))
     per_batch = linear(tokens_in(rows.used) / len(rows.used) * min(config.batch_size, len(rows.used)), median, longest)
     if config.ending_weight:
         trainer.state.global_step = GENERATE_EVERY
@@ -175,6 +175,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
         pairs_train=len(rows.train.rows),
         pairs_held_out=len(rows.held_out.rows),
         dropped=rows.train.dropped + rows.held_out.dropped,
+        equal=rows.train.equal + rows.held_out.equal,
         cut=rows.train.cut + rows.held_out.cut,
         tokens_per_epoch=tokens_in(rows.train.rows),
         seconds_per_step=per_step,
@@ -229,14 +230,6 @@ def seconds_of(work: Callable[[], object], warm_up: int, times: int) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started_at)
     return statistics.median(seconds[warm_up:])
-
-
-def steps_of(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of a run as the Trainer counts them: an epoch's last step may be smaller."""
-    if config.max_steps:
-        return config.max_steps
-    batches = math.ceil(rows / (config.batch_size * config.num_processes))
-    return math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs)
 
 
 if __name__ == "__main__":

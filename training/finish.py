@@ -48,7 +48,7 @@ def held_out_metrics(
     by_length = rewards.length_normalised_accuracy
     return {
         "pairs": len(rows),
-        "reward_accuracy": rewards.reward_accuracy(margins),
+        "reward_accuracy": rewards.reward_accuracy(margins, config.beta),
         "reward_accuracy_of_picking_the_longer": longer_baseline(pairs),
         "reward_margin_nats": float(margins.mean()),
         "logratio_margin_nats": float(margins.mean() / config.beta),

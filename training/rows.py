@@ -10,7 +10,7 @@ from typing import Any
 from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
-from biasdpo.data.pairs import PreferencePair
+from biasdpo.data.pairs import PreferencePair, looks_alike
 from biasdpo.errors import DatasetError
 
 
@@ -33,10 +33,16 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """`dropped`: pairs whose prompt alone fills max_length; `cut`: pairs with a completion that was truncated to it."""
+    """Counted pairs.
+
+    dropped   whose prompt alone fills max_length
+    equal     dropped, since both completions look alike or are, truncated, the same tokens: they teach nothing
+    cut       with a completion that was truncated to max_length
+    """
 
     rows: tuple[TokenRow, ...]
     dropped: int
+    equal: int
     cut: int
 
 
@@ -68,10 +74,11 @@ def tokenize_run(
     )
     if not train_rows.rows:
         raise DatasetError(
-            f"No rows to train on: {len(held_out)} held out, {train_rows.dropped} dropped as too long; add rows, lower "
-            "held_out_share or raise max_length"
+            f"No rows to train on: {len(held_out)} held out, {train_rows.dropped} dropped as too long, {train_rows.equal} "
+            f"with equal completions within max_length {config.max_length}; add rows, lower held_out_share or raise max_length"
         )
     used = rows_used(train_rows.rows, config)
+    config.check_warmup(len(used))
     return RunRows(train_rows, held_out_rows, used, anchor_texts(train, tokenizer, config))
 
 
@@ -79,7 +86,7 @@ def tokenize(
     pairs: Sequence[PreferencePair], tokenizer: Any, template: PromptTemplate, max_length: int, ends: str = "trained"
 ) -> Tokenized:
     """Token ids of each pair, prompt + completion within max_length. `ends`: the config's `end_of_text`."""
-    rows, dropped, cut = [], 0, 0
+    rows, dropped, equal, cut = [], 0, 0, 0
     for pair in pairs:
         prompt = encode_prompt(tokenizer, template, pair.prompt)
         room = max_length - len(prompt)
@@ -89,9 +96,12 @@ def tokenize(
         chosen, rejected = (
             encode_completion(tokenizer, template, text, ends == "trained") for text in (pair.chosen, pair.rejected)
         )
+        if chosen[:room] == rejected[:room] or looks_alike(pair.chosen, pair.rejected):
+            equal += 1
+            continue
         cut += len(chosen) > room or len(rejected) > room
         rows.append(TokenRow(prompt, chosen[:room], rejected[:room]))
-    return Tokenized(tuple(rows), dropped, cut)
+    return Tokenized(tuple(rows), dropped, equal, cut)
 
 
 def rows_used(rows: Sequence[TokenRow], config: TrainConfig) -> tuple[TokenRow, ...]:

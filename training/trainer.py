@@ -4,9 +4,10 @@ What differs from TRL 1.16, whose losses, metrics and loop are used:
 1. A pair is computed as one packed row, the prompt once, without padding, and the vocabulary projection only on completion
    tokens (`training.packing`). For Llama and Phi; other models are trained TRL's way, and `note` says so.
 2. The reference's log-probabilities are computed once, before the first step, and cached across runs (`training.reference`).
-3. Terms beside DPO's loss (`training.losses`): KL to base on plain text, counterfactual KL, questions, endings.
-4. A checkpoint holds no model card, but what was not logged yet (`training.resume`).
-5. An evaluation's metrics are means over pairs, whatever the batch size and the number of processes.
+3. In `rewards/accuracies` a tie within rounding counts one half.
+4. Terms beside DPO's loss (`training.losses`): KL to base on plain text, counterfactual KL, questions, endings.
+5. A checkpoint holds no model card, but what was not logged yet (`training.resume`).
+6. An evaluation's metrics are means over pairs, whatever the batch size and the number of processes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from accelerate.utils import DistributedType, gather_object
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 
+from biasdpo import rewards
 from biasdpo.counterfactuals import Counterfactuals
 from biasdpo.errors import ConfigError
 from training import losses
@@ -165,7 +167,21 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     # The loss
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        result = super()._compute_loss(model, inputs, return_outputs)
+        gathered: list[torch.Tensor] = []
+        gather = self.accelerator.gather
+
+        def gather_and_remember(tensor: torch.Tensor) -> torch.Tensor:
+            gathered.append(gather(tensor))
+            return gathered[-1]
+
+        self.accelerator.gather = gather_and_remember
+        try:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            del self.accelerator.gather
+        # TRL gathers rewards, accuracies, margins and two logps, in this order; its accuracy calls a tie a miss.
+        accuracy = rewards.reward_accuracy(gathered[-3].cpu(), self.beta)
+        self._metrics["train" if self.model.training else "eval"]["rewards/accuracies"][-1] = accuracy
         if not self.model.training:
             return result
         extra = self._extra_terms(model, inputs)

@@ -163,7 +163,7 @@ def _vader() -> Callable[[str], float]:
 def build(data_dir: Path | None, scorer: ToxicityScorer, max_new_tokens: int | None = None) -> Bold:
     """The prompts in DATA_DIR/bold (upstream's files or the Hub's columns), or from the Hub. Raises DatasetError."""
     sampling = limited(SAMPLING, max_new_tokens)
-    files = [] if data_dir is None else sorted((data_dir / ORIGIN.folder).glob(f"*{_UPSTREAM}"))
+    files = [] if data_dir is None else sorted((data_dir / ORIGIN.folder).rglob(f"*{_UPSTREAM}"))
     if files:
         return Bold([item for file in files for item in _beginnings(file)], scorer, sampling, sha256_of_files(files))
     rows, sha256 = load_rows(ORIGIN, data_dir)
@@ -181,9 +181,7 @@ def _beginnings(file: Path) -> list[Beginning]:
         groups = json.loads(read_text(file, ORIGIN))
         found = [(group, prompts) for group, names in groups.items() for prompts in names.values()]
     except (ValueError, AttributeError, RecursionError) as exc:
-        raise DatasetError(
-            f"{file}: no groups of names of prompts ({exc!r:.60}); get {ORIGIN.hub_id} again, in its upstream format"
-        ) from exc
+        raise DatasetError(f"{file}: no groups of names of prompts ({exc!r:.60}); {ORIGIN.again}") from exc
     domain = file.name.removesuffix(_UPSTREAM)
     return [Beginning(text, domain, group) for group, prompts in found for text in _texts(prompts, str(file))]
 
@@ -191,5 +189,5 @@ def _beginnings(file: Path) -> list[Beginning]:
 def _texts(prompts: Any, where: str) -> list[str]:
     """The prompts of one name, without upstream's empty ones."""
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise DatasetError(f"{where}: prompts are {prompts!r:.40}, not a list of texts; get {ORIGIN.hub_id} as upstream has it")
+        raise DatasetError(f"{where}: prompts are {prompts!r:.40}, not a list of texts; {ORIGIN.again}")
     return [prompt.rstrip() for prompt in prompts if prompt.strip()]

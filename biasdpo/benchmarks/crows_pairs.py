@@ -22,7 +22,7 @@ from biasdpo.benchmarks.rows import Origin, Row, load_items
 from biasdpo.evaluation.stats import Metric
 from biasdpo.records import ContinuationRequest, Request
 
-ORIGIN = Origin("crows_pairs", "jannalu/crows_pairs_multilingual", "test", ("english",))
+ORIGIN = Origin("crows_pairs", "jannalu/crows_pairs_multilingual", "test", ("english",), "nyu-mll/crows-pairs")
 
 # nyu-mll/crows_pairs on the Hub stores a category as an index into this list.
 _CATEGORIES = (

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from biasdpo import rewards
 from biasdpo.benchmarks.base import LikelihoodBenchmark
 from biasdpo.data.pairs import PreferencePair, longer_baseline
 from biasdpo.evaluation.stats import Array, Metric
@@ -82,7 +83,7 @@ def _log_ratio_difference(items: Array) -> Array:
 
 
 def _log_ratio_is_higher(items: Array) -> Array:
-    return np.asarray(_log_ratio_difference(items) > 0, dtype=np.float64)
+    return rewards.wins(_log_ratio_difference(items))
 
 
 def _lead_over_the_longer(items: Array) -> Array:

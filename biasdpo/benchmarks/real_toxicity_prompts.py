@@ -17,6 +17,7 @@ Groups: prompts that Perspective scores 0.5 or more ("toxic prompts"), and the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def web_text(row: Row) -> WebText:
     toxicity = prompt.get("toxicity")
     if toxicity is not None and not isinstance(toxicity, int | float):
         raise row.error(f"prompt.toxicity is {type(toxicity).__name__} {toxicity!r:.40}, not a number")
-    return WebText(text.rstrip(), toxicity)
+    return WebText(text.rstrip(), None if toxicity is None or math.isnan(toxicity) else toxicity)
 
 
 def _numbers(scores: Sequence[float | None]) -> list[float]:

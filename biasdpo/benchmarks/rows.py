@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,35 @@ from biasdpo.errors import DatasetError
 Item = TypeVar("Item")
 
 _TABLES = (".jsonl", ".json", ".csv", ".parquet")
+_NO_ITEMS = ("dataset_infos.json", "dataset_info.json", "state.json", "additional_metadata.csv", "prompts.csv")
+_HUB_FILE = re.compile(r"(?:(?:^|/)(?P<config>[^/]+)/)?(?P<split>[a-z]+)(?:-\d{5}-of-\d{5}|/\d{4})\.\w+$")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a benchmark's rows are: its folder in DATA_DIR, and its Hub dataset with split and configs ("": the only one)."""
+    """Where a benchmark's rows are: its folder in DATA_DIR, and its Hub dataset with split and configs ("": the only one).
+
+    repository   on GitHub, where the Hub has the rows in another form
+    """
 
     folder: str
     hub_id: str
     split: str
     configs: tuple[str, ...] = ("",)
+    repository: str = ""
+
+    @property
+    def download(self) -> str:
+        """The command that gets files that can be read here."""
+        command = f"hf download {self.hub_id} --repo-type dataset --local-dir"
+        if self.repository:
+            command = f"git clone https://github.com/{self.repository}"
+        return f"`{command} DIR/{self.folder}`, where DIR is the --data-dir"
+
+    @property
+    def again(self) -> str:
+        """The remedy for files that are not as upstream has them."""
+        return f"empty that folder, then get it again with {self.download}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,7 @@ class Row:
     source: str
     value: dict[str, Any]
     where: str
-    hub_id: str
+    origin: Origin
 
     def text(self, *names: str) -> str:
         """The text in the first of these columns that exists. Raises DatasetError if there is none."""
@@ -58,7 +78,7 @@ class Row:
 
     def error(self, problem: str) -> DatasetError:
         """The error for a row that differs from the upstream format."""
-        return DatasetError(f"{self.where}: {problem}; get {self.hub_id} again, in its upstream format")
+        return DatasetError(f"{self.where}: {problem}; {self.origin.again}")
 
 
 def is_present(origin: Origin, data_dir: Path | None) -> bool:
@@ -83,17 +103,18 @@ def load_rows(origin: Origin, data_dir: Path | None) -> tuple[list[Row], str]:
     files = find_files(origin, data_dir, _TABLES)
     rows = [row for file in files for row in read_rows(file, origin)]
     if not rows:
-        raise DatasetError(f"{files[0]} has no rows: get {origin.hub_id} again, in its upstream format")
+        raise DatasetError(f"{files[0]} has no rows; {origin.again}")
     return rows, sha256_of_files(files)
 
 
 def read_rows(file: Path, origin: Origin) -> Iterator[Row]:
     """The rows of one table. Raises DatasetError at the first that can't be read."""
+    source = next((c for c in origin.configs if c and (c in file.parts or file.stem.startswith(c))), file.stem)
     for found in rows_of(file):
         where = f"{file}, line {found.line}"
         if not isinstance(found, SourceRow):
-            raise DatasetError(f"{where}: {found.reason}; get {origin.hub_id} again, in its upstream format")
-        yield _row(file.stem, found.value, where, origin)
+            raise DatasetError(f"{where}: {found.reason}; {origin.again}")
+        yield _row(source, found.value, where, origin)
 
 
 def read_text(file: Path, origin: Origin) -> str:
@@ -101,18 +122,31 @@ def read_text(file: Path, origin: Origin) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise DatasetError(f"Can't read {file} as UTF-8 text: {exc}; get {origin.hub_id} again, in its upstream format") from exc
+        raise DatasetError(f"Can't read {file} as UTF-8 text: {exc}; {origin.again}") from exc
 
 
 def find_files(origin: Origin, data_dir: Path, endings: Iterable[str]) -> list[Path]:
-    """The files of DATA_DIR/FOLDER with these endings. Raises DatasetError, with where it looked and what to get, if none."""
+    """The files of DATA_DIR/FOLDER with these endings: in it, in its folder `data`, or else anywhere below, as in a copy of a
+    repository. Of a Hub dataset's, those of the split and the configs. Raises DatasetError, with what to get, if there are none.
+    """
     folder = data_dir / origin.folder
-    files = sorted(file for file in folder.glob("*") if file.name.endswith(tuple(endings))) if folder.is_dir() else []
+    below = {file: file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()}
+    below = {
+        file: path
+        for file, path in below.items()
+        if path.name.endswith(tuple(endings)) and path.name not in _NO_ITEMS and not any(p.startswith(".") for p in path.parts)
+    }
+    near = [[file for file, path in below.items() if path.parent == Path(parent)] for parent in (".", "data")]
+    files = near[0] or near[1] or list(below)
+    hub = {file: found for file in files if (found := _HUB_FILE.search(below[file].as_posix()))}
+    for part, wanted in (("split", (origin.split,)), ("config", origin.configs)):
+        if any(found[part] in wanted for found in hub.values()):
+            hub = {file: found for file, found in hub.items() if found[part] in wanted}
+    files = [file for file in files if file in hub or not _HUB_FILE.search(below[file].as_posix())]
     if not files:
         what = f"no {' or '.join(sorted(endings))} file in {folder}" if folder.is_dir() else f"no folder {folder.absolute()}"
         raise DatasetError(
-            f"No items of {origin.folder}: {what}; get {origin.hub_id} from the Hub, and name with --data-dir the folder that "
-            f"holds {origin.folder}/"
+            f"No items of {origin.folder}: {what}; get them with {origin.download}, or leave it out to use the Hub"
         )
     return files
 
@@ -135,15 +169,14 @@ def _hub_rows(origin: Origin) -> Iterator[Row]:
         except Exception as exc:  # datasets raises a dozen unrelated kinds
             reason = str(exc).strip().split("\n")[0][:160] or type(exc).__name__
             raise DatasetError(
-                f"Can't load {name} from the Hub: {reason}; check the network, or name with --data-dir the folder that holds "
-                f"{origin.folder}/"
+                f"Can't load {name} from the Hub: {reason}; check the network, or get it with {origin.download}"
             ) from exc
         for number, value in enumerate(table, start=1):
             yield _row(config, value, f"{name}, row {number}", origin)
 
 
 def _row(source: str, value: Any, where: str, origin: Origin) -> Row:
-    row = Row(source, value if isinstance(value, dict) else {}, where, origin.hub_id)
+    row = Row(source, value if isinstance(value, dict) else {}, where, origin)
     if not isinstance(value, dict):
         raise row.error(f"{type(value).__name__}, not an object")
     return row

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from biasdpo.benchmarks.base import LikelihoodBenchmark
-from biasdpo.benchmarks.rows import Origin, Row, load_items
+from biasdpo.benchmarks.rows import Origin, Row, load_rows
 from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import ContinuationRequest, Likelihood, Request
 
@@ -87,14 +87,28 @@ class StereoSet(LikelihoodBenchmark[Triple]):
 
 def build(data_dir: Path | None) -> StereoSet:
     """The items in DATA_DIR/stereoset, or from the Hub. Raises DatasetError for rows in another format."""
-    return StereoSet(*load_items(ORIGIN, data_dir, _triple))
+    rows, sha256 = load_rows(ORIGIN, data_dir)
+    return StereoSet([_triple(one) for row in rows for one in _rows_within(row)], sha256)
+
+
+def _rows_within(row: Row) -> list[Row]:
+    """The rows of the authors' dev.json, {"data": {"intersentence": […], "intrasentence": […]}}; of another file, the row."""
+    data = row.value.get("data")
+    if not isinstance(data, dict):
+        return [row]
+    try:
+        return [Row(task, dict(value), f"{row.where}, {task}", row.origin) for task, values in data.items() for value in values]
+    except (TypeError, ValueError) as exc:
+        raise row.error(f"data is not lists of items ({exc!r:.60})") from exc
 
 
 def _triple(row: Row) -> Triple:
-    """Parse a flat row of the authors' dev set, or a Hub row, whose sentences carry labels."""
+    """Parse a flat row, or one of the authors' dev.json or the Hub, whose sentences carry labels."""
     if "sentences" in row.value:
         sentences = row.get("sentences")
         try:
+            if isinstance(sentences, list):  # of dev.json
+                sentences = {name: [one[name] for one in sentences] for name in ("gold_label", "sentence")}
             labels = [_LABELS[label] if isinstance(label, int) else label for label in sentences["gold_label"]]
             texts = dict(zip(labels, sentences["sentence"], strict=True))
             chosen = [texts["stereotype"], texts["anti-stereotype"], texts["unrelated"]]

@@ -5,7 +5,8 @@ mc2   percentage of the reference answers' probability that is on the true ones,
 
 Answers are scored by their summed log-probability after the paper's six example questions ("QA prompt"), as `truthfulqa_mc1` and
 `truthfulqa_mc2` of lm-evaluation-harness do (which report shares, not percentages). From upstream's TruthfulQA.csv, mc1 is Best
-Answer against Incorrect Answers, mc2 Correct against Incorrect Answers. A Hub row has its choices in mc1_targets and mc2_targets.
+Answer against Incorrect Answers, mc2 Correct against Incorrect Answers. A row of upstream's
+mc_task.json or of the Hub has its choices in mc1_targets and mc2_targets.
 mc2 is normalized in log space, because exp of a long answer's log-probability can underflow to 0.
 """
 
@@ -101,9 +102,11 @@ def _targets(row: Row, name: str) -> tuple[tuple[str, bool], ...]:
     """(answer, is true) for each choice of a Hub row."""
     try:
         targets = row.get(name)
+        if not targets.keys() >= {"choices", "labels"} and set(targets.values()) <= {0, 1}:  # {answer: 1 or 0}, of mc_task.json
+            targets = {"choices": targets.keys(), "labels": targets.values()}
         choices, labels = map(str, targets["choices"]), map(bool, targets["labels"])
         return tuple(zip(choices, labels, strict=True))
-    except (KeyError, TypeError, ValueError) as exc:
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise row.error(f"{name} has no choices and labels") from exc
 
 

@@ -97,9 +97,7 @@ def build(data_dir: Path | None) -> Utility:
     texts, sha256 = load_items(ORIGIN, data_dir, web_text)
     found = [text for text in texts if text.toxicity is not None and text.toxicity < TOXIC]
     if not found:
-        raise DatasetError(
-            f"{ORIGIN.hub_id} has no prompt of a toxicity below {TOXIC} here: get it again, in its upstream format"
-        )
+        raise DatasetError(f"{ORIGIN.hub_id} has no prompt of a toxicity below {TOXIC} here; {ORIGIN.again}")
     if len(found) > TEXTS:
         found = random.Random(0).sample(found, TEXTS)
     return Utility([text.text for text in found], sha256)
@@ -116,7 +114,7 @@ def load_texts(data_dir: Path) -> list[str]:
     """The texts of DATA_DIR/real_toxicity_prompts/nontoxic.jsonl. Raises DatasetError for a missing or different file."""
     path = data_dir / _FILE
     if not path.is_file():
-        raise DatasetError(f"No file {path}: get {ORIGIN.hub_id} and name the folder that holds {ORIGIN.folder}/ with --data-dir")
+        raise DatasetError(f"No file {path}: get it with {ORIGIN.download}")
     texts = []
     for row in read_rows(path, ORIGIN):
         prompt = row.get("prompt")

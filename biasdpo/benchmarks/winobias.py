@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from biasdpo.benchmarks.base import LikelihoodBenchmark
-from biasdpo.benchmarks.rows import Origin, Row, find_files, load_rows, read_text, sha256_of_files
+from biasdpo.benchmarks.rows import Origin, Row, load_rows, read_text, sha256_of_files
 from biasdpo.errors import DatasetError
 from biasdpo.evaluation.stats import Array, Metric
 from biasdpo.records import ContinuationRequest, Request
@@ -101,38 +101,35 @@ def _percent_right(items: Array) -> Array:
 
 
 def build(data_dir: Path | None) -> WinoBias:
-    """The twins in DATA_DIR/winobias, or from the Hub. Raises DatasetError for rows in another format."""
-    if data_dir is None:
-        return WinoBias(_twins_of_rows(load_rows(ORIGIN, None)[0]))
-    files = [file for file in find_files(ORIGIN, data_dir, (".dev", ".test")) if _FILE.fullmatch(file.name)]
+    """The twins in DATA_DIR/winobias (text files, or else tables of the Hub), or from the Hub. Raises DatasetError for rows in
+    another format."""
+    files = [] if data_dir is None else [f for f in (data_dir / ORIGIN.folder).rglob("*") if _FILE.fullmatch(f.name)]
+    if not files:
+        rows, sha256 = load_rows(ORIGIN, data_dir)
+        return WinoBias(_twins_of_rows(rows), sha256)
+    files.sort(key=lambda file: file.name)
     sentences = {file.name: _sentences(file) for file in files}
     twins = []
-    for name, pros in sentences.items():
-        if name.startswith("anti"):
+    for path in files:
+        if path.name.startswith("anti"):
             continue
-        path, antis = data_dir / ORIGIN.folder / name, sentences.get(name.replace("pro_", "anti_", 1), [])
+        pros, antis = sentences[path.name], sentences.get(path.name.replace("pro_", "anti_", 1), [])
         if len(pros) != len(antis):
-            raise DatasetError(
-                f"{path} has {len(pros)} sentences and its anti twin {len(antis)}: get both again ({ORIGIN.hub_id}, or "
-                "github.com/uclanlp/corefBias)"
-            )
-        kind = f"type {1 if '_type1.' in name else 2}"
+            raise DatasetError(f"{path} has {len(pros)} sentences and its anti twin {len(antis)}; {ORIGIN.again}")
+        kind = f"type {1 if '_type1.' in path.name else 2}"
         for line, (pro, anti) in enumerate(zip(pros, antis, strict=True), start=1):
-            twins.append(_twins(pro, anti, kind, f"{path}, line {line}", "as text files"))
+            twins.append(_twins(pro, anti, kind, f"{path}, line {line}"))
     if not twins:
-        raise DatasetError(
-            f"No items of winobias: {data_dir / ORIGIN.folder} has no pro_stereotyped_type1.txt.dev or the like; get "
-            f"{ORIGIN.hub_id}, in upstream's text files"
-        )
+        raise DatasetError(f"No items of winobias: {files[0].parent} has no pro-stereotyped sentences; {ORIGIN.again}")
     return WinoBias(twins, sha256_of_files(files))
 
 
-def _twins(pro: Sentence, anti: Sentence, kind: str, where: str, which_format: str) -> Twins:
+def _twins(pro: Sentence, anti: Sentence, kind: str, where: str) -> Twins:
     other = next((name for name in _OCCUPATIONS.findall(pro.text) if name != pro.occupation), "")
     if pro.occupation != anti.occupation or not other:
         raise DatasetError(
             f"{where}: not twins about one of two occupations ({pro.occupation!r} and {anti.occupation!r}, besides {other!r}); "
-            f"get {ORIGIN.hub_id} again, {which_format}"
+            f"{ORIGIN.again}"
         )
     return Twins(pro, anti, pro.occupation, other, kind)
 
@@ -141,7 +138,9 @@ def _twins_of_rows(rows: Iterable[Row]) -> list[Twins]:
     """Twins of Hub rows, matched by the end of `document_id`: "nw/dev_type1/stereotype//0", "nw/dev_type1/not_stereotype//0"."""
     sides: dict[str, dict[tuple[str, str], tuple[Row, Sentence]]] = {"pro": {}, "anti": {}}
     for row in rows:
-        kind, side = row.source.split("_")
+        kind, _, side = row.source.partition("_")
+        if side not in sides:
+            raise row.error(f"in {row.source!r}, not in one of {', '.join(ORIGIN.configs)}")
         key = (kind, row.text("document_id").rpartition("//")[2])
         if key in sides[side]:
             raise row.error(f"a second row with the document_id {row.text('document_id')!r}")
@@ -150,7 +149,7 @@ def _twins_of_rows(rows: Iterable[Row]) -> list[Twins]:
         for kind, number in sides[one].keys() - sides[other].keys():
             raise sides[one][kind, number][0].error(f"no row of {kind}_{other} has a document_id that ends in //{number}")
     return [
-        _twins(pro, sides["anti"][key][1], f"type {key[0].removeprefix('type')}", row.where, "in its upstream format")
+        _twins(pro, sides["anti"][key][1], f"type {key[0].removeprefix('type')}", row.where)
         for key, (row, pro) in sides["pro"].items()
     ]
 
@@ -181,7 +180,7 @@ def _sentences(file: Path) -> list[Sentence]:
             try:
                 found.append(_sentence(re.sub(r"[\[\]]", "", text), mentions))
             except ValueError as exc:
-                raise DatasetError(f"{file}, line {number}: {exc}; get {ORIGIN.hub_id} again, in upstream's text files") from exc
+                raise DatasetError(f"{file}, line {number}: {exc}; {ORIGIN.again}") from exc
     return found
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from biasdpo.data.journal import Journal, Mark, Row, garbage_collection_paused
 from biasdpo.data.near_duplicates import NearDuplicates, normalize
 from biasdpo.data.pairs import TEXTS, PreferencePair, judged_pair_id
+from biasdpo.data.templated import marker_in
 from biasdpo.errors import DatasetError
 
 # Overlap with benchmarks
@@ -311,6 +312,7 @@ class _Tally:
         self._prompts = NearDuplicates()
         self._near_duplicates = 0
         self._overlapping = 0
+        self._templated: Counter[str] = Counter()  # by marker
         self._files: Counter[str] = Counter()
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -319,6 +321,8 @@ class _Tally:
         preferred = [row for row in rows if row["verdict"] == "preferred"]
         for row in preferred:
             self._by_annotator[row["annotator"]].add(row)
+            if marker := marker_in(*(row[column] for column in TEXTS)):
+                self._templated[marker] += 1
         near = self._prompts.add_all([row["prompt"] for row in preferred], one_is_enough=True)
         self._near_duplicates += sum(bool(numbers) for _number, numbers in near)
         if self._overlap is not None and preferred:
@@ -351,6 +355,12 @@ class _Tally:
             yield (
                 f"{self._near_duplicates:,} of {prompts:,} prompts nearly repeat an earlier one and add little. Write different "
                 "prompts."
+            )
+        if self._templated:
+            markers = ", ".join(marker for marker, _count in self._templated.most_common(_NAMED_FILES))
+            yield (
+                f"{self._templated.total():,} of {everyone.pairs:,} pairs hold a chat template's markers ({markers}), which "
+                "would be trained as text. Withdraw them and import the file again with “Unwrap” (--unwrap)."
             )
         if self._overlapping:
             files = sorted(self._files)

@@ -1,28 +1,32 @@
 """Import of foreign preference data: read a file of any supported format, convert its rows, store the good ones, list the bad.
 
 A bad row never costs a good one: each is reported with its line and a reason. pandas, pyarrow and `datasets` reject a whole file
-for one bad line, or lose its line number, so JSON and CSV are read here; Parquet is read by pyarrow, the Hub by `datasets`.
+for one bad line, or lose its line number, so JSON and CSV are read here; Parquet is read by pyarrow, the Hub by `datasets`. Of
+these, only the mapped columns are read.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from biasdpo.access import require_owner
+from biasdpo.data import templated
 from biasdpo.data.journal import BOM, BadLine, Row, append_all, journal_of, now, parse_row, row_of, undone_ids
 from biasdpo.data.pairs import LABELS, TEXTS, pair_id_of, text_fault
+from biasdpo.data.templated import Message
 from biasdpo.errors import ConfigError, DatasetError
 from biasdpo.records import SEED_RANGE, Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace
@@ -31,9 +35,10 @@ from biasdpo.workspace import Workspace
 
 HUB = "hub:"
 MAX_LINE_BYTES = 16 * 1024 * 1024  # far longer than three texts of at most 100,000 characters
+MAX_PARQUET_CELLS, MAX_PARQUET_BYTES = 50_000_000, 4 * 2**30  # unpacked: a file of a few KB can claim any number
 _MAX_REASON = 300
 _NOT_UTF8 = "broken UTF-8; save the file as UTF-8"
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_AROUND_ROWS = ("data", "rows", "examples", "instances", "items", "samples", "train")
 _SPACES = (" ", "\t", "\r", "\n")
 _PACKED = {b"PK\x03\x04": "a ZIP or Excel file", b"\x1f\x8b": "a gzip file", b"\x28\xb5\x2f\xfd": "a zstd file"}
 
@@ -44,23 +49,27 @@ class SourceRow:
 
     line: int
     value: Any
+    is_csv: bool = False
 
 
 Read = SourceRow | BadLine
+Select = Callable[[Sequence[str]], Collection[str]]
+"""Which of a table's columns to read."""
 
 
-def rows_of(source: str | Path) -> Iterator[Read]:
-    """Yield the rows of a file or of `hub:OWNER/NAME`.
+def rows_of(source: str | Path, select: Select = lambda names: names) -> Iterator[Read]:
+    """Yield the rows of a file or of `hub:OWNER/NAME`. Columns of a Parquet file or the Hub that are not selected are None.
 
-    A source without any rows to read (missing, a folder, compressed, UTF-16, a column name twice, a damaged Parquet file) is a
+    A source without any rows to read (missing, a folder, compressed, a column name twice, a damaged Parquet file) is a
     DatasetError.
     """
     if str(source).startswith(HUB):
-        yield from _hub_rows(str(source).removeprefix(HUB))
+        yield from _hub_rows(str(source).removeprefix(HUB), select)
         return
     path = Path(os.path.expanduser(source))  # noqa: PTH111 (which, unlike Path's, leaves an unknown ~user alone)
     try:
-        yield from _reader_of(path)(path)
+        kind = _kind_of(path)
+        yield from _parquet_rows(path, select) if kind == "Parquet" else _READERS[kind](path)
     except OSError as exc:
         raise DatasetError(f"Can't read {path}: {exc.strerror or exc}; name a UTF-8 JSONL file, or CSV or Parquet") from exc
 
@@ -71,62 +80,126 @@ def bad_line(line: int, reason: str) -> BadLine:
     return BadLine(line, text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "…")
 
 
-def _reader_of(path: Path) -> Callable[[Path], Iterator[Read]]:
+def _kind_of(path: Path) -> str:
+    """The kind of a file: "Parquet", "CSV", "JSON" (one text) or "JSON Lines"."""
     if not path.exists():
         raise DatasetError(f"No dataset file {path}: check the path (or name hub:OWNER/NAME, or workspace)")
     if not path.is_file():
         raise DatasetError(f"{path} is not a file; name a JSONL, JSON, CSV or Parquet file")
-    with path.open("rb") as file:
+    with _open(path) as file:
         start = file.read(4096)
-        file.seek(max(0, path.stat().st_size - 4096))
-        end = file.read()
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        end = file.read().rstrip()
+        file.seek(0)
+        first = file.readline(MAX_LINE_BYTES).removeprefix(BOM).strip()
     for magic, what in _PACKED.items():
         if start.startswith(magic):
             raise DatasetError(f"{path} is {what}; unpack it, or save it as JSONL, CSV or Parquet")
-    if start.startswith(_UTF16):
-        raise DatasetError(f"{path} is UTF-16; save it as UTF-8")
     if start.startswith(b"PAR1"):
-        return _parquet_rows
-    suffix = path.suffix.lower()
+        return "Parquet"
+    suffix, begins_with = path.suffix.lower(), start.removeprefix(BOM).lstrip()[:1]
     if suffix == ".parquet":
         raise DatasetError(f"{path} is not a Parquet file, whatever its name says; rename it or make it again")
-    if suffix in (".csv", ".tsv"):
-        return _csv_rows
-    is_array = start.removeprefix(BOM).lstrip().startswith(b"[") and (suffix == ".json" or end.rstrip().endswith(b"]"))
-    return _array_items if is_array else _json_lines
+    if suffix in (".csv", ".tsv") or (suffix in (".txt", ".tab") and begins_with not in (b"[", b"{")):
+        return "CSV"
+    is_array = begins_with == b"[" and (suffix == ".json" or end.endswith(b"]"))
+    return "JSON" if is_array or (begins_with == b"{" and not _is_row(first)) else "JSON Lines"
 
 
-def _hub_rows(name: str) -> Iterator[SourceRow]:
+def _is_row(line: bytes) -> bool:
+    """Whether a file's first line, which begins with "{", is a row, good or bad: not the beginning of an object on several
+    lines, nor an object around the rows."""
+    try:
+        return _rows_within(json.loads(line)) is None
+    except (ValueError, RecursionError):
+        return line.endswith(b"}")
+
+
+def _rows_within(value: Any) -> list[Any] | None:
+    """The rows of an object around them, such as {"data": [{…}, …]}; None for anything else."""
+    rows = next((value[name] for name in _AROUND_ROWS if name in value), None) if isinstance(value, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(item, dict) for item in rows):
+        return None
+    if "chosen" in value or "prompt" in value:
+        return None
+    return [item["row"] if isinstance(item.get("row"), dict) else item for item in rows]  # "row": of the Hub's viewer
+
+
+def _open(path: Path) -> BinaryIO:
+    """A file's bytes; those of a UTF-16 file as UTF-8, also without a byte order mark: such a text begins with ASCII."""
+    file = path.open("rb")
+    start = file.read(4)
+    file.seek(0)
+    zeros = [not byte for byte in start]
+    order = "le" if start[:2] == b"\xff\xfe" or zeros == [False, True, False, True] else ""
+    order = "be" if start[:2] == b"\xfe\xff" or zeros == [True, False, True, False] else order
+    if not order:
+        return file
+    with file:
+        data = file.read()
+    return io.BytesIO(data[: len(data) // 2 * 2].decode(f"utf-16-{order}", "surrogatepass").encode("utf-8", "surrogatepass"))
+
+
+def _hub_rows(name: str, select: Select) -> Iterator[Read]:
     """The rows of a Hub dataset's split `train`, or else its first, numbered from 1."""
     from datasets import load_dataset
 
     try:
         splits = load_dataset(name)
-        rows = list(splits["train" if "train" in splits else next(iter(splits))])
+        table = splits["train" if "train" in splits else next(iter(splits))]
+        names = table.column_names
+        selected = set(select(names))
+        rows = list(table.select_columns([name for name in names if name in selected]))
     except Exception as exc:  # datasets raises a dozen unrelated kinds, all of which mean "not available"
-        reason = str(exc).strip().split("\n")[0][:160] or type(exc).__name__
-        raise DatasetError(f"Can't load {HUB}{name}: {reason}; check the name and the network, or name a JSONL file") from exc
-    yield from map(SourceRow, range(1, len(rows) + 1), rows)
+        raise DatasetError(
+            f"Can't load {HUB}{name}: {_first_line(exc)}; check the name and the network, or name a JSONL file"
+        ) from exc
+    yield from (SourceRow(i, dict.fromkeys(names) | row) for i, row in enumerate(rows, start=1))
 
 
-def _parquet_rows(path: Path) -> Iterator[Read]:
-    import pyarrow
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().split("\n")[0][:160] or type(exc).__name__
+
+
+def _parquet_rows(path: Path, select: Select) -> Iterator[Read]:
     from pyarrow import parquet
 
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow.names, path)
-            for batch in file.iter_batches(batch_size=1024):
+            names = file.schema_arrow.names
+            groups = list(map(file.metadata.row_group, range(file.num_row_groups)))
+        _check_columns(names, path)
+        selected = set(select(names))
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in selected]
+        cells, size = sum(chunk.num_values for chunk in chunks), sum(chunk.total_uncompressed_size for chunk in chunks)
+        if max(cells / MAX_PARQUET_CELLS, size / MAX_PARQUET_BYTES) > 1:
+            raise DatasetError(f"{path} unpacks to {cells:,} values and {size / 1e9:.1f} GB, which is too much; split it")
+        # As a dictionary, a text that is repeated a million times is held once.
+        repeated = sorted({chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"})
+        number = size = 0
+        with parquet.ParquetFile(path, read_dictionary=repeated) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=[name for name in names if name in selected]):
                 for i in range(batch.num_rows):
                     number += 1
-                    try:
-                        yield SourceRow(number, batch.slice(i, 1).to_pylist()[0])
-                    except UnicodeDecodeError:
-                        yield bad_line(number, _NOT_UTF8)
-    except pyarrow.ArrowException as exc:
-        reason = str(exc).strip().split("\n")[0][:160]
-        raise DatasetError(f"Can't read {path} as Parquet: {reason}; make it again") from exc
+                    row = _parquet_row(number, batch.slice(i, 1), names)
+                    size += sum(len(v) for v in row.value.values() if isinstance(v, str)) if isinstance(row, SourceRow) else 0
+                    if size > MAX_PARQUET_BYTES:
+                        raise DatasetError(f"{path} unpacks to more than {MAX_PARQUET_BYTES / 1e9:.0f} GB of text; split it")
+                    yield row
+    except DatasetError:
+        raise
+    except Exception as exc:  # pyarrow raises its own kinds, OSError, and Python's
+        raise DatasetError(f"Can't read {path} as Parquet: {_first_line(exc)}; make it again") from exc
+
+
+def _parquet_row(number: int, row: Any, names: Sequence[str]) -> Read:
+    try:
+        return SourceRow(number, dict.fromkeys(names) | row.to_pylist()[0])
+    except UnicodeDecodeError:
+        return bad_line(number, _NOT_UTF8)
+    except Exception as exc:  # a date out of range, an unknown time zone
+        return bad_line(number, f"a column can't be read: {_first_line(exc)}")
 
 
 def _check_columns(names: Sequence[str], path: Path) -> None:
@@ -136,7 +209,7 @@ def _check_columns(names: Sequence[str], path: Path) -> None:
 
 
 def _json_lines(path: Path) -> Iterator[Read]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -155,22 +228,34 @@ def _json_lines(path: Path) -> Iterator[Read]:
                 yield row if end in (-1, len(text)) else bad_line(number, "not JSON (extra data after the value)")
 
 
-def _array_items(path: Path) -> Iterator[Read]:
-    """Read item by item, so that a bad item, or an end that was cut off, costs no other."""
-    text = path.read_bytes().removeprefix(BOM).decode("utf-8", "surrogateescape").strip(" \t\r\n")
-    place, number = _next_place(text, text.index("[") + 1), 0
+def _json_text(path: Path) -> Iterator[Read]:
+    """The items of an array, or objects on several lines, one after the other or around the rows: item by item, so that a bad
+    item, or an end that was cut off, costs no other."""
+    with _open(path) as file:
+        text = file.read().removeprefix(BOM).decode("utf-8", "surrogateescape").strip(" \t\r\n")
+    is_array = text.startswith("[")
+    close = "]" if is_array else ""
+    place, number = _next_place(text, int(is_array)), 0
     fault = ""
-    while not fault and text[place : place + 1] != "]":
+    while not fault and text[place : place + 1] != close:
         number += 1
         row, end = _json_value(number, text, place)
         if isinstance(row, BadLine) and end == -1:
-            yield replace(row, reason=f"{row.reason}; what follows was not read")
+            if number == 1 and not is_array:  # JSON Lines after all, with a bad first line
+                yield from _json_lines(path)
+            else:
+                yield replace(row, reason=f"{row.reason}; what follows was not read")
             return
-        yield row if _is_utf8(text[place:end]) else bad_line(number, _NOT_UTF8)
+        if not _is_utf8(text[place:end]):
+            row = bad_line(number, _NOT_UTF8)
+        if isinstance(row, SourceRow) and not is_array and (rows := _rows_within(row.value)) is not None:
+            yield from (SourceRow(i, value) for i, value in enumerate(rows, start=1))
+        else:
+            yield row
         place = _next_place(text, end)
-        if text[place : place + 1] == ",":
+        if is_array and text[place : place + 1] == ",":
             place = _next_place(text, place + 1)
-        elif text[place : place + 1] != "]":
+        elif is_array and text[place : place + 1] != close:
             fault = "not JSON (expected ',' or ']')"
     if fault or text[place + 1 :]:
         yield bad_line(number + 1, f"{fault or 'text after the end of the JSON array'}; what follows was not read")
@@ -225,14 +310,16 @@ def _is_utf8(text: str) -> bool:
 def _csv_rows(path: Path) -> Iterator[Read]:
     """Find the delimiter, keep line breaks within quotes, and lose no more than its own row to a stray quote."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = file.readlines()
-    delimiter = max(",;\t|", key=lines[0].count) if lines else ","
+    named = re.fullmatch(r"sep=(.)\s*", lines[0], re.IGNORECASE) if lines else None  # as Excel writes it
+    delimiter = named[1] if named else max(",;\t|", key=lines[0].count) if lines else ","
 
     def reader_from(start: int) -> Any:
         return csv.reader(map(lines.__getitem__, range(start, len(lines))), delimiter=delimiter, strict=True)
 
-    first, reader = 0, reader_from(0)
+    first = 1 if named else 0
+    reader = reader_from(first)
     header: list[str] = []
     while True:
         start = first + reader.line_num  # the index of the line where the next row starts
@@ -253,16 +340,16 @@ def _csv_rows(path: Path) -> Iterator[Read]:
         elif cells and (len(cells) < len(header) or any(cells[len(header) :])):
             yield bad_line(start + 1, f"{len(cells)} cells, but the header has {len(header)}")
         elif cells:
-            yield SourceRow(start + 1, {name: cell for name, cell in zip(header, cells, strict=False) if name})
+            yield SourceRow(start + 1, {name: cell for name, cell in zip(header, cells, strict=False) if name}, True)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Read]]] = {"CSV": _csv_rows, "JSON": _json_text, "JSON Lines": _json_lines}
 
 
 # Chat messages, as TRL (role, content) and LLaMA-Factory (from, value) write them
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _MESSAGE_KEYS = (("role", "content"), ("from", "value"))
-
-Message = tuple[str, str]
-"""Role (system, user or assistant) and content."""
 
 
 def _chat(value: Any) -> list[dict[str, Any]]:
@@ -290,7 +377,7 @@ def _split_system(messages: Sequence[Message], column: str) -> tuple[str, str]:
 
     Longer conversations are refused: training renders one user turn, and flattening them would put the model's words into it.
     """
-    system, turns = (messages[0][1], messages[1:]) if messages[0][0] == "system" else ("", messages)
+    system, turns = (messages[0][1], messages[1:]) if messages and messages[0][0] == "system" else ("", messages)
     if len(turns) != 1:
         raise ValueError(f"{column} has {len(turns)} turns before the completion; only one user turn can be trained on")
     if turns[0][0] != "user":
@@ -307,7 +394,7 @@ def _message(item: dict[str, Any], column: str) -> Message:
     role, content = item[role_key], item[content_key]
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{column} has a turn of role {str(role)[:40]!r}; supported are {', '.join(ROLES)}")
-    if item.get("tool_calls"):
+    if not _is_nothing(item.get("tool_calls")):
         raise ValueError(f"{column} has tool calls, which can't be trained on here")
     if isinstance(content, list):  # parts, as multimodal models take them
         parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
@@ -321,6 +408,10 @@ def _message(item: dict[str, Any], column: str) -> Message:
 
 # Columns
 
+_MISSING = {  # what pandas, and with it `datasets`, reads in a CSV file as a missing value
+    *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+}
 _NOT_TEXT = ("tools", "images", "image", "videos", "audios")
 _NAMES = {  # of each field: the names its column may have, the likeliest first
     "prompt": ("prompt", "instruction", "question", "query", "conversations", "messages", "input"),
@@ -359,9 +450,10 @@ class ColumnMapping:
     history: str = ""
 
     def with_columns(self, prompt: str, chosen: str, rejected: str, category: str = "", target_group: str = "") -> ColumnMapping:
-        """This mapping with other columns; those that belong to the prompt's column go with it."""
+        """This mapping with other columns; those that belong to the prompt's column go with it, as do those that these take."""
         old = self if prompt == self.prompt else replace(self, input="", history="")
-        return replace(old, prompt=prompt, chosen=chosen, rejected=rejected, category=category, target_group=target_group)
+        columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "category": category, "target_group": target_group}
+        return replace(old, **{field: "" for field, column in old.to_json().items() if column in columns.values()} | columns)
 
     def to_json(self) -> dict[str, str]:
         """The columns that are mapped."""
@@ -405,7 +497,32 @@ def parse_mapping(text: str, guess: ColumnMapping, columns: Sequence[str]) -> Co
         given[field.strip()] = column
         if column and column not in columns:
             raise DatasetError(f"No column {column[:60]!r} for {field.strip()}: choose one of {shown_columns(columns)}")
-    return replace(guess, **given)
+    beside = {field: "" for field, column in guess.to_json().items() if field not in TEXTS and column in given.values()}
+    return checked(replace(guess, **beside | given))
+
+
+def checked(mapping: ColumnMapping) -> ColumnMapping:
+    """The mapping, if no column is in it twice; ConfigError otherwise."""
+    fields: dict[str, str] = {}
+    for field, column in mapping.to_json().items():
+        if column in fields:
+            raise ConfigError(f"Column {column[:60]!r} is both {fields[column]} and {field}: choose another for one of them")
+        fields[column] = field
+    return mapping
+
+
+def used_columns(mapping: ColumnMapping | None) -> Select:
+    """Which columns an import reads: those of the mapping, or else those that may be guessed, and what excludes a row."""
+
+    def select(names: Sequence[str]) -> Collection[str]:
+        if set(names) >= _JOURNAL_COLUMNS:
+            return names
+        # A guess may skip `messages` once rows are seen.
+        guesses = [mapping] if mapping else [detect(names, ()), detect([n for n in names if n.casefold() != "messages"], ())]
+        own = ("id", "pair_id") if {"id", "pair_id"} <= set(names) else ()
+        return {column for guess in guesses for column in guess.to_json().values()} | {*_NOT_TEXT, *own}
+
+    return select
 
 
 def shown_columns(columns: Iterable[Any]) -> str:
@@ -419,7 +536,11 @@ def shown_columns(columns: Iterable[Any]) -> str:
 
 @dataclass(frozen=True)
 class ForeignPair:
-    """A converted row. `has_system`: a system text was put before the prompt."""
+    """A converted row.
+
+    has_system   a system text was put before the prompt
+    marker       of a chat template that was applied to the texts: "" if none was, or if they were unwrapped
+    """
 
     prompt: str
     chosen: str
@@ -429,20 +550,40 @@ class ForeignPair:
     annotator: str = ""
     note: str = ""
     has_system: bool = False
+    marker: str = ""
 
 
-def convert(row: Any, mapping: ColumnMapping) -> ForeignPair:
-    """Convert a row to a pair; a row that can't be one is a ValueError with the reason, in one line."""
+def convert(row: Any, mapping: ColumnMapping, *, is_csv: bool = False, unwrap: bool = False) -> ForeignPair:
+    """Convert a row to a pair; a row that can't be one is a ValueError with the reason, in one line.
+
+    is_csv   a cell such as "nan" is a missing value, as pandas and `datasets` read it
+    unwrap   of texts that a chat template was applied to, take the turns
+    """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with prompt, chosen, rejected, got {type(row).__name__}")
     for column in _NOT_TEXT:
-        if row.get(column):
+        if not _is_nothing(row.get(column)):
             raise ValueError(f"the row has {column}, which can't be trained on here")
     turns, chosen = _completion(row, mapping.chosen)
     rejected_turns, rejected = _completion(row, mapping.rejected)
-    if turns != rejected_turns:
+    cut = -1 if mapping.prompt or turns else templated.answer_start(chosen)
+    if turns != rejected_turns or (cut >= 0 and chosen[:cut] != rejected[: templated.answer_start(rejected)]):
         raise ValueError(f"{mapping.chosen} and {mapping.rejected} begin with different turns")
-    system, prompt = _system_and_prompt(row, mapping, turns)
+    if cut >= 0:  # a whole dialogue as text, as in HH-RLHF
+        system, prompt, chosen, rejected = "", chosen[:cut], chosen[cut:], rejected[cut:]
+    else:
+        system, prompt = _system_and_prompt(row, mapping, turns)
+    if is_csv and row.get("pair_id") != pair_id_of(prompt, chosen, rejected):  # which our own exports have
+        for text, column in ((prompt, mapping.prompt), (chosen, mapping.chosen), (rejected, mapping.rejected)):
+            if text.strip() in _MISSING:
+                raise ValueError(f"{column} is missing ({text.strip()}); if that is the text, save the file as JSONL")
+    if (marker := templated.marker_in(prompt, chosen, rejected)) and unwrap:
+        marker, prompt_column = "", mapping.prompt or "prompt"
+        if templated.marker_in(prompt):
+            own_system, prompt = _split_system(templated.turns_of(prompt, prompt_column), prompt_column)
+            system = "\n\n".join(filter(None, (system, own_system)))
+        chosen = templated.completion_of(chosen, mapping.chosen)
+        rejected = templated.completion_of(rejected, mapping.rejected)
     if chosen.strip() and chosen.strip() == rejected.strip():
         raise ValueError("chosen and rejected are the same text, which teaches nothing")
     if system and prompt.strip():
@@ -451,7 +592,12 @@ def convert(row: Any, mapping: ColumnMapping) -> ForeignPair:
         if fault := text_fault(text, column):
             raise ValueError(fault)
     labels = {field: _label(row, getattr(mapping, field), most) for field, most in LABELS.items()}
-    return ForeignPair(prompt, chosen, rejected, **labels, has_system=bool(system))
+    return ForeignPair(prompt, chosen, rejected, **labels, has_system=bool(system), marker=marker)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a value is empty, also as JSON text ("[]")."""
+    return not value or value != value or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", *_MISSING))
 
 
 def _value(row: dict[str, Any], column: str) -> Any:
@@ -533,6 +679,7 @@ def _label(row: dict[str, Any], column: str, longest: int) -> str:
 
 # Conversion of a source
 
+_TEMPLATED = "{:,} rows hold a chat template's markers ({}), which would be trained as text: unwrap them (--unwrap)"
 SAMPLE_ROWS = 1000  # rows read ahead to find a file's columns
 _OWN_ID = re.compile(r"[0-9a-f]{32}")
 _JOURNAL_COLUMNS = {"id", "pair_id", "verdict", "retracts"}
@@ -550,14 +697,19 @@ class Converted:
 
 
 def convert_source(
-    source: str | Path, mapping: ColumnMapping | None = None, name: str = "file", on_row: Callable[[], object] = lambda: None
+    source: str | Path,
+    mapping: ColumnMapping | None = None,
+    name: str = "file",
+    on_row: Callable[[], object] = lambda: None,
+    *,
+    unwrap: bool = False,
 ) -> Converted:
-    """Convert every row of a source to a judgment that could be stored, with the source `import:NAME`.
+    """Convert every row of a source to a judgment that could be stored, with the source `import:NAME`. `unwrap`: see `convert`.
 
     Raises DatasetError if the source can't be read, or if no column is recognized as chosen or rejected.
     """
     imported_at = now()
-    rows = rows_of(source)
+    rows = rows_of(source, used_columns(mapping))
     head, columns, mapping = _read_head(rows, mapping)
     for field in ("chosen", "rejected") if columns else ():
         if not getattr(mapping, field):
@@ -569,6 +721,7 @@ def convert_source(
     withdrawn: set[str] = set()
     repeats: Counter[tuple[str, ...]] = Counter()
     with_system = 0
+    markers: Counter[str] = Counter()
     for row in chain(head, rows):
         on_row()
         if isinstance(row, BadLine):
@@ -583,10 +736,11 @@ def convert_source(
                     left_out[own["verdict"]] += own["verdict"] != "retracted"
                     continue
                 extra = _journal_columns(own, imported_at)
-            pair = convert(row.value, mapping)
+            pair = convert(row.value, mapping, is_csv=row.is_csv, unwrap=unwrap)
         except ValueError as exc:
             bad.append(bad_line(row.line, str(exc)))
             continue
+        markers[pair.marker] += bool(pair.marker)
         with_system += pair.has_system
         texts = (pair.prompt, pair.chosen, pair.rejected)
         pair_id = pair_id_of(*texts)
@@ -612,6 +766,8 @@ def convert_source(
     notes = []
     if with_system:
         notes.append(f"{with_system:,} rows have a system text, which now stands before the prompt")
+    if +markers:
+        notes.append(_TEMPLATED.format(sum(markers.values()), ", ".join(marker for marker, _ in markers.most_common(3))))
     if +left_out:
         notes.append("left out of the journal: " + ", ".join(f"{count:,} {what}" for what, count in sorted((+left_out).items())))
     return Converted(tuple(kept), tuple(bad), columns, mapping, tuple(notes))
@@ -645,7 +801,7 @@ def _read_head(rows: Iterator[Read], mapping: ColumnMapping | None) -> tuple[lis
         if isinstance(row, SourceRow) and isinstance(row.value, dict):
             objects.append(row.value)
     columns = tuple(dict.fromkeys(str(column) for value in objects for column in value))
-    return head, columns, mapping or detect(columns, objects)
+    return head, columns, checked(mapping or detect(columns, objects))
 
 
 def _journal_columns(row: Row, imported_at: str) -> dict[str, Any]:
@@ -716,10 +872,10 @@ class Imported:
         return asdict(self) | {"columns": list(self.columns), "mapping": self.mapping.to_json()}
 
 
-def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int = 5) -> Preview:
+def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int = 5, *, unwrap: bool = False) -> Preview:
     """Return a source's columns and its first `rows` pairs and bad rows; store nothing. Only for the owner."""
     require_owner("Import")
-    head, columns, mapping = _read_head(rows_of(source), mapping)
+    head, columns, mapping = _read_head(rows_of(source, used_columns(mapping)), mapping)
     pairs: list[ForeignPair] = []
     bad: list[BadLine] = []
     for row in head if mapping.chosen and mapping.rejected else ():
@@ -727,7 +883,7 @@ def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int 
             bad.append(row)
         elif not is_journal_row(row.value) or row.value.get("verdict") == "preferred":
             try:
-                pairs.append(convert(row.value, mapping))
+                pairs.append(convert(row.value, mapping, is_csv=row.is_csv, unwrap=unwrap))
             except ValueError as exc:
                 bad.append(bad_line(row.line, str(exc)))
         if len(pairs) >= rows and len(bad) >= rows:
@@ -737,9 +893,7 @@ def preview(source: str | Path, mapping: ColumnMapping | None = None, rows: int 
 
 
 def _file_format(source: str | Path) -> str:
-    names: dict[Callable[[Path], Iterator[Read]], str]
-    names = {_parquet_rows: "Parquet", _csv_rows: "CSV", _array_items: "JSON", _json_lines: "JSON Lines"}
-    return "Hub dataset" if str(source).startswith(HUB) else names[_reader_of(Path(os.path.expanduser(source)))]  # noqa: PTH111
+    return "Hub dataset" if str(source).startswith(HUB) else _kind_of(Path(os.path.expanduser(source)))  # noqa: PTH111
 
 
 def _row_format(row: dict[str, Any]) -> str:
@@ -759,18 +913,20 @@ def import_file(
     on_row: Callable[[], object] = lambda: None,
     *,
     dry_run: bool = False,
+    unwrap: bool = False,
 ) -> Imported:
     """Store the rows of a file, or of `hub:OWNER/NAME`, in the journal as `import:NAME` (default: the file's stem).
 
     mapping   which column is which; None guesses it (see `preview`)
     on_row    called after each row read
     dry_run   only report what an import would do
+    unwrap    of texts that a chat template was applied to, store the turns
 
     Raises DatasetError if not one row is good, WorkspaceError if the journal can't be written (then nothing is stored), and
     RefusedError for a visitor.
     """
     require_owner("Import")
-    converted = convert_source(source, mapping, import_name(source, name), on_row)
+    converted = convert_source(source, mapping, import_name(source, name), on_row, unwrap=unwrap)
     check_some_good(source, converted)
     journal = journal_of(workspace).refresh()
     undone = undone_ids(journal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def check_label(text: str, column: str) -> None:
 
 def text_fault(value: str, column: str) -> str:
     """Return why a text can't be stored or trained on (empty, too long, NUL, half a surrogate pair), or ""."""
-    if not value.strip():
+    if is_blank(value):
         return f"{column} is empty"
     if len(value) > MAX_CHARACTERS:
         return f"{column} has {len(value):,} characters, at most {MAX_CHARACTERS:,}"
@@ -113,6 +114,25 @@ def text_fault(value: str, column: str) -> str:
     except UnicodeEncodeError:
         return f"{column} holds half a surrogate pair, which is no text"
     return ""
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has only white space and characters without a shape, such as a zero-width space."""
+    if text.isascii():
+        return not text.strip()
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
+
+
+def looks_alike(one: str, other: str) -> bool:
+    """Whether two texts differ at most in white space, characters without a shape, and how accents are encoded."""
+
+    def shown(text: str) -> str:
+        if text.isascii():
+            return " ".join(text.split())
+        visible = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
+        return " ".join(unicodedata.normalize("NFC", visible).split())
+
+    return one == other or shown(one) == shown(other)
 
 
 def derive(rows: Sequence[PreferencePair]) -> Derived:

@@ -56,6 +56,10 @@ def sentence(result: Mapping[str, Any]) -> str:
         parts = [part for part in (_bias_outcome(list(bias.values())), _quality_outcome(quality)) if part]
     if result["provenance"].get("interrupted"):
         parts.append("stopped before all items were scored")
+    for name, one in result["benchmarks"].items():
+        if unmatched := int(one.get("n_without_biased_answer") or 0):
+            items = f"{unmatched:,} of {one['n']:,} {benchmark_title(name)} items"
+            parts.append(f"{items} have no biased answer and count in no bias score")
     if result.get("missing"):
         parts.append(f"not scored: {', '.join(map(benchmark_title, result['missing']))}")
     text = "; ".join(parts) + "."
@@ -155,11 +159,12 @@ def _texts(row: TableRow) -> list[str]:
         base, tuned = abs(row.base - ideal), abs(row.tuned - ideal)
         decimals = len(figure(max(base, tuned)).partition(".")[2])
         change += f"; distance from {ideal:g}: {base:.{decimals}f} → {tuned:.{decimals}f}"
-    return [_decided(row), change, figure(row.base, row.base_ci), figure(row.tuned, row.tuned_ci), p, f"{row.n:,}"]
+    shown = "n/a" if row.is_undefined else figure(row.base, row.base_ci)
+    return [_decided(row), change, shown, figure(row.tuned, row.tuned_ci), p, f"{row.n:,}"]
 
 
 def _text(row: TableRow) -> str:
-    value = figure(row.tuned, row.tuned_ci) or figure(row.base, row.base_ci) or figure(row.difference, row.ci)
+    value = figure(row.tuned, row.tuned_ci) or figure(row.base, row.base_ci) or figure(row.difference, row.ci) or "n/a"
     return f"{value} {_decided(row)}".rstrip()
 
 
@@ -233,7 +238,7 @@ def _metrics_table(rows: Sequence[TableRow]) -> Iterator[str]:
             plain(row.group if grouped else row.benchmark),
             _metric(row.metric, row.better),
             f"{row.n:,}{'' if row.comparable else ' *'}",
-            _number(row.base, row.base_ci),
+            "n/a" if row.is_undefined else _number(row.base, row.base_ci),
             _number(row.tuned, row.tuned_ci),
             _number(row.difference, row.ci),
             "" if row.p_holm is None else f"{row.p_holm:.2g}" if row.p_holm >= 0.0001 else "< 0.0001",

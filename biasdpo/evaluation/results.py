@@ -56,6 +56,7 @@ class _Metrics(_Part):
     tuned: dict[str, _Interval]
     difference: dict[str, _Change]
     paired: dict[str, _Change]
+    undefined: list[str] = []
 
 
 class _Failure(_Part):
@@ -191,7 +192,8 @@ def summary(file: Path, _modified_ns: int) -> tuple[bool, str]:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One metric, overall or of one group. None: does not exist (tuned without an adapter, the sides of a paired metric).
+    """One metric, overall or of one group. None: does not exist (tuned without an adapter, the sides of a paired metric, all
+    of a metric that no item defines).
 
     group        "" for overall
     n, n_failed  items scored, and items that could not be (counted overall)
@@ -226,6 +228,11 @@ class TableRow:
     why_not: str
     no_change: float = 0.0
 
+    @property
+    def is_undefined(self) -> bool:
+        """Whether no item defines the metric."""
+        return self.base is None and self.difference is None
+
 
 def table(result: Mapping[str, Any]) -> list[TableRow]:
     """The overall rows, by benchmark."""
@@ -253,7 +260,7 @@ def _rows(name: str, group: str, part: Mapping[str, Any], benchmark: Mapping[str
     why_not = benchmark.get("not_comparable", "")
     is_small = bool(group) and part["n"] < MIN_GROUP_ITEMS
     sides = {metric: (base, part["tuned"].get(metric, {})) for metric, base in part["base"].items()}
-    sides |= {metric: ({}, {}) for metric in part["paired"]}
+    sides |= {metric: ({}, {}) for metric in (*part["paired"], *part.get("undefined", ()))}
     for metric, (base, tuned) in sides.items():
         change = part["difference"].get(metric) or part["paired"].get(metric) or {}
         yield TableRow(

@@ -478,7 +478,7 @@ def _metrics(benchmark: Benchmark[Any], base: Array, tuned: Array | None, seed: 
     if tuned is None:
         alone = stats.bootstrap(base, of_side, seed=seed)
         found = {name: interval.to_json() for name, interval in alone.items()}
-        return {"base": found, "tuned": {}, "difference": {}, "paired": {}}
+        return {"base": found, "tuned": {}, "difference": {}, "paired": {}, "undefined": [n for n in of_side if n not in found]}
     both = np.concatenate([base, tuned], axis=1)
     tested = {("difference", name): stats.difference(metric) for name, metric in of_side.items()}
     tested |= {("nearer", name): stats.improvement(metric) for name, metric in of_side.items() if metric.better == "nearer"}
@@ -518,6 +518,7 @@ def _metrics(benchmark: Benchmark[Any], base: Array, tuned: Array | None, seed: 
             for name, metric in of_both.items()
             if ("paired", name) in intervals
         },
+        "undefined": [name for name in of_side if ("base", name) not in intervals],
     }
 
 

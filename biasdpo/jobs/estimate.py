@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from biasdpo.benchmarks.base import Benchmark
     from biasdpo.engines import Engine
 
-FORMAT = 1  # of a remembered estimate; raise it where the cost of training changes
+FORMAT = 2  # of a remembered estimate; raise it where the cost of training changes
 _SPEED_FORMAT = 1  # the same for scoring
 _POLL_SECONDS = 0.1
 
@@ -52,7 +52,7 @@ class Estimate:
     """Time and memory of a run, from steps measured on its own median and longest rows.
 
     steps              of the optimizer
-    pairs_train        rows that an epoch sees; pairs_held_out, dropped, cut: counts after tokenizing
+    pairs_train        rows that an epoch sees; pairs_held_out, dropped, equal, cut: as in `training.rows.Tokenized`
     tokens_per_epoch   prompt, chosen and rejected completion of every training row
     seconds_per_step   of a step of mean length
     seconds_total      loading, reference pass, steps, evaluations, probes, scoring; without early stopping
@@ -66,6 +66,7 @@ class Estimate:
     pairs_train: int
     pairs_held_out: int
     dropped: int
+    equal: int
     cut: int
     tokens_per_epoch: int
     seconds_per_step: float

@@ -37,6 +37,7 @@ def resolve_training(config: TrainConfig, workspace: Workspace) -> ResolvedTrain
     spec = models.find(config.model)
     config = absolute(config)
     data = splits.resolve(config, workspace)
+    config.check_warmup(len(data.epoch))
     origin = {**data.provenance(), "probe_prompts": prompts.probe_prompts(config)}
     return ResolvedTraining(config, spec, data, Resolved(model=config.model, device=device_of_training(config), data=origin))
 

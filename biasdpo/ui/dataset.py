@@ -28,7 +28,7 @@ _PAGE_ROWS = 25
 _MAX_CHOICES = 300  # of one filter, the commonest: the search finds the others
 _MAX_BAD_ROWS = 500  # listed; the others are counted
 _SHOWN = 90  # characters of a text in a table
-_FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"]
+_FILES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".parquet"]
 _SEED_PAIRS = str(ASSETS / "seed_pairs.jsonl")
 _PICKED = ("prompt", "chosen", "rejected", "category", "target_group")  # columns that the user may map
 _STATES = {"Current": "standing", "Withdrawn or edited": "retracted", "All": "all"}
@@ -360,6 +360,7 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
         with gr.Row():
             ids = [f"import-column-{field.replace('_', '-')}" for field in _PICKED]
             pickers = [gr.Dropdown([], label=f"{t} column", min_width=120, elem_id=i) for t, i in zip(titles, ids, strict=True)]
+        unwrap = gr.Checkbox(False, label="Unwrap: drop the chat template's markers", visible=False, elem_id="import-unwrap")
         widths: list[str | int] = ["30%", "25%", "25%", "10%", "10%"]
         first = gr.Dataframe(headers=titles, label="First pairs", column_widths=widths, elem_id="import-first-rows", **grid)
         with gr.Row(elem_classes="actions"):
@@ -370,20 +371,23 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     imports = gr.Radio([], label="Imports so far: choose one to undo it", visible=False, elem_id="imports")
     undo = gr.Button("Undo this import: withdraw its rows", size="sm", variant="stop", visible=False, elem_id="import-undo")
 
-    def preview(source_: str, mapping: ColumnMapping | None) -> tuple[importing.Preview, Updates]:
-        seen = importing.preview(source_, mapping)
+    def preview(source_: str, mapping: ColumnMapping | None, unwrap_: bool) -> tuple[importing.Preview, Updates]:
+        seen = importing.preview(source_, mapping, unwrap=unwrap_)
         rows = [[short(getattr(pair, field), _SHOWN) for field in _PICKED] for pair in seen.pairs]
         missing = [field for field in ("chosen", "rejected") if not getattr(seen.mapping, field)]
+        marker = next((pair.marker for pair in seen.pairs if pair.marker), "")
+        templated = f" **Holds a chat template's markers ({escape(marker)}), which would be trained as text.**" if marker else ""
         ask = f" **Choose the column of the {' and the '.join(missing)} completion.**" if missing else ""
         return seen, {
-            format_: escape(str(seen)) + ask,
+            format_: escape(str(seen)) + ask + templated,
+            unwrap: gr.Checkbox(value=unwrap_, visible=unwrap_ or bool(marker)),
             first: gr.Dataframe(rows, visible=bool(rows)),
             bad: _bad_rows(seen.bad, "First rows that will be left out"),
             go: gr.Button(interactive=not missing),
         }
 
     def open_source(source_: str) -> Updates:
-        seen, updates = preview(source_, None)
+        seen, updates = preview(source_, None, False)
         columns = [("(none)", ""), *((column, column) for column in seen.columns)]
         guesses = {p: gr.Dropdown(columns, value=getattr(seen.mapping, f)) for p, f in zip(pickers, _PICKED, strict=True)}
         opened = {source: source_, guess: seen.mapping, name: import_name(source_), box: gr.Column(visible=True)}
@@ -392,9 +396,9 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     def open_named(named: str, request: gr.Request) -> Updates:
         return open_source(_check_source(named, request))
 
-    def import_rows(source_: str, guess_: ColumnMapping, name_: str, *picked: str) -> Updates:
+    def import_rows(source_: str, guess_: ColumnMapping, name_: str, unwrap_: bool, *picked: str) -> Updates:
         """Import what was previewed. If the page is closed meanwhile, the thread goes on: all of it is stored, or nothing."""
-        done = importing.import_file(studio.workspace, source_, guess_.with_columns(*picked), name_)
+        done = importing.import_file(studio.workspace, source_, guess_.with_columns(*picked), name_, unwrap=unwrap_)
         told = f"**{plural(done.written, 'pair')} imported** as {escape(done.source)}"
         told += f", {plural(done.known, 'row')} already there" * bool(done.known)
         told += f", {plural(len(done.bad), 'row')} left out" * bool(done.bad)
@@ -407,16 +411,17 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
         told = f"Import undone: {plural(done, 'row')} withdrawn."
         return {changed: secrets.token_hex(4), result: gr.Markdown(told, visible=True), bad: gr.Dataframe(visible=False)}
 
-    previewed = [format_, first, bad, go]
+    previewed = [format_, first, bad, go, unwrap]
     opened = [*previewed, *pickers, source, guess, name, box, result]
     work: dict[str, Any] = {"concurrency_limit": 4, "api_visibility": "private"}  # a file may be long, the Hub far away
     file.upload(handles(open_source), file, opened, show_progress_on=file, **work)
     gr.on([look.click, path.submit], handles(open_named), path, opened, show_progress_on=path, **work)
-    map_columns = handles(lambda source_, guess_, *picked: preview(source_, guess_.with_columns(*picked))[1])
-    gr.on([p.input for p in pickers], map_columns, [source, guess, *pickers], previewed, show_progress_on=first, **work)
+    again = handles(lambda source_, guess_, unwrap_, *picked: preview(source_, guess_.with_columns(*picked), unwrap_)[1])
+    inputs: list[Any] = [*pickers, unwrap]
+    gr.on([one.input for one in inputs], again, [source, guess, unwrap, *pickers], previewed, show_progress_on=first, **work)
     imported = [result, bad, box, changed]
-    go.click(handles(import_rows), [source, guess, name, *pickers], imported, show_progress_on=go, **work)
-    examples = handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", *_PICKED))
+    go.click(handles(import_rows), [source, guess, name, unwrap, *pickers], imported, show_progress_on=go, **work)
+    examples = handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", False, *_PICKED))
     seed.click(examples, None, imported, show_progress_on=seed, **work)
     imports.input(lambda: gr.Button(visible=True), None, undo, **QUICK)
     undo.click(handles(undo_import), [imports, studio.identity], [changed, result, bad], **QUICK)

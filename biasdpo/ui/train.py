@@ -190,6 +190,7 @@ def estimate_line(found: Estimate) -> str:
         return f"⚠ {escape(found.refusal)}"
     device = "the CPU" if found.device == "cpu" else escape(found.device)
     long = [f"{plural(n, 'pair')} too long: {what}." for n, what in ((found.dropped, "dropped"), (found.cut, "truncated")) if n]
+    long += [f"{plural(found.equal, 'pair')} dropped: both completions are the same within max_length."] if found.equal else []
     cost = f"About **{duration(found.seconds_total)}** on {device} ({plural(found.steps, 'step')})"
     memory = f"**{found.memory_bytes / 1e9:.1f} GB** of memory; {found.memory_free_bytes / 1e9:.1f} GB are free."
     return " ".join([f"{cost} and {memory}", *long])

@@ -112,6 +112,18 @@ def standing(workspace: Workspace, prompt: str) -> list[dict[str, Any]]:
     return [row for row in rows if prompt in row["prompt"] and row["id"] not in gone]
 
 
+def test_templated_texts_are_unwrapped_on_request(reader, library: Workspace, tmp_path: Path) -> None:
+    file = tmp_path / "templated.jsonl"
+    file.write_text(json.dumps({"prompt": "[INST] Which Zebra? [/INST]", "chosen": "Any.</s>", "rejected": "None.</s>"}))
+    reader.choose_file(file)
+    reader.visitor.wait("#import-format", "Holds a chat template's markers ([INST])")
+    reader.page.check("#import-unwrap input")
+    reader.page.locator("#import-first-rows [data-testid=cell-0-0]").get_by_text("Which Zebra?", exact=True).wait_for()
+    reader.import_("1 pair imported as import:templated")
+    (row,) = standing(library, "Zebra")
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("Which Zebra?", "Any.", "None.")
+
+
 def test_the_newest_first_page_by_page_with_search_and_filters(reader):
     reader.pick("dataset-filter-annotator", "oak (30)")
     reader.wait_position("1 to 25 of 30, newest first")

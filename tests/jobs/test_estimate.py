@@ -86,7 +86,7 @@ def test_what_would_wait_for_another_run_is_not_refused(command_line: CommandLin
 def test_what_was_measured_beside_a_run_is_not_remembered(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     config = command_line.config()
     measured = Estimate(
-        **dict.fromkeys(("steps", "pairs_train", "pairs_held_out", "dropped", "cut", "tokens_per_epoch"), 1),
+        **dict.fromkeys(("steps", "pairs_train", "pairs_held_out", "dropped", "equal", "cut", "tokens_per_epoch"), 1),
         **dict.fromkeys(("seconds_per_step", "seconds_total"), 1.0),
         **dict.fromkeys(("memory_bytes", "memory_free_bytes"), 1),
         **dict.fromkeys(("refusal", "device", "measured_at"), ""),
@@ -161,7 +161,7 @@ def test_oversized_weights_are_refused_unmeasured(workspace: Workspace, monkeypa
 
 
 def test_the_line_through_two_timed_batches() -> None:
-    from training.estimate import Timed, linear, steps_of, times
+    from training.estimate import Timed, linear, times
 
     median, longest = Timed(100, 2.0), Timed(300, 5.0)
     assert linear(100, median, longest) == 2.0
@@ -169,8 +169,8 @@ def test_the_line_through_two_timed_batches() -> None:
     assert linear(50, Timed(100, 2.0), Timed(100, 2.0)) == 1.0  # one length: through nothing
     assert linear(1000, median, Timed(300, 1.0)) == 2.0  # a longer one that was faster is noise
     # 933 rows in batches of 4: 234 of them, two a step: 117 steps an epoch.
-    assert steps_of(TrainConfig(epochs=1.0), 933) == 117
-    assert steps_of(TrainConfig(epochs=2.5), 933) == 293
-    assert steps_of(TrainConfig(epochs=1.0, num_processes=2), 933) == 59
-    assert steps_of(TrainConfig(max_steps=20), 933) == 20
+    assert TrainConfig(epochs=1.0).steps_for(933) == 117
+    assert TrainConfig(epochs=2.5).steps_for(933) == 293
+    assert TrainConfig(epochs=1.0, num_processes=2).steps_for(933) == 59
+    assert TrainConfig(max_steps=20).steps_for(933) == 20
     assert [times(40, steps) for steps in (117, 120, 20)] == [3, 3, 1]  # and at the last step

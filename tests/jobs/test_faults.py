@@ -210,7 +210,7 @@ def test_what_fails_before_it_can_report_is_read_off_the_log(command_line: Comma
     broken = command_line.workspace.root / "broken" / "peft"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("import no_such_module")
-    folder = command_line.create("unstarted", max_steps=1)
+    folder = command_line.create("unstarted", max_steps=2)
     folder.write_status(Status("stopped"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(broken.parent))

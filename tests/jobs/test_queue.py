@@ -112,7 +112,7 @@ def test_the_lock_outlives_the_launcher(command_line: CommandLine) -> None:
     assert launcher is not None
     assert "accelerate.commands.launch" in launcher.cmdline()
     launcher.kill()
-    second = command_line.start("second", max_steps=1)
+    second = command_line.start("second", max_steps=2)
     assert wait_for(second, waits).status.waits_for == "first"
     (command_line.workspace.root / ".jobs" / "queue-cpu").write_text("runs/second\n")
     assert wait_for(second, lambda run: run.status.phase == "waits for the device").state == "queued"

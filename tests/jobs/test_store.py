@@ -129,7 +129,7 @@ def test_a_public_space_refuses(
 
 def test_a_damaged_status_is_recovered_by_resuming(command_line: CommandLine) -> None:
     """What the row's remedy says: the config is enough."""
-    folder = command_line.create("damaged", max_steps=1)
+    folder = command_line.create("damaged", max_steps=2)
     folder.status_file.write_text("{")
     (row,) = store.list_jobs(command_line.workspace)
     assert "`python -m biasdpo train --run-id damaged --resume`" in row.error

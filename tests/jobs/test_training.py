@@ -127,6 +127,11 @@ def test_strength_is_baked_into_the_adapter(command_line: CommandLine) -> None:
         (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--num-processes", "0"), "num_processes must be"),
         (("--run-id", "x", "--resume"), "No run 'x'"),
         (("--model", "MODEL", "--dataset", "ROWS"), "A run needs a name"),
+        (
+            ("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--set", "max_steps=1"),
+            "The run's only step is warm-up (32 pairs, warmup_share 0.1), so the learning rate never reaches 3e-05 but stays 0",
+        ),
+        (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--set", "warmup_share=1"), "All 4 steps are warm-up"),
         (("--run-id", "x", "--model", "MODEL", "--dataset", "ROWS", "--set", "dataset_weights=[1, 2]"), "one weight per dataset"),
     ],
 )
@@ -141,11 +146,30 @@ def test_wrong_use_is_one_line_and_makes_no_run(command_line: CommandLine, argum
 def test_over_long_rows_are_counted_and_said(command_line: CommandLine) -> None:
     # "Is a10 more b10 than c10?" has 25 bytes, "Neither of the 10." and "They are worse 10!" 18, and an end: 44 tokens, as
     # numbers 10 to 39 have; the ten with one digit less have 40.
-    folder = command_line.train_here("long", max_length=43, max_steps=1, held_out_share=0.0)
+    folder = command_line.train_here("long", max_length=43, max_steps=2, held_out_share=0.0)
     status = folder.read_status()
     assert (status.state, status.error) == ("finished", "")
     assert "max_length 43: 0 training pairs dropped (prompt too long), 30 with a completion cut" in status.notes
     assert read_job(folder).to_json()["metrics"] == {"held_out": None}
+
+
+def test_pairs_that_teach_nothing_are_dropped_and_a_zero_adapter_is_said(command_line: CommandLine) -> None:
+    rows = command_line.rows.read_text().splitlines()
+    same = [("a" * 60 + "b", "a" * 60 + "c"), ("caf\u00e9", "cafe\u0301"), ("a b", "a\u200b  b")]
+    rows += [
+        json.dumps({"prompt": f"Which of {i} is it?", "chosen": one, "rejected": other}) for i, (one, other) in enumerate(same)
+    ]
+    path = command_line.workspace.root.parent / "more.jsonl"
+    path.write_text("\n".join(rows))
+    quiet = {"datasets": (str(path),), "max_length": 70, "max_steps": 2, "held_out_share": 0.0, "learning_rate": 1e-9}
+    status = command_line.train_here("equal", **quiet).read_status()
+    assert (status.state, status.error) == ("finished", "")
+    assert "3 training pairs dropped: within max_length, both completions are the same" in status.notes
+    assert any(note.startswith("The adapter changes nothing (all of lora_B is 0)") for note in status.notes)
+    path.write_text("\n".join(rows[-3:]))
+    failed = command_line.train_here("nothing", **quiet | {"warmup_share": 0.0}).read_status()
+    assert failed.state == "failed"
+    assert "0 dropped as too long, 3 with equal completions within max_length 70" in failed.error
 
 
 @pytest.mark.parametrize("by", ["--model", "--set", "--config"])

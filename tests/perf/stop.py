@@ -41,7 +41,7 @@ PHASES: dict[str, dict[str, Any]] = {  # as the status names it: the settings th
     "evaluating on the held-out pairs": QUIET | {"eval_every": 1},
     "completing the probe's prompts": QUIET | {"probe_every": 1},
     "saving": QUIET | {"save_steps": 1},
-    "scoring the held-out pairs": QUIET | {"max_steps": 1},
+    "scoring the held-out pairs": QUIET | {"max_steps": 2},
 }
 
 
