@@ -192,16 +192,25 @@ def chat_template(folder: Path) -> str:
     return chat if isinstance(chat, str) else next((entry.template for entry in chat if entry.name == "default"), "")
 
 
+_WEIGHTS, _SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def has_weights(folder: Path) -> bool:
+    return (folder / _WEIGHTS).is_file() or (folder / _SHARD_INDEX).is_file()
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """A folder's safetensors files. ModelError if it has none, or lacks a shard that its index names."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} has no *.safetensors: fetch the model's safetensors weights (pickles are not opened)")
-    shards = _read_optional(folder / "model.safetensors.index.json", _ShardIndex).weight_map
+    """The safetensors files that transformers loads: not an adapter's, nor the authors' consolidated.safetensors. ModelError if
+    there are none, or a shard that the index names is missing."""
+    if not has_weights(folder):
+        raise ModelError(f"{folder} has no {_WEIGHTS}: fetch the model's safetensors weights (pickles are not opened)")
+    shards = _read_optional(folder / _SHARD_INDEX, _ShardIndex).weight_map
     names = sorted({Path(name).name for name in shards.values()})
+    if _WEIGHTS not in names and (folder / _WEIGHTS).is_file():
+        names = [_WEIGHTS]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards ({missing[0]}): fetch the model again")
-    return [folder / name for name in names] or files
+    return [folder / name for name in names]
 
 
 # Weights: the headers of safetensors and GGUF files

@@ -105,7 +105,7 @@ def with_files(spec: ModelSpec) -> ModelSpec:
     if gguf is not None and not gguf.is_file():
         gguf = None
     config = _hub_cached(spec.hub_id, "config.json")
-    folder = config.parent if config is not None and any(config.parent.glob("*.safetensors")) else None
+    folder = config.parent if config is not None and model_files.has_weights(config.parent) else None
     return replace(spec, gguf_path=gguf, hf_folder=folder)
 
 
@@ -251,12 +251,25 @@ def list_adapters(workspace: Workspace) -> list[AdapterSpec]:
 
 def adapters_for(spec: ModelSpec, workspace: Workspace) -> list[AdapterSpec]:
     """The adapters that fit a model: first those made for it, then others. Of a model without files: those made for it."""
-    made_for_it = adapters_made_for(spec, workspace)
+    own = [adapter for adapter in _own_adapter(spec) if not adapter.problem]
+    made_for_it = [*own, *adapters_made_for(spec, workspace)]
     others = [adapter for adapter in adapters(workspace) if adapter not in made_for_it] if spec.present else []
     try:
         return [adapter for adapter in [*made_for_it, *others] if not misfit(adapter, spec)]
     except ModelError:
         return made_for_it  # damaged: opening it says why
+
+
+def _own_adapter(spec: ModelSpec) -> list[AdapterSpec]:
+    """The adapter that lies in the model's own folder, if there is one. Loading the model never loads it."""
+    folder = spec.hf_folder
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        return []
+    adapter_id = f"{Path(spec.id).name}-adapter"
+    try:
+        return [_read_adapter(folder, adapter_id)]
+    except AdapterError as exc:
+        return [AdapterSpec(adapter_id, folder, "", problem=str(exc))]
 
 
 def adapters_made_for(spec: ModelSpec, workspace: Workspace) -> list[AdapterSpec]:
@@ -278,7 +291,7 @@ def find_adapter(name: str, spec: ModelSpec, workspace: Workspace) -> AdapterSpe
     name = name or spec.default_adapter or "none"
     if name == "none":
         return None
-    known = list_adapters(workspace)
+    known = [*_own_adapter(spec), *list_adapters(workspace)]
     folder = Path(name).expanduser().resolve()
     for adapter in known:
         if adapter.id == name or (folder.is_dir() and adapter.folder.resolve() == folder):

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import PrinterCallback
 from trl import DPOConfig
 
 from biasdpo import config as run_config
 from biasdpo import counterfactuals, models
-from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
+from biasdpo.backends.hf_loading import hf_copy, load_base, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
 from biasdpo.errors import ConfigError, DatasetError, ModelError
 from biasdpo.jobs.job import JobFolder
+from biasdpo.model_files import weight_files
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, sha256_of
 from training import callbacks
@@ -132,7 +133,7 @@ def base_sha256(spec: ModelSpec) -> str:
     if spec.gguf_path is not None:
         return sha256_of(spec.gguf_path)
     assert spec.hf_folder is not None
-    hashes = [sha256_of(file) for file in sorted(spec.hf_folder.glob("*.safetensors"))]
+    hashes = [sha256_of(file) for file in weight_files(spec.hf_folder)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -155,7 +156,7 @@ def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> Non
 def load_policy(model_folder: Path, config: TrainConfig, *, use_cpu: bool) -> Any:
     """The base model, in bf16 on a GPU if the run asks for it, else in fp32; without attention dropout, as DPO is without any."""
     dtype = torch.bfloat16 if config.precision == "bf16" and not use_cpu else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attention_dropout=0.0)
+    return load_base(model_folder, dtype=dtype, attention_dropout=0.0)
 
 
 def build_trainer(

@@ -98,7 +98,7 @@ def open_transformers(
         backend = TransformersBackend(shared, tokenizer, template, context_length, batch_sides)
         try:
             on_progress(0.7, "proving the comparison")
-            bare = [backend.canary_logits("base")]
+            bare = [backend.canary_logits("base") if bits else backend.canary_logits_of_bare_model(folder)]
             if adapter_folder is not None:
                 if backend.batches_sides:
                     bare.append(backend.canary_logits_in_one_batch()[0])
@@ -149,6 +149,14 @@ class TransformersBackend:
             base, tuned = self.canary_logits_in_one_batch()
             proof = prove(bare[1], base, self.canary_logits_in_one_batch()[0], tuned)
         return proof
+
+    def canary_logits_of_bare_model(self, folder: Path) -> NDArray[np.float32]:
+        """Canary logits (T, V) of the folder's model, read independently of the one that is served."""
+        given, scored = self._request_tokens(CANARY)
+        device = self._shared.device
+        bare = hf_loading.independent_model(folder, self._shared.model, device)
+        with torch.inference_mode():
+            return logits_of(bare, device, given, scored)
 
     def canary_logits(self, side: Side, strength: float = 1.0) -> NDArray[np.float32]:
         """Logits (T, V) of one side on the canary's completion."""

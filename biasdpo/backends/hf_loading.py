@@ -18,15 +18,15 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from biasdpo.chat import PromptTemplate, Turn
 from biasdpo.errors import BackendError, ModelError, WorkspaceError
-from biasdpo.model_files import END_TOKENS, read_header
+from biasdpo.model_files import END_TOKENS, read_header, safetensors_shapes, weight_files
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, locked, sha256_of
 
@@ -250,15 +250,47 @@ def _load(folder: Path, placement: Placement, bits: Bits | None) -> Any:
             options["device_map"] = {"": placement.device}
     if bits is not None:
         options["quantization_config"] = quantization(bits, dtype)
-    transformers_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as exc:
-        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
+    model = load_base(folder, dtype=dtype, **options)
     model.eval().requires_grad_(False)
     if not placement.whole:
         _dispatch(model, placement)
     return model
+
+
+def load_base(folder: Path, **options: Any) -> Any:
+    """The bare model of a folder, whatever else lies in it: transformers would also load an adapter that it finds there."""
+    transformers_logging.disable_progress_bar()
+    options |= {"local_files_only": True, "use_safetensors": True, "adapter_kwargs": {"subfolder": ".none"}}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as exc:
+        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
+
+
+def independent_model(folder: Path, model: Any, device: torch.device) -> Any:
+    """The model of a folder once more, for the proof: not by transformers' loading, but with each module's weights read from the
+    safetensors files while it computes. Shares nothing with `model` but its settings."""
+    with init_empty_weights(include_buffers=False):
+        bare = type(model)(model.config)
+    files = {name: file for file in weight_files(folder) for name in safetensors_shapes(file)}
+
+    def read(module: Any, _args: Any) -> None:
+        for key in module.own:
+            name = key if key in files else "model.embed_tokens.weight"  # a tied head
+            with safe_open(files[name], framework="pt") as file:
+                weights = file.get_tensor(name).to(device, model.dtype)
+            module._parameters[key.rpartition(".")[2]] = torch.nn.Parameter(weights, requires_grad=False)
+
+    def free(module: Any, _args: Any, _output: Any) -> None:
+        module.to("meta")
+
+    for path, module in bare.named_modules():
+        module._buffers.update({name: buffer.to(device) for name, buffer in module.named_buffers(recurse=False)})
+        if own := [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]:
+            module.own = own
+            module.register_forward_pre_hook(read)
+            module.register_forward_hook(free)
+    return bare.eval()
 
 
 def quantization(bits: Bits, dtype: torch.dtype) -> Any:

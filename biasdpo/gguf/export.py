@@ -22,6 +22,7 @@ from biasdpo.gguf import write
 from biasdpo.gguf.proof import ExportProof, prove
 from biasdpo.gguf.write import Progress
 from biasdpo.model_card import LICENSES, plain
+from biasdpo.model_files import weight_files
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling
 from biasdpo.workspace import Workspace, read_json, refuse_on_public_space, replacing, sha256_of, write_json
@@ -224,7 +225,7 @@ def _parents(spec: ModelSpec, adapter: AdapterSpec | None, *, from_gguf: bool) -
     if from_gguf and spec.gguf_path is not None:
         files[spec.gguf_path.name] = spec.gguf_path
     elif spec.hf_folder is not None:
-        files |= {path.name: path for path in (*sorted(spec.hf_folder.glob("*.safetensors")), spec.hf_folder / "config.json")}
+        files |= {path.name: path for path in (*weight_files(spec.hf_folder), spec.hf_folder / "config.json")}
     parents = {name: sha256_of(path) for name, path in files.items()}
     return parents | ({"dataset.jsonl": adapter.dataset_sha256} if adapter is not None and adapter.dataset_sha256 else {})
 
