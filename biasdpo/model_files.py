@@ -7,7 +7,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache, wraps
@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from biasdpo.chat import PromptTemplate, template_from_chat
+from biasdpo import chat
+from biasdpo.chat import PromptTemplate
 from biasdpo.errors import BiasDPOError, ModelError
 from biasdpo.workspace import MAX_JSON_BYTES
 
@@ -73,9 +74,9 @@ def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
     return architecture, {name: shape for file in weight_files(path) for name, shape in safetensors_shapes(file).items()}
 
 
-def _template(path: Path, chat: str, special_tokens: list[str]) -> PromptTemplate:
+def _template(path: Path, source: str, special_tokens: Sequence[str], variables: Mapping[str, str]) -> PromptTemplate:
     try:
-        return template_from_chat(chat, special_tokens)
+        return chat.chat_template(source, special_tokens, variables)
     except ValueError as exc:
         raise ModelError(f"{path}: its chat template can't be rendered ({exc}); use a model with a simpler one") from exc
 
@@ -113,7 +114,7 @@ def read_json_as(file: Path, model: type[_Model], error: type[BiasDPOError] = Mo
 
 class _HfConfig(ForeignJson):
     architectures: list[str] | None = None
-    max_position_embeddings: PositiveInt = 2048
+    max_position_embeddings: PositiveInt | None = None
 
 
 class _Token(ForeignJson):
@@ -146,15 +147,15 @@ def _describe_hf_folder(folder: Path) -> Description:
     settings = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig)
     tokenizer = _read_optional(folder / "tokenizer.json", _Tokenizer)
     special = {token.content for token in [*settings.added_tokens_decoder.values(), *tokenizer.added_tokens] if token.special}
-    chat = chat_template(folder)
+    source = chat_template(folder)
     shapes = [shape for path in weights for shape in safetensors_shapes(path).values()]
     return Description(
         architecture=architecture,
         parameters=sum(map(math.prod, shapes)),
         bytes_of_weights=sum(path.stat().st_size for path in weights),
-        context_length=config.max_position_embeddings,
-        template=_template(folder, chat, sorted(special)),
-        has_chat_template=bool(chat),
+        context_length=config.max_position_embeddings or 2048,
+        template=_template(folder, source, sorted(special), _named_tokens(folder, settings)),
+        has_chat_template=bool(source),
     )
 
 
@@ -180,16 +181,34 @@ def _read_optional(file: Path, model: type[_Model]) -> _Model:
     return read_json_as(file, model) if file.is_file() else model()
 
 
+def _named_tokens(folder: Path, settings: _TokenizerConfig) -> dict[str, str]:
+    """{bos_token: its text, ...} as a folder's files name them. The loaded tokenizer has the last word (`hf_loading`)."""
+    files = (_read_optional(folder / "special_tokens_map.json", ForeignJson), settings)
+    named = {key: value for file in files for key, value in (file.model_extra or {}).items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
 def chat_template(folder: Path) -> str:
-    """A folder's chat template, "" without one; among several the one named "default"."""
+    """A folder's chat template, "" without one; among several the one named "default", as in transformers."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
             raise ModelError(f"Can't read {file} ({exc}): restore the file from a copy, or fetch it again") from exc
-    chat = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig).chat_template or ""
-    return chat if isinstance(chat, str) else next((entry.template for entry in chat if entry.name == "default"), "")
+    sources = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig).chat_template or ""
+    if isinstance(sources, str):
+        return sources
+    return _default_template(folder, {entry.name: entry.template for entry in sources})
+
+
+def _default_template(path: Path, by_name: Mapping[str, str]) -> str:
+    if by_name and "default" not in by_name:
+        raise ModelError(
+            f"{path} has the chat templates {', '.join(by_name)} and none named default, so none can be chosen: name one default"
+        )
+    return by_name.get("default", "")
 
 
 _WEIGHTS, _SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -358,18 +377,38 @@ def _describe_gguf(path: Path) -> Description:
     header = read_header(path)
     if header.get("general.type", "model") != "model" or not header.architecture:
         raise ModelError(f"{path} is a GGUF of type {header.values.get('general.type')!r}, not a model: select a model's file")
-    tokens: list[Any] = header.get("tokenizer.ggml.tokens", [])
-    types: list[Any] = header.get("tokenizer.ggml.token_type", [])
-    control = [_printable(str(token)) for token, kind in zip(tokens, types, strict=False) if kind == TokenType.CONTROL]
-    chat = _printable(header.get("tokenizer.chat_template", ""))
+    prefix = "tokenizer.chat_template"
+    templates = {key.removeprefix(f"{prefix}."): str(text) for key, text in header.values.items() if key.startswith(f"{prefix}.")}
+    source = _printable(header.get(prefix, "") or _default_template(path, templates))
     return Description(
         architecture=header.architecture,
         parameters=sum(tensor.elements for tensor in header.tensors.values()),
         bytes_of_weights=sum(tensor.n_bytes for tensor in header.tensors.values()),
         context_length=header.get(f"{header.architecture}.context_length", 2048),
-        template=_template(path, chat, control),
-        has_chat_template=bool(chat),
+        template=_template(path, source, special_tokens(header), named_tokens(header)),
+        has_chat_template=bool(source),
     )
+
+
+def named_tokens(header: Header) -> dict[str, str]:
+    """{bos_token: its text, ...} of a GGUF."""
+    tokens: list[Any] = header.get("tokenizer.ggml.tokens", [])
+    ids = {role: header.values.get(f"tokenizer.ggml.{key}_token_id") for role, key in GGUF_ROLES.items()}
+    return {f"{role}_token": _printable(str(tokens[i])) for role, i in ids.items() if isinstance(i, int) and i < len(tokens)}
+
+
+def adds_begin(header: Header) -> bool:
+    """Whether llama.cpp puts BOS before every text (src/llama-vocab.cpp)."""
+    default = header.get("tokenizer.ggml.model", "") == "llama" or header.pre_tokenizer in ("llama3", "llama-v3", "llama-bpe")
+    return header.get("tokenizer.ggml.add_bos_token", default)
+
+
+def special_tokens(header: Header) -> tuple[str, ...]:
+    """The texts of a GGUF's tokens that no user's text may become."""
+    tokens: list[Any] = header.get("tokenizer.ggml.tokens", [])
+    kinds: list[Any] = header.get("tokenizer.ggml.token_type", [])
+    special = (text for text, kind in zip(tokens, kinds, strict=False) if kind in (TokenType.CONTROL, TokenType.UNKNOWN))
+    return tuple(_printable(str(text)) for text in special)
 
 
 def _printable(text: str) -> str:
@@ -414,10 +453,15 @@ def hf_name(name: str, architecture: str) -> str | None:
     return f"{block}{module}" + (f".{match['kind']}" if match["kind"] else "")
 
 
+# transformers' names of the special tokens -> GGUF's.
+GGUF_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
 class TokenType(IntEnum):
     """Values of `tokenizer.ggml.token_type` (gguf.TokenType, without importing gguf)."""
 
     NORMAL = 1
+    UNKNOWN = 2
     CONTROL = 3
     USER_DEFINED = 4
     UNUSED = 5

@@ -21,7 +21,7 @@ from trl import DPOConfig
 
 from biasdpo import config as run_config
 from biasdpo import counterfactuals, models
-from biasdpo.backends.hf_loading import hf_copy, load_base, load_tokenizer
+from biasdpo.backends.hf_loading import hf_copy, load_base, load_config, load_tokenizer, padding
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
 from biasdpo.errors import ConfigError, DatasetError, ModelError
@@ -156,7 +156,7 @@ def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> Non
 def load_policy(model_folder: Path, config: TrainConfig, *, use_cpu: bool) -> Any:
     """The base model, in bf16 on a GPU if the run asks for it, else in fp32; without attention dropout, as DPO is without any."""
     dtype = torch.bfloat16 if config.precision == "bf16" and not use_cpu else torch.float32
-    return load_base(model_folder, dtype=dtype, attention_dropout=0.0)
+    return load_base(model_folder, dtype=dtype, config=load_config(model_folder, attention_dropout=0.0))
 
 
 def build_trainer(
@@ -212,7 +212,11 @@ def build_trainer(
         question=config.question_weight,
         ending=config.ending_weight,
         texts=rows.anchors,
+        end=rows.end,
     )
+    pad = padding(tokenizer, model.get_input_embeddings().num_embeddings)
+    if tokenizer.pad_token_id != pad:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     trainer = TokenizedDPOTrainer(
         terms=terms,
         note=writer.note,

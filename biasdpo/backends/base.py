@@ -60,6 +60,12 @@ class Backend(Protocol):
         """
         ...
 
+    def prompt_tokens(
+        self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
+    ) -> list[int]:
+        """Token ids of the rendered prompt, as `stream` computes with them."""
+        ...
+
     def loglikelihood(self, requests: Sequence[Request], side: Side, *, strength: float = 1.0) -> list[Likelihood]:
         """Log-probability of each request's continuation, in nats, in order.
 

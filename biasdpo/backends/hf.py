@@ -123,7 +123,7 @@ class TransformersBackend:
     ) -> None:
         self.name = "transformers" if shared.bits is None else f"transformers-{shared.bits}bit"
         self.device = shared.placement.describe()
-        self.template = template
+        self.template = hf_loading.own_template(template, tokenizer)
         self.context_length = min(context_length, int(shared.model.config.max_position_embeddings))
         self.has_adapter = False
         self.queue = VisitorQueue()
@@ -134,7 +134,8 @@ class TransformersBackend:
         self._tokenizer = tokenizer
         self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
         self._pairing = Pairing()
-        self._ends = hf_loading.end_tokens(shared.model, tokenizer, template)
+        self._end = hf_loading.end_of_completion(tokenizer, self.template, shared.model.config)
+        self._ends = hf_loading.end_tokens(shared.model, tokenizer, self.template)
 
     def prove(self, bare: Sequence[NDArray[np.float32]]) -> Proof:
         """Compare both sides with the bare model as they are served (see `backends.base.prove`): each alone; then in one batch if
@@ -192,8 +193,7 @@ class TransformersBackend:
         cancellation = cancellation or Cancellation()
         template = template or self.template
         self._check(side, strength)
-        with self._tokenizer_lock:
-            tokens = hf_loading.encode_prompt(self._tokenizer, template, prompt, system, history)
+        tokens = self.prompt_tokens(prompt, system, history, template)
         check_prompt_fits(tokens, self.context_length)
         with hf_loading.released_errors():
             try:
@@ -201,6 +201,13 @@ class TransformersBackend:
                 return (yield from self._generate(tokens, text, sampling, side, strength, cancellation))
             except CancelledError:
                 return "cancelled"
+
+    def prompt_tokens(
+        self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
+    ) -> list[int]:
+        """See `backends.base.Backend.prompt_tokens`."""
+        with self._tokenizer_lock:
+            return hf_loading.encode_prompt(self._tokenizer, template or self.template, prompt, system, history)
 
     def _generate(
         self, tokens: list[int], text: CompletionText, sampling: Sampling, side: Side, strength: float, cancellation: Cancellation
@@ -279,8 +286,10 @@ class TransformersBackend:
             elif isinstance(request, ContinuationRequest):
                 given, scored = hf_loading.encode_continuation(self._tokenizer, request.context, request.continuation)
             else:
-                given = hf_loading.encode_prompt(self._tokenizer, self.template, request.prompt, request.system, request.history)
-                scored = hf_loading.encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
+                completion = (request.prompt, request.continuation, request.system, request.history)
+                given, scored = hf_loading.encode_completion(self._tokenizer, self.template, *completion)
+                if request.end_of_text:
+                    scored = [*scored, self._end]
         check_scorable(given, scored, self.context_length)
         return given, scored
 

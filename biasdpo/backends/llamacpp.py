@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from biasdpo.backends.base import (
     prove,
 )
 from biasdpo.backends.prefixes import TokenPath, common_length, shared_lengths, sort_paths
-from biasdpo.chat import PromptTemplate, Segment, Turn
+from biasdpo.chat import PromptTemplate, Segment, Turn, encode_jointly, quotes_special
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError
-from biasdpo.model_files import read_header
+from biasdpo.model_files import read_header, special_tokens
 from biasdpo.records import (
     ContinuationRequest,
     FinishReason,
@@ -107,7 +108,7 @@ class LlamaCppBackend:
         self.has_adapter = False
         self.queue = VisitorQueue()
         self.tokenize = model.tokenize
-        self.end_of_text = model.end_of_text  # the token that ends a scored completion
+        self.end_of_completion = model.end_of_completion(template)
         self._model = model
         self._kv_cache = kv_cache
         self._contexts: dict[Side, Context] = {}
@@ -168,7 +169,7 @@ class LlamaCppBackend:
         cancellation = cancellation or Cancellation()
         template = template or self.template
         context = self._context(side)
-        tokens = self.tokenize(template.render(prompt, system, history))
+        tokens = self.prompt_tokens(prompt, system, history, template)
         check_prompt_fits(tokens, self.context_length)
         with context.lock:
             if context is not self._contexts.get(side):
@@ -190,6 +191,13 @@ class LlamaCppBackend:
                 context.watch(None)
                 llama_cpp.llama_sampler_free(sampler)
 
+    def prompt_tokens(
+        self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
+    ) -> list[int]:
+        """See `backends.base.Backend.prompt_tokens`."""
+        template = template or self.template
+        return self.tokenize(template.render(prompt, system, history), begin=not template.writes_begin)
+
     def _generate(
         self, context: Context, tokens: list[int], text: ShownText, max_new_tokens: int, sampler: Any, cancellation: Cancellation
     ) -> Generator[str, None, FinishReason]:
@@ -201,7 +209,7 @@ class LlamaCppBackend:
                 return "cancelled"
             token = self._next_token(sampler, context, prompt_logits)
             prompt_logits = None
-            ended = self._model.ends_text(token)
+            ended = token == self.end_of_completion or self._model.ends_text(token)
             last = count == max_new_tokens or position == self.context_length
             piece = decoder.decode(b"" if ended else self._model.piece(token), final=ended or last)
             shown, stopped = text.add(piece, final=ended or last)
@@ -255,11 +263,14 @@ class LlamaCppBackend:
         elif isinstance(request, ContinuationRequest):
             given, scored = self._model.tokenize_continuation(request.context, request.continuation)
         else:
-            given = self.tokenize(self.template.render(request.prompt, request.system, request.history))
-            continuation = Segment(self.template.completed(request.continuation), special=False)
-            scored = self.tokenize((continuation,), begin=False)
+            template = self.template
+            given, scored = encode_jointly(
+                partial(self.tokenize, begin=not template.writes_begin),
+                template.render(request.prompt, request.system, request.history),
+                template.completed(request.continuation),
+            )
             if request.end_of_text:
-                scored.append(self.end_of_text)
+                scored = [*scored, self.end_of_completion]
         check_scorable(given, scored, self.context_length)
         return given, scored
 
@@ -301,12 +312,13 @@ class Model:
     """A llama_model: weights shared by every context, and the vocabulary. ModelError if llama.cpp can't load the file."""
 
     def __init__(self, gguf: Path, on_progress: Callable[[float, str], None]) -> None:
-        read_header(gguf)
+        header = read_header(gguf)
         self.pointer = _load(gguf, on_progress)
         self._vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
         self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self.context_length: int = llama_cpp.llama_model_n_ctx_train(self.pointer)  # tokens, as trained
         self.end_of_text: int = llama_cpp.llama_vocab_eos(self._vocabulary)
+        self.special_tokens = special_tokens(header)
         self.adapter: Any = None
 
     def load_adapter(self, lora: Path) -> None:
@@ -322,10 +334,12 @@ class Model:
             self.pointer = self.adapter = None
 
     def tokenize(self, segments: Sequence[Segment], *, begin: bool = True) -> list[int]:
-        """Token ids of a rendered prompt. Special tokens are parsed only in special segments."""
+        """Token ids of segments, as of one text (see `hf_loading.encode_segments`). `begin`: with BOS if the model adds it."""
         tokens: list[int] = []
         if begin and llama_cpp.llama_vocab_get_add_bos(self._vocabulary):
             tokens.append(llama_cpp.llama_vocab_bos(self._vocabulary))
+        if not quotes_special(segments, self.special_tokens):
+            segments = [Segment("".join(segment.text for segment in segments), special=True)]
         for segment in segments:
             text = segment.text.encode("utf-8", "replace")
             room = len(text) + 8
@@ -345,6 +359,11 @@ class Model:
             given = [self.end_of_text if begin < 0 else begin]
             tokens = given + tokens
         return tokens[: len(given)], tokens[len(given) :]
+
+    def end_of_completion(self, template: PromptTemplate) -> int:
+        """The token that ends a completion: the one that the template writes there, else end-of-text."""
+        named = self.tokenize((Segment(template.end, special=True),), begin=False) if template.end else []
+        return named[0] if len(named) == 1 else self.end_of_text
 
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes of a token, possibly part of a character; empty for special tokens."""

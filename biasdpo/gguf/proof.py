@@ -324,15 +324,14 @@ def tokenize_both(
     exported: LlamaCppBackend, tokenizer: Any, template: PromptTemplate, step: int = 1
 ) -> Iterator[tuple[str, list[int], list[int]]]:
     """(text, llama.cpp's token ids, transformers' token ids), through the backends' own functions."""
-    from biasdpo.backends.hf_loading import encode_prompt, encode_text
+    from biasdpo.backends.hf_loading import encode_prompt, encode_text, end_of_completion
 
     own = sorted({*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())})
     for text in strings(own)[::step]:
         yield text, exported.tokenize((Segment(text, special=False),), begin=False), encode_text(tokenizer, text)
     for prompt in [request.prompt for request in fixed_texts() if isinstance(request, LikelihoodRequest)]:
-        rendered = template.render(prompt)
-        yield template.render_text(prompt), exported.tokenize(rendered), encode_prompt(tokenizer, template, prompt)
-    yield "(end of text)", [exported.end_of_text], [int(tokenizer.eos_token_id)]
+        yield template.render_text(prompt), exported.prompt_tokens(prompt), encode_prompt(tokenizer, template, prompt)
+    yield "(end of a completion)", [exported.end_of_completion], [end_of_completion(tokenizer, template)]
 
 
 # Probabilities

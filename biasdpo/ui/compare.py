@@ -325,7 +325,9 @@ class CompareTab:
             self.picked_model: key.model,
         }
         if spec is not None:
-            updates[self.system] = gr.update(visible=spec.template.has_system, placeholder=spec.template.default_system)
+            has_system = spec.template.has_system
+            cleared = {} if has_system else {"value": ""}  # what is hidden would be refused
+            updates[self.system] = gr.update(visible=has_system, placeholder=spec.template.default_system, **cleared)
         return updates
 
     def _adapter_choices(self, key: EngineKey) -> list[tuple[str, str]]:
