@@ -37,6 +37,10 @@ class Description:
     has_chat_template: bool
 
 
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
 _Value = TypeVar("_Value")
 
 
@@ -49,7 +53,7 @@ def _cached(read: Callable[[Path], _Value]) -> Callable[[Path], _Value]:
 
     @wraps(read)
     def cached(path: Path) -> _Value:
-        files = [path] if path.suffix == ".gguf" else [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")]
+        files = [path] if is_gguf(path) else [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")]
         try:
             return read_version(path, tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)))
         except OSError:
@@ -61,13 +65,13 @@ def _cached(read: Callable[[Path], _Value]) -> Callable[[Path], _Value]:
 @_cached
 def describe(path: Path) -> Description:
     """Describe a .gguf file or a Hugging Face folder; cached until its files change."""
-    return _describe_gguf(path) if path.suffix == ".gguf" else _describe_hf_folder(path)
+    return _describe_gguf(path) if is_gguf(path) else _describe_hf_folder(path)
 
 
 @_cached
 def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
     """(architecture, {tensor name in the file: shape}) of a .gguf file or a Hugging Face folder; a matrix is (out, in)."""
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         header = read_header(path)
         return header.architecture, {name: t.shape for name, t in header.tensors.items()}
     architecture = _hf_architecture(path, _hf_config(path))
@@ -170,6 +174,12 @@ def _hf_config(folder: Path) -> _HfConfig:
     return read_json_as(folder / "config.json", _HfConfig)
 
 
+def eos_token_ids(folder: Path) -> list[Any]:
+    """What a folder's configs say of EOS: an id, a list, or None each."""
+    files = (_read_optional(folder / name, ForeignJson) for name in ("generation_config.json", "config.json"))
+    return [(file.model_extra or {}).get("eos_token_id") for file in files]
+
+
 def _hf_architecture(folder: Path, config: _HfConfig) -> str:
     name = (config.architectures or ["model of unknown architecture"])[0]
     if name not in ARCHITECTURES:
@@ -186,7 +196,8 @@ def _named_tokens(folder: Path, settings: _TokenizerConfig) -> dict[str, str]:
     files = (_read_optional(folder / "special_tokens_map.json", ForeignJson), settings)
     named = {key: value for file in files for key, value in (file.model_extra or {}).items() if key.endswith("_token")}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+    # One that is named nowhere may come from the tokenizer's class.
+    return dict.fromkeys(("bos_token", "eos_token"), "") | {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def chat_template(folder: Path) -> str:

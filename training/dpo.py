@@ -163,7 +163,12 @@ def build_trainer(
     config: TrainConfig, folder: JobFolder, model: Any, tokenizer: Any, rows: RunRows, writer: StatusWriter, *, use_cpu: bool
 ) -> TokenizedDPOTrainer:
     """The trainer with this run's settings and a fresh LoRA."""
-    missing = [name for name in config.target_modules if not any(n.split(".")[-1] == name for n, _ in model.named_modules())]
+    every = config.target_modules == ("all-linear",)
+    missing = [
+        name
+        for name in config.target_modules
+        if not every and not any(n.split(".")[-1] == name for n, _ in model.named_modules())
+    ]
     if missing:
         leaves = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"})
         raise ConfigError(f"target_modules {', '.join(missing)}: no such layers in {config.model}; choose of {', '.join(leaves)}")
@@ -203,7 +208,7 @@ def build_trainer(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,  # TRL's disable_dropout would zero it anyway
-        target_modules=list(config.target_modules),
+        target_modules="all-linear" if every else list(config.target_modules),
         task_type="CAUSAL_LM",
     )
     terms = ExtraTerms(

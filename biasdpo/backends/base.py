@@ -290,6 +290,13 @@ def check_scorable(given: Sequence[int], scored: Sequence[int], context_length: 
         raise PromptError(f"A text of {length:,} tokens does not fit the context of {context_length:,}: shorten it")
 
 
+def cut_to_context(given: list[int], scored: list[int], context_length: int) -> tuple[list[int], list[int]]:
+    """(given, scored) token ids of a text of ours, so that a model with a short context can be measured, too."""
+    if len(given) + len(scored) > context_length:
+        given = given[-max(context_length // 2, 1) :]
+    return given, scored[: context_length - len(given)]
+
+
 def missing_side(side: Side, *, closed: bool) -> BackendError:
     """The error for a side that can't be served."""
     if closed:

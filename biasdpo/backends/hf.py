@@ -42,6 +42,7 @@ from biasdpo.backends.base import (
     VisitorQueue,
     check_prompt_fits,
     check_scorable,
+    cut_to_context,
     log_softmax,
     missing_side,
     prove,
@@ -134,7 +135,7 @@ class TransformersBackend:
         self._tokenizer = tokenizer
         self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
         self._pairing = Pairing()
-        self._end = hf_loading.end_of_completion(tokenizer, self.template, shared.model.config)
+        self._end = hf_loading.end_of_completion(tokenizer, self.template)
         self._ends = hf_loading.end_tokens(shared.model, tokenizer, self.template)
 
     def prove(self, bare: Sequence[NDArray[np.float32]]) -> Proof:
@@ -153,7 +154,7 @@ class TransformersBackend:
 
     def canary_logits_of_bare_model(self, folder: Path) -> NDArray[np.float32]:
         """Canary logits (T, V) of the folder's model, read independently of the one that is served."""
-        given, scored = self._request_tokens(CANARY)
+        given, scored = self._request_tokens(CANARY, cut=True)
         device = self._shared.device
         bare = hf_loading.independent_model(folder, self._shared.model, device)
         with torch.inference_mode():
@@ -161,11 +162,11 @@ class TransformersBackend:
 
     def canary_logits(self, side: Side, strength: float = 1.0) -> NDArray[np.float32]:
         """Logits (T, V) of one side on the canary's completion."""
-        return self.logits(CANARY, side, strength=strength)
+        return self.logits(CANARY, side, strength=strength, cut=True)
 
     def canary_logits_in_one_batch(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits (T, V) of a base row and a tuned row on the canary's completion, through one KV cache, as in a pair."""
-        given, scored = self._request_tokens(CANARY)
+        given, scored = self._request_tokens(CANARY, cut=True)
         strengths, cache = (0.0, 1.0), DynamicCache()
         self._shared.forward([given[:-1]] * 2, cache, strengths)
         base, tuned = self._shared.forward([given[-1:] + scored[:-1]] * 2, cache, strengths, positions=len(scored))
@@ -262,10 +263,10 @@ class TransformersBackend:
                     logps[index] = logp
         return [Likelihood(logp, len(scored)) for logp, (_, scored) in zip(logps, pairs, strict=True)]
 
-    def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
+    def logits(self, request: Request, side: Side, *, strength: float = 1.0, cut: bool = False) -> NDArray[np.float32]:
         """Logits (T, V) that predict each of the request's T scored tokens."""
         self._check(side, strength)
-        given, scored = self._request_tokens(request)
+        given, scored = self._request_tokens(request, cut=cut)
         with hf_loading.released_errors():
             return self._shared.compute(_row_strength(side, strength), partial(logits_of, given=given, scored=scored))
 
@@ -277,8 +278,8 @@ class TransformersBackend:
         pieces = [shown.add(token, final=i == len(scored))[0] for i, token in enumerate(scored, start=1)]
         return list(zip(pieces, map(float, logps), strict=True))
 
-    def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
-        """(given, scored) token ids of a request."""
+    def _request_tokens(self, request: Request, *, cut: bool = False) -> tuple[list[int], list[int]]:
+        """(given, scored) token ids of a request, `cut` to the context or refused if they are too long for it."""
         with self._tokenizer_lock:
             if isinstance(request, TextRequest):
                 tokens = hf_loading.begin_ids(self._tokenizer) + hf_loading.encode_text(self._tokenizer, request.text)
@@ -290,6 +291,8 @@ class TransformersBackend:
                 given, scored = hf_loading.encode_completion(self._tokenizer, self.template, *completion)
                 if request.end_of_text:
                     scored = [*scored, self._end]
+        if cut:
+            given, scored = cut_to_context(given, scored, self.context_length)
         check_scorable(given, scored, self.context_length)
         return given, scored
 
@@ -464,6 +467,7 @@ def load_adapter(model: Any, folder: Path, modules: Collection[str]) -> Adapter:
             # PEFT 0.21 reads a property of transformers 5.23 by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # an AdapterError, below
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # nothing is merged
             peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=_ADAPTER, torch_device=str(device))
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as exc:
         reason = " ".join(str(exc).split())

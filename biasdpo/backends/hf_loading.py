@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from biasdpo.chat import ChatTemplate, PromptTemplate, Segment, Turn, encode_jointly, quotes_special
 from biasdpo.errors import BackendError, ModelError, WorkspaceError
-from biasdpo.model_files import END_TOKENS, read_header, safetensors_shapes, weight_files
+from biasdpo.model_files import END_TOKENS, eos_token_ids, read_header, safetensors_shapes, weight_files
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, locked, sha256_of
 
@@ -345,6 +345,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder} has no tokenizer that transformers can load ({exc}): fetch the model again") from exc
     if not tokenizer.is_fast:
         raise ModelError(f"{folder} has no tokenizer.json: fetch the model again, with that file")
+    # For a tokenizer that names no end-of-text token.
+    tokenizer.init_kwargs["model_ends"] = ids_of(*eos_token_ids(folder))
     return tokenizer
 
 
@@ -369,15 +371,12 @@ def ids_of(*values: Any) -> list[int]:
     return list(dict.fromkeys(int(entry) for entry in listed if isinstance(entry, int) and not isinstance(entry, bool)))
 
 
-def end_of_completion(tokenizer: Any, template: PromptTemplate, config: Any = None) -> int:
-    """The token that ends a completion, in training and scoring: the one that the template writes there, else end-of-text.
-
-    config   of the model, for a tokenizer that names no end-of-text token
-    """
+def end_of_completion(tokenizer: Any, template: PromptTemplate) -> int:
+    """The token that ends a completion, in training and scoring: the one that the template writes there, else end-of-text."""
     named = [tokenizer.convert_tokens_to_ids(template.end)] if template.end else []
-    ends = ids_of(*named, tokenizer.eos_token_id, getattr(config, "eos_token_id", None))
+    ends = ids_of(*named, tokenizer.eos_token_id, tokenizer.init_kwargs.get("model_ends"))
     if not ends:
-        raise ModelError("The tokenizer names no end-of-text token: set eos_token in its tokenizer_config.json")
+        raise ModelError("The tokenizer names no end-of-text token: name eos_token in its tokenizer_config.json")
     return ends[0]
 
 

@@ -27,6 +27,7 @@ from biasdpo.backends.base import (
     VisitorQueue,
     check_prompt_fits,
     check_scorable,
+    cut_to_context,
     missing_side,
     prove,
 )
@@ -127,7 +128,7 @@ class LlamaCppBackend:
         """Canary logits (T, V) from a separate context; call it before an adapter is loaded."""
         context = self._new_context(BATCH_TOKENS)
         try:
-            return context.logits(*self._request_tokens(CANARY))
+            return context.logits(*self._request_tokens(CANARY, cut=True))
         finally:
             context.close()
 
@@ -139,7 +140,7 @@ class LlamaCppBackend:
 
     def canary_logits(self, side: Side, strength: float = 1.0) -> NDArray[np.float32]:
         """Logits (T, V) of one side on the canary's completion, from an empty cache."""
-        return self.logits(CANARY, side, strength=strength)
+        return self.logits(CANARY, side, strength=strength, cut=True)
 
     def close(self) -> None:
         """Free contexts, adapter and weights, after running streams."""
@@ -241,12 +242,12 @@ class LlamaCppBackend:
                 logps[path.index] = logp
         return [Likelihood(logp, len(scored)) for logp, (_, scored) in zip(logps, pairs, strict=True)]
 
-    def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
+    def logits(self, request: Request, side: Side, *, strength: float = 1.0, cut: bool = False) -> NDArray[np.float32]:
         """Logits (T, V) that predict each of the request's T scored tokens, from an empty cache."""
         context = self._context(side)
         with context.lock:
             _set_strength(context, side, strength)
-            return context.logits(*self._request_tokens(request))
+            return context.logits(*self._request_tokens(request, cut=cut))
 
     def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
         """See `backends.base.Backend.score_tokens`."""
@@ -255,8 +256,8 @@ class LlamaCppBackend:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return [(decoder.decode(self._model.piece(token)), float(logp)) for token, logp in zip(scored, logps, strict=True)]
 
-    def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
-        """(given, scored) token ids of a request."""
+    def _request_tokens(self, request: Request, *, cut: bool = False) -> tuple[list[int], list[int]]:
+        """(given, scored) token ids of a request, `cut` to the context or refused if they are too long for it."""
         if isinstance(request, TextRequest):
             tokens = self.tokenize((Segment(request.text, special=False),))
             given, scored = tokens[:1], tokens[1:]
@@ -271,6 +272,8 @@ class LlamaCppBackend:
             )
             if request.end_of_text:
                 scored = [*scored, self.end_of_completion]
+        if cut:
+            given, scored = cut_to_context(given, scored, self.context_length)
         check_scorable(given, scored, self.context_length)
         return given, scored
 

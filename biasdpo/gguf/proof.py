@@ -357,8 +357,8 @@ def compare_logits(
     texts = fixed_texts()[::step]
     for done, request in enumerate(texts):
         on_text(done, len(texts))
-        ours = exported.logits(request, side)
-        theirs = original.logits(request, "tuned" if original.has_adapter else "base")
+        ours = exported.logits(request, side, cut=True)
+        theirs = original.logits(request, "tuned" if original.has_adapter else "base", cut=True)
         if ours.shape != theirs.shape:
             raise ModelError(f"The file has {ours.shape[1]:,} tokens, its original {theirs.shape[1]:,}: export it again")
         numbers = np.isfinite(ours).all(axis=-1)
@@ -369,7 +369,7 @@ def compare_logits(
         second, first = np.sort(np.partition(theirs, -2, axis=-1)[:, -2:], axis=-1).T
         clears.append(first - second > CLEAR)
         if original.has_adapter:
-            base = original.logits(request, "base")[numbers]
+            base = original.logits(request, "base", cut=True)[numbers]
             adapter_kls.append(kl_by_position(theirs, base))
             base_kls.append(kl_by_position(base, ours))
     kl, same, clear = np.concatenate(kls), np.concatenate(sames), np.concatenate(clears)
