@@ -152,11 +152,13 @@ def encode_jointly(
     joint = encode(join_plain([*rendered, Segment(text, special=False)]))
     if joint[: len(given)] == given:
         return given, joint[len(given) :]
-    # After a line break, which merges with little, there is no such space either.
+    return given, encode_inner(encode, text)
+
+
+def encode_inner(encode: Callable[[Sequence[Segment]], list[int]], text: str) -> list[int]:
+    """Token ids of a text that follows others, whatever these are: as after a line break, which merges with little."""
     start, joint = encode([Segment("\n", special=False)]), encode([Segment("\n" + text, special=False)])
-    if joint[: len(start)] == start:
-        return given, joint[len(start) :]
-    return given, encode([Segment(text, special=False)])
+    return joint[len(start) :] if joint[: len(start)] == start else encode([Segment(text, special=False)])
 
 
 BARE = PromptTemplate(_PROMPT)

@@ -418,7 +418,8 @@ def special_tokens(header: Header) -> tuple[str, ...]:
     """The texts of a GGUF's tokens that no user's text may become."""
     tokens: list[Any] = header.get("tokenizer.ggml.tokens", [])
     kinds: list[Any] = header.get("tokenizer.ggml.token_type", [])
-    special = (text for text, kind in zip(tokens, kinds, strict=False) if kind in (TokenType.CONTROL, TokenType.UNKNOWN))
+    parsed = (TokenType.CONTROL, TokenType.UNKNOWN)  # by llama.cpp, as are its own end tokens whatever their type
+    special = (text for text, kind in zip(tokens, kinds, strict=False) if kind in parsed or text in END_TOKENS)
     return tuple(_printable(str(text)) for text in special)
 
 

@@ -21,10 +21,12 @@ from biasdpo.backends import hf_loading
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import Model, open_llamacpp
 from biasdpo.chat import BARE, PromptTemplate, Segment, chat_template, encode_jointly
+from biasdpo.config import TrainConfig
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import AdapterError, ModelError, PromptError
 from biasdpo.gguf import export, write
 from biasdpo.gguf.proof import kl_by_position, prove
+from biasdpo.jobs.job import JobFolder
 from biasdpo.model_files import named_tokens, read_header, special_tokens
 from biasdpo.models import AdapterSpec
 from biasdpo.records import LikelihoodRequest, Sampling
@@ -32,7 +34,10 @@ from biasdpo.workspace import Workspace
 from tests import model_matrix, tiny_models
 from tests.hf.cases import read
 from tests.model_matrix import ADAPTERS, KINDS, NO_SYSTEM, NOT_EXPORTED, NOT_IN_OLLAMA, TEMPLATES, Kind
-from training.rows import tokenize
+from training.callbacks import ProbeCallback, adapter_tensors
+from training.dpo import build_trainer, load_policy
+from training.rows import tokenize, tokenize_run
+from training.status import StatusWriter
 
 PROMPT, COMPLETION = "Why are  nurses always women?\n日本 1234", "They are not: nursing is open\nto everyone."
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -120,6 +125,28 @@ def test_model(name: str, folders: dict[str, Path]) -> None:
 def logits_of(model: Any, given: list[int], scored: list[int]) -> Any:
     with torch.inference_mode():
         return model(torch.tensor([[*given, *scored]])).logits[0, len(given) - 1 : -1].numpy()
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_training(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Two steps on every linear layer, with the ending KL, an evaluation and a probe."""
+    folder = folders[name]
+    model_matrix.set_template(folder, TEMPLATES["ChatML"])
+    template, tokenizer = models.find(str(folder)).template, hf_loading.load_tokenizer(folder)
+    settings: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "warmup_share": 0.0, "ending_weight": 0.1, "eval_every": 1}
+    config = TrainConfig(model=str(folder), datasets=("d",), target_modules=("all-linear",), **settings)
+    pairs = [PreferencePair(PROMPT, COMPLETION, "They are."), PreferencePair("Who?", "Anyone.", "Men, as a rule.")]
+    rows = tokenize_run(pairs, pairs[:1], tokenizer, template, config)
+    assert rows.end == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    writer = StatusWriter(JobFolder(tmp_path / "run"), rank=1)  # which writes nothing
+    writer.folder.path.mkdir()
+    trainer = build_trainer(
+        config, writer.folder, load_policy(folder, config, use_cpu=True), tokenizer, rows, writer, use_cpu=True
+    )
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    assert any(tensor.abs().max() > 0 for key, tensor in adapter_tensors(trainer.model).items() if "lora_B" in key)
+    assert isinstance(ProbeCallback(trainer, writer, tokenizer, template, [], 1).complete(PROMPT), str)
 
 
 # Adapters

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from biasdpo.chat import ChatTemplate, PromptTemplate, Segment, Turn, encode_jointly, quotes_special
+from biasdpo.chat import ChatTemplate, PromptTemplate, Segment, Turn, encode_inner, encode_jointly, quotes_special
 from biasdpo.errors import BackendError, ModelError, WorkspaceError
 from biasdpo.model_files import END_TOKENS, eos_token_ids, read_header, safetensors_shapes, weight_files
 from biasdpo.models import ModelSpec
@@ -399,6 +399,11 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of plain text: no special tokens are parsed, no BOS is added."""
     ids: list[int] = tokenizer.encode(_encodable(text), add_special_tokens=False, split_special_tokens=True)
     return ids
+
+
+def encode_inner_text(tokenizer: Any, text: str) -> list[int]:
+    """The same for a text that follows another (see `chat.encode_inner`)."""
+    return encode_inner(lambda segments: encode_text(tokenizer, segments[0].text), text)
 
 
 def _encodable(text: str) -> str:

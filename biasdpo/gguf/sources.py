@@ -424,7 +424,8 @@ def _tokens(
         kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
         if kind == TokenType.USER_DEFINED and (entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")):
             raise _unsupported(folder, f"has the token {entry['content']!r}, which strips the text around it")
-        if entry["id"] < rows:  # without embeddings, as a [PAD] that was added and never resized for, no text has it
+        # A special token without embeddings, such as a [PAD] that was added without resizing, is in no text.
+        if entry["id"] < rows or not entry.get("special"):
             entries.append((entry["content"], entry["id"], kind))
     for token, i, kind in entries:
         if not 0 <= i < rows:
