@@ -239,11 +239,17 @@ class ChatTemplate(PromptTemplate):
 
 
 def chat_template(source: str, special_tokens: Sequence[str], variables: Mapping[str, str]) -> PromptTemplate:
-    """The template of a Jinja source, `BARE` for an empty one. ValueError if it can't render a prompt."""
+    """The template of a Jinja source, `BARE` for an empty one; not rendered yet (see `verified`)."""
     if not source:
         return BARE
     special = tuple(sorted({token for token in special_tokens if token}, key=lambda token: (-len(token), token)))
-    template = ChatTemplate("", special_tokens=special, source=source, variables=tuple(sorted(variables.items())))
+    return ChatTemplate("", special_tokens=special, source=source, variables=tuple(sorted(variables.items())))
+
+
+def verified(template: PromptTemplate) -> PromptTemplate:
+    """The template with its completion prefix, which takes a rendering. ValueError if a chat template can't render a prompt."""
+    if not isinstance(template, ChatTemplate):
+        return template
     if _MARK not in template._render([("user", _MARK)]):
         raise ValueError("it leaves out the user's message")
     return replace(template, completion_prefix=_completion_frame(template)[0])

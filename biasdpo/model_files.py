@@ -7,7 +7,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache, wraps
@@ -27,7 +27,7 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "PhiForCausalLM": "phi2"}
 
 @dataclass(frozen=True)
 class Description:
-    """A model's own description. Without a chat template, `template` is the prompt alone."""
+    """A model's own description. Without a chat template, `template` is the prompt alone; one is not rendered yet."""
 
     architecture: str
     parameters: int
@@ -78,9 +78,10 @@ def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
     return architecture, {name: shape for file in weight_files(path) for name, shape in safetensors_shapes(file).items()}
 
 
-def _template(path: Path, source: str, special_tokens: Sequence[str], variables: Mapping[str, str]) -> PromptTemplate:
+def verified_template(path: Path) -> PromptTemplate:
+    """The template of a model's files, rendered once. ModelError if it can't be."""
     try:
-        return chat.chat_template(source, special_tokens, variables)
+        return chat.verified(describe(path).template)
     except ValueError as exc:
         raise ModelError(f"{path}: its chat template can't be rendered ({exc}); use a model with a simpler one") from exc
 
@@ -158,7 +159,7 @@ def _describe_hf_folder(folder: Path) -> Description:
         parameters=sum(map(math.prod, shapes)),
         bytes_of_weights=sum(path.stat().st_size for path in weights),
         context_length=config.max_position_embeddings or 2048,
-        template=_template(folder, source, sorted(special), _named_tokens(folder, settings)),
+        template=chat.chat_template(source, sorted(special), _named_tokens(folder, settings)),
         has_chat_template=bool(source),
     )
 
@@ -396,7 +397,7 @@ def _describe_gguf(path: Path) -> Description:
         parameters=sum(tensor.elements for tensor in header.tensors.values()),
         bytes_of_weights=sum(tensor.n_bytes for tensor in header.tensors.values()),
         context_length=header.get(f"{header.architecture}.context_length", 2048),
-        template=_template(path, source, special_tokens(header), named_tokens(header)),
+        template=chat.chat_template(source, special_tokens(header), named_tokens(header)),
         has_chat_template=bool(source),
     )
 

@@ -180,7 +180,7 @@ def _spec_of_path(path: Path) -> ModelSpec:
         hub_id="",
         parameters=described.parameters,
         context_length=min(described.context_length, 4096),
-        template=catalog()["phi-2"].template if is_phi else described.template,
+        template=catalog()["phi-2"].template if is_phi else model_files.verified_template(path),
         memory_gb={"llamacpp": round(described.bytes_of_weights / 1e9 * 1.3 + 0.5, 1)},
         gguf_path=path if from_gguf else None,
         hf_folder=None if from_gguf else path,

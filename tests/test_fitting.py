@@ -194,7 +194,6 @@ REASONS: list[tuple[Change, str]] = [
     (add("lm_head.weight", 2, 2), "holds base_model.model.lm_head.weight, which is no LoRA factor"),
     (add("model.embed_tokens.lora_embedding_A", 4, 9), "adapts the embeddings: only plain LoRA"),
     (add_pair("model.embed_tokens", 9, 64), r"another base model: its model\.embed_tokens is 9 x 64"),
-    (add_pair("lm_head", 480, 64), r"holds lm_head, which its adapter_config\.json does not adapt"),
     (add_pair("model.layers.0.mlp.fc1", 128, 64), r"another base model: it adapts model\.layers\.0\.mlp\.fc1, which .* lacks"),
     (add_pair("model.layers.3.mlp.up_proj", 128, 64), r"it adapts model\.layers\.3\.mlp\.up_proj, which .* \(llama\) lacks"),
 ]  # fmt: skip

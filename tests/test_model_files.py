@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from biasdpo import models
 from biasdpo.errors import ModelError
-from biasdpo.model_files import describe, read_header, safetensors_shapes
+from biasdpo.model_files import describe, read_header, safetensors_shapes, verified_template
 from biasdpo.models import ModelSpec
 from tests.gguf_files import metadata_of, tensors_of
 
@@ -25,7 +25,7 @@ WRONG_VALUES: list[Any] = [None, True, -1, 1.5, "x", [], [[]], ["x"], {}, {"a": 
 
 def refused(path: Path, match: str = "") -> None:
     with pytest.raises(ModelError, match=match or path.name) as caught:
-        describe(path)
+        verified_template(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
 

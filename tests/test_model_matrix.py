@@ -20,7 +20,7 @@ from biasdpo import models
 from biasdpo.backends import hf_loading
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import Model, open_llamacpp
-from biasdpo.chat import BARE, PromptTemplate, Segment, chat_template, encode_jointly
+from biasdpo.chat import BARE, PromptTemplate, Segment, chat_template, encode_jointly, verified
 from biasdpo.config import TrainConfig
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import AdapterError, ModelError, PromptError
@@ -63,7 +63,7 @@ def template_of(folder: Path, tokenizer: Any, kind: Kind) -> PromptTemplate:
         return models.find(str(folder)).template
     with pytest.raises(ModelError, match=kind.refused):
         models.find(str(folder))
-    return chat_template(tokenizer.get_chat_template(), (), tokenizer.special_tokens_map)
+    return verified(chat_template(tokenizer.get_chat_template(), (), tokenizer.special_tokens_map))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -228,7 +228,7 @@ def check_gguf(kind: Kind, folder: Path, gguf: Path) -> None:
         if kind.eos is None and "eos_token" in str(source):
             continue
         tokenizer.chat_template = source if isinstance(source, str) else source[1]["template"]
-        template = chat_template(tokenizer.chat_template, special_tokens(header), named_tokens(header))
+        template = verified(chat_template(tokenizer.chat_template, special_tokens(header), named_tokens(header)))
         for system in [""] if name in NO_SYSTEM else ["", "Be kind."]:
             expected = reference(tokenizer, PROMPT, system=system)
             assert model.tokenize(template.render(PROMPT, system), begin=not template.writes_begin) == expected

@@ -414,7 +414,7 @@ def _encodable(text: str) -> str:
 def encode_segments(tokenizer: Any, segments: Sequence[Segment]) -> list[int]:
     """Token ids of segments, as of one text, like `apply_chat_template`. Only where plain text holds a special token is each
     segment encoded alone."""
-    for token in {segment.text for segment in segments if segment.special}:
+    for token in dict.fromkeys(segment.text for segment in segments if segment.special):
         known = tokenizer.convert_tokens_to_ids(token)
         if known is None or tokenizer.convert_ids_to_tokens(known) != token:
             raise ModelError(f"The tokenizer lacks {token!r}, a special token of the prompt template: correct the template")
