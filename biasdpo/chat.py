@@ -260,7 +260,7 @@ def template_from_json(values: Mapping[str, Any]) -> PromptTemplate:
     known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if "source" not in known:
         return PromptTemplate(**known)
-    return ChatTemplate(**known | {"variables": tuple((str(name), str(text)) for name, text in known["variables"])})
+    return ChatTemplate(**known | {"variables": tuple((str(name), str(text)) for name, text in known.get("variables", ()))})
 
 
 @lru_cache(maxsize=32)

@@ -103,7 +103,7 @@ def read_record(out: Path) -> ExportRecord:
         _ = record.proof and ExportProof.from_json(record.proof), record.template and record.prompt_template
     except WorkspaceError as exc:
         raise ExportError(str(exc)) from exc
-    except (RecursionError, ValidationError, TypeError) as exc:
+    except (RecursionError, ValueError, TypeError) as exc:
         first = exc.errors()[0] if isinstance(exc, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(exc) or type(exc).__name__
         raise ExportError(f"{file} is damaged ({reason}): export {out.name} again") from exc
