@@ -139,6 +139,7 @@ def compare(
     engine = open_engine(EngineKey(model, adapter, backend), open_workspace(workspace))
     pair = None
     try:
+        prompt_token_ids = engine.backend.prompt_tokens(prompt, system)
         with tqdm(total=sampling.max_new_tokens, unit=" token", file=sys.stderr, leave=False) as bar:
             for event in stream_pair(engine, prompt, sampling, system=system, strength=strength):
                 if isinstance(event, GenerationPair):
@@ -148,7 +149,7 @@ def compare(
         engine.backend.close()
     assert pair is not None  # the last event of a stream is its finished pair
     if as_json:
-        print(json.dumps(pair.to_json(), ensure_ascii=False))
+        print(json.dumps(pair.to_json() | {"prompt_token_ids": prompt_token_ids}, ensure_ascii=False))
         return
     for completion in (pair.left, pair.right):
         if completion is not None:

@@ -125,7 +125,7 @@ def _new_pair(
         adapter=engine.adapter.id if engine.adapter is not None else "",
         backend=backend.name,
         sampling=sampling,
-        system=system if backend.template.has_system else "",
+        system=system,
         strength=check_strength(strength),
         canary_kl_nats=backend.proof.kl_nats,
         left=left,

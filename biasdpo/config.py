@@ -384,7 +384,7 @@ class TrainConfig(Settings):
     target_modules: Annotated[ListOf[Name], AfterValidator(_no_lm_head)] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, group="LoRA"
     )
-    """Names of the linear layers that LoRA adapts."""
+    """Names of the linear layers that LoRA adapts; all-linear: all of them but the head."""
     strength: float = setting(1.0, range=(0.01, STRENGTH_RANGE[1]), label="Saved strength", group="LoRA", affects_cost=False)
     """The trained update is multiplied by this when it is saved. 1: as trained."""
     adapter_dtype: Literal["float16", "float32"] = setting("float16", group="LoRA", affects_cost=False)

@@ -106,7 +106,7 @@ class EnginePool:
     def lease(self, key: EngineKey, cancellation: Cancellation | None = None) -> Iterator[Engine]:
         """The engine of `key`, loaded if necessary and kept open until the block ends. A failed load raises its error."""
         with self._changed:
-            loading = self._engines.get(key) or self.load(key)
+            loading = self.load(key)
             loading.leases += 1
         try:
             with self._changed:

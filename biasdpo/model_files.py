@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from biasdpo.chat import PromptTemplate, template_from_chat
+from biasdpo import chat
+from biasdpo.chat import PromptTemplate
 from biasdpo.errors import BiasDPOError, ModelError
 from biasdpo.workspace import MAX_JSON_BYTES
 
@@ -26,7 +27,7 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "PhiForCausalLM": "phi2"}
 
 @dataclass(frozen=True)
 class Description:
-    """A model's own description. Without a chat template, `template` is the prompt alone."""
+    """A model's own description. Without a chat template, `template` is the prompt alone; one is not rendered yet."""
 
     architecture: str
     parameters: int
@@ -34,6 +35,10 @@ class Description:
     context_length: int  # tokens
     template: PromptTemplate
     has_chat_template: bool
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
 
 
 _Value = TypeVar("_Value")
@@ -48,7 +53,7 @@ def _cached(read: Callable[[Path], _Value]) -> Callable[[Path], _Value]:
 
     @wraps(read)
     def cached(path: Path) -> _Value:
-        files = [path] if path.suffix == ".gguf" else [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")]
+        files = [path] if is_gguf(path) else [*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.jinja")]
         try:
             return read_version(path, tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)))
         except OSError:
@@ -60,22 +65,23 @@ def _cached(read: Callable[[Path], _Value]) -> Callable[[Path], _Value]:
 @_cached
 def describe(path: Path) -> Description:
     """Describe a .gguf file or a Hugging Face folder; cached until its files change."""
-    return _describe_gguf(path) if path.suffix == ".gguf" else _describe_hf_folder(path)
+    return _describe_gguf(path) if is_gguf(path) else _describe_hf_folder(path)
 
 
 @_cached
 def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
     """(architecture, {tensor name in the file: shape}) of a .gguf file or a Hugging Face folder; a matrix is (out, in)."""
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         header = read_header(path)
         return header.architecture, {name: t.shape for name, t in header.tensors.items()}
     architecture = _hf_architecture(path, _hf_config(path))
     return architecture, {name: shape for file in weight_files(path) for name, shape in safetensors_shapes(file).items()}
 
 
-def _template(path: Path, chat: str, special_tokens: list[str]) -> PromptTemplate:
+def verified_template(path: Path) -> PromptTemplate:
+    """The template of a model's files, rendered once. ModelError if it can't be."""
     try:
-        return template_from_chat(chat, special_tokens)
+        return chat.verified(describe(path).template)
     except ValueError as exc:
         raise ModelError(f"{path}: its chat template can't be rendered ({exc}); use a model with a simpler one") from exc
 
@@ -113,7 +119,7 @@ def read_json_as(file: Path, model: type[_Model], error: type[BiasDPOError] = Mo
 
 class _HfConfig(ForeignJson):
     architectures: list[str] | None = None
-    max_position_embeddings: PositiveInt = 2048
+    max_position_embeddings: PositiveInt | None = None
 
 
 class _Token(ForeignJson):
@@ -146,15 +152,15 @@ def _describe_hf_folder(folder: Path) -> Description:
     settings = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig)
     tokenizer = _read_optional(folder / "tokenizer.json", _Tokenizer)
     special = {token.content for token in [*settings.added_tokens_decoder.values(), *tokenizer.added_tokens] if token.special}
-    chat = chat_template(folder)
+    source = chat_template(folder)
     shapes = [shape for path in weights for shape in safetensors_shapes(path).values()]
     return Description(
         architecture=architecture,
         parameters=sum(map(math.prod, shapes)),
         bytes_of_weights=sum(path.stat().st_size for path in weights),
-        context_length=config.max_position_embeddings,
-        template=_template(folder, chat, sorted(special)),
-        has_chat_template=bool(chat),
+        context_length=config.max_position_embeddings or 2048,
+        template=chat.chat_template(source, sorted(special), _named_tokens(folder, settings)),
+        has_chat_template=bool(source),
     )
 
 
@@ -169,6 +175,12 @@ def _hf_config(folder: Path) -> _HfConfig:
     return read_json_as(folder / "config.json", _HfConfig)
 
 
+def eos_token_ids(folder: Path) -> list[Any]:
+    """What a folder's configs say of EOS: an id, a list, or None each."""
+    files = (_read_optional(folder / name, ForeignJson) for name in ("generation_config.json", "config.json"))
+    return [(file.model_extra or {}).get("eos_token_id") for file in files]
+
+
 def _hf_architecture(folder: Path, config: _HfConfig) -> str:
     name = (config.architectures or ["model of unknown architecture"])[0]
     if name not in ARCHITECTURES:
@@ -180,28 +192,56 @@ def _read_optional(file: Path, model: type[_Model]) -> _Model:
     return read_json_as(file, model) if file.is_file() else model()
 
 
+def _named_tokens(folder: Path, settings: _TokenizerConfig) -> dict[str, str]:
+    """{bos_token: its text, ...} as a folder's files name them. The loaded tokenizer has the last word (`hf_loading`)."""
+    files = (_read_optional(folder / "special_tokens_map.json", ForeignJson), settings)
+    named = {key: value for file in files for key, value in (file.model_extra or {}).items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    # One that is named nowhere may come from the tokenizer's class.
+    return dict.fromkeys(("bos_token", "eos_token"), "") | {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
 def chat_template(folder: Path) -> str:
-    """A folder's chat template, "" without one; among several the one named "default"."""
+    """A folder's chat template, "" without one; among several the one named "default", as in transformers."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
             raise ModelError(f"Can't read {file} ({exc}): restore the file from a copy, or fetch it again") from exc
-    chat = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig).chat_template or ""
-    return chat if isinstance(chat, str) else next((entry.template for entry in chat if entry.name == "default"), "")
+    sources = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig).chat_template or ""
+    if isinstance(sources, str):
+        return sources
+    return _default_template(folder, {entry.name: entry.template for entry in sources})
+
+
+def _default_template(path: Path, by_name: Mapping[str, str]) -> str:
+    if by_name and "default" not in by_name:
+        raise ModelError(
+            f"{path} has the chat templates {', '.join(by_name)} and none named default, so none can be chosen: name one default"
+        )
+    return by_name.get("default", "")
+
+
+_WEIGHTS, _SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def has_weights(folder: Path) -> bool:
+    return (folder / _WEIGHTS).is_file() or (folder / _SHARD_INDEX).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A folder's safetensors files. ModelError if it has none, or lacks a shard that its index names."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} has no *.safetensors: fetch the model's safetensors weights (pickles are not opened)")
-    shards = _read_optional(folder / "model.safetensors.index.json", _ShardIndex).weight_map
+    """The safetensors files that transformers loads: not an adapter's, nor the authors' consolidated.safetensors. ModelError if
+    there are none, or a shard that the index names is missing."""
+    if not has_weights(folder):
+        raise ModelError(f"{folder} has no {_WEIGHTS}: fetch the model's safetensors weights (pickles are not opened)")
+    shards = _read_optional(folder / _SHARD_INDEX, _ShardIndex).weight_map
     names = sorted({Path(name).name for name in shards.values()})
+    if _WEIGHTS not in names and (folder / _WEIGHTS).is_file():
+        names = [_WEIGHTS]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards ({missing[0]}): fetch the model again")
-    return [folder / name for name in names] or files
+    return [folder / name for name in names]
 
 
 # Weights: the headers of safetensors and GGUF files
@@ -349,18 +389,39 @@ def _describe_gguf(path: Path) -> Description:
     header = read_header(path)
     if header.get("general.type", "model") != "model" or not header.architecture:
         raise ModelError(f"{path} is a GGUF of type {header.values.get('general.type')!r}, not a model: select a model's file")
-    tokens: list[Any] = header.get("tokenizer.ggml.tokens", [])
-    types: list[Any] = header.get("tokenizer.ggml.token_type", [])
-    control = [_printable(str(token)) for token, kind in zip(tokens, types, strict=False) if kind == TokenType.CONTROL]
-    chat = _printable(header.get("tokenizer.chat_template", ""))
+    prefix = "tokenizer.chat_template"
+    templates = {key.removeprefix(f"{prefix}."): str(text) for key, text in header.values.items() if key.startswith(f"{prefix}.")}
+    source = _printable(header.get(prefix, "") or _default_template(path, templates))
     return Description(
         architecture=header.architecture,
         parameters=sum(tensor.elements for tensor in header.tensors.values()),
         bytes_of_weights=sum(tensor.n_bytes for tensor in header.tensors.values()),
         context_length=header.get(f"{header.architecture}.context_length", 2048),
-        template=_template(path, chat, control),
-        has_chat_template=bool(chat),
+        template=chat.chat_template(source, special_tokens(header), named_tokens(header)),
+        has_chat_template=bool(source),
     )
+
+
+def named_tokens(header: Header) -> dict[str, str]:
+    """{bos_token: its text, ...} of a GGUF."""
+    tokens: list[Any] = header.get("tokenizer.ggml.tokens", [])
+    ids = {role: header.values.get(f"tokenizer.ggml.{key}_token_id") for role, key in GGUF_ROLES.items()}
+    return {f"{role}_token": _printable(str(tokens[i])) for role, i in ids.items() if isinstance(i, int) and i < len(tokens)}
+
+
+def adds_begin(header: Header) -> bool:
+    """Whether llama.cpp puts BOS before every text (src/llama-vocab.cpp)."""
+    default = header.get("tokenizer.ggml.model", "") == "llama" or header.pre_tokenizer in ("llama3", "llama-v3", "llama-bpe")
+    return header.get("tokenizer.ggml.add_bos_token", default)
+
+
+def special_tokens(header: Header) -> tuple[str, ...]:
+    """The texts of a GGUF's tokens that no user's text may become."""
+    tokens: list[Any] = header.get("tokenizer.ggml.tokens", [])
+    kinds: list[Any] = header.get("tokenizer.ggml.token_type", [])
+    parsed = (TokenType.CONTROL, TokenType.UNKNOWN)  # by llama.cpp, as are its own end tokens whatever their type
+    special = (text for text, kind in zip(tokens, kinds, strict=False) if kind in parsed or text in END_TOKENS)
+    return tuple(_printable(str(text)) for text in special)
 
 
 def _printable(text: str) -> str:
@@ -405,10 +466,15 @@ def hf_name(name: str, architecture: str) -> str | None:
     return f"{block}{module}" + (f".{match['kind']}" if match["kind"] else "")
 
 
+# transformers' names of the special tokens -> GGUF's.
+GGUF_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
 class TokenType(IntEnum):
     """Values of `tokenizer.ggml.token_type` (gguf.TokenType, without importing gguf)."""
 
     NORMAL = 1
+    UNKNOWN = 2
     CONTROL = 3
     USER_DEFINED = 4
     UNUSED = 5

@@ -21,7 +21,7 @@ from pydantic import FiniteFloat, PositiveInt
 from biasdpo import model_files
 from biasdpo.chat import BARE, PromptTemplate
 from biasdpo.errors import AdapterError, BiasDPOError, ModelError
-from biasdpo.model_files import MODULES, QKV, ForeignJson, hf_name, read_json_as, safetensors_shapes, tensor_shapes
+from biasdpo.model_files import MODULES, QKV, ForeignJson, hf_name, is_gguf, read_json_as, safetensors_shapes, tensor_shapes
 from biasdpo.workspace import ASSETS, Workspace, sha256_of
 
 
@@ -105,7 +105,7 @@ def with_files(spec: ModelSpec) -> ModelSpec:
     if gguf is not None and not gguf.is_file():
         gguf = None
     config = _hub_cached(spec.hub_id, "config.json")
-    folder = config.parent if config is not None and any(config.parent.glob("*.safetensors")) else None
+    folder = config.parent if config is not None and model_files.has_weights(config.parent) else None
     return replace(spec, gguf_path=gguf, hf_folder=folder)
 
 
@@ -125,7 +125,7 @@ def find(name: str) -> ModelSpec:
     if name in catalog():
         return with_files(catalog()[name]).require_files()
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" or path.exists():
+    if is_gguf(path) or path.exists():
         return _spec_of_path(path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         for spec in catalog().values():
@@ -162,14 +162,14 @@ def list_models(names: Sequence[str] = ()) -> list[ModelSpec]:
 def absolute_name(name: str) -> str:
     """A model's name that does not depend on the working folder: a path becomes absolute, ids stay (see `find`)."""
     path = Path(name).expanduser()
-    is_path = name and name not in catalog() and (path.suffix == ".gguf" or path.exists())
+    is_path = name and name not in catalog() and (is_gguf(path) or path.exists())
     return str(path.resolve()) if is_path else name
 
 
 def _spec_of_path(path: Path) -> ModelSpec:
     path = path.resolve()
     described = model_files.describe(path)
-    is_gguf = path.suffix == ".gguf"
+    from_gguf = is_gguf(path)
     # Phi-2's files have no chat template: a user's own copy gets the catalog's. A chat-tuned Phi has one.
     is_phi = described.architecture == "phi2" and not described.has_chat_template
     return ModelSpec(
@@ -180,10 +180,10 @@ def _spec_of_path(path: Path) -> ModelSpec:
         hub_id="",
         parameters=described.parameters,
         context_length=min(described.context_length, 4096),
-        template=catalog()["phi-2"].template if is_phi else described.template,
+        template=catalog()["phi-2"].template if is_phi else model_files.verified_template(path),
         memory_gb={"llamacpp": round(described.bytes_of_weights / 1e9 * 1.3 + 0.5, 1)},
-        gguf_path=path if is_gguf else None,
-        hf_folder=None if is_gguf else path,
+        gguf_path=path if from_gguf else None,
+        hf_folder=None if from_gguf else path,
     )
 
 
@@ -251,12 +251,25 @@ def list_adapters(workspace: Workspace) -> list[AdapterSpec]:
 
 def adapters_for(spec: ModelSpec, workspace: Workspace) -> list[AdapterSpec]:
     """The adapters that fit a model: first those made for it, then others. Of a model without files: those made for it."""
-    made_for_it = adapters_made_for(spec, workspace)
+    own = [adapter for adapter in _own_adapter(spec) if not adapter.problem]
+    made_for_it = [*own, *adapters_made_for(spec, workspace)]
     others = [adapter for adapter in adapters(workspace) if adapter not in made_for_it] if spec.present else []
     try:
         return [adapter for adapter in [*made_for_it, *others] if not misfit(adapter, spec)]
     except ModelError:
         return made_for_it  # damaged: opening it says why
+
+
+def _own_adapter(spec: ModelSpec) -> list[AdapterSpec]:
+    """The adapter that lies in the model's own folder, if there is one. Loading the model never loads it."""
+    folder = spec.hf_folder
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        return []
+    adapter_id = f"{Path(spec.id).name}-adapter"
+    try:
+        return [_read_adapter(folder, adapter_id)]
+    except AdapterError as exc:
+        return [AdapterSpec(adapter_id, folder, "", problem=str(exc))]
 
 
 def adapters_made_for(spec: ModelSpec, workspace: Workspace) -> list[AdapterSpec]:
@@ -278,7 +291,7 @@ def find_adapter(name: str, spec: ModelSpec, workspace: Workspace) -> AdapterSpe
     name = name or spec.default_adapter or "none"
     if name == "none":
         return None
-    known = list_adapters(workspace)
+    known = [*_own_adapter(spec), *list_adapters(workspace)]
     folder = Path(name).expanduser().resolve()
     for adapter in known:
         if adapter.id == name or (folder.is_dir() and adapter.folder.resolve() == folder):
@@ -412,13 +425,11 @@ def check_fits_file(adapter: AdapterSpec, model: Path, title: str = "") -> Mappi
     architecture, matrices = _matrices(model)
     if matrices is None:  # a GGUF of another architecture: whoever converts the adapter knows the names
         return lora
+    if "lm_head" in lora and "model.embed_tokens" in matrices:  # a tied head is the embeddings once more
+        matrices = {"lm_head": matrices["model.embed_tokens"], **matrices}
     made = f"Adapter {adapter.id} was made for another base model: "
     remedy = f"choose another adapter, or open the model that it was made for{f' ({adapter.model})' if adapter.model else ''}"
     for module, part in lora.items():
-        if module == "lm_head" and module not in matrices and "model.embed_tokens" in matrices:
-            raise AdapterError(
-                f"Adapter {adapter.id} adapts lm_head, which {title} ties to the embeddings: train one without lm_head"
-            )
         if module not in matrices:
             raise AdapterError(f"{made}it adapts {module}, which {title} ({architecture}) lacks; {remedy}")
         if matrices[module] != (part.out, part.into):
@@ -468,7 +479,10 @@ def _read_lora(folder: Path, adapter_id: str, _changes: object) -> Mapping[str, 
     if config.bias != "none":
         used.append(f"bias={config.bias}")
     if used:
-        raise AdapterError(f"Adapter {adapter_id} uses {', '.join(used)}: only plain LoRA can be used; train without")
+        raise AdapterError(
+            f"Adapter {adapter_id} uses {', '.join(used)}, and only plain LoRA can be switched on and off: merge it with PEFT's "
+            "merge_and_unload(), save that, and open it as a model"
+        )
     file = folder / "adapter_model.safetensors"
     try:
         shapes = safetensors_shapes(file)
@@ -529,7 +543,7 @@ def _is_targeted(module: str, config: _AdapterConfig) -> bool:
 def _matrices(path: Path) -> tuple[str, Mapping[str, tuple[int, int]] | None]:
     """(architecture, {module: (out, in)}) of a model, by Hugging Face's names; None instead of matrices if those are unknown."""
     architecture, shapes = tensor_shapes(path)
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         return architecture, {name.removesuffix(".weight"): (s[0], s[1]) for name, s in shapes.items() if len(s) == 2}
     if architecture not in MODULES:
         return architecture, None

@@ -14,7 +14,7 @@ from biasdpo.errors import AdapterError, BiasDPOError, WorkspaceError
 from biasdpo.evaluation.run import AnswerCache
 from biasdpo.migrations import open_workspace
 from biasdpo.model_files import ForeignJson, read_json_as
-from biasdpo.models import find_adapter, list_adapters
+from biasdpo.models import catalog, find_adapter, list_adapters
 from biasdpo.workspace import Workspace, read_json
 from tests.run_folders import write_run
 from tests.run_line import CommandLine
@@ -79,7 +79,7 @@ def test_a_damaged_provenance_is_one_row_beside_the_healthy_ones(workspace: Work
     assert str(file) in rows["damaged"]
     assert "\n" not in rows["damaged"]
     with pytest.raises(AdapterError, match=r"provenance\.json"):
-        find_adapter("damaged", None, workspace)  # type: ignore[arg-type]
+        find_adapter("damaged", catalog()["smollm2"], workspace)
 
 
 def test_the_command_line_lists_the_healthy_ones(command_line: CommandLine) -> None:

@@ -185,7 +185,7 @@ REASONS: list[tuple[Change, str]] = [
     (settings(target_modules=["q_proj"]), r"holds .*down_proj, which its adapter_config\.json does not adapt"),
     (settings(exclude_modules=["q_proj"]), r"holds .*q_proj, which its adapter_config\.json does not adapt"),
     (settings(layers_to_transform=[0, 1]), r"holds model\.layers\.2\..*, which its adapter_config\.json does not adapt"),
-    (settings(use_dora=True), "uses use_dora: only plain LoRA"),
+    (settings(use_dora=True), "uses use_dora, and only plain LoRA .*merge_and_unload"),
     (settings(modules_to_save=["lm_head"]), "uses modules_to_save"),
     (settings(init_lora_weights="pissa_niter_4"), "uses init_lora_weights=pissa_niter_4"),
     (settings(bias="all", fan_in_fan_out=True), "uses fan_in_fan_out, bias=all"),
@@ -194,7 +194,6 @@ REASONS: list[tuple[Change, str]] = [
     (add("lm_head.weight", 2, 2), "holds base_model.model.lm_head.weight, which is no LoRA factor"),
     (add("model.embed_tokens.lora_embedding_A", 4, 9), "adapts the embeddings: only plain LoRA"),
     (add_pair("model.embed_tokens", 9, 64), r"another base model: its model\.embed_tokens is 9 x 64"),
-    (add_pair("lm_head", 480, 64), "adapts lm_head, which .* ties to the embeddings: train one without"),
     (add_pair("model.layers.0.mlp.fc1", 128, 64), r"another base model: it adapts model\.layers\.0\.mlp\.fc1, which .* lacks"),
     (add_pair("model.layers.3.mlp.up_proj", 128, 64), r"it adapts model\.layers\.3\.mlp\.up_proj, which .* \(llama\) lacks"),
 ]  # fmt: skip

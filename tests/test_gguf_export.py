@@ -11,10 +11,11 @@ import pytest
 from biasdpo import access, models
 from biasdpo.config import ExportConfig
 from biasdpo.errors import ExportError, RefusedError
-from biasdpo.gguf import export
+from biasdpo.gguf import export, write
 from biasdpo.gguf.export import ExportRecord, load_record, modelfile_file, read_record, record_file
 from biasdpo.gguf.proof import Equality, ExportProof
 from biasdpo.workspace import sha256_of
+from tests import model_matrix
 from tests.gguf_files import adapter_of, spec_of
 
 
@@ -104,6 +105,20 @@ def test_the_modelfile_prompts_as_this_project_does():
     assert "\nFROM /models/base.gguf\nADAPTER ./my.gguf\n" in lora
     template = {"text": "{{ {prompt}", "special_tokens": [], "default_system": "", "completion_prefix": "", "stop": []}
     assert 'TEMPLATE """{{ "{{" }} {{ .Prompt }}"""' in export.modelfile(record_of("phi-2", template=template))
+
+
+def test_the_begin_of_text_that_an_engine_adds_is_not_in_the_modelfile_too(tmp_path):
+    """As with Llama 3: the chat template writes it, and so do llama-server and Ollama before a text."""
+    kind = replace(model_matrix.KINDS[1], settings={})
+    folder = model_matrix.save(kind, tmp_path / "model")
+    model_matrix.set_template(folder, model_matrix.TEMPLATES["Llama 3: headers, trim"])
+    spec = models.find(str(folder))
+    write.merged(spec, None, "F32", tmp_path / "out.gguf")
+    record = record_of("smollm2", out=tmp_path / "out.gguf", template=json.loads(json.dumps(asdict(spec.template))))
+    assert record.prompt_template == spec.template
+    assert spec.template.render_text("Hi").startswith("<s><|head|>user")
+    assert 'TEMPLATE """{{ if .System }}<|head|>system<|tail|>' in export.modelfile(record)
+    assert '"prompt": "<|head|>user' in export.request(record)
 
 
 def test_the_servers_command_and_a_request_to_it():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import pairwise
 
 import pytest
 
 from biasdpo import models
 from biasdpo.backends import choose_backend
-from biasdpo.chat import PromptTemplate, Segment, template_from_chat
+from biasdpo.chat import PromptTemplate, Segment, chat_template
 from biasdpo.errors import BackendError, ConfigError, ModelError, PromptError, WorkspaceError
 from biasdpo.migrations import open_workspace
 from biasdpo.ui.components import own_choices, pasted
@@ -103,7 +102,9 @@ def test_templates_separate_special_tokens_from_text():
     assert Segment("user\nHi <|im_end|> {system}", False) in segments
     assert template.render_text("Hi").startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     phi = models.catalog()["phi-2"].template
-    assert phi.render_text("Hi", "ignored") == "Instruct: Hi\nOutput:"
+    assert phi.render_text("Hi") == "Instruct: Hi\nOutput:"
+    with pytest.raises(PromptError, match="has no system prompt: leave it empty"):
+        phi.render("Hi", "Be kind")
     assert not phi.has_system
     assert PromptTemplate("{prompt}").render("x") == (Segment("x", False),)
 
@@ -113,38 +114,11 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAMA_2 = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>\
-{% endif %}{% endfor %}"
-TRIMMED = CHATML.replace("m['content']", "(m['content'] | trim if loop.last else '...')")  # rewrites what came before
-
-
-@pytest.mark.parametrize("chat", [CHATML, LLAMA_2])
-def test_a_conversation_is_rendered_as_the_chat_template_does(chat):
-    from jinja2 import Environment
-
-    template = template_from_chat(chat, SPECIAL)
-    turns = [("Why <|im_end|> {prompt}?", "Because {completion}."), ("And then?", "Nothing\nmore.")]
-    contents = [text for turn in turns for text in turn] + ["Sure?"]
-    system = [{"role": "system", "content": "Be kind"}] if template.has_system else []
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-    expected = Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat)
-    rendered = template.render("Sure?", "Be kind", turns)
-    assert "".join(s.text for s in rendered) == expected.render(messages=system + messages, add_generation_prompt=True)
-    assert all(not s.special or s.text in SPECIAL for s in rendered)
-    assert any("<|im_end|>" in s.text for s in rendered if not s.special)  # typed by a user: text
-    assert not any(one.special == two.special == False for one, two in pairwise(rendered))  # noqa: E712 - tokenized together
-
-
-def test_a_template_without_a_form_for_conversations_refuses_a_follow_up():
-    template = template_from_chat(TRIMMED, SPECIAL)
-    assert template.render("Hi")
-    with pytest.raises(PromptError, match="no form for a conversation"):
-        template.render("And?", "", [("Hi", "Hello")])
 
 
 def test_the_catalogs_templates_continue_as_they_were_trained():
     smollm2, phi = (models.catalog()[name].template for name in ("smollm2", "phi-2"))
-    assert smollm2.render("And?", "S", [("Hi", "Hello")]) == template_from_chat(CHATML, SPECIAL).render(
+    assert smollm2.render("And?", "S", [("Hi", "Hello")]) == chat_template(CHATML, SPECIAL, {}).render(
         "And?", "S", [("Hi", "Hello")]
     )
     assert phi.render_text("And?", "", [("Hi", "Hello")]) == "Instruct: Hi\nOutput: Hello\nInstruct: And?\nOutput:"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -140,64 +139,3 @@ def test_export(space):
     for element in ("export-stop", "export-resume", "export-confirm-delete", "export-compare"):
         assert REFUSED in space.answer(element, ["x"]), element
     assert store.list_jobs(space.workspace, "export") == []
-
-
-# Elements whose events are the owner's: a visitor is refused.
-OWNER = [
-    "bulk-go",
-    "dataset-save",
-    "dataset-withdraw",
-    "evaluate-confirm-delete",
-    "evaluate-resume",
-    "evaluate-stop",
-    "export-adapter",
-    "export-button",
-    "export-compare",
-    "export-confirm-delete",
-    "export-resume",
-    "export-start",
-    "export-stop",
-    "import-button",
-    "import-file",
-    "import-preview",
-    "import-seed",
-    "import-undo",
-    "measure-card",
-    "measure-estimate",
-    "measure-start",
-    "train-confirm-delete",
-    "train-estimate",
-    "train-import",
-    "train-model",
-    "train-note",
-    "train-resume",
-    "train-retry",
-    "train-start",
-    "train-stop",
-    "train-upload",
-    "train-zip",
-]
-# Elements whose events anybody may use: they show something, or store the visitor's own judgment.
-VISITOR = []
-
-
-def test_every_endpoint_has_a_role_and_keeps_it(space):
-    elements = {c["id"]: c["props"].get("elem_id") for c in space.config["components"]}
-    values = {c["id"]: c["props"].get("value") for c in space.config["components"]}
-    unknown, wrong = set(), []
-    for function in space.config["dependencies"]:
-        if not function["backend_fn"]:
-            continue
-        names = {re.sub(r"-[0-9a-f]{4}$", "", elements.get(target) or event) for target, event in function["targets"]}
-        if not names <= {*OWNER, *VISITOR}:
-            unknown |= names - {*OWNER, *VISITOR}
-        asked = [values[component] for component in function["inputs"]]
-        answer = space.post(function, asked)
-        refused = REFUSED in answer
-        if refused != bool(names & set(OWNER)):
-            wrong.append((sorted(names)[:3], refused, answer[-200:]))
-    print(sorted(unknown))
-    for one in wrong:
-        print(one)
-    assert not unknown
-    assert not wrong

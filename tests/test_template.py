@@ -123,10 +123,10 @@ def let_it_write(tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int
 
 
 def test_exactly_one_space_stands_before_a_completion_and_belongs_to_it(tokenizer: Any) -> None:
-    one = encode_completion(tokenizer, PHI, "They are not.", False)
+    _, one = encode_completion(tokenizer, PHI, PROMPT, "They are not.")
     assert tokenizer.decode(one) == " They are not."
     for typed in (" They are not.", "  They are not.", "     They are not."):
-        assert encode_completion(tokenizer, PHI, typed, False) == one
+        assert encode_completion(tokenizer, PHI, PROMPT, typed)[1] == one
     # Which is why it belongs there: prompt and completion apart have the tokens of the whole text.
     whole = f"Instruct: {PROMPT}\nOutput: They are not."
     assert encode_prompt(tokenizer, PHI, PROMPT) + one == encode_text(tokenizer, whole)
@@ -134,7 +134,7 @@ def test_exactly_one_space_stands_before_a_completion_and_belongs_to_it(tokenize
 
 def test_an_empty_completion_is_the_end_alone(tokenizer: Any, llamacpp: LlamaCppBackend, transformers: Backend) -> None:
     for typed in ("", " ", "   "):
-        assert encode_completion(tokenizer, PHI, typed, True) == [tokenizer.eos_token_id]
+        assert encode_completion(tokenizer, PHI, PROMPT, typed)[1] == []
         for backend in (llamacpp, transformers):
             [found] = backend.loglikelihood([LikelihoodRequest(PROMPT, typed, end_of_text=True)], "base")
             assert found.tokens == 1

@@ -141,7 +141,8 @@ def write_adapter(
     ranks      {end of a layer's name: its rank, where it is another}
     settings   more entries of adapter_config.json
     """
-    shapes = {name: shape for name, shape in sorted(_linear_shapes(model_folder).items()) if re.search(modules, name)}
+    linear = _linear_shapes(model_folder) | (_head_shape(model_folder) if "lm_head" in modules else {})
+    shapes = {name: shape for name, shape in sorted(linear.items()) if re.search(modules, name)}
     own = {name: r for name in shapes for end, r in (ranks or {}).items() if name.endswith(end)}
     targets = {name.split(".")[-1] for name in shapes}
     patterns = {end: r for end, r in (ranks or {}).items() if end in targets}
@@ -199,6 +200,12 @@ def _linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def _head_shape(model_folder: Path) -> dict[str, tuple[int, int]]:
+    weights = _weights(model_folder)
+    rows, width = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).shape
+    return {"lm_head": (rows, width)}
+
+
 def _weights(model_folder: Path) -> dict[str, NDArray[np.float32]]:
     from safetensors.numpy import load_file
 
@@ -225,6 +232,19 @@ def write_llama_gguf(folder: Path, path: Path, **metadata: str) -> Path:
         elif ".k_proj." in name:
             tensor = _permuted(tensor, config["num_key_value_heads"])
         writer.add_tensor(_gguf_name(name, gguf.MODEL_ARCH.LLAMA), np.ascontiguousarray(tensor))
+    _finish(writer)
+    return path
+
+
+def write_qwen2_gguf(folder: Path, path: Path) -> Path:
+    """A Qwen2ForCausalLM as an F32 GGUF: the layers of a Llama, with biases, in Hugging Face's rotary layout."""
+    import gguf
+
+    config = json.loads((folder / "config.json").read_text())
+    writer = _gguf_writer(folder, path, "qwen2", config, pre="qwen2")
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    for name, tensor in _weights(folder).items():
+        writer.add_tensor(_gguf_name(name, gguf.MODEL_ARCH.QWEN2), np.ascontiguousarray(tensor))
     _finish(writer)
     return path
 
@@ -282,16 +302,22 @@ def _gguf_writer(folder: Path, path: Path, architecture: str, config: dict[str, 
         types[i] = gguf.TokenType.NORMAL
         if token in added:
             types[i] = gguf.TokenType.CONTROL if added[token]["special"] else gguf.TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if tokenizer["model"]["byte_fallback"]:  # SentencePiece
+        types = [gguf.TokenType.BYTE if token.startswith("<0x") else kind for token, kind in zip(tokens, types, strict=True)]
+        types[0] = gguf.TokenType.UNKNOWN
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_pad_token_id(config["pad_token_id"])
     writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(tokenizer["model"]["byte_fallback"])
     return writer
 
 

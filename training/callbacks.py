@@ -342,6 +342,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
             return torch.zeros(len(row), dtype=torch.bool, device=row.device)
 
         ids = encode_prompt(self.tokenizer, self.template, prompt)
+        ends = sorted(end_tokens(self.trainer.model, self.tokenizer, self.template))
         device = self.trainer.accelerator.device
         mixed_precision = nullcontext() if device.type == "cpu" else self.trainer.accelerator.autocast()
         with torch.no_grad(), mixed_precision:
@@ -350,8 +351,8 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
                 do_sample=False,
                 max_new_tokens=MAX_NEW_TOKENS,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-                eos_token_id=sorted(end_tokens(self.trainer.model, self.tokenizer, self.template)),
+                pad_token_id=ends[0],  # of one row: never used
+                eos_token_id=ends,
                 stopping_criteria=[check_stop],
             )
         text: str = self.tokenizer.decode(out[0][len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import PrinterCallback
 from trl import DPOConfig
 
 from biasdpo import config as run_config
 from biasdpo import counterfactuals, models
-from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
+from biasdpo.backends.hf_loading import hf_copy, load_base, load_config, load_tokenizer, padding
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
 from biasdpo.errors import ConfigError, DatasetError, ModelError
 from biasdpo.jobs.job import JobFolder
+from biasdpo.model_files import weight_files
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, sha256_of
 from training import callbacks
@@ -134,7 +135,7 @@ def base_sha256(spec: ModelSpec) -> str:
     if spec.gguf_path is not None:
         return sha256_of(spec.gguf_path)
     assert spec.hf_folder is not None
-    hashes = [sha256_of(file) for file in sorted(spec.hf_folder.glob("*.safetensors"))]
+    hashes = [sha256_of(file) for file in weight_files(spec.hf_folder)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -159,14 +160,19 @@ def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> Non
 def load_policy(model_folder: Path, config: TrainConfig, *, use_cpu: bool) -> Any:
     """The base model, in bf16 on a GPU if the run asks for it, else in fp32; without attention dropout, as DPO is without any."""
     dtype = torch.bfloat16 if config.precision == "bf16" and not use_cpu else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attention_dropout=0.0)
+    return load_base(model_folder, dtype=dtype, config=load_config(model_folder, attention_dropout=0.0))
 
 
 def build_trainer(
     config: TrainConfig, folder: JobFolder, model: Any, tokenizer: Any, rows: RunRows, writer: StatusWriter, *, use_cpu: bool
 ) -> TokenizedDPOTrainer:
     """The trainer with this run's settings and a fresh LoRA."""
-    missing = [name for name in config.target_modules if not any(n.split(".")[-1] == name for n, _ in model.named_modules())]
+    every = config.target_modules == ("all-linear",)
+    missing = [
+        name
+        for name in config.target_modules
+        if not every and not any(n.split(".")[-1] == name for n, _ in model.named_modules())
+    ]
     if missing:
         leaves = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"})
         raise ConfigError(f"target_modules {', '.join(missing)}: no such layers in {config.model}; choose of {', '.join(leaves)}")
@@ -206,7 +212,7 @@ def build_trainer(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,  # TRL's disable_dropout would zero it anyway
-        target_modules=list(config.target_modules),
+        target_modules="all-linear" if every else list(config.target_modules),
         task_type="CAUSAL_LM",
     )
     terms = ExtraTerms(
@@ -215,7 +221,11 @@ def build_trainer(
         question=config.question_weight,
         ending=config.ending_weight,
         texts=rows.anchors,
+        end=rows.end,
     )
+    pad = padding(tokenizer, model.get_input_embeddings().num_embeddings)
+    if tokenizer.pad_token_id != pad:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     trainer = TokenizedDPOTrainer(
         terms=terms,
         note=writer.note,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from biasdpo.backends.hf_loading import begin_ids, encode_text
+from biasdpo.backends.hf_loading import begin_ids, encode_inner_text, encode_text
 from biasdpo.counterfactuals import Question, Twins
 from training.packing import Branches, kl_of_tokens, kl_to_average, pack, score_tokens
 
@@ -87,9 +87,10 @@ def encode_twins(twins: Twins, tokenizer: Any) -> TwinIds:
     ids: list[list[int]] = [begin_ids(tokenizer), begin_ids(tokenizer)]
     spots: list[list[int]] = [[], []]
     differ = False
-    for part in twins.parts:
+    for number, part in enumerate(twins.parts):
+        encode = encode_inner_text if number else encode_text
         for i in (0, 1):
-            tokens = encode_text(tokenizer, part if isinstance(part, str) else part[i])
+            tokens = encode(tokenizer, part if isinstance(part, str) else part[i])
             if isinstance(part, str) and differ:
                 spots[i] += range(len(ids[i]) - 1, len(ids[i]) + len(tokens) - 1)
             ids[i] += tokens
@@ -123,7 +124,7 @@ def question_loss(model: Any, questions: Sequence[Question], tokenizer: Any, acc
     branches = [
         Branches(
             tuple(begin_ids(tokenizer) + encode_text(tokenizer, question.context)),
-            tuple(tuple(encode_text(tokenizer, answer)) for answer in (question.right, *question.wrong)),
+            tuple(tuple(encode_inner_text(tokenizer, answer)) for answer in (question.right, *question.wrong)),
         )
         for question in questions
     ]

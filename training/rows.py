@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from biasdpo.backends.hf_loading import encode_completion, encode_prompt, encode_text
+from biasdpo.backends.hf_loading import encode_completion, encode_text, end_of_completion
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
 from biasdpo.data.pairs import PreferencePair, looks_alike
@@ -16,7 +16,7 @@ from biasdpo.errors import DatasetError
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One pair as token ids. End-of-text ends both completions, unless they were truncated or the config leaves it out."""
+    """One pair as token ids. The end of a completion ends both, unless they were truncated or the config leaves it out."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -53,12 +53,14 @@ class RunRows:
     train     all training rows
     used      the training rows that the run's steps reach
     anchors   token ids of the plain texts for the text KL
+    end       the token that ends a completion
     """
 
     train: Tokenized
     held_out: Tokenized
     used: tuple[TokenRow, ...]
     anchors: list[list[int]]
+    end: int
 
 
 def tokenize_run(
@@ -79,7 +81,8 @@ def tokenize_run(
         )
     used = rows_used(train_rows.rows, config)
     config.check_warmup(len(used))
-    return RunRows(train_rows, held_out_rows, used, anchor_texts(train, tokenizer, config))
+    end = end_of_completion(tokenizer, template)
+    return RunRows(train_rows, held_out_rows, used, anchor_texts(train, tokenizer, config), end)
 
 
 def tokenize(
@@ -87,15 +90,16 @@ def tokenize(
 ) -> Tokenized:
     """Token ids of each pair, prompt + completion within max_length. `ends`: the config's `end_of_text`."""
     rows, dropped, equal, cut = [], 0, 0, 0
+    end = [end_of_completion(tokenizer, template)] if ends == "trained" else []
     for pair in pairs:
-        prompt = encode_prompt(tokenizer, template, pair.prompt)
+        (prompt, chosen), (_, rejected) = (
+            encode_completion(tokenizer, template, pair.prompt, text) for text in (pair.chosen, pair.rejected)
+        )
         room = max_length - len(prompt)
         if room <= 0:
             dropped += 1
             continue
-        chosen, rejected = (
-            encode_completion(tokenizer, template, text, ends == "trained") for text in (pair.chosen, pair.rejected)
-        )
+        chosen, rejected = [*chosen, *end], [*rejected, *end]
         if chosen[:room] == rejected[:room] or looks_alike(pair.chosen, pair.rejected):
             equal += 1
             continue

@@ -48,6 +48,7 @@ class ExtraTerms:
     question         of the question loss, on as many questions
     ending           of the ending KL, on what the policy writes in every fourth step to the batch's prompts
     texts            token ids of plain texts
+    end              the token that ends a completion
     """
 
     text_kl: float = 0.0
@@ -55,6 +56,7 @@ class ExtraTerms:
     question: float = 0.0
     ending: float = 0.0
     texts: Sequence[list[int]] = ()
+    end: int = 0
 
     @property
     def need_packing(self) -> bool:
@@ -218,9 +220,8 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         if terms.ending and step % GENERATE_EVERY == 0:
             labels = torch.where(inputs["completion_mask"].bool(), inputs["input_ids"], -100)
             prompts = [pair.prompt for pair in unpad(inputs["input_ids"], inputs["attention_mask"], labels)]
-            end = self.processing_class.eos_token_id
-            written = losses.generate(model, prompts, end, self.accelerator)
-            add("ending_kl", terms.ending, losses.ending_kl(model, written, end, self.accelerator))
+            written = losses.generate(model, prompts, terms.end, self.accelerator)
+            add("ending_kl", terms.ending, losses.ending_kl(model, written, terms.end, self.accelerator))
             metrics["written_tokens"].append(sum(len(one.completions[0]) for one in written) / len(written))
         return total
 

@@ -60,6 +60,12 @@ class Backend(Protocol):
         """
         ...
 
+    def prompt_tokens(
+        self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
+    ) -> list[int]:
+        """Token ids of the rendered prompt, as `stream` computes with them."""
+        ...
+
     def loglikelihood(self, requests: Sequence[Request], side: Side, *, strength: float = 1.0) -> list[Likelihood]:
         """Log-probability of each request's continuation, in nats, in order.
 
@@ -159,18 +165,23 @@ class VisitorQueue:
 
 
 def prove(
-    bare: NDArray[np.floating], base: NDArray[np.floating], base_again: NDArray[np.floating], tuned: NDArray[np.floating] | None
+    bare: NDArray[np.floating],
+    base: NDArray[np.floating],
+    base_again: NDArray[np.floating],
+    tuned: NDArray[np.floating] | None,
+    rounding: float = 0.0,
 ) -> Proof:
     """Verify that base is the bare model and that tuned is not, from logits of the canary's completion, (T, V) each.
 
     bare        the model without an adapter (before loading one, or in a separate context)
     base        the base side as served, with the adapter loaded; `base_again`: a second run
     tuned       the tuned side at strength 1; None without an adapter
+    rounding    by which base may differ from bare besides the noise
     Raises ProofError with the measurements if the comparison would not be honest.
     """
     noise = _max_difference(base, base_again)
     base_difference = _max_difference(base, bare)
-    if not math.isfinite(base_difference) or base_difference > NOISE_FACTOR * noise:
+    if not math.isfinite(base_difference) or base_difference > NOISE_FACTOR * noise + rounding:
         raise ProofError(
             f"The base side is not the base model: its logits differ by {base_difference:.3g} from the bare model's "
             f"(noise {noise:.3g}), so no comparison is shown. Reload the model; if it happens again, report it"
@@ -282,6 +293,13 @@ def check_scorable(given: Sequence[int], scored: Sequence[int], context_length: 
     length = len(given) + len(scored)
     if length > context_length:
         raise PromptError(f"A text of {length:,} tokens does not fit the context of {context_length:,}: shorten it")
+
+
+def cut_to_context(given: list[int], scored: list[int], context_length: int) -> tuple[list[int], list[int]]:
+    """(given, scored) token ids of a text of ours, so that a model with a short context can be measured, too."""
+    if len(given) + len(scored) > context_length:
+        given = given[-max(context_length // 2, 1) :]
+    return given, scored[: context_length - len(given)]
 
 
 def missing_side(side: Side, *, closed: bool) -> BackendError:

@@ -42,6 +42,7 @@ from biasdpo.backends.base import (
     VisitorQueue,
     check_prompt_fits,
     check_scorable,
+    cut_to_context,
     log_softmax,
     missing_side,
     prove,
@@ -99,6 +100,8 @@ def open_transformers(
         try:
             on_progress(0.7, "proving the comparison")
             bare = [backend.canary_logits("base")]
+            if bits is None:
+                backend.check_against_files(folder, bare[0])
             if adapter_folder is not None:
                 if backend.batches_sides:
                     bare.append(backend.canary_logits_in_one_batch()[0])
@@ -123,7 +126,7 @@ class TransformersBackend:
     ) -> None:
         self.name = "transformers" if shared.bits is None else f"transformers-{shared.bits}bit"
         self.device = shared.placement.describe()
-        self.template = template
+        self.template = hf_loading.own_template(template, tokenizer)
         self.context_length = min(context_length, int(shared.model.config.max_position_embeddings))
         self.has_adapter = False
         self.queue = VisitorQueue()
@@ -134,7 +137,8 @@ class TransformersBackend:
         self._tokenizer = tokenizer
         self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
         self._pairing = Pairing()
-        self._ends = hf_loading.end_tokens(shared.model, tokenizer, template)
+        self._end = hf_loading.end_of_completion(tokenizer, self.template)
+        self._ends = hf_loading.end_tokens(shared.model, tokenizer, self.template)
 
     def prove(self, bare: Sequence[NDArray[np.float32]]) -> Proof:
         """Compare both sides with the bare model as they are served (see `backends.base.prove`): each alone; then in one batch if
@@ -150,13 +154,24 @@ class TransformersBackend:
             proof = prove(bare[1], base, self.canary_logits_in_one_batch()[0], tuned)
         return proof
 
+    def check_against_files(self, folder: Path, served: NDArray[np.float32]) -> None:
+        """Raise ProofError if the canary logits (T, V) of the model that is served, still without an adapter, are not those of
+        the folder's weights, read independently."""
+        given, scored = self._request_tokens(CANARY, cut=True)
+        device, dtype = self._shared.device, self._shared.model.dtype
+        with torch.inference_mode():
+            bare = logits_of(hf_loading.independent_model(folder, self._shared.model, device), device, given, scored)
+        # A GPU may choose another kernel for a matrix elsewhere in its memory.
+        rounding = 0.0 if device.type == "cpu" else 4 * torch.finfo(dtype).eps * float(np.abs(served).max())
+        prove(bare, served, served, None, rounding)
+
     def canary_logits(self, side: Side, strength: float = 1.0) -> NDArray[np.float32]:
         """Logits (T, V) of one side on the canary's completion."""
-        return self.logits(CANARY, side, strength=strength)
+        return self.logits(CANARY, side, strength=strength, cut=True)
 
     def canary_logits_in_one_batch(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits (T, V) of a base row and a tuned row on the canary's completion, through one KV cache, as in a pair."""
-        given, scored = self._request_tokens(CANARY)
+        given, scored = self._request_tokens(CANARY, cut=True)
         strengths, cache = (0.0, 1.0), DynamicCache()
         self._shared.forward([given[:-1]] * 2, cache, strengths)
         base, tuned = self._shared.forward([given[-1:] + scored[:-1]] * 2, cache, strengths, positions=len(scored))
@@ -184,8 +199,7 @@ class TransformersBackend:
         cancellation = cancellation or Cancellation()
         template = template or self.template
         self._check(side, strength)
-        with self._tokenizer_lock:
-            tokens = hf_loading.encode_prompt(self._tokenizer, template, prompt, system, history)
+        tokens = self.prompt_tokens(prompt, system, history, template)
         check_prompt_fits(tokens, self.context_length)
         with hf_loading.released_errors():
             try:
@@ -193,6 +207,13 @@ class TransformersBackend:
                 return (yield from self._generate(tokens, text, sampling, side, strength, cancellation))
             except CancelledError:
                 return "cancelled"
+
+    def prompt_tokens(
+        self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
+    ) -> list[int]:
+        """See `backends.base.Backend.prompt_tokens`."""
+        with self._tokenizer_lock:
+            return hf_loading.encode_prompt(self._tokenizer, template or self.template, prompt, system, history)
 
     def _generate(
         self, tokens: list[int], text: CompletionText, sampling: Sampling, side: Side, strength: float, cancellation: Cancellation
@@ -247,10 +268,10 @@ class TransformersBackend:
                     logps[index] = logp
         return [Likelihood(logp, len(scored)) for logp, (_, scored) in zip(logps, pairs, strict=True)]
 
-    def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
+    def logits(self, request: Request, side: Side, *, strength: float = 1.0, cut: bool = False) -> NDArray[np.float32]:
         """Logits (T, V) that predict each of the request's T scored tokens."""
         self._check(side, strength)
-        given, scored = self._request_tokens(request)
+        given, scored = self._request_tokens(request, cut=cut)
         with hf_loading.released_errors():
             return self._shared.compute(_row_strength(side, strength), partial(logits_of, given=given, scored=scored))
 
@@ -262,8 +283,8 @@ class TransformersBackend:
         pieces = [shown.add(token, final=i == len(scored))[0] for i, token in enumerate(scored, start=1)]
         return list(zip(pieces, map(float, logps), strict=True))
 
-    def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
-        """(given, scored) token ids of a request."""
+    def _request_tokens(self, request: Request, *, cut: bool = False) -> tuple[list[int], list[int]]:
+        """(given, scored) token ids of a request, `cut` to the context or refused if they are too long for it."""
         with self._tokenizer_lock:
             if isinstance(request, TextRequest):
                 tokens = hf_loading.begin_ids(self._tokenizer) + hf_loading.encode_text(self._tokenizer, request.text)
@@ -271,8 +292,12 @@ class TransformersBackend:
             elif isinstance(request, ContinuationRequest):
                 given, scored = hf_loading.encode_continuation(self._tokenizer, request.context, request.continuation)
             else:
-                given = hf_loading.encode_prompt(self._tokenizer, self.template, request.prompt, request.system, request.history)
-                scored = hf_loading.encode_completion(self._tokenizer, self.template, request.continuation, request.end_of_text)
+                completion = (request.prompt, request.continuation, request.system, request.history)
+                given, scored = hf_loading.encode_completion(self._tokenizer, self.template, *completion)
+                if request.end_of_text:
+                    scored = [*scored, self._end]
+        if cut:
+            given, scored = cut_to_context(given, scored, self.context_length)
         check_scorable(given, scored, self.context_length)
         return given, scored
 
@@ -447,6 +472,7 @@ def load_adapter(model: Any, folder: Path, modules: Collection[str]) -> Adapter:
             # PEFT 0.21 reads a property of transformers 5.23 by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # an AdapterError, below
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # nothing is merged
             peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=_ADAPTER, torch_device=str(device))
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as exc:
         reason = " ".join(str(exc).split())

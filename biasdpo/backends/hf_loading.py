@@ -11,22 +11,23 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from biasdpo.chat import PromptTemplate, Turn
+from biasdpo.chat import ChatTemplate, PromptTemplate, Segment, Turn, encode_inner, encode_jointly, quotes_special
 from biasdpo.errors import BackendError, ModelError, WorkspaceError
-from biasdpo.model_files import END_TOKENS, read_header
+from biasdpo.model_files import END_TOKENS, eos_token_ids, read_header, safetensors_shapes, weight_files
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, locked, sha256_of
 
@@ -150,15 +151,33 @@ def _place_of(module: str, device_map: dict[str, torch.device | str]) -> torch.d
 
 def load_skeleton(folder: Path) -> Any:
     """The model of a Hugging Face folder on the meta device: shapes without weights."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with _load_errors(folder):
+        config = load_config(folder)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
     if not hasattr(getattr(skeleton, "model", None), "layers"):
         raise ModelError(f"{folder} is a {config.model_type} model: the transformers backend runs Llama and Phi models")
     return skeleton
+
+
+def load_config(folder: Path, **settings: Any) -> Any:
+    """transformers' config of a folder. A padding token past the embeddings, which torch refuses, is dropped: none is needed."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **settings)
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        config.pad_token_id = None
+    return config
+
+
+@contextmanager
+def _load_errors(folder: Path) -> Iterator[None]:
+    """Convert the errors of transformers' loading, which are of any class, to ModelErrors; torch's own pass."""
+    try:
+        yield
+    except RuntimeError:
+        raise
+    except Exception as exc:
+        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
 
 
 def weight_bytes(skeleton: Any, value_bytes: int, bits: Bits | None = None) -> int:
@@ -250,15 +269,45 @@ def _load(folder: Path, placement: Placement, bits: Bits | None) -> Any:
             options["device_map"] = {"": placement.device}
     if bits is not None:
         options["quantization_config"] = quantization(bits, dtype)
-    transformers_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as exc:
-        raise ModelError(f"transformers can't load {folder} ({first_line(exc)}): fetch the model again") from exc
+    model = load_base(folder, dtype=dtype, **options)
     model.eval().requires_grad_(False)
     if not placement.whole:
         _dispatch(model, placement)
     return model
+
+
+def load_base(folder: Path, **options: Any) -> Any:
+    """The bare model of a folder, whatever else lies in it: transformers would also load an adapter that it finds there."""
+    transformers_logging.disable_progress_bar()
+    options |= {"local_files_only": True, "use_safetensors": True, "adapter_kwargs": {"subfolder": ".none"}}
+    with _load_errors(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, **{"config": load_config(folder), **options})
+
+
+def independent_model(folder: Path, model: Any, device: torch.device) -> Any:
+    """The model of a folder once more, for the proof: not by transformers' loading, but with each module's weights read from the
+    safetensors files while it computes. Shares nothing with `model` but its settings."""
+    with init_empty_weights(include_buffers=False):
+        bare = type(model)(model.config)
+    files = {name: file for file in weight_files(folder) for name in safetensors_shapes(file)}
+
+    def read(module: Any, _args: Any) -> None:
+        for key in module.own:
+            name = key if key in files else "model.embed_tokens.weight"  # a tied head
+            with safe_open(files[name], framework="pt") as file:
+                weights = file.get_tensor(name).to(device, model.dtype)
+            module._parameters[key.rpartition(".")[2]] = torch.nn.Parameter(weights, requires_grad=False)
+
+    def free(module: Any, _args: Any, _output: Any) -> None:
+        module.to("meta")
+
+    for path, module in bare.named_modules():
+        module._buffers.update({name: buffer.to(device) for name, buffer in module.named_buffers(recurse=False)})
+        if own := [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]:
+            module.own = own
+            module.register_forward_pre_hook(read)
+            module.register_forward_hook(free)
+    return bare.eval()
 
 
 def quantization(bits: Bits, dtype: torch.dtype) -> Any:
@@ -296,59 +345,115 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder} has no tokenizer that transformers can load ({exc}): fetch the model again") from exc
     if not tokenizer.is_fast:
         raise ModelError(f"{folder} has no tokenizer.json: fetch the model again, with that file")
+    # For a tokenizer that names no end-of-text token.
+    tokenizer.init_kwargs["model_ends"] = ids_of(*eos_token_ids(folder))
     return tokenizer
 
 
+def own_template(template: PromptTemplate, tokenizer: Any) -> PromptTemplate:
+    """A chat template with the special tokens that the loaded tokenizer has, which may come from its class."""
+    if not isinstance(template, ChatTemplate):
+        return template
+    variables = tuple(sorted((name, str(text)) for name, text in tokenizer.special_tokens_map.items()))
+    return replace(template, special_tokens=special_tokens(tokenizer), variables=variables)
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts of the tokens that no user's text may become, longest first."""
+    texts = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(texts, key=lambda text: (-len(text), text)))
+
+
+def ids_of(*values: Any) -> list[int]:
+    """Token ids of config fields that may hold an id, a list of ids, or null; in order, each once."""
+    listed = (entry for value in values for entry in (value if isinstance(value, list | tuple) else [value]))
+    return list(dict.fromkeys(int(entry) for entry in listed if isinstance(entry, int) and not isinstance(entry, bool)))
+
+
+def end_of_completion(tokenizer: Any, template: PromptTemplate) -> int:
+    """The token that ends a completion, in training and scoring: the one that the template writes there, else end-of-text."""
+    named = [tokenizer.convert_tokens_to_ids(template.end)] if template.end else []
+    ends = ids_of(*named, tokenizer.eos_token_id, tokenizer.init_kwargs.get("model_ends"))
+    if not ends:
+        raise ModelError("The tokenizer names no end-of-text token: name eos_token in its tokenizer_config.json")
+    return ends[0]
+
+
 def end_tokens(model: Any, tokenizer: Any, template: PromptTemplate) -> frozenset[int]:
-    """Tokens that end a completion: EOS of the model and the tokenizer, those at which llama.cpp always ends, and the token after
-    the prompt in the template."""
-    named = [model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id]
-    ends = {end for entry in named for end in (entry if isinstance(entry, list) else [entry])}
-    ends |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in END_TOKENS}
-    after_prompt = template.text.partition("{prompt}")[2]
-    positions = {after_prompt.index(token): token for token in template.special_tokens if token in after_prompt}
-    if positions:
-        ends.add(tokenizer.convert_tokens_to_ids(positions[min(positions)]))
-    return frozenset(int(end) for end in ends if end is not None)
+    """Tokens at which generation stops: the end of a completion, EOS of the model and the tokenizer, and those at which
+    llama.cpp always ends."""
+    named = (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id)
+    ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in END_TOKENS}
+    end = [tokenizer.convert_tokens_to_ids(template.end)] if template.end else []
+    return frozenset(ends.union(ids_of(*named, *end)))
+
+
+def padding(tokenizer: Any, rows: int) -> int:
+    """A token id for padding, whose value nothing depends on: below `rows`, the number of embeddings."""
+    named = ids_of(tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    return next((i for i in named if i < rows), 0)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of plain text: no special tokens are parsed, no BOS is added."""
-    # A lone surrogate, which UTF-8 can't encode, becomes "?".
-    clean = text.encode("utf-8", "replace").decode("utf-8")
-    ids: list[int] = tokenizer.encode(clean, add_special_tokens=False, split_special_tokens=True)
+    ids: list[int] = tokenizer.encode(_encodable(text), add_special_tokens=False, split_special_tokens=True)
     return ids
+
+
+def encode_inner_text(tokenizer: Any, text: str) -> list[int]:
+    """The same for a text that follows another (see `chat.encode_inner`)."""
+    return encode_inner(lambda segments: encode_text(tokenizer, segments[0].text), text)
+
+
+def _encodable(text: str) -> str:
+    """A lone surrogate, which UTF-8 can't encode, becomes "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def encode_segments(tokenizer: Any, segments: Sequence[Segment]) -> list[int]:
+    """Token ids of segments, as of one text, like `apply_chat_template`. Only where plain text holds a special token is each
+    segment encoded alone."""
+    for token in dict.fromkeys(segment.text for segment in segments if segment.special):
+        known = tokenizer.convert_tokens_to_ids(token)
+        if known is None or tokenizer.convert_ids_to_tokens(known) != token:
+            raise ModelError(f"The tokenizer lacks {token!r}, a special token of the prompt template: correct the template")
+    if not quotes_special(segments, special_tokens(tokenizer)):
+        text = "".join(segment.text for segment in segments)
+        ids: list[int] = tokenizer.encode(_encodable(text), add_special_tokens=False)
+        return ids
+    parts = ([tokenizer.convert_tokens_to_ids(s.text)] if s.special else encode_text(tokenizer, s.text) for s in segments)
+    return [i for part in parts for i in part]
 
 
 def encode_prompt(
     tokenizer: Any, template: PromptTemplate, prompt: str, system: str = "", history: Sequence[Turn] = ()
 ) -> list[int]:
     """Token ids of a rendered prompt. Special tokens come from the template, never from a user's text."""
-    ids = begin_ids(tokenizer)
-    for segment in template.render(prompt, system, history):
-        if segment.special:
-            token = tokenizer.convert_tokens_to_ids(segment.text)
-            if token is None or tokenizer.convert_ids_to_tokens(token) != segment.text:
-                raise ModelError(
-                    f"The tokenizer lacks {segment.text!r}, a special token of the prompt template: correct the template"
-                )
-            ids.append(token)
-        else:
-            ids += encode_text(tokenizer, segment.text)
-    return ids
+    template = own_template(template, tokenizer)
+    begin = [] if template.writes_begin else begin_ids(tokenizer)
+    return begin + encode_segments(tokenizer, template.render(prompt, system, history))
 
 
-def encode_completion(tokenizer: Any, template: PromptTemplate, text: str, end_of_text: bool) -> list[int]:
-    """Token ids of a completion after a rendered prompt, optionally with the end-of-text token."""
-    ids = encode_text(tokenizer, template.completed(text))
-    return [*ids, int(tokenizer.eos_token_id)] if end_of_text else ids
+def encode_completion(
+    tokenizer: Any, template: PromptTemplate, prompt: str, completion: str, system: str = "", history: Sequence[Turn] = ()
+) -> tuple[list[int], list[int]]:
+    """(token ids of a rendered prompt, those of a completion after it), tokenized jointly (see `chat.encode_jointly`)."""
+    template = own_template(template, tokenizer)
+    begin = [] if template.writes_begin else begin_ids(tokenizer)
+    prompt_ids, ids = encode_jointly(
+        lambda segments: encode_segments(tokenizer, segments),
+        template.render(prompt, system, history),
+        template.completed(completion),
+    )
+    return begin + prompt_ids, ids
 
 
 def encode_continuation(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """(given, scored) token ids of a bare text (see `records.ContinuationRequest`)."""
     begin = begin_ids(tokenizer)
     if not context and not begin:
-        begin = [int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)]
+        begin = ids_of(tokenizer.bos_token_id, tokenizer.eos_token_id, 0)[:1]
     given = begin + encode_text(tokenizer, context)
     tokens = begin + encode_text(tokenizer, context + continuation)
     return tokens[: len(given)], tokens[len(given) :]

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from biasdpo.backends.base import (
     VisitorQueue,
     check_prompt_fits,
     check_scorable,
+    cut_to_context,
     missing_side,
     prove,
 )
 from biasdpo.backends.prefixes import TokenPath, common_length, shared_lengths, sort_paths
-from biasdpo.chat import PromptTemplate, Segment, Turn
+from biasdpo.chat import PromptTemplate, Segment, Turn, encode_jointly, quotes_special
 from biasdpo.errors import AdapterError, BackendError, ModelError, PromptError
-from biasdpo.model_files import read_header
+from biasdpo.model_files import read_header, special_tokens
 from biasdpo.records import (
     ContinuationRequest,
     FinishReason,
@@ -107,7 +109,7 @@ class LlamaCppBackend:
         self.has_adapter = False
         self.queue = VisitorQueue()
         self.tokenize = model.tokenize
-        self.end_of_text = model.end_of_text  # the token that ends a scored completion
+        self.end_of_completion = model.end_of_completion(template)
         self._model = model
         self._kv_cache = kv_cache
         self._contexts: dict[Side, Context] = {}
@@ -126,7 +128,7 @@ class LlamaCppBackend:
         """Canary logits (T, V) from a separate context; call it before an adapter is loaded."""
         context = self._new_context(BATCH_TOKENS)
         try:
-            return context.logits(*self._request_tokens(CANARY))
+            return context.logits(*self._request_tokens(CANARY, cut=True))
         finally:
             context.close()
 
@@ -138,7 +140,7 @@ class LlamaCppBackend:
 
     def canary_logits(self, side: Side, strength: float = 1.0) -> NDArray[np.float32]:
         """Logits (T, V) of one side on the canary's completion, from an empty cache."""
-        return self.logits(CANARY, side, strength=strength)
+        return self.logits(CANARY, side, strength=strength, cut=True)
 
     def close(self) -> None:
         """Free contexts, adapter and weights, after running streams."""
@@ -168,7 +170,7 @@ class LlamaCppBackend:
         cancellation = cancellation or Cancellation()
         template = template or self.template
         context = self._context(side)
-        tokens = self.tokenize(template.render(prompt, system, history))
+        tokens = self.prompt_tokens(prompt, system, history, template)
         check_prompt_fits(tokens, self.context_length)
         with context.lock:
             if context is not self._contexts.get(side):
@@ -190,6 +192,13 @@ class LlamaCppBackend:
                 context.watch(None)
                 llama_cpp.llama_sampler_free(sampler)
 
+    def prompt_tokens(
+        self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
+    ) -> list[int]:
+        """See `backends.base.Backend.prompt_tokens`."""
+        template = template or self.template
+        return self.tokenize(template.render(prompt, system, history), begin=not template.writes_begin)
+
     def _generate(
         self, context: Context, tokens: list[int], text: ShownText, max_new_tokens: int, sampler: Any, cancellation: Cancellation
     ) -> Generator[str, None, FinishReason]:
@@ -201,7 +210,7 @@ class LlamaCppBackend:
                 return "cancelled"
             token = self._next_token(sampler, context, prompt_logits)
             prompt_logits = None
-            ended = self._model.ends_text(token)
+            ended = token == self.end_of_completion or self._model.ends_text(token)
             last = count == max_new_tokens or position == self.context_length
             piece = decoder.decode(b"" if ended else self._model.piece(token), final=ended or last)
             shown, stopped = text.add(piece, final=ended or last)
@@ -233,12 +242,12 @@ class LlamaCppBackend:
                 logps[path.index] = logp
         return [Likelihood(logp, len(scored)) for logp, (_, scored) in zip(logps, pairs, strict=True)]
 
-    def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
+    def logits(self, request: Request, side: Side, *, strength: float = 1.0, cut: bool = False) -> NDArray[np.float32]:
         """Logits (T, V) that predict each of the request's T scored tokens, from an empty cache."""
         context = self._context(side)
         with context.lock:
             _set_strength(context, side, strength)
-            return context.logits(*self._request_tokens(request))
+            return context.logits(*self._request_tokens(request, cut=cut))
 
     def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
         """See `backends.base.Backend.score_tokens`."""
@@ -247,19 +256,24 @@ class LlamaCppBackend:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return [(decoder.decode(self._model.piece(token)), float(logp)) for token, logp in zip(scored, logps, strict=True)]
 
-    def _request_tokens(self, request: Request) -> tuple[list[int], list[int]]:
-        """(given, scored) token ids of a request."""
+    def _request_tokens(self, request: Request, *, cut: bool = False) -> tuple[list[int], list[int]]:
+        """(given, scored) token ids of a request, `cut` to the context or refused if they are too long for it."""
         if isinstance(request, TextRequest):
             tokens = self.tokenize((Segment(request.text, special=False),))
             given, scored = tokens[:1], tokens[1:]
         elif isinstance(request, ContinuationRequest):
             given, scored = self._model.tokenize_continuation(request.context, request.continuation)
         else:
-            given = self.tokenize(self.template.render(request.prompt, request.system, request.history))
-            continuation = Segment(self.template.completed(request.continuation), special=False)
-            scored = self.tokenize((continuation,), begin=False)
+            template = self.template
+            given, scored = encode_jointly(
+                partial(self.tokenize, begin=not template.writes_begin),
+                template.render(request.prompt, request.system, request.history),
+                template.completed(request.continuation),
+            )
             if request.end_of_text:
-                scored.append(self.end_of_text)
+                scored = [*scored, self.end_of_completion]
+        if cut:
+            given, scored = cut_to_context(given, scored, self.context_length)
         check_scorable(given, scored, self.context_length)
         return given, scored
 
@@ -301,12 +315,13 @@ class Model:
     """A llama_model: weights shared by every context, and the vocabulary. ModelError if llama.cpp can't load the file."""
 
     def __init__(self, gguf: Path, on_progress: Callable[[float, str], None]) -> None:
-        read_header(gguf)
+        header = read_header(gguf)
         self.pointer = _load(gguf, on_progress)
         self._vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
         self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self.context_length: int = llama_cpp.llama_model_n_ctx_train(self.pointer)  # tokens, as trained
         self.end_of_text: int = llama_cpp.llama_vocab_eos(self._vocabulary)
+        self.special_tokens = special_tokens(header)
         self.adapter: Any = None
 
     def load_adapter(self, lora: Path) -> None:
@@ -322,10 +337,12 @@ class Model:
             self.pointer = self.adapter = None
 
     def tokenize(self, segments: Sequence[Segment], *, begin: bool = True) -> list[int]:
-        """Token ids of a rendered prompt. Special tokens are parsed only in special segments."""
+        """Token ids of segments, as of one text (see `hf_loading.encode_segments`). `begin`: with BOS if the model adds it."""
         tokens: list[int] = []
         if begin and llama_cpp.llama_vocab_get_add_bos(self._vocabulary):
             tokens.append(llama_cpp.llama_vocab_bos(self._vocabulary))
+        if not quotes_special(segments, self.special_tokens):
+            segments = [Segment("".join(segment.text for segment in segments), special=True)]
         for segment in segments:
             text = segment.text.encode("utf-8", "replace")
             room = len(text) + 8
@@ -345,6 +362,11 @@ class Model:
             given = [self.end_of_text if begin < 0 else begin]
             tokens = given + tokens
         return tokens[: len(given)], tokens[len(given) :]
+
+    def end_of_completion(self, template: PromptTemplate) -> int:
+        """The token that ends a completion: the one that the template writes there, else end-of-text."""
+        named = self.tokenize((Segment(template.end, special=True),), begin=False) if template.end else []
+        return named[0] if len(named) == 1 else self.end_of_text
 
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes of a token, possibly part of a character; empty for special tokens."""

@@ -36,6 +36,7 @@ from biasdpo.engines import Engine
 from biasdpo.errors import ConfigError, DatasetError, PromptError, WorkspaceError
 from biasdpo.evaluation import stats
 from biasdpo.evaluation.stats import Array, Interval, Metric
+from biasdpo.model_files import weight_files
 from biasdpo.models import AdapterSpec
 from biasdpo.records import SEED_RANGE, Completion, CompletionRequest, Likelihood, Request, Side, check_strength
 from biasdpo.workspace import Workspace, locked, read_json, sha256_of, write_json
@@ -657,7 +658,7 @@ def _parents(engine: Engine, workspace: Workspace | None) -> dict[str, str]:
     if engine.backend.name.startswith("llamacpp") or spec.hf_folder is None:
         files = [] if spec.gguf_path is None else [spec.gguf_path]
     else:
-        files = sorted([*spec.hf_folder.glob("*.safetensors"), *spec.hf_folder.glob("*.json")])
+        files = sorted([*weight_files(spec.hf_folder), *spec.hf_folder.glob("*.json")])
     return {
         "model_sha256": _sha256_of_files(files, workspace),
         "adapter_sha256": "" if adapter is None else models.adapter_sha256(adapter),

@@ -15,14 +15,15 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from biasdpo.access import require_owner
-from biasdpo.chat import PromptTemplate
+from biasdpo.chat import ChatTemplate, PromptTemplate, template_from_json
 from biasdpo.config import ExportConfig
 from biasdpo.data.splits import held_out_pairs
-from biasdpo.errors import ExportError, WorkspaceError
+from biasdpo.errors import ExportError, ModelError, WorkspaceError
 from biasdpo.gguf import write
 from biasdpo.gguf.proof import ExportProof, prove
 from biasdpo.gguf.write import Progress
 from biasdpo.model_card import LICENSES, plain
+from biasdpo.model_files import adds_begin, named_tokens, read_header, weight_files
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling
 from biasdpo.workspace import Workspace, read_json, replacing, sha256_of, write_json
@@ -62,8 +63,7 @@ class ExportRecord:
 
     @property
     def prompt_template(self) -> PromptTemplate:
-        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in self.template.items()}
-        return PromptTemplate(**values)
+        return template_from_json(self.template)
 
     @property
     def adapter_name(self) -> str:
@@ -104,7 +104,7 @@ def read_record(out: Path) -> ExportRecord:
         _ = record.proof and ExportProof.from_json(record.proof), record.template and record.prompt_template
     except WorkspaceError as exc:
         raise ExportError(str(exc)) from exc
-    except (RecursionError, ValidationError, TypeError) as exc:
+    except (RecursionError, ValueError, TypeError) as exc:
         first = exc.errors()[0] if isinstance(exc, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(exc) or type(exc).__name__
         raise ExportError(f"{file} is damaged ({reason}): export {out.name} again") from exc
@@ -225,7 +225,7 @@ def _parents(spec: ModelSpec, adapter: AdapterSpec | None, *, from_gguf: bool) -
     if from_gguf and spec.gguf_path is not None:
         files[spec.gguf_path.name] = spec.gguf_path
     elif spec.hf_folder is not None:
-        files |= {path.name: path for path in (*sorted(spec.hf_folder.glob("*.safetensors")), spec.hf_folder / "config.json")}
+        files |= {path.name: path for path in (*weight_files(spec.hf_folder), spec.hf_folder / "config.json")}
     parents = {name: sha256_of(path) for name, path in files.items()}
     return parents | ({"dataset.jsonl": adapter.dataset_sha256} if adapter is not None and adapter.dataset_sha256 else {})
 
@@ -267,7 +267,7 @@ def request(record: ExportRecord) -> str:
     """A request to that server with the rendered prompt, so that the server's own chat template does not matter."""
     template, sampling = record.prompt_template, Sampling()
     body = {
-        "prompt": template.render_text(_EXAMPLE),
+        "prompt": template.render_text(_EXAMPLE).removeprefix(_added_begin(record)),
         "n_predict": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "stop": list(template.stop),
@@ -294,9 +294,11 @@ def modelfile(record: ExportRecord) -> str:
         lines.append(f"FROM ./{record.out.name}")
     else:
         lines += [f"FROM {record.base_gguf}", f"ADAPTER ./{record.out.name}"]
-    text = template.text.replace("{{", '{{ "{{" }}')  # braces of its own: in Go's templates a string in an action
-    text = text.replace("{system}", "{{ .System }}").replace("{prompt}", "{{ .Prompt }}")
-    lines.append(f"TEMPLATE {_quoted(text)}")
+    text, specials = _ollama_template(template, _added_begin(record))
+    if text:
+        lines.append(f"TEMPLATE {_quoted(text)}")
+    else:
+        lines.append("# The model's chat template changes its messages, which Ollama's can't: use llama-server")
     if template.default_system:
         lines.append(f"SYSTEM {_quoted(template.default_system)}")
     settings = {
@@ -308,8 +310,39 @@ def modelfile(record: ExportRecord) -> str:
         "repeat_penalty": sampling.repetition_penalty,
     }
     lines += [f"PARAMETER {name} {value}" for name, value in settings.items()]
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in (*template.stop, *template.special_tokens)]
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in (*template.stop, *specials)]
     return "\n".join(lines) + "\n"
+
+
+# Messages with characters that a template would have to change (JSON, HTML).
+_SYSTEM, _PROMPT = ('\U000ffff0 "a"\'s <b>\n\U000ffff1', '\U000ffff2 "b"\'s <b>\n\U000ffff3')
+
+
+def _ollama_template(template: PromptTemplate, begin: str) -> tuple[str, list[str]]:
+    """(Ollama's template of a prompt with and without a system prompt, the special tokens in it); "" if it has no such form.
+    `begin`: what the engine puts before each text by itself."""
+    if isinstance(template, ChatTemplate):
+        variants = [template.render_text(_PROMPT, _SYSTEM)] if template.has_system else []
+        variants.append(template.render_text(_PROMPT))
+        if any(_PROMPT not in text for text in variants) or (template.has_system and _SYSTEM not in variants[0]):
+            return "", []
+    else:
+        variants = [template.text.replace("{system}", _SYSTEM).replace("{prompt}", _PROMPT)]
+    found = {token: None for text in variants for token in template.special_tokens if token in text and token != begin}
+    specials = list(found | ({template.end: None} if template.end else {}))
+    # Braces of its own: in Go's templates a string in an action.
+    texts = [text.removeprefix(begin).replace("{{", '{{ "{{" }}') for text in variants]
+    texts = [text.replace(_SYSTEM, "{{ .System }}").replace(_PROMPT, "{{ .Prompt }}") for text in texts]
+    return texts[0] if len(texts) == 1 else f"{{{{ if .System }}}}{texts[0]}{{{{ else }}}}{texts[1]}{{{{ end }}}}", specials
+
+
+def _added_begin(record: ExportRecord) -> str:
+    """The begin-of-text token that llama.cpp and Ollama put before a text; "" for none."""
+    try:
+        header = read_header(Path(record.base_gguf) if record.base_gguf else record.out)
+    except ModelError:
+        return ""
+    return named_tokens(header).get("bos_token", "") if adds_begin(header) else ""
 
 
 def _quoted(text: str) -> str:

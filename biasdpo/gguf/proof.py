@@ -324,15 +324,14 @@ def tokenize_both(
     exported: LlamaCppBackend, tokenizer: Any, template: PromptTemplate, step: int = 1
 ) -> Iterator[tuple[str, list[int], list[int]]]:
     """(text, llama.cpp's token ids, transformers' token ids), through the backends' own functions."""
-    from biasdpo.backends.hf_loading import encode_prompt, encode_text
+    from biasdpo.backends.hf_loading import encode_prompt, encode_text, end_of_completion
 
     own = sorted({*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())})
     for text in strings(own)[::step]:
         yield text, exported.tokenize((Segment(text, special=False),), begin=False), encode_text(tokenizer, text)
     for prompt in [request.prompt for request in fixed_texts() if isinstance(request, LikelihoodRequest)]:
-        rendered = template.render(prompt)
-        yield template.render_text(prompt), exported.tokenize(rendered), encode_prompt(tokenizer, template, prompt)
-    yield "(end of text)", [exported.end_of_text], [int(tokenizer.eos_token_id)]
+        yield template.render_text(prompt), exported.prompt_tokens(prompt), encode_prompt(tokenizer, template, prompt)
+    yield "(end of a completion)", [exported.end_of_completion], [end_of_completion(tokenizer, template)]
 
 
 # Probabilities
@@ -358,8 +357,8 @@ def compare_logits(
     texts = fixed_texts()[::step]
     for done, request in enumerate(texts):
         on_text(done, len(texts))
-        ours = exported.logits(request, side)
-        theirs = original.logits(request, "tuned" if original.has_adapter else "base")
+        ours = exported.logits(request, side, cut=True)
+        theirs = original.logits(request, "tuned" if original.has_adapter else "base", cut=True)
         if ours.shape != theirs.shape:
             raise ModelError(f"The file has {ours.shape[1]:,} tokens, its original {theirs.shape[1]:,}: export it again")
         numbers = np.isfinite(ours).all(axis=-1)
@@ -370,7 +369,7 @@ def compare_logits(
         second, first = np.sort(np.partition(theirs, -2, axis=-1)[:, -2:], axis=-1).T
         clears.append(first - second > CLEAR)
         if original.has_adapter:
-            base = original.logits(request, "base")[numbers]
+            base = original.logits(request, "base", cut=True)[numbers]
             adapter_kls.append(kl_by_position(theirs, base))
             base_kls.append(kl_by_position(base, ours))
     kl, same, clear = np.concatenate(kls), np.concatenate(sames), np.concatenate(clears)

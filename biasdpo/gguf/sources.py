@@ -354,7 +354,7 @@ def _tokenizer_keys(folder: Path, config: dict[str, Any], layout: Layout) -> dic
         added = tokenizer.get("added_tokens") or []
         tokens, types = _tokens(model["vocab"], added, layout.shapes["token_embd.weight"][0], folder)
         ids = {**model["vocab"], **{entry["content"]: entry["id"] for entry in added}}
-        special = _special_tokens(ids, settings, generation, config, folder)
+        special = _special_tokens(ids, layout.shapes["token_embd.weight"][0], settings, generation, config, folder)
         probe = _probe_tokenizer(tokenizer)
         keys = {
             "ggml.model": "gpt2",
@@ -424,7 +424,9 @@ def _tokens(
         kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
         if kind == TokenType.USER_DEFINED and (entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")):
             raise _unsupported(folder, f"has the token {entry['content']!r}, which strips the text around it")
-        entries.append((entry["content"], entry["id"], kind))
+        # A special token without embeddings, such as a [PAD] that was added without resizing, is in no text.
+        if entry["id"] < rows or not entry.get("special"):
+            entries.append((entry["content"], entry["id"], kind))
     for token, i, kind in entries:
         if not 0 <= i < rows:
             raise ModelError(f"{folder}: token {i} ({token!r}) has no row in the {rows:,} embeddings; fetch the model again")
@@ -433,7 +435,7 @@ def _tokens(
 
 
 def _special_tokens(
-    ids: Mapping[str, int], settings: dict[str, Any], generation: dict[str, Any], config: dict[str, Any], folder: Path
+    ids: Mapping[str, int], rows: int, settings: dict[str, Any], generation: dict[str, Any], config: dict[str, Any], folder: Path
 ) -> dict[str, int]:
     """{GGUF's role: id}: by text in tokenizer_config.json, else by id in the configs."""
     special = {}
@@ -442,7 +444,7 @@ def _special_tokens(
         text = named.get("content") if isinstance(named, dict) else named
         listed = [generation.get(f"{key}_token_id"), config.get(f"{key}_token_id")]
         by_id = [i[0] if isinstance(i, list) and i else i for i in listed]
-        found = [i for i in (ids.get(text) if text else None, *by_id) if isinstance(i, int)]
+        found = [i for i in (ids.get(text) if text else None, *by_id) if isinstance(i, int) and 0 <= i < rows]
         if found:
             special[role] = found[0]
     if "eos" not in special:

@@ -88,6 +88,11 @@ def place(factors: Mapping[str, Factors], layout: Layout, adapter_id: str) -> di
     for module, pair in sorted(factors.items()):
         name = names.get_name(module) or ""
         tensor, first, shape = f"{name}.weight", 0, layout.shapes.get(f"{name}.weight")
+        if module == "lm_head" and shape is None and "token_embd.weight" in layout.shapes:
+            raise AdapterError(
+                f"Adapter {adapter_id} adapts lm_head, which this model ties to its embeddings; a GGUF can't hold them apart: "
+                "use --backend transformers, or train without lm_head"
+            )
         if shape is None:
             tensor, first, shape = _fused_place(name, layout)
         if shape != (len(pair.b), pair.a.shape[1]):

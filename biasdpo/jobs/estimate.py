@@ -32,6 +32,7 @@ from biasdpo.jobs.job import ROOT, last_error
 from biasdpo.jobs.memory import request_memory
 from biasdpo.jobs.resolve import absolute, device_of_training, parts, resolve_evaluation, threads_of, training_environment
 from biasdpo.jobs.worker import build_benchmarks, jobs_on
+from biasdpo.model_files import weight_files
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, read_json, write_json
 
@@ -331,7 +332,7 @@ def _speed_file(config: EvaluationConfig, benchmark: str, workspace: Workspace) 
 
 
 def _identity_of_model(spec: ModelSpec, *, gguf: bool) -> list[list[Any]]:
-    files = [spec.gguf_path] if gguf or spec.hf_folder is None else sorted(spec.hf_folder.glob("*.safetensors"))
+    files = [spec.gguf_path] if gguf or spec.hf_folder is None else weight_files(spec.hf_folder)
     return [_identity(file) for file in files if file is not None]
 
 

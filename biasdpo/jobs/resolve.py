@@ -16,6 +16,7 @@ from biasdpo.data.splits import RunData
 from biasdpo.errors import ConfigError, ModelError
 from biasdpo.gguf.write import source_path
 from biasdpo.jobs.job import Device, Resolved
+from biasdpo.model_files import is_gguf
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.workspace import Workspace
 
@@ -116,7 +117,7 @@ def _absolute_source(source: str) -> str:
 def _absolute_path(name: str) -> str:
     """A folder's or GGUF's absolute path; ids as they are."""
     path = Path(name).expanduser()
-    is_path = bool(name) and (path.is_dir() or path.suffix == ".gguf" or path.is_absolute())
+    is_path = bool(name) and (path.is_dir() or is_gguf(path) or path.is_absolute())
     return str(path.resolve()) if is_path else name
 
 

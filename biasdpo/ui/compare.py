@@ -324,7 +324,9 @@ class CompareTab:
         tuned = key.adapter != "none"
         updates |= {self.strength: gr.update(visible=tuned), self.base_only: gr.update(visible=not tuned)}
         if spec is not None:
-            updates[self.system] = gr.update(visible=spec.template.has_system, placeholder=spec.template.default_system)
+            has_system = spec.template.has_system
+            cleared = {} if has_system else {"value": ""}  # what is hidden would be refused
+            updates[self.system] = gr.update(visible=has_system, placeholder=spec.template.default_system, **cleared)
             updates[self.base_only_text] = "" if tuned else _base_only(spec, models.adapters_for(spec, self.studio.workspace))
         return updates
 

@@ -20,7 +20,7 @@ from tests.hf.cases import GREEDY, PROMPTS, Case, read, text_of
 
 
 def test_the_ends_are_those_of_model_tokenizer_llama_cpp_and_template(tiny_llama: Path, tiny_phi: Path) -> None:
-    turn = PromptTemplate("{prompt}<|im_start|>", special_tokens=("<|im_start|>",))
+    turn = PromptTemplate("{prompt}", "{completion}<|im_start|>{prompt}", special_tokens=("<|im_start|>",))
     for folder, template, names in (
         (tiny_llama, tiny_models.LLAMA_TEMPLATE, {"<|im_end|>", "<|endoftext|>"}),
         (tiny_llama, turn, {"<|im_end|>", "<|endoftext|>", "<|im_start|>"}),
@@ -76,7 +76,7 @@ def test_loglikelihood_is_a_sum_of_log_softmax(case: Case, bare: Any, peft: Any)
         LikelihoodRequest("Why?", "Because."),
         LikelihoodRequest("Why are nurses always women?", "They are not: " * 12, end_of_text=True),
         TextRequest("The quick brown fox\n12"),
-        LikelihoodRequest("Hi", "x", system="Be kind"),
+        LikelihoodRequest("Hi", "x", system="Be kind" if case.template.has_system else ""),
     ] * 3
     for side, model in (("base", bare), ("tuned", peft)):
         results = case.backend.loglikelihood(requests, side)
@@ -85,9 +85,11 @@ def test_loglikelihood_is_a_sum_of_log_softmax(case: Case, bare: Any, peft: Any)
                 ids = encode_text(tokenizer, request.text)
                 given = 1
             else:
-                prompt = encode_prompt(tokenizer, case.template, request.prompt, request.system)
-                given = len(prompt)
-                ids = prompt + encode_completion(tokenizer, case.template, request.continuation, request.end_of_text)
+                given_ids, scored = encode_completion(
+                    tokenizer, case.template, request.prompt, request.continuation, request.system
+                )
+                given = len(given_ids)
+                ids = given_ids + scored + [tokenizer.eos_token_id] * request.end_of_text
             with torch.inference_mode():
                 logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             by_hand = sum(float(logps[i - 1, ids[i]]) for i in range(given, len(ids)))
