@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -45,7 +46,9 @@ class Poster:
             return self._send("gradio_api/run/predict", body)
         joined = self._send("gradio_api/queue/join", body)
         assert "event_id" in joined, joined
-        return self._stream("gradio_api/queue/data?session_hash=stranger", "process_completed")
+        event = json.loads(joined)["event_id"]  # the stream tells of the session's other events, too
+        told = self._stream("gradio_api/queue/data?session_hash=stranger", event)
+        return "".join(line for line in told.splitlines(keepends=True) if event in line)
 
     def call(self, name: str, data: list[object]) -> str:
         """Call a named endpoint as any program can; its events as text."""
@@ -62,7 +65,7 @@ class Poster:
         with urllib.request.urlopen(self.url + path, timeout=120) as stream:
             for line in stream:
                 lines.append(line.decode())
-                if end and end in lines[-1]:
+                if end and end in lines[-1] and "process_completed" in lines[-1]:
                     break
         return "".join(lines)
 
@@ -139,3 +142,69 @@ def test_export(space):
     for element in ("export-stop", "export-resume", "export-confirm-delete", "export-compare"):
         assert REFUSED in space.answer(element, ["x"]), element
     assert store.list_jobs(space.workspace, "export") == []
+
+
+# Endpoints by the element and event that call them. The owner's refuse a visitor; the others show something, ask before
+# acting, or store the visitor's own verdict.
+OWNER = set(
+    """
+    bulk-go.click dataset-go.click dataset-save.click evaluate-confirm-delete.click evaluate-resume.click
+    evaluate-stop.click export-adapter.change export-button.click export-compare.click export-confirm-delete.click
+    export-resume.click export-start.click export-stop.click import-button.click import-column-prompt.input
+    import-file.upload import-seed.click import-undo.click measure-card.click measure-estimate.click measure-start.click
+    train-confirm-delete.click train-estimate.click train-import.upload train-model.input train-note.blur train-resume.click
+    train-retry.click train-start.click train-stop.click train-upload.upload train-zip.click
+    """.split()  # noqa: SIM905
+)
+VISITOR = set(
+    """
+    adapter.input agree-here.click answer-both-biased.click answer-both-unusable.click answer-left.click answer-right.click
+    answer-skip.click answer-tie.click ask-both.click base-tokens.select begin.click bulk-cancel.click bulk-tag.click
+    bulk-withdraw.click change-nickname.click coverage.collapse coverage.expand dataset-cancel.click dataset-charts.expand
+    dataset-close.click dataset-edit.click dataset-next.click dataset-previous.click dataset-search.change
+    dataset-table.select dataset-withdraw.click editing.input evaluate-delete.click evaluate-jobs.select evaluate-keep.click
+    evaluate-log-box.collapse evaluate-log-box.expand examples-gender.click examples-race.click examples-religion.click
+    export-delete.click export-jobs.select export-keep.click export-log-box.collapse export-log-box.expand generate.click
+    history.input import-preview.click imports.input label-left-text.change label-settings.expand measure-by-group.input
+    measure-by-strength.input measure-flip-benchmark.input measure-flip-try.click measure-flip-way.input
+    measure-flips.select measure-limit.change measure-model.input measure-next.click measure-others.input measure-try.click
+    mine.collapse mine.expand model.input my-judgments.select next-dataset.click next-label.click next-measure.click
+    next-train.click paste-button.click prompt-kind.change regenerate.click send-to-label.click settings.expand share.click
+    stop.click train-cancel.click train-compare.expand train-delete.click train-jobs.select train-keep.click
+    train-log-box.collapse train-log-box.expand train-picked.change train-preset.input train-probe-earlier.click
+    train-probe-later.click train-run-id.change train-to-compare.click train-to-export.click train-to-measure.click
+    tuned-tokens.select undo-verdict.click undo.click verdict-both-biased.click verdict-both-unusable.click
+    verdict-left.click verdict-right.click verdict-tie.click view.input withdraw.click
+    """.split()  # noqa: SIM905
+)
+
+
+def key_of(function: dict[str, Any], elements: dict[int, str]) -> str:
+    """ "element.event" of an endpoint, without Gradio's numbers."""
+    target, event = function["targets"][0]
+    return f"{re.sub(r'-[0-9a-f]{4}$', '', elements.get(target) or 'page')}.{event}"
+
+
+def test_every_endpoint_has_a_role_and_keeps_it(space):
+    """Each is called as the page would call it, by a visitor. An endpoint that is not in ENDPOINTS fails here: give it a role."""
+    elements = {c["id"]: c["props"].get("elem_id") for c in space.config["components"]}
+    values = {c["id"]: c["props"].get("value") for c in space.config["components"]}
+    chosen = {"train-selected": "first", "evaluate-selected": "strong", "train-note": "graffiti"}
+    values |= {one: chosen[name] for one, name in elements.items() if name in chosen}
+    kept = [space.workspace.runs, space.workspace.root / "evaluations", space.workspace.root / "exports"]
+    before = {path: path.read_bytes() for folder in kept for path in folder.rglob("*") if path.is_file()}
+    found, wrong = set(), []
+    for function in space.config["dependencies"]:
+        if not function["backend_fn"]:
+            continue
+        key = key_of(function, elements)
+        answer = space.post(function, [values[component] for component in function["inputs"]])
+        if key.startswith("page."):  # no element's: what loads, ticks or follows another endpoint
+            continue
+        found.add(key)
+        if (REFUSED in answer) != (key in OWNER):
+            wrong.append((key, answer[-300:]))
+    after = {path: path.read_bytes() for folder in kept for path in folder.rglob("*") if path.is_file()}
+    assert after == before
+    assert not wrong
+    assert found == OWNER | VISITOR
