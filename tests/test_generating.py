@@ -235,6 +235,6 @@ def test_the_command(tmp_path):
     for arguments, message in (
         (["--benchmark", "real_toxicity_prompts", "--toxicity-scorer", "perspective"], "Unknown toxicity scorer 'perspective'"),
         (["--benchmark", "real_toxicity_prompts", "--toxicity-scorer", "hub:owner/none"], "Can't load the classifier owner/none"),
-        (["--benchmark", "bold"], "get AmazonScience/bold from the Hub"),
+        (["--benchmark", "bold"], "get them with `hf download AmazonScience/bold"),
     ):
         assert message in commands.run(*common, *arguments).error

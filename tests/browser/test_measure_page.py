@@ -73,7 +73,7 @@ def test_a_run_is_measured_offline_with_one_benchmark_missing(measurer, app, tin
     measurer.wait_state("Finished")
     visitor.wait("#evaluate-head", "not scored: BBQ")
     visitor.unfold("measure-notes")
-    visitor.wait("#measure-notes", "get oskarvanderwal/bbq from the Hub")
+    visitor.wait("#measure-notes", "get them with `git clone")
     assert any(cell.startswith("Quick check") for cell in measurer.cells("measure-table"))
     (job,) = store.list_jobs(app.workspace, "evaluate")
     written = json.loads(job.file.read_text())

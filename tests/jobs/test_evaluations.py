@@ -142,7 +142,7 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is_written(asked, 
 def test_missing_data_fail_with_one_line(asked, workspace):
     failed = wait_for(store.start_evaluation(asked.replace(benchmarks=("bbq",)), workspace).folder, ended)
     assert failed.state == "failed"
-    assert failed.error.startswith(f"No items of bbq: no folder {asked.data_dir}/bbq; get oskarvanderwal/bbq from the Hub")
+    assert failed.error.startswith(f"No items of bbq: no folder {asked.data_dir}/bbq; get them with `git clone")
     assert "\n" not in failed.error
     store.delete_job(failed.id, workspace)
     assert store.list_jobs(workspace) == []
