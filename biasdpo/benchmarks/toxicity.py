@@ -2,8 +2,8 @@
 
 profanity_check   alt-profanity-check: a linear SVM over word counts, trained on 200,000 texts labeled clean or offensive. A fast
                   local proxy: it recognizes offensive words, not what clean words say. Against Perspective's `toxicity` >= 0.5 on
-                  2,391 texts of RealToxicityPrompts: AUC 0.95; on the continuations among them 0.91, of which it calls 27 % toxic
-                  and Perspective 40 %. Not comparable with published figures
+                  2,391 texts of RealToxicityPrompts: AUC 0.95; on the continuations among them 0.91, of which it calls 27% toxic
+                  and Perspective 40%. Not comparable with published figures
 hub:OWNER/NAME    a text classifier from the Hub, run with transformers (`backends.hf.open_classifier`)
 
 A scorer that fails is an error: toxicity 0 would be praise.

@@ -44,7 +44,7 @@ from biasdpo.workspace import ASSETS, sha256_of
 
 # Perplexity of neutral text
 
-TEXTS = 600  # sampled from a large dataset: enough for an interval of 1 %, scored in minutes
+TEXTS = 600  # sampled from a large dataset: enough for an interval of 1%, scored in minutes
 _FILE = Path(ORIGIN.folder) / "nontoxic.jsonl"
 _OWN_TEXTS = ASSETS / "neutral_texts.txt"
 

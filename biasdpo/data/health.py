@@ -184,7 +184,7 @@ class Shares:
         return self.left / self.with_sides if self.with_sides else None
 
     def warnings(self, annotator: str = "") -> list[str]:
-        """A sentence with its remedy for each share past its limit by more than chance explains (95 %)."""
+        """A sentence with its remedy for each share past its limit by more than chance explains (95%)."""
         lines = []
         if self.pairs >= MIN_COUNT and wilson(self.longer, self.pairs)[0] > LONGER_LIMIT:
             share = f"{_percent(self.longer / self.pairs)} of {self.pairs:,} pairs"
@@ -202,7 +202,7 @@ class Shares:
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share: hits of n > 0 (Wilson, 1927, without continuity correction)."""
+    """The 95% confidence interval of a share: hits of n > 0 (Wilson, 1927, without continuity correction)."""
     z = 1.959964
     share, scale = hits / n, 1 + z * z / n
     center = (share + z * z / (2 * n)) / scale

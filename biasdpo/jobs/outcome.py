@@ -42,7 +42,7 @@ def held_out_pairs(job: Job) -> int:
 
 
 def accuracy_text(accuracy: float, pairs: int) -> str:
-    """An accuracy with its 95 % Wilson interval: "0.81 [0.62, 0.91]"."""
+    """An accuracy with its 95% Wilson interval: "0.81 [0.62, 0.91]"."""
     if pairs < 1:
         return ""
     low, high = wilson(accuracy * pairs, pairs)
@@ -87,7 +87,7 @@ def _against_chance(accuracy: float, pairs: int, held_out: Mapping[str, Any]) ->
 
 
 def pairs_needed(held_out_share: float) -> int:
-    """The fewest pairs of which enough are held out that a perfect score can't be chance (95 %): four."""
+    """The fewest pairs of which enough are held out that a perfect score can't be chance (95%): four."""
     held_out = next(n for n in range(1, 100) if wilson(n, n)[0] > 0.5)
     return math.ceil(held_out / held_out_share) if held_out_share > 0 else 1
 
