@@ -504,7 +504,7 @@ def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **optio
     from biasdpo.jobs.worker import run_export
 
     config = ExportConfig(**options)
-    bar_format = "{desc} {percentage:3.0f} % |{bar}| {elapsed}"
+    bar_format = "{desc} {percentage:3.0f}% |{bar}| {elapsed}"
     with tqdm(total=100, file=sys.stderr, leave=False, bar_format=bar_format) as bar:
 
         def show(share: float, phase: str) -> None:

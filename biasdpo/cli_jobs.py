@@ -105,7 +105,7 @@ def line(job: Job) -> str:
     elif job.kind == "evaluate" and status.progress:
         parts.append(f"{sum(one.done for one in status.progress)} of {sum(one.total for one in status.progress)} items")
     elif job.kind == "export" and status.state == "running":
-        parts.append(f"{100 * status.share:.0f} %")
+        parts.append(f"{100 * status.share:.0f}%")
     if status.eta_seconds and status.state == "running":
         parts.append(f"{status.eta_seconds:.0f} s left")
     if status.waits_for:

@@ -8,7 +8,7 @@ import mmap
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -39,6 +39,28 @@ class Description:
 
 def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
+
+
+_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.gguf)", re.IGNORECASE)
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of a GGUF model; most have one. ModelError where `path` is not the first of several, or one is missing."""
+    if (match := _PART.fullmatch(path.name)) is None:
+        return [path]
+    name, number, count, suffix = match.groups()
+    parts = [path.with_name(f"{name}-{i:05d}-of-{count}{suffix}") for i in range(1, int(count) + 1)]
+    if int(number) != 1:
+        raise ModelError(f"{path.name} is part {int(number)} of a model: name the first part, {parts[0].name}")
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ModelError(f"{path} lacks {len(missing)} of its {len(parts)} parts ({missing[0]}): fetch the model again")
+    return parts
+
+
+def refuse_parts(path: Path) -> None:
+    """Raise ModelError for a model in several GGUF files where all its weights must be in one."""
+    if len(gguf_parts(path)) > 1:
+        raise ModelError(f"{path.name} is one of several files: join them with `llama-gguf-split --merge {path.name} OUT.gguf`")
 
 
 _Value = TypeVar("_Value")
@@ -72,7 +94,7 @@ def describe(path: Path) -> Description:
 def tensor_shapes(path: Path) -> tuple[str, Mapping[str, tuple[int, ...]]]:
     """(architecture, {tensor name in the file: shape}) of a .gguf file or a Hugging Face folder; a matrix is (out, in)."""
     if is_gguf(path):
-        header = read_header(path)
+        header = read_model_header(path)
         return header.architecture, {name: t.shape for name, t in header.tensors.items()}
     architecture = _hf_architecture(path, _hf_config(path))
     return architecture, {name: shape for file in weight_files(path) for name, shape in safetensors_shapes(file).items()}
@@ -324,6 +346,12 @@ def read_header(path: Path) -> Header:
     return header
 
 
+def read_model_header(path: Path) -> Header:
+    """The header of a model's GGUF, or of its first one with the tensors of all. Their starts are those in their own files."""
+    first, *others = map(read_header, gguf_parts(path))
+    return replace(first, tensors={name: tensor for header in (first, *others) for name, tensor in header.tensors.items()})
+
+
 class _Cursor:
     """Reads values one after another."""
 
@@ -386,7 +414,7 @@ def _parse_header(path: Path, cursor: _Cursor) -> Header:
 
 
 def _describe_gguf(path: Path) -> Description:
-    header = read_header(path)
+    header = read_model_header(path)
     if header.get("general.type", "model") != "model" or not header.architecture:
         raise ModelError(f"{path} is a GGUF of type {header.values.get('general.type')!r}, not a model: select a model's file")
     prefix = "tokenizer.chat_template"

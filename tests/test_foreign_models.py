@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -172,3 +173,43 @@ def test_a_model_that_failed_to_load_is_loaded_again(folder: Path, workspace: Wo
     with pool.lease(key) as engine:
         assert engine.backend.proof.kl_nats is None
     pool.close()
+
+
+@pytest.fixture
+def parts(tiny_llama_gguf: Path, tmp_path: Path) -> list[Path]:
+    """The model split in two, as llama-gguf-split does it."""
+    reader = gguf.GGUFReader(tiny_llama_gguf)
+    half = len(reader.tensors) // 2
+    files = [tmp_path / f"tiny-{i}-of-00002.gguf" for i in ("00001", "00002")]
+    for number, (file, tensors) in enumerate(zip(files, (reader.tensors[:half], reader.tensors[half:]), strict=True)):
+        writer = gguf.GGUFWriter(file, "llama")
+        for name, value in reader.fields.items():
+            if number == 0 and not name.startswith(("GGUF.", "general.architecture")):
+                kinds = [*value.types, None]
+                writer.add_key_value(name, value.contents(), kinds[0], kinds[1] if kinds[0] == gguf.GGUFValueType.ARRAY else None)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return files
+
+
+def test_a_model_in_several_ggufs_takes_an_adapter_and_is_joined_where_one_file_is_needed(
+    parts: list[Path], tiny_llama_gguf: Path, tiny_llama_adapter: Path, tmp_path: Path
+) -> None:
+    asked = ("--adapter", tiny_llama_adapter, "--prompt", "Who cooks?", "--max-new-tokens", 8, "--json", "--backend", "llamacpp")
+    split = run("compare", "--model", parts[0], *asked, "--workspace", tmp_path / "w")
+    whole = run("compare", "--model", tiny_llama_gguf, *asked, "--workspace", tmp_path / "w")
+    answers = [json.loads(one.stdout) for one in (split, whole)]
+    assert answers[0]["tuned"]["text"] == answers[1]["tuned"]["text"]
+    assert models.find(str(parts[0])).parameters == models.find(str(tiny_llama_gguf)).parameters
+    again = ("export", "--model", parts[0], "--adapter", tiny_llama_adapter, "--format", "merged", "--out", tmp_path / "out.gguf")
+    assert "llama-gguf-split --merge" in run(*again, "--workspace", tmp_path / "w").error
+    assert f"name the first part, {parts[0].name}" in run("compare", "--model", parts[1], *asked).error
+    parts[1].unlink()
+    assert f"lacks 1 of its 2 parts ({parts[1].name})" in run("compare", "--model", parts[0], *asked).error

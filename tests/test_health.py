@@ -105,7 +105,7 @@ def test_an_annotators_habit_is_named_if_there_are_several() -> None:
     assert [line.split(" ")[0] for line in measure(rows).warnings] == ["Chosen"]
     rows += [asdict(say(f"{i}", SHORT, LONG, annotator="ben")) for i in range(40)]
     (line,) = measure(rows).warnings
-    assert line.startswith("ada chose the longer answer in 100 % of 20 pairs")
+    assert line.startswith("ada chose the longer answer in 100% of 20 pairs")
 
 
 def test_the_warning_of_near_duplicates() -> None:

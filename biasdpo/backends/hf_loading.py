@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from biasdpo.chat import ChatTemplate, PromptTemplate, Segment, Turn, encode_inner, encode_jointly, quotes_special
 from biasdpo.errors import BackendError, ModelError, WorkspaceError
-from biasdpo.model_files import END_TOKENS, eos_token_ids, read_header, safetensors_shapes, weight_files
+from biasdpo.model_files import END_TOKENS, eos_token_ids, read_header, refuse_parts, safetensors_shapes, weight_files
 from biasdpo.models import ModelSpec
 from biasdpo.workspace import Workspace, locked, sha256_of
 
@@ -49,6 +49,7 @@ def hf_copy(spec: ModelSpec, workspace: Workspace) -> Path:
 
     gguf_path = spec.require_files().gguf_path
     assert gguf_path is not None
+    refuse_parts(gguf_path)
     read_header(gguf_path)  # checks it before it is hashed
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", gguf_path.stem)
     folder = workspace.cache / "hf" / f"{name}-{sha256_of(gguf_path)[:12]}"

@@ -211,7 +211,7 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f}%"
 
 
 # Confounds

@@ -36,7 +36,7 @@ from biasdpo.engines import Engine
 from biasdpo.errors import ConfigError, DatasetError, PromptError, WorkspaceError
 from biasdpo.evaluation import stats
 from biasdpo.evaluation.stats import Array, Interval, Metric
-from biasdpo.model_files import weight_files
+from biasdpo.model_files import gguf_parts, weight_files
 from biasdpo.models import AdapterSpec
 from biasdpo.records import SEED_RANGE, Completion, CompletionRequest, Likelihood, Request, Side, check_strength
 from biasdpo.workspace import Workspace, locked, read_json, sha256_of, write_json
@@ -656,7 +656,7 @@ def _parents(engine: Engine, workspace: Workspace | None) -> dict[str, str]:
     """SHA-256 of the model's files and of the adapter's weights and configuration."""
     spec, adapter = engine.spec, engine.adapter
     if engine.backend.name.startswith("llamacpp") or spec.hf_folder is None:
-        files = [] if spec.gguf_path is None else [spec.gguf_path]
+        files = [] if spec.gguf_path is None else gguf_parts(spec.gguf_path)
     else:
         files = sorted([*weight_files(spec.hf_folder), *spec.hf_folder.glob("*.json")])
     return {

@@ -23,6 +23,7 @@ from biasdpo.model_files import (
     chat_template,
     hf_name,
     read_header,
+    refuse_parts,
     safetensors_shapes,
     weight_files,
 )
@@ -129,6 +130,7 @@ _REWRITTEN = {
 
 
 def _open_gguf(path: Path) -> Source:
+    refuse_parts(path)
     header = read_header(path)
     if header.get("general.type", "model") != "model":
         raise ModelError(f"{path} is a GGUF, but no model (type {header.get('general.type', '')!r}): choose a model's file")

@@ -19,7 +19,7 @@ import numpy as np
 from biasdpo.errors import ModelError
 from biasdpo.gguf.quantize import decode
 from biasdpo.gguf.sources import CONFIG_KEYS, Layout, build_pre_tokenizer, map_tensors
-from biasdpo.model_files import END_TOKENS, MODULES, QKV, Header, TokenType, hf_name, read_header
+from biasdpo.model_files import END_TOKENS, MODULES, QKV, Header, TokenType, hf_name, read_header, refuse_parts
 from biasdpo.workspace import write_json
 
 _REMEDY = "use --backend llamacpp, or fetch the model's Hugging Face folder"
@@ -27,6 +27,7 @@ _REMEDY = "use --backend llamacpp, or fetch the model's Hugging Face folder"
 
 def write_hf_folder(gguf_path: Path, folder: Path) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of a GGUF's model."""
+    refuse_parts(gguf_path)
     header = read_header(gguf_path)
     if header.architecture not in MODULES:
         known = " and ".join(MODULES)

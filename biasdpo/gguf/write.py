@@ -34,7 +34,7 @@ from biasdpo.gguf.quantize import (
     quantize_file,
 )
 from biasdpo.gguf.sources import Layout, Source, StoredTensor, open_source, read_safetensors
-from biasdpo.model_files import QKV, read_header
+from biasdpo.model_files import QKV, read_header, read_model_header
 from biasdpo.models import AdapterSpec, ModelSpec, check_fits_file
 from biasdpo.workspace import Workspace, locked, replacing, sha256_of
 
@@ -140,7 +140,7 @@ def lora(adapter: AdapterSpec, base_gguf: Path, out: Path) -> Path:
     Raises AdapterError if the adapter does not fit or a LoRA GGUF can't hold it; ExportError if the file can't be written.
     """
     factors = read_factors(adapter, base_gguf)
-    layout = Layout.of(read_header(base_gguf))
+    layout = Layout.of(read_model_header(base_gguf))
     placed = place(factors, layout, adapter.id)
     # The file holds one alpha. Layers with another alpha or rank carry the difference in their B.
     alpha = Counter(pair.alpha for pair in factors.values()).most_common(1)[0][0] or 1.0  # llama.cpp reads 0 as "unset"
