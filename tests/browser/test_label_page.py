@@ -170,7 +170,7 @@ def test_nothing_tells_the_sides_before_the_verdict_and_they_are_revealed_after(
     sent: list[str] = []
     for _ in range(120):  # a stream is finished some time after its pair is shown
         sent = [request.response().text() for request in streams]
-        if shown := any(json.dumps(hazel.texts()[0])[1:-1] in body for body in sent):
+        if shown := any(json.dumps(hazel.texts()[0], ensure_ascii=False)[1:-1] in body for body in sent):
             break
         hazel.page.wait_for_timeout(500)
     assert shown
