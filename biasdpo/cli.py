@@ -1,8 +1,8 @@
-"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|export|evaluate|users.
+"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|users|workspace|export|evaluate.
 
 Results go to stdout (one JSON object, or one per line, with --json), progress and messages to stderr. Exit status: 0 done;
-2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours. Everything
-heavy is imported where it is used, so that --help is instant.
+2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours, or one that
+`workspace verify` found. Everything heavy is imported where it is used, so that --help is instant.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Option, confirm
 
-from biasdpo import cli_jobs, cli_users
+from biasdpo import cli_jobs, cli_users, cli_workspace
 from biasdpo.cli_options import (
     JsonOption,
     LogLevel,
@@ -160,7 +160,7 @@ def compare(
 
 # Datasets
 
-dataset = new_app("Preference pairs: statistics, validation, import, export, retraction.")
+dataset = new_app("Preference pairs: statistics, validation, import, export, retraction, erasure.")
 app.add_typer(dataset, name="dataset")
 dataset.callback()(inherited_options)
 
@@ -376,6 +376,29 @@ def dataset_retract(
     print_row({"retracted": count}, f"{count:,} retracted; training, statistics and exports leave them out", as_json=as_json)
 
 
+@dataset.command("erase")
+def dataset_erase(
+    annotator: Annotated[str, Option(metavar="NAME", help="Whose judgments: the nickname they are stored with.")],
+    browser: Annotated[str, Option(metavar="HASH", help="Only those of this browser (`meta.browser`). [default: all]")] = "",
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Delete all that one annotator stored from the journal, for good, and list the files that still hold some of it."""
+    from biasdpo.data import erasing
+
+    folder = open_workspace(workspace)
+    rows = f"{erasing.count(folder, annotator, browser):,} rows by {annotator!r} in {folder.preferences}"
+    if not yes and not (sys.stdin.isatty() and confirm(f"Delete {rows}? They can't be restored", err=True)):
+        raise ConfigError(f"Nothing was deleted: {rows} would be, for good; add --yes")
+    done = erasing.erase(folder, annotator, browser)
+    files = [str(path) for path in done.remaining]
+    lines = [f"{done.removed:,} rows removed from {folder.preferences}"]
+    if files:
+        lines.append("Not reached; delete what should go (`jobs delete ID`), backups and published copies, too:")
+    print_row({"removed": done.removed, "remaining": files}, "\n  ".join((*lines, *files)), as_json=as_json)
+
+
 # Training
 
 
@@ -488,6 +511,7 @@ def _wait(folder: Any, workspace: Workspace) -> Any:
 app.command("jobs")(cli_jobs.jobs)
 app.command("runs")(cli_jobs.runs)
 app.add_typer(cli_users.users, name="users")
+app.add_typer(cli_workspace.workspaces, name="workspace")
 
 
 # Export
