@@ -13,12 +13,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 from biasdpo.errors import RefusedError
 
@@ -72,13 +70,3 @@ def audit(root: Path, action: str, **facts: str) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as exc:
         log.warning("Not written to audit.jsonl (%s): %s", exc, row)
-
-
-def read_audit(root: Path) -> list[dict[str, Any]]:
-    """The rows of the audit log, without damaged lines."""
-    rows = []
-    with suppress(FileNotFoundError), (root / "audit.jsonl").open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, confirm
 
-from biasdpo import cli_jobs, cli_users, cli_workspace
+from biasdpo import backup, cli_jobs, cli_users
 from biasdpo.cli_options import (
     JsonOption,
     LogLevel,
@@ -33,7 +33,7 @@ from biasdpo.cli_options import (
 )
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
 from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
-from biasdpo.migrations import open_workspace
+from biasdpo.migrations import open_workspace, workspace_root
 from biasdpo.records import Sampling
 
 if TYPE_CHECKING:
@@ -378,25 +378,22 @@ def dataset_retract(
 
 @dataset.command("erase")
 def dataset_erase(
-    annotator: Annotated[str, Option(metavar="NAME", help="Whose judgments: the nickname they are stored with.")],
+    annotator: Annotated[str, Option(metavar="NAME", help="The nickname that the judgments are stored with.")],
     browser: Annotated[str, Option(metavar="HASH", help="Only those of this browser (`meta.browser`). [default: all]")] = "",
     yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Delete all that one annotator stored from the journal, for good, and list the files that still hold some of it."""
+    """Delete what one annotator stored from the journal, for good, and list the files that still hold it or were made of it."""
     from biasdpo.data import erasing
 
     folder = open_workspace(workspace)
-    rows = f"{erasing.count(folder, annotator, browser):,} rows by {annotator!r} in {folder.preferences}"
-    if not yes and not (sys.stdin.isatty() and confirm(f"Delete {rows}? They can't be restored", err=True)):
-        raise ConfigError(f"Nothing was deleted: {rows} would be, for good; add --yes")
-    done = erasing.erase(folder, annotator, browser)
-    files = [str(path) for path in done.remaining]
-    lines = [f"{done.removed:,} rows removed from {folder.preferences}"]
-    if files:
-        lines.append("Not reached; delete what should go (`jobs delete ID`), backups and published copies, too:")
-    print_row({"removed": done.removed, "remaining": files}, "\n  ".join((*lines, *files)), as_json=as_json)
+    rows = f"{erasing.erase(folder, annotator, browser, dry_run=True)[0]:,} rows by {annotator!r} in {folder.preferences}"
+    if not yes and not (sys.stdin.isatty() and confirm(f"Delete {rows}, for good?", err=True)):
+        raise ConfigError(f"Nothing was deleted, since you did not confirm it ({rows}): add --yes")
+    removed, remaining = erasing.erase(folder, annotator, browser)
+    lines = [f"{removed:,} rows removed from {folder.preferences}", *(f"Not reached: {path}" for path in remaining)]
+    print_row({"removed": removed, "remaining": [str(path) for path in remaining]}, "\n".join(lines), as_json=as_json)
 
 
 # Training
@@ -511,7 +508,37 @@ def _wait(folder: Any, workspace: Workspace) -> Any:
 app.command("jobs")(cli_jobs.jobs)
 app.command("runs")(cli_jobs.runs)
 app.add_typer(cli_users.users, name="users")
-app.add_typer(cli_workspace.workspaces, name="workspace")
+
+
+# Workspaces
+
+workspaces = new_app("Backup, restore and verification of a workspace.")
+app.add_typer(workspaces, name="workspace")
+FileArgument = Annotated[Path, Argument(metavar="FILE.tar.gz")]
+WithoutOption = Annotated[str, Option(metavar="NAME[,NAME]", help="Leave out: cache, runs, evaluations, exports; or none.")]
+
+
+@workspaces.command("backup")
+def workspace_backup(file: FileArgument, without: WithoutOption = "cache", workspace: WorkspaceOption = "") -> None:
+    """Write a workspace to one file, of which an older version is replaced."""
+    folder = open_workspace(workspace)
+    files = backup.back_up(folder, file, () if without == "none" else without.split(","))
+    print(f"{file}: {files:,} files of {folder.root}")
+
+
+@workspaces.command("restore")
+def workspace_restore(file: FileArgument, workspace: WorkspaceOption = "") -> None:
+    """Unpack a backup into a new or empty workspace folder."""
+    root = workspace_root(workspace)
+    print(f"{root}: {backup.restore(file, root):,} files restored")
+
+
+@workspaces.command("verify")
+def workspace_verify(workspace: WorkspaceOption = "") -> int:
+    """Check the journal, the jobs, and the hashes of what they wrote; exit status 1 if there is a fault."""
+    faults = list(backup.verify(root := workspace_root(workspace)))
+    print("\n".join(faults) or f"{root}: no faults found")
+    return 1 if faults else 0
 
 
 # Export

@@ -19,7 +19,7 @@ LEVELS = [
     {"model_files", "chat", "models", "model_card", "counterfactuals", "rewards"},
     {"data", "benchmarks", "gguf", "backends", "prompts", "evaluation.stats"},
     {"engines", "compare", "links", "evaluation", "jobs", "labeling", "gguf.export", "gguf.proof", "migrations", "backup"},
-    {"ui", "cli", "cli_jobs", "cli_options", "cli_workspace"},
+    {"ui", "cli", "cli_jobs", "cli_options"},
     {"__main__"},
 ]
 # Libraries that take seconds to import, and who may import them.

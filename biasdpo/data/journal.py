@@ -505,7 +505,7 @@ def truncated_file(path: Path) -> Path:
 
 def repaired_lines(workspace: Workspace) -> int:
     """How many truncated lines were repaired so far."""
-    return len(repairs(truncated_file(workspace.preferences)))
+    return len(_repairs(truncated_file(workspace.preferences)))
 
 
 def _repair_last_line(file: int, path: Path) -> bool:
@@ -541,7 +541,7 @@ def _last_line(file: int, size: int) -> bytes:
 def _record_repair(path: Path, offset: int, line: bytes, *, kept: bool) -> None:
     record = truncated_file(path)
     text = line.decode("utf-8", "replace")
-    last = repairs(record)[-1:]
+    last = _repairs(record)[-1:]
     if last and (last[0].get("offset"), last[0].get("text")) == (offset, text):
         return  # recorded by a repair that was killed before it was done
     entry = {"at": now(), "kept": kept, "offset": offset, "text": text}
@@ -553,8 +553,7 @@ def _record_repair(path: Path, offset: int, line: bytes, *, kept: bool) -> None:
     sync_folder(path.parent)
 
 
-def repairs(record: Path) -> list[dict[str, Any]]:
-    """The entries of the file of truncated lines."""
+def _repairs(record: Path) -> list[dict[str, Any]]:
     lines = record.read_bytes().split(b"\n") if record.is_file() else []
     return [orjson.loads(line) for line in lines if _is_json_object(line)]
 
