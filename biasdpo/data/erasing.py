@@ -23,7 +23,7 @@ _NO_ROW = dict.fromkeys(("id", "retracts", "verdict", "annotator"), "")
 
 
 def erase(workspace: Workspace, annotator: str, browser: str = "", *, dry_run: bool = False) -> tuple[int, list[Path]]:
-    """Delete an annotator's judgments (`browser`: of the browser with this hash only), and the rows that withdraw them; return the
+    """Delete an annotator's judgments (`browser`: of the browser with this hash), and the rows that withdraw them; return the
     number of rows, and the files that still hold some of it or were made of it. Nothing by that name is a DatasetError.
 
     The journal is replaced under its lock: a kill leaves the old file or the new one. Other lines stay byte for byte; rows by
