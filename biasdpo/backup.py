@@ -6,26 +6,25 @@ import os
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from biasdpo.data.journal import opened, parse_row
+from biasdpo.data.journal import opened, parse_row, repair
 from biasdpo.errors import BiasDPOError, ConfigError, WorkspaceError
 from biasdpo.jobs.job import FOLDERS, JobFolder
 from biasdpo.migrations import VERSION_FILE, check_version
 from biasdpo.workspace import Workspace, locked, read_json, replacing, sha256_of
 
 
-def back_up(workspace: Workspace, file: Path, without: Iterable[str] = ("cache",)) -> int:
-    """Write a workspace's files, except hidden ones and locks, to a private .tar.gz; return their number."""
-    if unknown := {*without} - {*(parts := ("cache", *FOLDERS.values()))}:
-        raise ConfigError(f"A backup may leave out {', '.join(parts)}: got {min(unknown)!r}")
+def back_up(workspace: Workspace, file: Path, without: str = "cache") -> int:
+    """Write a workspace's files, but no hidden ones, locks and the folder `without`, to a private .tar.gz; return their number."""
     if not file.name.endswith(".tar.gz") or file.resolve().is_relative_to(workspace.root):
         raise ConfigError(f"A backup is a .tar.gz outside of the workspace {workspace.root}: got {file}")
+    repair(workspace)  # may write a file
     try:
         with replacing(file, mode=0o600) as scratch, tarfile.open(scratch, "w:gz", compresslevel=1, dereference=True) as archive:
-            for path in _files(workspace.root, {*without}):
+            for path in _files(workspace.root, without):
                 # The journal's whole lines are never changed in place, so its length is all that must be read under the lock.
                 lock = opened(path) if path == workspace.preferences else nullcontext()
                 with suppress(FileNotFoundError):
@@ -41,10 +40,10 @@ def back_up(workspace: Workspace, file: Path, without: Iterable[str] = ("cache",
         ) from exc
 
 
-def _files(root: Path, without: set[str]) -> Iterator[Path]:
+def _files(root: Path, without: str) -> Iterator[Path]:
     for place, folders, names in os.walk(root, followlinks=True):
         here = Path(place)
-        inner = [here / name for name in folders if name[0] != "." and (here != root or name not in without)]
+        inner = [here / name for name in folders if name[0] != "." and here / name != root / without]
         folders[:] = [path.name for path in inner if not here.resolve().is_relative_to(path.resolve())]  # a link may lead back
         yield from (here / name for name in names if name[0] != "." and not name.endswith(".lock") and (here / name).is_file())
 
@@ -77,24 +76,20 @@ def verify(root: Path) -> Iterator[str]:
         check_version(root)
     except WorkspaceError as exc:
         yield str(exc)
+    first: dict[str, int] = {}
     if (journal := Workspace(root).preferences).exists():
-        yield from _journal_faults(journal)
+        with locked(journal):  # not while a line is being written
+            *lines, rest = journal.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip() and first.setdefault(name := parse_row(line)["id"], number) != number:
+                    yield f"{journal}, line {number}: id {name!r} as in line {first[name]}, so it does not count; remove it"
+            except ValueError as exc:
+                yield f"{journal}, line {number}: {exc}; correct or remove it"
+        if rest:
+            yield f"{journal}, line {len(lines) + 1}: cut off; the next verdict or import moves it to {journal.name}.torn"
     for path in sorted(path for name in FOLDERS.values() for path in (root / name).glob("[!.]*/")):
         yield from _job_faults(JobFolder(path))
-
-
-def _journal_faults(path: Path) -> Iterator[str]:
-    with locked(path):  # not while a line is being written
-        *lines, rest = path.read_bytes().split(b"\n")
-    first: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip() and first.setdefault(name := parse_row(line)["id"], number) != number:
-                yield f"{path}, line {number}: id {name!r} as in line {first[name]}, so this line does not count; remove it"
-        except ValueError as exc:
-            yield f"{path}, line {number}: {exc}; correct or remove it"
-    if rest:
-        yield f"{path}, line {len(lines) + 1}: cut off; the next verdict or import moves it to {path.name}.torn"
 
 
 def _job_faults(folder: JobFolder) -> Iterator[str]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option, confirm
 
@@ -515,15 +515,14 @@ app.add_typer(cli_users.users, name="users")
 workspaces = new_app("Backup, restore and verification of a workspace.")
 app.add_typer(workspaces, name="workspace")
 FileArgument = Annotated[Path, Argument(metavar="FILE.tar.gz")]
-WithoutOption = Annotated[str, Option(metavar="NAME[,NAME]", help="Leave out: cache, runs, evaluations, exports; or none.")]
+WithoutOption = Annotated[Literal["cache", "none"], Option("--without", help="Folder to leave out; none: leave out nothing.")]
 
 
 @workspaces.command("backup")
 def workspace_backup(file: FileArgument, without: WithoutOption = "cache", workspace: WorkspaceOption = "") -> None:
     """Write a workspace to one file, of which an older version is replaced."""
     folder = open_workspace(workspace)
-    files = backup.back_up(folder, file, () if without == "none" else without.split(","))
-    print(f"{file}: {files:,} files of {folder.root}")
+    print(f"{file}: {backup.back_up(folder, file, without):,} files of {folder.root}")
 
 
 @workspaces.command("restore")
