@@ -18,7 +18,7 @@ from biasdpo.workspace import Workspace, locked, read_json, replacing, sha256_of
 
 
 def back_up(workspace: Workspace, file: Path, without: str = "cache") -> int:
-    """Write a workspace's files, but no hidden ones, locks and the folder `without`, to a private .tar.gz; return their number."""
+    """Write a workspace's files, but no hidden ones, locks or the folder `without`, to a private .tar.gz; return the count."""
     if not file.name.endswith(".tar.gz") or file.resolve().is_relative_to(workspace.root):
         raise ConfigError(f"A backup is a .tar.gz outside of the workspace {workspace.root}: got {file}")
     repair(workspace)  # may write a file
@@ -49,20 +49,19 @@ def _files(root: Path, without: str) -> Iterator[Path]:
 
 
 def restore(file: Path, root: Path) -> int:
-    """Unpack a backup into a new or empty folder, whole or not at all; return the number of files."""
+    """Unpack a backup into a new or empty folder, which stays empty where that fails; return the number of files."""
     try:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise WorkspaceError(f"{root} is not an empty folder: name a new one with --workspace")
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(file, "r:gz") as archive, tempfile.TemporaryDirectory(prefix=".restore-", dir=root.parent) as scratch:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tarfile.open(file, "r:gz") as archive, tempfile.TemporaryDirectory(prefix=".restore-", dir=root) as scratch:
             outside = [member.name for member in archive if not member.isreg() or member.name.startswith("/")]
             if outside or VERSION_FILE not in archive.getnames():
                 why = f"{outside[0]!r} is not a file inside it" if outside else f"it has no {VERSION_FILE}"
                 raise WorkspaceError(f"{file} is no backup of a workspace: {why}; name another file")
-            draft = Path(scratch) / "workspace"
-            draft.mkdir(mode=0o700)
-            archive.extractall(draft, filter="data")
-            draft.rename(root)
+            archive.extractall(scratch, filter="data")
+            for path in sorted(Path(scratch).iterdir()):  # not the folder itself: it may be a volume's
+                path.rename(root / path.name)
             return len(archive.getnames())
     except (OSError, EOFError, zlib.error, tarfile.TarError) as exc:
         reason = getattr(exc, "strerror", None) or exc
@@ -78,8 +77,12 @@ def verify(root: Path) -> Iterator[str]:
         yield str(exc)
     first: dict[str, int] = {}
     if (journal := Workspace(root).preferences).exists():
-        with locked(journal):  # not while a line is being written
-            *lines, rest = journal.read_bytes().split(b"\n")
+        try:
+            with locked(journal):  # not while a line is being written
+                *lines, rest = journal.read_bytes().split(b"\n")
+        except OSError as exc:
+            lines, rest = [], b""
+            yield f"Can't read {journal} ({exc.strerror}): make it readable"
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip() and first.setdefault(name := parse_row(line)["id"], number) != number:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Argument, Option, confirm
+from typer import Argument, Option
 
 from biasdpo import backup, cli_jobs, cli_users
 from biasdpo.cli_options import (
@@ -389,7 +389,10 @@ def dataset_erase(
 
     folder = open_workspace(workspace)
     rows = f"{erasing.erase(folder, annotator, browser, dry_run=True)[0]:,} rows by {annotator!r} in {folder.preferences}"
-    if not yes and not (sys.stdin.isatty() and confirm(f"Delete {rows}, for good?", err=True)):
+    if not yes and sys.stdin.isatty():
+        print(f"Delete {rows}, for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        yes = sys.stdin.readline().strip().lower() in ("y", "yes")
+    if not yes:
         raise ConfigError(f"Nothing was deleted, since you did not confirm it ({rows}): add --yes")
     removed, remaining = erasing.erase(folder, annotator, browser)
     lines = [f"{removed:,} rows removed from {folder.preferences}", *(f"Not reached: {path}" for path in remaining)]

@@ -111,7 +111,7 @@ def test_a_hostile_archive_is_refused(tmp_path: Path, name: str, kind: bytes, ta
             member.size = len(content) if member_kind == tarfile.REGTYPE else 0
             tar.addfile(member, io.BytesIO(content))
     assert "h.tar.gz" in run("workspace", "restore", hostile, "--workspace", inside / "new").error
-    assert [*inside.iterdir()] == []
+    assert [*inside.rglob("*")] == [inside / "new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["h.tar.gz", "in"]
 
 
@@ -121,7 +121,7 @@ def test_what_is_no_backup_is_refused(used: JobFolder, tmp_path: Path, content: 
     run("workspace", "backup", file, "--workspace", used.workspace.root)
     file.write_bytes(file.read_bytes()[:-2000] if content is None else content)
     assert "nothing was written" in run("workspace", "restore", file, "--workspace", tmp_path / "new").error
-    assert not (tmp_path / "new").exists()
+    assert [*(tmp_path / "new").iterdir()] == []
 
 
 def flip(path: Path) -> None:
@@ -138,6 +138,7 @@ FAULTS = {
     "adapter/provenance.json": (lambda path: path.write_text("[]"), "missing or damaged"),
     "adapter/": (lambda path: (path / "adapter_model.safetensors").unlink(), "missing or damaged"),
     "../../version.json": (lambda path: path.write_text('{"format": 99}'), "has format 99"),
+    "../../": (lambda path: [(path / "preferences.jsonl").unlink(), (path / "preferences.jsonl").mkdir()], "Can't read"),
     "../../preferences.jsonl": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "line 3: cut off"),
 }
 
