@@ -35,9 +35,7 @@ def back_up(workspace: Workspace, file: Path, without: str = "cache") -> int:
                         archive.addfile(member, content)
             return len(archive.getmembers())
     except OSError as exc:
-        raise WorkspaceError(
-            f"Can't back up {workspace.root} to {file}: {exc.strerror or exc}; fix that, then try again"
-        ) from exc
+        raise WorkspaceError(f"Can't back up {workspace.root} to {file}: {exc.strerror or exc}; fix that and try again") from exc
 
 
 def _files(root: Path, without: str) -> Iterator[Path]:
@@ -65,7 +63,7 @@ def restore(file: Path, root: Path) -> int:
             return len(archive.getnames())
     except (OSError, EOFError, zlib.error, tarfile.TarError) as exc:
         reason = getattr(exc, "strerror", None) or exc
-        raise WorkspaceError(f"Can't restore {file} to {root}: {reason}; nothing was written, use another backup") from exc
+        raise WorkspaceError(f"Can't restore {file} to {root}: {reason}; nothing was written, try another file") from exc
 
 
 def verify(root: Path) -> Iterator[str]:

@@ -48,9 +48,7 @@ def erase(workspace: Workspace, annotator: str, browser: str = "", *, dry_run: b
                 kept.append(orjson.dumps(row | {"annotator": ""}) if is_by(row) else line)
         removed = len(lines) - len(kept)
         if not annotator or kept == lines:
-            raise DatasetError(
-                f"Nothing by {annotator!r} (browser: {browser or 'any'}) in {path}: `dataset stats` lists annotators"
-            )
+            raise DatasetError(f"Nothing by {annotator!r} (browser: {browser or 'any'}) in {path}: `dataset stats` lists names")
         if not dry_run:
             name = hashlib.sha256(annotator.encode()).hexdigest()[:16]  # the log must not keep what is erased
             audit(workspace.root, "erase", annotator_sha256=name, rows=str(removed))
