@@ -88,6 +88,8 @@ def serve(config: ServeConfig) -> None:
     """Serve the page, then load the model, then wait."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    from fastapi.responses import FileResponse
+
     from biasdpo.data import journal
     from biasdpo.engines import EnginePool, Startup
     from biasdpo.jobs import memory
@@ -105,6 +107,8 @@ def serve(config: ServeConfig) -> None:
         return {"ready": any(pool.opened()), "model": startup.model, "requests": options["_app"].limits.count(demo)}
 
     options["_app"].add_api_route("/healthz", healthz)
+    notice = Path(__file__).parent / "docs" / "privacy.md"
+    options["_app"].add_api_route("/privacy", lambda: FileResponse(notice, media_type="text/plain"))  # the consent text links it
     signal.signal(signal.SIGTERM, _end)
     try:
         demo.launch(server_port=config.port, prevent_thread_lock=True, **options)

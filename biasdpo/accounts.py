@@ -89,7 +89,7 @@ class Accounts:
 
     def _write(self, users: dict[str, dict[str, str]]) -> None:
         lines = (f'[{name}]\nrole = "{user["role"]}"\npassword = "{user["password"]}"\n' for name, user in users.items())
-        with replacing(self.file, private=True) as temporary:
+        with replacing(self.file, mode=0o600) as temporary:
             temporary.write_text("\n".join(lines), encoding="utf-8")
 
 

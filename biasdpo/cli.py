@@ -1,8 +1,8 @@
-"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|export|evaluate|users.
+"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|users|workspace|export|evaluate.
 
 Results go to stdout (one JSON object, or one per line, with --json), progress and messages to stderr. Exit status: 0 done;
-2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours. Everything
-heavy is imported where it is used, so that --help is instant.
+2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours, or one that
+`workspace verify` found. Everything heavy is imported where it is used, so that --help is instant.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from biasdpo import cli_jobs, cli_users
+from biasdpo import backup, cli_jobs, cli_users
 from biasdpo.cli_options import (
     JsonOption,
     LogLevel,
@@ -33,7 +33,7 @@ from biasdpo.cli_options import (
 )
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
 from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
-from biasdpo.migrations import open_workspace
+from biasdpo.migrations import open_workspace, workspace_root
 from biasdpo.records import Sampling
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def compare(
 
 # Datasets
 
-dataset = new_app("Preference pairs: statistics, validation, import, export, retraction.")
+dataset = new_app("Preference pairs: statistics, validation, import, export, retraction, erasure.")
 app.add_typer(dataset, name="dataset")
 dataset.callback()(inherited_options)
 
@@ -376,6 +376,29 @@ def dataset_retract(
     print_row({"retracted": count}, f"{count:,} retracted; training, statistics and exports leave them out", as_json=as_json)
 
 
+@dataset.command("erase")
+def dataset_erase(
+    annotator: Annotated[str, Option(metavar="NAME", help="The nickname that the judgments are stored with.")],
+    browser: Annotated[str, Option(metavar="HASH", help="Only those of this browser (`meta.browser`). [default: all]")] = "",
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Delete what one annotator stored from the journal, for good, and list the files that still hold it or were made of it."""
+    from biasdpo.data import erasing
+
+    folder = open_workspace(workspace)
+    rows = f"{erasing.erase(folder, annotator, browser, dry_run=True)[0]:,} rows by {annotator!r} in {folder.preferences}"
+    if not yes and sys.stdin.isatty():
+        print(f"Delete {rows}, for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        yes = sys.stdin.readline().strip().lower() in ("y", "yes")
+    if not yes:
+        raise ConfigError(f"Nothing was deleted, since you did not confirm it ({rows}): add --yes")
+    removed, remaining = erasing.erase(folder, annotator, browser)
+    lines = [f"{removed:,} rows removed from {folder.preferences}", *(f"Not reached: {path}" for path in remaining)]
+    print_row({"removed": removed, "remaining": [str(path) for path in remaining]}, "\n".join(lines), as_json=as_json)
+
+
 # Training
 
 
@@ -488,6 +511,36 @@ def _wait(folder: Any, workspace: Workspace) -> Any:
 app.command("jobs")(cli_jobs.jobs)
 app.command("runs")(cli_jobs.runs)
 app.add_typer(cli_users.users, name="users")
+
+
+# Workspaces
+
+workspaces = new_app("Backup, restore and verification of a workspace.")
+app.add_typer(workspaces, name="workspace")
+FileArgument = Annotated[Path, Argument(metavar="FILE.tar.gz")]
+WithoutOption = Annotated[Literal["cache", "none"], Option("--without", help="Folder to leave out; none: leave out nothing.")]
+
+
+@workspaces.command("backup")
+def workspace_backup(file: FileArgument, without: WithoutOption = "cache", workspace: WorkspaceOption = "") -> None:
+    """Write a workspace to one file, of which an older version is replaced."""
+    folder = open_workspace(workspace)
+    print(f"{file}: {backup.back_up(folder, file, without):,} files of {folder.root}")
+
+
+@workspaces.command("restore")
+def workspace_restore(file: FileArgument, workspace: WorkspaceOption = "") -> None:
+    """Unpack a backup into a new or empty workspace folder."""
+    root = workspace_root(workspace)
+    print(f"{root}: {backup.restore(file, root):,} files restored")
+
+
+@workspaces.command("verify")
+def workspace_verify(workspace: WorkspaceOption = "") -> int:
+    """Check the journal, the jobs, and the hashes of what they wrote; exit status 1 if there is a fault."""
+    faults = list(backup.verify(root := workspace_root(workspace)))
+    print("\n".join(faults) or f"{root}: no faults found")
+    return 1 if faults else 0
 
 
 # Export

@@ -44,19 +44,25 @@ def open_workspace(folder: str | os.PathLike[str] | None = None) -> Workspace:
 
     Raises WorkspaceError if it can't be written, was made by a newer version, or is of version 0.1 with an active job.
     """
-    root = Path(folder or os.environ.get("BIASDPO_WORKSPACE") or "workspace").expanduser().resolve()
+    root = workspace_root(folder)
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what people said
         with tempfile.TemporaryFile(dir=root):
             pass
-        _check_version(root)
+        check_version(root)
     except OSError as exc:
         reason = exc.strerror or exc
         raise WorkspaceError(f"Can't write to the workspace {root}: {reason}; name a writable folder with --workspace") from exc
     return Workspace(root)
 
 
-def _check_version(root: Path) -> None:
+def workspace_root(folder: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that `open_workspace` opens."""
+    return Path(folder or os.environ.get("BIASDPO_WORKSPACE") or "workspace").expanduser().resolve()
+
+
+def check_version(root: Path) -> None:
+    """Raise WorkspaceError for a workspace that this version can't open; write a new one's version.json."""
     file = root / VERSION_FILE
     if not file.exists():
         if any((root / name).is_dir() for name in ("runs", "evaluations", "exports")):

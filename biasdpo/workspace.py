@@ -79,10 +79,10 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, mode: int = 0o666 & ~_UMASK) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it takes `path`'s place, else it is removed.
 
-    private   only its owner may read it; else the process's umask decides
+    mode   permissions; by default what the process's umask leaves
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -92,7 +92,7 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o600 if private else 0o666 & ~_UMASK)
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

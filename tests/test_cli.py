@@ -32,6 +32,7 @@ OPTIONS = {
     "dataset import": "--name --map --dry-run",
     "dataset export": "",
     "dataset retract": "",
+    "dataset erase": "--annotator --browser --yes",
     "train": "--model --dataset --run-id --config --set --resume --num-processes --estimate",
     "jobs": "--kind --lines",
     "runs": "--lines",
@@ -54,7 +55,7 @@ def test_every_command_keeps_its_options(command):
 def test_help_as_a_process_is_quick_and_options_may_stand_before_an_action(tmp_path):
     started = time.process_time(), time.monotonic()
     done = subprocess.run([sys.executable, "-m", "biasdpo", "-h"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "evaluate  Score base and tuned on benchmarks" in done.stdout
+    assert "evaluate   Score base and tuned on benchmarks" in done.stdout
     assert time.monotonic() - started[1] < 5  # a loaded machine; what it may not import: test_architecture
     before = run("dataset", "--json", "--workspace", tmp_path / "w", "stats")
     assert json.loads(before.stdout)["rows"] == 0

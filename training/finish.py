@@ -16,7 +16,7 @@ from biasdpo import model_card, models, rewards
 from biasdpo.config import TrainConfig
 from biasdpo.data.pairs import PreferencePair, longer_baseline
 from biasdpo.jobs.job import JobFolder
-from biasdpo.workspace import write_json
+from biasdpo.workspace import sha256_of, write_json
 from training.packing import Branches, kl_of_tokens, pack, score_tokens
 from training.rows import TokenRow
 from training.status import StatusWriter
@@ -119,9 +119,10 @@ def write_adapter(
     lora.base_model_name_or_path = spec.hub_id or spec.title
     lora.inference_mode = True
     lora.save_pretrained(unfinished)
-    save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
-    (unfinished / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it private
-    write_json(unfinished / "provenance.json", provenance)
+    weights = unfinished / "adapter_model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it private
+    write_json(unfinished / "provenance.json", provenance | {"adapter_sha256": sha256_of(weights)})
     model_card.write_card(unfinished, spec, provenance, folder.read_metrics())
     shutil.rmtree(folder.adapter, ignore_errors=True)
     unfinished.rename(folder.adapter)

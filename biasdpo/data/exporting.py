@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from biasdpo.access import require_owner
+from biasdpo.access import audit, require_owner
 from biasdpo.data.health import measure
 from biasdpo.data.journal import Journal, Row
 from biasdpo.data.pairs import derive, pair_of_row
@@ -135,6 +135,7 @@ def export_file(workspace: Workspace, path: Path) -> Exported:
             temporary.write_text(build_card(path.name, sha256, rows, journal, contradictions), encoding="utf-8", newline="\n")
     except OSError as exc:
         raise WorkspaceError(f"Can't write {path}: {exc.strerror or exc}; name a file in a writable folder") from exc
+    audit(workspace.root, "export", file=str(path.resolve()))  # `erase` looks there
     return Exported(path, card, len(rows), repeats, contradictions, sha256)
 
 

@@ -302,7 +302,7 @@ def append_all(workspace: Workspace, judgments: Iterable[Judgment]) -> Appended:
         count += 1
         if judgment.id not in lines:
             lines[judgment.id] = _line(judgment)
-    with _opened(workspace.preferences) as (file, repaired):
+    with opened(workspace.preferences) as (file, repaired):
         known = _known_ids.setdefault(workspace.preferences, KnownIds()).refresh(file).intersection(lines)
         if known:  # a line that is not a row makes no id known
             known &= journal_of(workspace).refresh(is_locked=True).rows.keys()
@@ -315,7 +315,7 @@ def repair(workspace: Workspace) -> bool:
     """Repair a truncated last line now, so that other programs can read the file as JSON lines. True if there was one."""
     if not workspace.preferences.exists():
         return False
-    with _opened(workspace.preferences) as (_file, repaired):
+    with opened(workspace.preferences) as (_file, repaired):
         return repaired
 
 
@@ -390,7 +390,7 @@ def _replace(
     Under the journal's lock, so that of two edits of one judgment only the first counts.
     """
     lines, ids = [], []
-    with _opened(workspace.preferences) as (file, _repaired):
+    with opened(workspace.preferences) as (file, _repaired):
         for row in filter(concerns, journal_of(workspace).refresh(is_locked=True).standing()):
             new = replaced(row)
             if new is not None:
@@ -454,15 +454,15 @@ def _with_milliseconds(created_at: str) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, bool]]:
+def opened(path: Path) -> Iterator[tuple[int, bool]]:
     """Open the journal under its lock, with its last line whole; yield the file and whether it had to be repaired."""
     try:
         with locked(path, LOCK_SECONDS):
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 if os.fstat(file).st_size == 0:  # not "was it there?": its creator may have been killed before this
-                    _sync_folder(path.parent)
-                    _sync_folder(path.parent.parent)
+                    sync_folder(path.parent)
+                    sync_folder(path.parent.parent)
                 yield file, _repair_last_line(file, path)
             finally:
                 os.close(file)
@@ -487,7 +487,7 @@ def _write(file: int, data: bytes) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring a folder's entries to the disk; some file systems can't, and sync files alone."""
     handle = os.open(folder, os.O_RDONLY)
     with suppress(OSError):
@@ -550,7 +550,7 @@ def _record_repair(path: Path, offset: int, line: bytes, *, kept: bool) -> None:
         file.write(b"\n" * (file.tell() > 0) + orjson.dumps(entry) + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _repairs(record: Path) -> list[dict[str, Any]]:

@@ -117,7 +117,8 @@ CONSENT = "2026-11"
 CONSENT_TEXT = f"""These texts can be prejudiced, false or hurtful. **What is stored with a verdict:** the pair, your edits,
 category and note, the time you took, your nickname, and a random browser ID, which lets you withdraw your verdicts
 later. They are used to train models and may be published under
-[{ANNOTATIONS_LICENSE.replace("-", " ").upper()}](https://creativecommons.org/licenses/by/4.0/)."""
+[{ANNOTATIONS_LICENSE.replace("-", " ").upper()}](https://creativecommons.org/licenses/by/4.0/).
+[For how long, and how to have them erased](privacy)"""
 _MAX_NICKNAME = 80
 
 

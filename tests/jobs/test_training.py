@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from biasdpo import models
+from biasdpo import backup, models
 from biasdpo.data import splits
 from biasdpo.jobs.job import JobFolder, read_job
 from tests.commands import run
@@ -65,6 +65,9 @@ def test_a_run_from_the_data_to_the_adapter(command_line: CommandLine) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float16)}
     assert any(np.abs(tensor).max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
     provenance = json.loads((folder.adapter / "provenance.json").read_text())
+    weights = (folder.adapter / "adapter_model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == provenance["adapter_sha256"]
+    assert [*backup.verify(command_line.workspace.root)] == []
     assert provenance["rows"] == {"train": len(parts.train), "seen": 24, "held_out": len(parts.held_out)}  # 12 steps of 2
     assert provenance["dataset_files"] == ["pairs.jsonl"]
     assert provenance["base_sha256"] == hashlib.sha256((command_line.model / "model.safetensors").read_bytes()).hexdigest()
