@@ -156,9 +156,9 @@ def _checked(found: Iterable[Prompt]) -> list[Prompt]:
     for prompt in found:
         if prompt.text:
             prompts.setdefault(prompt.text, prompt)
+            _check_count(len(prompts))
     if not prompts:
         raise PromptError("No prompts: write one per line")
-    _check_count(len(prompts))
     for text in prompts:
         if fault := text_fault(text, "prompt"):
             raise PromptError(f"This list: {fault}; fix or drop the prompt")

@@ -8,6 +8,7 @@ import signal
 import time
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,10 @@ def test_developers_pages_are_closed(client):
 
 
 def test_a_flood_of_clients_that_never_listen_is_bounded_and_dropped(client):
-    answers = [client.join(f"flood-{i}") for i in range(20)]
+    with ThreadPoolExecutor(20) as clients:
+        answers = list(clients.map(client.join, [f"flood-{i}" for i in range(20)]))
     refused = [text for status, text in answers if status != 200]
-    assert len(refused) == 10
+    assert len(refused) >= 8  # a few may have been answered meanwhile
     assert all("requests under way" in text for text in refused)
     end = time.monotonic() + 60
     while client.waiting() and time.monotonic() < end:

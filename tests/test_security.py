@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,9 +281,13 @@ def test_the_page_and_programs_may_act(app):
     proxied = {"Origin": "https://proxy.example", "Sec_Fetch_Site": "same-origin"}
     for headers in (own, {"Sec_Fetch_Site": "same-origin"}, {"Origin": f"http://localhost:{app.port}"}, proxied, {}):
         answers = app.attempts(**headers)
-        assert answers["run"].status == 200
+        assert answers["run"].status == 404  # nothing goes past the queue, which is limited
         assert answers["upload"].status == 200
         assert "event_id" in answers["join"].body
+        for _ in range(100):
+            if app.note.exists():
+                break
+            time.sleep(0.1)
         assert app.note.read_text().strip() == "written from outside"
         app.note.unlink()
 

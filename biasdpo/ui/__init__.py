@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -98,6 +99,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
         for function in demo.fns.values():
             if function.show_progress == "hidden":
                 function.show_progress_on = [states]
+    demo.queue(api_open=False)  # whatever is asked waits in the queue, which is limited
     return demo
 
 
@@ -115,8 +117,8 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
         )
     access.set_caller_source(Callers(accounts, config.public))
 
-    def sign_in(name: str, password: str) -> bool:
-        is_right = accounts is not None and accounts.sign_in(name, password)
+    async def sign_in(name: str, password: str) -> bool:
+        is_right = accounts is not None and await asyncio.to_thread(accounts.sign_in, name, password)
         access.audit(root, "sign in" if is_right else "sign in refused", by=name[:64])
         return is_right
 

@@ -283,7 +283,7 @@ def _share(job: Job) -> float:
 
 def _log_of(job: Job | None) -> str:
     if job is not None and not is_owner():  # it may name folders
-        return "Logs are not shown on a public Space."
+        return "The log is shown to this app's owner only."
     return "" if job is None else job.log_tail(200)
 
 

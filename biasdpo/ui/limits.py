@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import defaultdict, deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -17,9 +19,12 @@ from starlette.types import Scope
 from biasdpo.config import ServeConfig
 from biasdpo.workspace import is_public_space
 
+log = logging.getLogger(__name__)
+
 _UNHEARD_SECONDS = 8.0  # a page opens its stream right after its request
 _SWEEP_SECONDS = 2.0
 _MINUTE = 60.0
+_SIGN_INS = 20  # per minute from one address
 
 
 class Limits:
@@ -29,34 +34,54 @@ class Limits:
         self.config = config
         self._listening: defaultdict[str, int] = defaultdict(int)  # streams by session
         self._heard: dict[str, float] = {}  # by session: when somebody last listened, or when it was first seen waiting
-        self._arrivals: defaultdict[str, deque[float]] = defaultdict(deque)  # by address: when new sessions came
+        self._arrivals: dict[tuple[str, int], deque[float]] = {}  # by address and limit: when it came
         self._sessions: dict[str, None] = {}  # known ones, in order of arrival
+        self._queue: Any = None
+        self._sweeper: asyncio.Task[None] | None = None
 
     def refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """The status and the line that answer a request with too large a body; None if it may pass."""
+        """The status and the line that answer a request with too large a body, or too many sign-ins; None if it may pass."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
-        length = Headers(scope=scope).get("content-length", "")
-        if not length.isdigit():  # of unknown length: browsers always say it
-            return 411, "Send the length of the body (Content-Length)"
+        if scope["path"].rstrip("/").endswith("/login") and self._comes_too_often(
+            client_address(HTTPConnection(scope)), _SIGN_INS
+        ):
+            return 429, "Too many sign-ins from your address: wait a minute"
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
+        if "transfer-encoding" in headers or not length.isdigit():  # of unknown length: browsers always say it
+            return 411, "Send the length of the body (Content-Length) and no Transfer-Encoding"
         name = "upload" if scope["path"].rstrip("/").endswith("/upload") else "request"
         most = self.config.max_upload_mb if name == "upload" else self.config.max_request_mb
         if int(length) > most * 2**20:
             return 413, f"This {name} has {int(length) / 2**20:.1f} MiB, at most {most} are allowed: send less (--max-{name}-mb)"
         return None
 
-    def listens(self, scope: Scope) -> _Listening | None:
-        """A context during which the request listens to what the queue says; None for other requests."""
-        session = ""
-        if scope["path"].endswith("/queue/data"):
+    @contextmanager
+    def listening(self, scope: Scope) -> Iterator[None]:
+        """While the request listens to what the queue says to its session; other requests are let through."""
+        path, session = scope["path"].rstrip("/"), ""
+        if path.endswith("/queue/data"):
             session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-        elif "/call/" in scope["path"] and scope["method"] == "GET":
-            session = scope["path"].rstrip("/").rpartition("/")[2]
-        return _Listening(self, session) if session else None
+        elif "/call/" in path and scope["method"] == "GET" and self._queue is not None:
+            event = self._queue.event_ids_to_events.get(path.rpartition("/")[2])
+            session = event.session_hash if event is not None else ""
+        if not session:
+            yield
+            return
+        self._listening[session] += 1
+        try:
+            yield
+        finally:
+            self._heard[session] = time.monotonic()
+            self._listening[session] -= 1
+            if not self._listening[session]:
+                del self._listening[session]
 
     def watch(self, blocks: Blocks) -> None:
-        """Refuse what is too much for the queue, and drop what a page asked that is gone."""
+        """Refuse what is too much for the queue, and drop the requests of pages that are gone."""
         queue: Any = blocks._queue  # Gradio has no public hook
+        self._queue = queue
         push = queue.push
 
         async def guarded(body: Any, request: Any, username: str | None) -> Any:
@@ -71,8 +96,6 @@ class Limits:
         """Requests that wait or are being answered."""
         return len(_requests(blocks._queue))
 
-    _sweeper: asyncio.Task[None] | None = None
-
     def _too_much(self, queue: Any, body: Any, request: HTTPConnection) -> str:
         """Why a request may not join the queue; "" if it may."""
         asked = _requests(queue)
@@ -83,47 +106,40 @@ class Limits:
             return f"You have {self.config.max_queue_per_visitor} requests under way: wait until one is done"
         session = body.session_hash or ""
         if session not in self._sessions:
-            arrivals, now = self._arrivals[address], time.monotonic()
-            while arrivals and now - arrivals[0] > _MINUTE:
-                arrivals.popleft()
-            if len(arrivals) >= self.config.max_visits_per_minute:
+            if self._comes_too_often(address, self.config.max_visits_per_minute):
                 return f"More than {self.config.max_visits_per_minute} pages were opened from your address: wait a minute"
-            arrivals.append(now)
             self._sessions[session] = None
             while len(self._sessions) > self.config.max_sessions:
                 del self._sessions[next(iter(self._sessions))]
         return ""
 
+    def _comes_too_often(self, address: str, most: int) -> bool:
+        """Whether an address has come `most` times within a minute; else it counts as having come once more."""
+        arrivals, now = self._arrivals.setdefault((address, most), deque()), time.monotonic()
+        while arrivals and now - arrivals[0] > _MINUTE:
+            arrivals.popleft()
+        if len(arrivals) >= most:
+            return True
+        arrivals.append(now)
+        return False
+
     async def _sweep(self, queue: Any) -> None:
         """Drop what was asked by a client that left, or never listened."""
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            now = time.monotonic()
-            asking = {event.session_hash for event in _requests(queue)}
-            for session in asking:
-                if self._listening.get(session) or now - self._heard.setdefault(session, now) < _UNHEARD_SECONDS:
-                    continue
-                await queue.clean_events(session_hash=session)
-                self._heard.pop(session, None)
-            self._heard = {session: at for session, at in self._heard.items() if session in asking}
-            for address, arrivals in list(self._arrivals.items()):
-                if not arrivals or now - arrivals[-1] > _MINUTE:
-                    del self._arrivals[address]
+            try:
+                await self._drop_unheard(queue, time.monotonic())
+            except Exception:
+                log.exception("The queue could not be swept; trying again")
 
-
-class _Listening:
-    def __init__(self, limits: Limits, session: str) -> None:
-        self.limits, self.session = limits, session
-
-    def __enter__(self) -> None:
-        self.limits._listening[self.session] += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.limits._heard[self.session] = time.monotonic()
-        self.limits._listening[self.session] -= 1
-        if not self.limits._listening[self.session]:
-            with suppress(KeyError):
-                del self.limits._listening[self.session]
+    async def _drop_unheard(self, queue: Any, now: float) -> None:
+        asking = {event.session_hash for event in _requests(queue)}
+        for session in asking:
+            if self._listening.get(session) or now - self._heard.setdefault(session, now) < _UNHEARD_SECONDS:
+                continue
+            await queue.clean_events(session_hash=session)
+        self._heard = {session: at for session, at in self._heard.items() if session in asking}
+        self._arrivals = {address: times for address, times in self._arrivals.items() if times and now - times[-1] <= _MINUTE}
 
 
 def _requests(queue: Any) -> list[Any]:

@@ -12,7 +12,6 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -159,7 +158,7 @@ class Guard:
         if answer is None and scope["path"].rstrip("/").endswith(_CLOSED):
             answer = (404, "Not Found")
         app = self.app if answer is None else PlainTextResponse(f"{answer[1]}\n", status_code=answer[0])
-        with self.limits.listens(scope) or nullcontext():
+        with self.limits.listening(scope):
             await app(scope, receive, send_with_headers)
 
     def refusal(self, scope: Scope) -> str | None:

@@ -349,5 +349,6 @@ def test_on_a_public_space_nothing_is_imported_changed_or_exported(new_visitor, 
         reader = Reader(new_visitor(url)).open()
         reader.find("Who?")
         hidden = "#dataset-edit, #dataset-withdraw, #dataset-bulk, #dataset-import, #dataset-export"
-        assert reader.page.locator(hidden).count() == 0
+        reader.page.wait_for_selector("#visitor-banner")
+        assert not any(one.is_visible() for one in reader.page.locator(hidden).all())
         reader.page.close()
