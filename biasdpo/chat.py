@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from biasdpo.errors import PromptError
+from biasdpo.errors import ModelError, PromptError
 
 _SYSTEM = "{system}"
 _PROMPT = "{prompt}"
@@ -222,7 +222,7 @@ class ChatTemplate(PromptTemplate):
         return join_plain([s if s.special else Segment(exchange(s.text, unquoted), special=False) for s in segments])
 
     def _render(self, messages: Sequence[tuple[str, str]], *, generation_prompt: bool = True) -> str:
-        """The messages, (role, content) each, as text. ValueError if the template fails or takes too long."""
+        """The messages, (role, content) each, as text. ValueError if the template fails, ModelError if it takes too long."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -233,6 +233,8 @@ class ChatTemplate(PromptTemplate):
                     add_generation_prompt=generation_prompt,
                     **dict(self.variables),
                 )
+        except TimeoutError as exc:
+            raise ModelError(f"The model's chat template can't be used: {exc}; use a model with a simpler one") from exc
         except Exception as exc:  # a template may raise anything
             raise ValueError(str(exc).split("\n")[0][:200] or type(exc).__name__) from exc
         return str(text)

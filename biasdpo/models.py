@@ -124,7 +124,7 @@ def find(name: str) -> ModelSpec:
     """
     if name in catalog():
         return with_files(catalog()[name]).require_files()
-    path = Path(name).expanduser()
+    path = _path(name)
     if is_gguf(path) or path.exists():
         return _spec_of_path(path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -159,9 +159,19 @@ def list_models(names: Sequence[str] = ()) -> list[ModelSpec]:
     return rows
 
 
+def _path(name: str) -> Path:
+    """A name as a path. ModelError for what can't be one."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as exc:
+        raise ModelError(f"No model, adapter or path {name[:80]!r} ({exc.__class__.__name__}): check the name") from exc
+    return path
+
+
 def absolute_name(name: str) -> str:
     """A model's name that does not depend on the working folder: a path becomes absolute, ids stay (see `find`)."""
-    path = Path(name).expanduser()
+    path = _path(name)
     is_path = name and name not in catalog() and (is_gguf(path) or path.exists())
     return str(path.resolve()) if is_path else name
 
@@ -292,7 +302,7 @@ def find_adapter(name: str, spec: ModelSpec, workspace: Workspace) -> AdapterSpe
     if name == "none":
         return None
     known = [*_own_adapter(spec), *list_adapters(workspace)]
-    folder = Path(name).expanduser().resolve()
+    folder = _path(name).resolve()
     for adapter in known:
         if adapter.id == name or (folder.is_dir() and adapter.folder.resolve() == folder):
             if adapter.problem:

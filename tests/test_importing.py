@@ -229,12 +229,24 @@ def test_text_that_only_resembles_a_template_is_none(text: str) -> None:
 
 def test_what_can_not_be_unwrapped_is_a_bad_row() -> None:
     for row, words in (
-        (GOOD | {"prompt": f"[INST] a [/INST] b {DIALOGUE}"}, "prompt has 3 turns"),
+        (GOOD | {"prompt": f"[INST] a [/INST] b {DIALOGUE}"}, "prompt has 2 turns"),
         (GOOD | {"prompt": "<|im_start|>tool\nx"}, "unknown role"),
         (GOOD | {"chosen": "a<|im_end|>\n<|im_start|>user\nb"}, "chosen has 2 turns"),
     ):
         with pytest.raises(ValueError, match=words):
             convert(row, ColumnMapping(*GOOD), unwrap=True)
+
+
+def test_labels_inside_answers_and_beside_markers_are_text() -> None:
+    row = {
+        side: f"\n\nHuman: Is he?\n\nAssistant: I think.\nResponse: {word}"
+        for side, word in (("chosen", "no"), ("rejected", "yes"))
+    }
+    pair = convert(row, ColumnMapping("", "chosen", "rejected"))
+    assert (pair.prompt.strip(), pair.chosen.strip()) == ("Human: Is he?\n\nAssistant:", "I think.\nResponse: no")
+    asked = "Translate.\nInput: good morning\nUser: me"
+    row = GOOD | {"prompt": f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"}
+    assert convert(row, ColumnMapping(*GOOD), unwrap=True).prompt == asked
 
 
 # Files

@@ -294,7 +294,9 @@ def independent_model(folder: Path, model: Any, device: torch.device) -> Any:
 
     def read(module: Any, _args: Any) -> None:
         for key in module.own:
-            name = key if key in files else "model.embed_tokens.weight"  # a tied head
+            name = "model.embed_tokens.weight" if key == "lm_head.weight" and key not in files else key  # a tied head
+            if name not in files:
+                raise ModelError(f"{folder} lacks the weights {name}: fetch the model again")
             with safe_open(files[name], framework="pt") as file:
                 weights = file.get_tensor(name).to(device, model.dtype)
             module._parameters[key.rpartition(".")[2]] = torch.nn.Parameter(weights, requires_grad=False)

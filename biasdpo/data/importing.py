@@ -566,8 +566,8 @@ def convert(row: Any, mapping: ColumnMapping, *, is_csv: bool = False, unwrap: b
             raise ValueError(f"the row has {column}, which can't be trained on here")
     turns, chosen = _completion(row, mapping.chosen)
     rejected_turns, rejected = _completion(row, mapping.rejected)
-    cut = -1 if mapping.prompt or turns else templated.answer_start(chosen)
-    if turns != rejected_turns or (cut >= 0 and chosen[:cut] != rejected[: templated.answer_start(rejected)]):
+    cut = -1 if mapping.prompt or turns else templated.answer_start(chosen, rejected)
+    if turns != rejected_turns:
         raise ValueError(f"{mapping.chosen} and {mapping.rejected} begin with different turns")
     if cut >= 0:  # a whole dialogue as text, as in HH-RLHF
         system, prompt, chosen, rejected = "", chosen[:cut], chosen[cut:], rejected[cut:]

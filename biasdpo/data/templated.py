@@ -6,6 +6,7 @@ A prompt is rendered with the model's own template, so markers that it brings al
 from __future__ import annotations
 
 import re
+from os.path import commonprefix
 
 Message = tuple[str, str]
 """Role (system, user or assistant) and content."""
@@ -43,9 +44,21 @@ def marker_in(*texts: str) -> str:
     return ""
 
 
-def answer_start(text: str) -> int:
-    """Where the last turn of the assistant begins, after its marker or label; -1 if there is none."""
-    return max((found.end() for found in _TURNS_OR_LABELS.finditer(text) if _role(found) == "assistant"), default=-1)
+def answer_start(chosen: str, rejected: str) -> int:
+    """Where the assistant's last turn begins in two whole dialogues with the same turns before it; -1 where there is none.
+    Raises ValueError where the turns before it differ."""
+    same = commonprefix([chosen, rejected])  # noqa: RUF071 (character by character, as it should be)
+    asked = max((end for role, end in _roles(same) if role == "user"), default=0)
+    start = min((end for role, end in _roles(same) if role == "assistant" and end > asked), default=-1)
+    after = ({role for role, end in _roles(text) if end > start} for text in (chosen, rejected))
+    if any("user" in roles if start >= 0 else "assistant" in roles for roles in after):
+        raise ValueError("the dialogues of the two completions begin with different turns")
+    return start
+
+
+def _roles(text: str) -> list[tuple[str, int]]:
+    """The roles that markers or labels name, and where their turns begin."""
+    return [(_role(found), found.end()) for found in _TURNS_OR_LABELS.finditer(text)]
 
 
 def turns_of(text: str, column: str, *, labels: bool = True) -> list[Message]:
@@ -53,7 +66,8 @@ def turns_of(text: str, column: str, *, labels: bool = True) -> list[Message]:
     text. Raises ValueError, with the column, for a role that is none."""
     turns: list[Message] = []
     role, start = "system" if labels else "assistant", 0
-    for found in [*(_TURNS_OR_LABELS if labels else _TURNS).finditer(text), None]:
+    marks = _TURNS_OR_LABELS if labels and not _TURNS.search(text) else _TURNS  # beside markers, "User:" is what somebody wrote
+    for found in [*marks.finditer(text), None]:
         content = _ENDS.sub("", text[start : found.start() if found else None]).strip()
         if content and turns and turns[-1][0] == role:
             turns[-1] = (role, f"{turns[-1][1]}\n{content}")

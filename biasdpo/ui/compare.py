@@ -536,11 +536,12 @@ class CompareTab:
             key = self._key(model, adapter)
             state = None if key is None else self.studio.pool.state(key)
             spec = _spec_of(key.model) if key is not None else None
+            loaded = None if state is None or state.engine is None else state.engine.backend.template
+            template = loaded or (spec.template if spec is not None else None)
+            shown = template.render_text(prompt or "", system or "") if template is not None else ""
         except BiasDPOError as exc:
             return str(exc)
-        loaded = None if state is None or state.engine is None else state.engine.backend.template
-        template = loaded or (spec.template if spec is not None else None)
-        return template.render_text(prompt or "", system or "") if template is not None else "Shown when the model is loaded."
+        return shown or "Shown when the model is loaded."
 
     # Verdicts
 

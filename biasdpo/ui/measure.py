@@ -248,8 +248,8 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         return fill(models.from_run(studio.workspace, run_id).model, [run_id]) | chosen
 
     pickers = [form.model, form.adapters]
-    tab.select(fill, pickers, pickers, **QUICK)
-    form.model.input(lambda model: fill(model, []), form.model, pickers, **QUICK)
+    tab.select(handles(fill), pickers, pickers, **QUICK)
+    form.model.input(handles(lambda model: fill(model, [])), form.model, pickers, **QUICK)
     changes = [field.change for field in form.inputs]
     gr.on(changes, partial(plan_of, studio, form), form.inputs, form.plan, trigger_mode="always_last", **QUICK)
     estimating = form.estimate.click(handles(estimate), form.inputs, form.plan, **QUICK | {"concurrency_limit": 1})
