@@ -215,7 +215,7 @@ def test_templated_text_is_said_and_unwrapped_on_request(tmp_path: Path, prompt:
     path = write_lines(tmp_path / "rows.jsonl", {"prompt": prompt, "chosen": chosen, "rejected": rejected})
     kept, unwrapped = convert_source(path), convert_source(path, unwrap=True)
     assert [(j.prompt, j.chosen, j.rejected) for j in kept.judgments] == [(prompt, chosen, rejected)]
-    assert kept.notes[0].startswith("1 rows hold a chat template's markers (")
+    assert kept.notes[0].startswith("rows with a chat template's markers: 1 (")
     assert [(j.prompt, j.chosen, j.rejected) for j in unwrapped.judgments] == [("Be kind.\n\nWho leads?", "Anyone can.", "Men.")]
     assert not any("markers" in note for note in unwrapped.notes)
 

@@ -679,7 +679,7 @@ def _label(row: dict[str, Any], column: str, longest: int) -> str:
 
 # Conversion of a source
 
-_TEMPLATED = "{:,} rows hold a chat template's markers ({}), which would be trained as text: unwrap them (--unwrap)"
+_TEMPLATED = "rows with a chat template's markers: {:,} ({}), which would be trained as text: unwrap them (--unwrap)"
 SAMPLE_ROWS = 1000  # rows read ahead to find a file's columns
 _OWN_ID = re.compile(r"[0-9a-f]{32}")
 _JOURNAL_COLUMNS = {"id", "pair_id", "verdict", "retracts"}

@@ -54,6 +54,12 @@ def sentence(result: Mapping[str, Any]) -> str:
         parts = ["The base model alone was scored, so there is nothing to compare"]
     else:
         parts = [part for part in (_bias_outcome(list(bias.values())), _quality_outcome(quality)) if part]
+    clear = [row for row in rows if row.measures == "bias" and row.verdict in ("less biased", "worse")]
+    unclear = [metric_title(row.metric) for row in rows if row.measures == "bias" and row not in clear]
+    if len(bias) == 1 and clear and unclear:
+        parts[0] += f" ({', '.join(metric_title(row.metric) for row in clear)}; no clear change: {', '.join(unclear)})"
+    limited = {f"{benchmark_title(row.benchmark)} was {row.why_not}" for row in rows if row.why_not.startswith("limited")}
+    parts += sorted(limited)
     if result["provenance"].get("interrupted"):
         parts.append("stopped before all items were scored")
     for name, one in result["benchmarks"].items():
