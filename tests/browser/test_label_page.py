@@ -162,20 +162,28 @@ def test_ten_pairs_with_the_keyboard_alone_one_edited_one_undone_and_withdrawn_a
     stranger.visitor.wait("#consistency", "0 verdicts")
 
 
+# Keeps what the server sends through streams, which are open as long as something is under way.
+KEEP_STREAMS = """
+window.sent_ = "";
+const fetch_ = window.fetch;
+window.fetch = async (...given) => {
+  const answer = await fetch_(...given);
+  if (String(given[0].url ?? given[0]).includes("/queue/data")) {
+    const reader = answer.clone().body.pipeThrough(new TextDecoderStream()).getReader();
+    (async () => { for (let read; !(read = await reader.read()).done;) window.sent_ += read.value; })().catch(() => {});
+  }
+  return answer;
+};
+"""
+
+
 def test_nothing_tells_the_sides_before_the_verdict_and_they_are_revealed_after(new_annotator):
     hazel = new_annotator("hazel")
-    streams: list[Any] = []
-    hazel.page.on("requestfinished", lambda request: streams.append(request) if "/queue/" in request.url else None)
-    hazel.start()
-    sent: list[str] = []
-    for _ in range(120):  # a stream is finished some time after its pair is shown
-        sent = [request.response().text() for request in streams]
-        if shown := any(json.dumps(hazel.texts()[0], ensure_ascii=False)[1:-1] in body for body in sent):
-            break
-        hazel.page.wait_for_timeout(500)
-    assert shown
-    for body in sent:
-        assert not re.search(r"left_side|_finish|the tuned model|the base model|\bseed\b", body), body[:500]
+    hazel.page.add_init_script(KEEP_STREAMS)
+    hazel.open().start()
+    sent = hazel.page.evaluate("() => window.sent_")
+    assert json.dumps(hazel.texts()[0], ensure_ascii=False)[1:-1] in sent
+    assert not re.search(r"left_side|_finish|the tuned model|the base model|\bseed\b", sent)
     hazel.press("1")
     said = hazel.page.inner_text("#label-last")
     assert "the tuned model (smollm2-biasdpo)" in said
