@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from biasdpo import models
 from biasdpo.backends.hf_loading import hf_copy, load_tokenizer
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
-from biasdpo.jobs.estimate import Estimate, free_memory_bytes, refusal_of
+from biasdpo.jobs.estimate import Estimate, free_memory_bytes, peak_resident_bytes, refusal_of
 from biasdpo.jobs.job import JobFolder
 from biasdpo.prompts import probe_prompts
 from biasdpo.workspace import Workspace, write_json
@@ -201,8 +200,7 @@ def peak_memory_bytes(config: TrainConfig, *, on_cpu: bool, free_before: int) ->
     """On a GPU what the allocator took; on a CPU the resident memory of all training processes and the launcher."""
     if not on_cpu:
         return int(free_before - torch.cuda.mem_get_info()[0])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(peak * HEADROOM) * config.num_processes + LAUNCHER_BYTES
+    return int(peak_resident_bytes() * HEADROOM) * config.num_processes + LAUNCHER_BYTES
 
 
 def times(every: int, steps: int) -> int:

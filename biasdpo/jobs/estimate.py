@@ -168,6 +168,17 @@ def refusal_of(memory_bytes: int, free_bytes: int, device: str) -> str:
     )
 
 
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had. Not `ru_maxrss` on Linux, which counts the parent's from before exec, too."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def free_memory_bytes(device: str) -> int:
     """Memory that a new process can have: a GPU's free memory, else the machine's, within its control group's limit."""
     if device == "gpu":

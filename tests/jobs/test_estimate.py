@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,10 @@ def test_the_line_through_two_timed_batches() -> None:
     assert TrainConfig(epochs=1.0, num_processes=2).steps_for(933) == 59
     assert TrainConfig(max_steps=20).steps_for(933) == 20
     assert [times(40, steps) for steps in (117, 120, 20)] == [3, 3, 1]  # and at the last step
+
+
+def test_a_parents_memory_is_not_the_childs():
+    ballast = b"x" * 600_000_000
+    code = "from biasdpo.jobs.estimate import peak_resident_bytes; print(peak_resident_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 10e6 < int(done.stdout) < len(ballast) / 2
