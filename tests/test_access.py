@@ -9,13 +9,17 @@ import stat
 import urllib.parse
 from pathlib import Path
 
+import gradio as gr
 import pytest
+from gradio.context import LocalContext
+from starlette.requests import Request
 
 from biasdpo import access, accounts
 from biasdpo.access import Caller, Role
 from biasdpo.accounts import Accounts
 from biasdpo.config import ServeConfig
 from biasdpo.errors import ConfigError
+from biasdpo.ui.security import Callers
 from tests import commands
 from tests.app_process import running_app
 from tests.run_folders import write_run
@@ -166,3 +170,26 @@ def test_accounts_without_an_owner_are_refused(tmp_path):
     Accounts(tmp_path / "users.toml").add("lee", PASSWORD, "annotator")
     with pytest.raises(AssertionError, match="has no owner"), running_app(tmp_path, "--auth", str(tmp_path / "users.toml")):
         pass
+
+
+@pytest.mark.parametrize(
+    ("session", "caller"),
+    [
+        ({}, Caller(Role.visitor)),
+        ({"oauth_info": {"userinfo": {"preferred_username": "ada"}}}, Caller(Role.owner, "ada")),
+        ({"oauth_info": {"userinfo": {"preferred_username": "eve"}}}, Caller(Role.visitor, "eve")),
+        (
+            {"oauth_info": {"userinfo": {"preferred_username": "eve", "orgs": [{"preferred_username": "ada"}]}}},
+            Caller(Role.owner, "eve"),
+        ),
+    ],
+)
+def test_a_spaces_owner_and_its_members_by_their_session(session, caller, monkeypatch):
+    """The session as Gradio's Hub sign-in stores it; no Space was tried."""
+    monkeypatch.setenv("SPACE_ID", "ada/biasdpo")
+    monkeypatch.setenv("SPACE_AUTHOR_NAME", "ada")
+    token = LocalContext.request.set(gr.Request(Request({"type": "http", "session": session})))
+    try:
+        assert Callers()() == caller
+    finally:
+        LocalContext.request.reset(token)
