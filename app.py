@@ -104,7 +104,7 @@ def serve(config: ServeConfig) -> None:
     demo = build_ui(pool, startup, Path(config.data_dir) if config.data_dir else None)
 
     def healthz() -> dict[str, Any]:
-        return {"ready": any(pool.opened()), "model": startup.model, "requests": options["_app"].limits.count(demo)}
+        return {"ready": any(pool.opened()), "requests": options["_app"].limits.count(demo)}
 
     options["_app"].add_api_route("/healthz", healthz)
     notice = Path(__file__).parent / "docs" / "privacy.md"

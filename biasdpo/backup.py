@@ -88,7 +88,7 @@ def verify(root: Path) -> Iterator[str]:
             except ValueError as exc:
                 yield f"{journal}, line {number}: {exc}; correct or remove it"
         if rest:
-            yield f"{journal}, line {len(lines) + 1}: cut off; the next verdict or import moves it to {journal.name}.torn"
+            yield f"{journal}, line {len(lines) + 1}: incomplete; the next verdict or import moves it to {journal.name}.torn"
     for path in sorted(path for name in FOLDERS.values() for path in (root / name).glob("[!.]*/")):
         yield from _job_faults(JobFolder(path))
 

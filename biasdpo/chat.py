@@ -127,7 +127,7 @@ def join_plain(segments: Sequence[Segment]) -> tuple[Segment, ...]:
 
 
 def quotes_special(segments: Sequence[Segment], special_tokens: Sequence[str]) -> bool:
-    """Whether a special token stands in plain text, so that the segments can't be tokenized as one text."""
+    """Whether plain text spells a special token, so that tokenizing the segments as one text would parse it."""
     text = "".join(segment.text for segment in segments)
     return [s.text for s in split_special(text, special_tokens) if s.special] != [s.text for s in segments if s.special]
 

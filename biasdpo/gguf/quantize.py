@@ -129,7 +129,7 @@ def decode(stored: NDArray[Any], kind: str, name: str) -> NDArray[np.float32]:
 
     try:
         return np.asarray(dequantize(stored, GGMLQuantizationType[kind]), np.float32)
-    except NotImplementedError as exc:
+    except NotImplementedError as exc:  # raised by the gguf package for a type that it has no decoder for
         raise ModelError(f"{name} is stored as {kind}, which can't be decoded: use another quantization") from exc
 
 

@@ -412,12 +412,12 @@ def delete_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> N
     """Delete a job with all it made. Raises JobError while it is active."""
     job = find_job(job_id, workspace, kind)
     require_owner(f"Deleting {_one(job)}")
-    audit(workspace.root, "delete", job=f"{job.kind}/{job.id}")
     try:
         with _one_at_a_time(workspace):
             job = find_job(job_id, workspace, job.kind)
             if job.is_active:
                 raise JobError(f"{_name(job)} is {job.state}: stop it first, then delete it")
+            audit(workspace.root, "delete", job=f"{job.kind}/{job.id}")
             if job.loose is not None:
                 beside = [job.loose.with_name(job.loose.name + suffix) for suffix in (".json", ".Modelfile", ".md")]
                 for path in [job.loose, *(beside if job.kind == "export" else ())]:

@@ -16,7 +16,6 @@ import gradio as gr
 from gradio.context import Context
 
 from biasdpo import labeling, links, models, prompts
-from biasdpo.access import is_owner
 from biasdpo.compare import Generation, Generations, TokenScore, Waiting, load_example_pairs, score_tokens
 from biasdpo.data import journal
 from biasdpo.engines import Engine, EngineKey, Loading
@@ -139,7 +138,7 @@ class CompareTab:
                 self.examples = [_build_examples(*item) for item in prompts.by_category().items()]
 
     def _build_engine(self) -> None:
-        names = ("Model", "Adapter") if not is_owner() else ("Model (id or path)", "Adapter (run or path)")
+        names = ("Model (id or path)", "Adapter (run or path)")
         picker: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
         with gr.Row(elem_id="engine"):
             chosen = self.studio.startup.model or "auto"

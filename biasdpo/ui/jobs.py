@@ -89,8 +89,6 @@ class JobPanel:
     def build_note(self) -> None:
         """The user's note on the job; saved when the field loses focus."""
         note = gr.Textbox(label="Note", placeholder="What you tried and why", max_lines=8, elem_id=f"{self.kind}-note")
-        if not is_owner():
-            note.interactive = False
 
         def save(selected: str, text: str) -> None:
             if selected:
