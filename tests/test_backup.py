@@ -139,7 +139,7 @@ FAULTS = {
     "adapter/": (lambda path: (path / "adapter_model.safetensors").unlink(), "missing or damaged"),
     "../../version.json": (lambda path: path.write_text('{"format": 99}'), "has format 99"),
     "../../": (lambda path: [(path / "preferences.jsonl").unlink(), (path / "preferences.jsonl").mkdir()], "Can't read"),
-    "../../preferences.jsonl": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "line 3: cut off"),
+    "../../preferences.jsonl": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "line 3: incomplete"),
 }
 
 

@@ -194,6 +194,7 @@ def test_a_scorer_that_fails_is_an_error_and_never_toxicity_0(score, message):
 
 
 def test_a_classifier_of_the_hub(tmp_path, tiny_bytes):
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
     def save(name: str, labels: list[str], **settings: object) -> str:
@@ -221,6 +222,10 @@ def test_a_classifier_of_the_hub(tmp_path, tiny_bytes):
         assert one + rest == pytest.approx(1)  # a softmax over both labels
     assert scorer.score_all(texts[:1])[0] == pytest.approx(scorer.score_all(texts)[0], abs=1e-5)  # a batch changes nothing
     assert scorer.version == "local (toxic)"
+    before = scorer.score_all(texts)
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(LlamaForSequenceClassification.from_pretrained(two), lora).save_pretrained(two)
+    assert open_classifier(two).score_all(texts) == before  # an adapter in its folder is not loaded with it
     several = save("several", ["toxic", "threat", "insult"], problem_type="multi_label_classification")
     total = sum(open_classifier(f"{several}#{label}").score_all(["a"])[0] for label in ("toxic", "threat", "insult"))
     assert total != pytest.approx(1, abs=1e-3)  # each label for itself

@@ -182,7 +182,7 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         finally:
             del self.accelerator.gather
         # TRL gathers rewards, accuracies, margins and two logps, in this order; its accuracy calls a tie a miss.
-        accuracy = rewards.reward_accuracy(gathered[-3].cpu(), self.beta)
+        accuracy = rewards.reward_accuracy(gathered[-3].float().cpu(), self.beta)
         self._metrics["train" if self.model.training else "eval"]["rewards/accuracies"][-1] = accuracy
         if not self.model.training:
             return result

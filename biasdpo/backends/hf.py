@@ -807,11 +807,16 @@ def open_classifier(name: str) -> ToxicityScorer:
 
     Without LABEL: the one label that means toxic, hate or offensive; ConfigError lists the labels if there isn't exactly one.
     """
-    from transformers import pipeline
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     hub_id, _, wanted = name.partition("#")
     try:
-        classify: Any = pipeline("text-classification", model=hub_id, device="cpu", dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            hub_id, dtype=torch.float32, adapter_kwargs=hf_loading.NO_ADAPTER
+        )
+        classify: Any = pipeline(
+            "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(hub_id), device="cpu"
+        )
     except Exception as exc:  # the Hub, safetensors, the tokenizer: all raise their own
         reason = str(exc).strip().split("\n")[0][:160] or type(exc).__name__
         raise BackendError(f"Can't load the classifier {hub_id}: {reason}; check its name, or use profanity_check") from exc

@@ -277,10 +277,14 @@ def _load(folder: Path, placement: Placement, bits: Bits | None) -> Any:
     return model
 
 
+NO_ADAPTER = {"subfolder": ".none"}
+"""`adapter_kwargs` of from_pretrained, which would also load an adapter that lies in the model's folder."""
+
+
 def load_base(folder: Path, **options: Any) -> Any:
     """The bare model of a folder, whatever else lies in it: transformers would also load an adapter that it finds there."""
     transformers_logging.disable_progress_bar()
-    options |= {"local_files_only": True, "use_safetensors": True, "adapter_kwargs": {"subfolder": ".none"}}
+    options |= {"local_files_only": True, "use_safetensors": True, "adapter_kwargs": NO_ADAPTER}
     with _load_errors(folder):
         return AutoModelForCausalLM.from_pretrained(folder, **{"config": load_config(folder), **options})
 

@@ -23,7 +23,7 @@ from biasdpo.gguf import write
 from biasdpo.gguf.proof import ExportProof, prove
 from biasdpo.gguf.write import Progress
 from biasdpo.model_card import LICENSES, plain
-from biasdpo.model_files import adds_begin, named_tokens, read_header, weight_files
+from biasdpo.model_files import adds_begin, gguf_parts, named_tokens, read_header, weight_files
 from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import Sampling
 from biasdpo.workspace import Workspace, read_json, replacing, sha256_of, write_json
@@ -223,7 +223,7 @@ def _parents(spec: ModelSpec, adapter: AdapterSpec | None, *, from_gguf: bool) -
     if adapter is not None:
         files |= {f"adapter/{path.name}": path for path in (adapter.weights, adapter.folder / "adapter_config.json")}
     if from_gguf and spec.gguf_path is not None:
-        files[spec.gguf_path.name] = spec.gguf_path
+        files |= {part.name: part for part in gguf_parts(spec.gguf_path)}
     elif spec.hf_folder is not None:
         files |= {path.name: path for path in (*weight_files(spec.hf_folder), spec.hf_folder / "config.json")}
     parents = {name: sha256_of(path) for name, path in files.items()}
