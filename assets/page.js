@@ -17,19 +17,21 @@
   });
 
   // Gradio 6.31 leaks: a status tracker that is removed while it is pending, as the page's first one always is, redraws its hidden
-  // timer in every frame, for ever (3 % of a core each). A timer runs only while one can be seen.
+  // timer in every frame, for ever (3% of a core each). A timer runs only while one can be seen.
   const nextFrame = window.requestAnimationFrame.bind(window);
   const isTimer = (callback) => /performance\.now\(\)-.{1,9}\)\/1e3/.test(String(callback));
   window.requestAnimationFrame = (callback) => (isTimer(callback) && !document.querySelector(".progress-text") ? 0 : nextFrame(callback));
 
-  // Gradio 6.31 gives the check boxes of its tables no name, and puts each into an element with the role of a button.
-  const nameBoxes = () => {
+  // Gradio 6.31 gives the check boxes of its tables no name, and puts each into an element with the role of a button; it names an
+  // empty chart without giving it a role.
+  const repairRoles = () => {
+    for (const empty of document.querySelectorAll(".empty[aria-label]:not([role])")) empty.setAttribute("role", "img");
     for (const cell of document.querySelectorAll(":is(.select-all-checkbox, .bool-cell)[role]")) {
       for (const name of ["role", "tabindex"]) cell.removeAttribute(name);
       cell.querySelector("input")?.setAttribute("aria-label", cell.matches(".bool-cell") ? "Select this row" : "Select all rows");
     }
   };
-  document.addEventListener("DOMContentLoaded", () => new MutationObserver(nameBoxes).observe(document.body, { childList: true, subtree: true }));
+  document.addEventListener("DOMContentLoaded", () => new MutationObserver(repairRoles).observe(document.body, { childList: true, subtree: true }));
 
   // The address names the open tab and the job it shows, so that a reload shows them again.
   const jobs = {};
