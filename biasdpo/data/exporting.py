@@ -144,8 +144,12 @@ def _is_same_file(path: Path, other: Path) -> bool:
 
 
 def _write_jsonl(rows: Sequence[ExportedRow], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(jsonl(rows), encoding="utf-8", newline="\n")
+
+
+def jsonl(rows: Iterable[ExportedRow]) -> str:
+    """The text of a JSONL file of these rows."""
+    return "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _write_csv(rows: Sequence[ExportedRow], path: Path) -> None:

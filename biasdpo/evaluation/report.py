@@ -374,14 +374,19 @@ def add_to_card(result: Mapping[str, Any], workspace: Workspace, command: Sequen
     if provenance.get("interrupted"):
         raise EvaluationError("An interrupted evaluation can't go into a card: resume the evaluation, then add it")
     card = adapter.folder / CARD
-    report = [f"#{line}" if line.startswith("## ") else line for line in _report(result, command)]  # one level deeper
-    section = _lines([BEGIN, "## Evaluation", "", *report, "", END])
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {plain(name)}\n"
-    begin, end = text.find(BEGIN), text.find(END)
-    if 0 <= begin < end:
-        text = text[:begin] + section + text[end + len(END) :].removeprefix("\n")
-    else:
-        text = text.rstrip("\n") + "\n\n" + section
     with replacing(card) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(with_evaluation(text, result, command), encoding="utf-8")
     return card
+
+
+def with_evaluation(card: str, result: Mapping[str, Any] | None, command: Sequence[str] = ()) -> str:
+    """A card with the report as its section "Evaluation", in place of an earlier one. `result` None: the section says that there is
+    none."""
+    report = ["Not evaluated on benchmarks."] if result is None else _report(result, command)
+    deeper = [f"#{line}" if line.startswith("## ") else line for line in report]
+    section = _lines([BEGIN, "## Evaluation", "", *deeper, "", END])
+    begin, end = card.find(BEGIN), card.find(END)
+    if 0 <= begin < end:
+        return card[:begin] + section + card[end + len(END) :].removeprefix("\n")
+    return card.rstrip("\n") + "\n\n" + section
