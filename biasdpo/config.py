@@ -616,7 +616,7 @@ class ExportConfig(Settings):
 
 def _repository(name: str) -> str:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)

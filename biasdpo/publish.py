@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,14 +17,11 @@ from typing import Any
 
 from biasdpo import models
 from biasdpo.access import audit, require_owner
-from biasdpo.benchmarks.titles import benchmark_title, metric_title
 from biasdpo.config import PublishConfig
-from biasdpo.data.exporting import build_card, build_rows, jsonl
-from biasdpo.data.journal import Journal
-from biasdpo.data.pairs import judged_pair_id
-from biasdpo.data.splits import WORKSPACE, open_journal, public_name, read_snapshot
+from biasdpo.data.exporting import public_pairs
+from biasdpo.data.splits import WORKSPACE, public_name, read_snapshot
 from biasdpo.errors import BiasDPOError, PublishError
-from biasdpo.evaluation import report, results
+from biasdpo.evaluation import report
 from biasdpo.gguf.export import ExportRecord, modelfile, read_record
 from biasdpo.gguf.proof import ExportProof
 from biasdpo.jobs import store
@@ -36,6 +32,7 @@ from biasdpo.workspace import Workspace, as_json, read_json, sha256_of
 
 _WEIGHTS, _CONFIG, _PROVENANCE, _PAIRS = "adapter_model.safetensors", "adapter_config.json", "provenance.json", "pairs.jsonl"
 _SHOWN_FILES = 6
+_LARGE_BYTES = 10_000_000
 _AGAIN = "a commit arrives whole or not at all, so publish again: what is there already is not sent twice"
 
 
@@ -90,6 +87,16 @@ class Plan:
             "missing": list(self.missing),
         }
 
+    def summary(self) -> Iterator[str]:
+        """What would be sent, line by line, without the cards and the files."""
+        who = "everybody may see it" if self.config.public else "private"
+        for one in self.repositories:
+            total = sum(size for _name, size, _sha256 in one.listing)
+            yield f"{one.type.capitalize()} {one.id}: {len(one.files)} files, {total:,} bytes; {who}"
+        yield f"License: {self.license or 'not stated'}"
+        yield from (f"Personal data: {text}" for text in self.personal)
+        yield from (f"Missing: {text}" for text in self.missing)
+
     @property
     def digest(self) -> str:
         """The same for two plans that would send the same."""
@@ -110,8 +117,8 @@ def plan(run: str, config: PublishConfig, workspace: Workspace) -> Plan:
         raise PublishError(f"{folder / _WEIGHTS} was changed after the run ended: restore it from a backup, or train again")
     provenance["confounds"] = (provenance.get("confounds") or {}) | {"annotators": []}  # early versions named them
     gguf = _export_of(job, weights_sha256, config.gguf, workspace) if config.gguf else None
-    card = _model_card(job, weights_sha256, config, workspace, gguf, missing)
-    files: dict[str, bytes | Path] = {CARD: str(card).encode(), _WEIGHTS: folder / _WEIGHTS}
+    card, license_name = _model_card(job, weights_sha256, config, workspace, gguf, missing)
+    files: dict[str, bytes | Path] = {CARD: card.encode(), _WEIGHTS: folder / _WEIGHTS}
     files |= {name: _json(value) for name, value in ((_CONFIG, adapter_config), (_PROVENANCE, provenance))}
     if (folder / CURVES).is_file():
         files[CURVES] = folder / CURVES
@@ -127,7 +134,7 @@ def plan(run: str, config: PublishConfig, workspace: Workspace) -> Plan:
         missing.append("The judgments that it was trained on: name a dataset repository to publish them, too")
     for repository in repositories:
         _check_paths(repository, job, workspace)
-    return Plan(job.id, config, card.data.license or "", tuple(repositories), tuple(personal), tuple(missing))
+    return Plan(job.id, config, license_name, tuple(repositories), tuple(personal), tuple(missing))
 
 
 # The model's card
@@ -135,10 +142,10 @@ def plan(run: str, config: PublishConfig, workspace: Workspace) -> Plan:
 
 def _model_card(
     job: Job, sha256: str, config: PublishConfig, workspace: Workspace, gguf: ExportRecord | None, missing: list[str]
-) -> Any:
-    """The run's card with the repository's name, the newest evaluation and the GGUF: a `ModelCard`."""
-    import yaml
-    from huggingface_hub import EvalResult, ModelCard
+) -> tuple[str, str]:
+    """The run's card with the repository's name, the newest evaluation and the GGUF; the license in it."""
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import ModelCard
 
     path = job.folder.adapter / CARD
     if not path.is_file():
@@ -157,34 +164,21 @@ def _model_card(
         card = ModelCard(text)
     except (ValueError, TypeError, yaml.YAMLError) as exc:
         raise PublishError(f"The front matter of {path} can't be read ({' '.join(str(exc).split())[:200]}): correct it") from exc
-    data = card.data
+    data: Any = card.data
     data.library_name = "peft"
     data.datasets = list(dict.fromkeys([*(data.datasets or ()), *filter(None, [config.dataset_to])])) or None
     if result is None:
         missing.append("An evaluation on benchmarks (the card says so): evaluate the run on the Measure tab, or with `evaluate`")
     else:
         data.model_name = data.model_name or job.id
-        data.eval_results = [*(data.eval_results or ())] + [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=row.benchmark,
-                dataset_name=benchmark_title(row.benchmark),
-                metric_type=row.metric,
-                metric_name=metric_title(row.metric),
-                metric_value=round(row.tuned, 4),
-            )
-            for row in results.table(result)
-            if row.tuned is not None
-        ]
+        data.eval_results = [*(data.eval_results or ()), *report.hub_metrics(result)]
         if limit := result["provenance"].get("limit"):
             missing.append(f"A full evaluation: the one on the card has at most {limit:,} items per benchmark")
-    if "## Limitations" not in text:
-        missing.append(f"A section “Limitations” in the card ({path})")
     if not data.base_model:
         missing.append("The base model's name on the Hub: without that model nobody can use the adapter")
     if data.license in (None, "other"):
         missing.append("The base model's license: the card says “other”")
-    return card
+    return str(card), data.license or ""
 
 
 def _evaluation(adapter_sha256: str, workspace: Workspace) -> tuple[Job, dict[str, Any]] | None:
@@ -216,48 +210,28 @@ def _export_of(job: Job, adapter_sha256: str, export: str, workspace: Workspace)
 
 
 def _dataset(job: Job, config: PublishConfig, workspace: Workspace, personal: list[str], missing: list[str]) -> Repository:
-    """What the run was trained on, as far as it stands in the workspace's journal: what was withdrawn or erased since is left
-    out, and so are files and Hub datasets, which have licenses of their own."""
-    trained = {(pair.pair_id, pair.chosen) for pair in read_snapshot(job.folder.path).pairs}
-    ids = {pair_id for pair_id, _chosen in trained}
-    sources = ", ".join(public_name(name) for name in job.config.datasets if name != WORKSPACE)
-    journal = open_journal(workspace) if workspace.preferences.is_file() else Journal(workspace.preferences)
-    judged = {row["id"]: row for row in journal.rows.values() if row["verdict"] != "retracted" and judged_pair_id(row) in ids}
-    names = list(dict.fromkeys(row["annotator"] for row in judged.values() if row["annotator"]))
-    aliases = {name: name if config.with_annotators else f"annotator {i}" for i, name in enumerate(names, 1)}
-    with tempfile.TemporaryDirectory() as scratch:
-        part = Workspace(Path(scratch))
-        with part.preferences.open("w", encoding="utf-8") as file:
-            for row in journal.rows.values():
-                if {row["id"], row["retracts"]} & judged.keys():
-                    public = {"annotator": aliases.get(row["annotator"], ""), "note": "", "meta": _without_folders(row["meta"])}
-                    public["created_at"] = row["created_at"] if config.with_annotators else row["created_at"][:10]
-                    file.write(json.dumps(row | public, ensure_ascii=False) + "\n")
-        published = open_journal(part)
-        rows, _repeats, contradictions = build_rows(published)
-        rows = [row for row in rows if (row.pair_id, row.chosen) in trained]
-    if not rows:
+    """The judgments that the run was trained on. Files and Hub datasets have licenses of their own and are left out."""
+    trained = read_snapshot(job.folder.path).pairs
+    found = public_pairs(workspace, trained, _PAIRS, with_annotators=config.with_annotators)
+    files = ", ".join(public_name(name) for name in job.config.datasets if name != WORKSPACE)
+    if not found.rows:
         raise PublishError(
-            f"Run {job.id!r} was trained on no judgment that stands in this workspace ({sources or 'all were withdrawn'}): leave "
-            "the dataset repository out; to publish a file that you may publish, `dataset import` it first"
+            f"Run {job.id!r} was trained on no judgment that stands in this workspace ({files or 'all were withdrawn'}): leave "
+            "the dataset repository out; a file that you may publish can be imported (`dataset import`)"
         )
-    content = jsonl(rows).encode("utf-8")
-    card = build_card(_PAIRS, hashlib.sha256(content).hexdigest(), rows, published, contradictions)
-    if len(rows) < len(trained):
-        why = f"they came from {sources}, or" if sources else "they"
-        missing.append(f"{len(trained) - len(rows):,} of the run's {len(trained):,} pairs: {why} were withdrawn since")
-    if imported := sorted({row.source for row in rows if row.source.startswith("import:")}):
-        missing.append(f"Your check that the license of {', '.join(imported)} lets you publish these rows")
-    who = f"{len(names):,} annotator{'' if len(names) == 1 else 's'}"
-    edited = sum(bool(row["original_chosen"] or row["original_rejected"]) for row in map(judged.get, (r.id for r in rows)) if row)
+    if len(found.rows) < len(trained):
+        why = f"they are of {files}, or" if files else "they"
+        missing.append(f"{len(trained) - len(found.rows):,} of the run's {len(trained):,} pairs: {why} were withdrawn since")
+    if imported := sorted({row.source for row in found.rows if row.source.startswith("import:")}):
+        missing.append(f"Your own check that the license of {', '.join(imported)} lets you publish its rows")
+    count = f"{len(found.annotators):,} annotator{'' if len(found.annotators) == 1 else 's'}"
     personal += [
-        f"Nicknames ({', '.join(names)}) and times of judgments"
-        if config.with_annotators and names
-        else f"{who}, as numbers; days without times. Nicknames are left out",
-        f"{len(rows):,} prompts with two completions each ({edited:,} edited by annotators): read them for names and private facts",
-        "Left out: notes, browser IDs, seconds taken",
+        f"The nicknames of {count} ({', '.join(found.annotators)}), and when they judged what"
+        if config.with_annotators
+        else f"{count} as numbers, without nicknames; days without times",
+        f"{len(found.rows):,} prompts with their completions ({found.edited:,} edited by hand): read them for private facts",
     ]
-    return Repository(config.dataset_to, "dataset", {CARD: card.encode(), _PAIRS: content})
+    return Repository(config.dataset_to, "dataset", {CARD: found.card.encode(), _PAIRS: found.content})
 
 
 # No folder of this machine
@@ -320,7 +294,7 @@ def publish(plan: Plan, workspace: Workspace, on_progress: Callable[[str], objec
     require_owner("Publishing")
     api, done = HfApi(library_name="biasdpo"), list[Published]()
     on_progress("asking the Hub")
-    with _explained("this"):
+    with _explained(" and ".join(one.id for one in plan.repositories)):
         _check_token(api, plan)
         known = [_look(api, one, plan.config) for one in plan.repositories]
     for one, (parent, changed) in zip(plan.repositories, known, strict=True):
@@ -361,32 +335,29 @@ def _look(api: Any, one: Repository, config: PublishConfig) -> tuple[str | None,
     from huggingface_hub.utils.sha import git_hash
 
     try:
-        info = api.repo_info(one.id, repo_type=one.type, files_metadata=True)
+        info = api.repo_info(one.id, repo_type=one.type)
     except RepositoryNotFoundError:
         return None, list(one.files)
-    there = {file.rfilename: file for file in info.siblings or ()}
+    if info.private == config.public:
+        now = "private" if info.private else "public"
+        raise PublishError(f"{one.id} is {now} already: publish it as {now} (“Public”, --public), or change that in its settings")
+    tree = api.list_repo_tree(one.id, recursive=True, revision=info.sha, repo_type=one.type)
+    there = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if hasattr(file, "blob_id")}
     there.pop(".gitattributes", None)
 
-    def is_same(name: str, sha256: str) -> bool:
-        if (file := there.get(name)) is None:
-            return False
-        if file.lfs is not None:
-            return bool(file.lfs.sha256 == sha256)
+    changed = []
+    for name, size, sha256 in one.listing:
         content = one.files[name]
-        return bool(file.blob_id == git_hash(content.read_bytes() if isinstance(content, Path) else content))
-
-    changed = [name for name, _size, sha256 in one.listing if not is_same(name, sha256)]
-    if info.private == config.public:
-        now, wanted = ("private", "Public") if info.private else ("public", "Private")
-        raise PublishError(
-            f"{one.id} is {now} already, and nothing was sent: publish it as {now} (“Public”, --public), change that in its "
-            f"settings on the Hub to {wanted.lower()}, or choose another name"
-        )
+        hashes = [sha256]  # in LFS, which large files always are; else Git's
+        if size < _LARGE_BYTES:
+            hashes.append(git_hash(content if isinstance(content, bytes) else content.read_bytes()))
+        if there.get(name) not in hashes:
+            changed.append(name)
     if changed and there and not config.update:
-        shown = ", ".join(list(there)[:_SHOWN_FILES]) + (f" and {len(there) - _SHOWN_FILES:,} more" * (len(there) > _SHOWN_FILES))
+        shown = ", ".join(sorted(there)[:_SHOWN_FILES]) + ", …" * (len(there) > _SHOWN_FILES)
         raise PublishError(
-            f"{one.id} has other content ({shown}), and nothing was sent: choose “Update what is there” (--update) to replace or "
-            f"add {', '.join(changed)}, or choose another name"
+            f"{one.id} has other content ({shown}): choose “{config.settings()['update'].label}” (--update) to write "
+            f"{', '.join(changed)} there, or choose another name"
         )
     return info.sha, changed
 
@@ -394,7 +365,8 @@ def _look(api: Any, one: Repository, config: PublishConfig) -> tuple[str | None,
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Turn what the Hub's client raises into one line with the remedy."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import errors
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
         yield
@@ -411,6 +383,6 @@ def _explained(what: str) -> Iterator[None]:
             412: "somebody else wrote there meanwhile: publish again",
         }.get(status, _AGAIN)
         raise PublishError(f"The Hub did not take {what} ({status}: {said}); {remedy}") from exc
-    except (HTTPError, OSError, RuntimeError) as exc:
-        reason = " ".join(str(exc).split())[:200] or type(exc).__name__
-        raise PublishError(f"The connection to the Hub failed at {what} ({reason}): check the network; {_AGAIN}") from exc
+    except (errors.HTTPError, OSError, RuntimeError) as exc:  # type: ignore[attr-defined]
+        reason = " ".join(f"{exc} {exc.__cause__ or ''}".split())[:200] or type(exc).__name__
+        raise PublishError(f"The Hub did not answer for {what} ({reason}): check the network; {_AGAIN}") from exc

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from biasdpo import models
 from biasdpo.access import require_owner
@@ -30,6 +30,9 @@ from biasdpo.evaluation.results import (
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
 from biasdpo.workspace import Workspace, replacing
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 Labeled = tuple[str, Mapping[str, Any]]
 """A name of an evaluation, and its result."""
@@ -381,8 +384,7 @@ def add_to_card(result: Mapping[str, Any], workspace: Workspace, command: Sequen
 
 
 def with_evaluation(card: str, result: Mapping[str, Any] | None, command: Sequence[str] = ()) -> str:
-    """A card with the report as its section "Evaluation", in place of an earlier one. `result` None: the section says that there is
-    none."""
+    """A card with the report as its section "Evaluation", in place of an earlier one. `result` None: that there is none."""
     report = ["Not evaluated on benchmarks."] if result is None else _report(result, command)
     deeper = [f"#{line}" if line.startswith("## ") else line for line in report]
     section = _lines([BEGIN, "## Evaluation", "", *deeper, "", END])
@@ -390,3 +392,21 @@ def with_evaluation(card: str, result: Mapping[str, Any] | None, command: Sequen
     if 0 <= begin < end:
         return card[:begin] + section + card[end + len(END) :].removeprefix("\n")
     return card.rstrip("\n") + "\n\n" + section
+
+
+def hub_metrics(result: Mapping[str, Any]) -> list[EvalResult]:
+    """The tuned model's overall metrics for the metadata of a card (`model-index`)."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row.benchmark,
+            dataset_name=benchmark_title(row.benchmark),
+            metric_type=row.metric,
+            metric_name=metric_title(row.metric),
+            metric_value=round(row.tuned, 4),
+        )
+        for row in table(result)
+        if row.tuned is not None
+    ]
