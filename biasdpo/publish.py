@@ -115,7 +115,8 @@ def plan(run: str, config: PublishConfig, workspace: Workspace) -> Plan:
     weights_sha256 = models.adapter_sha256(models.from_run(workspace, job.id))
     if provenance.get("adapter_sha256", weights_sha256) != weights_sha256:
         raise PublishError(f"{folder / _WEIGHTS} was changed after the run ended: restore it from a backup, or train again")
-    provenance["confounds"] = (provenance.get("confounds") or {}) | {"annotators": []}  # early versions named them
+    if isinstance(provenance.get("confounds"), dict):
+        provenance["confounds"]["annotators"] = []  # early versions named them
     gguf = _export_of(job, weights_sha256, config.gguf, workspace) if config.gguf else None
     card, license_name = _model_card(job, weights_sha256, config, workspace, gguf, missing)
     files: dict[str, bytes | Path] = {CARD: card.encode(), _WEIGHTS: folder / _WEIGHTS}
@@ -381,8 +382,11 @@ def _explained(what: str) -> Iterator[None]:
             403: "the token may not do this: make one that may write at https://huggingface.co/settings/tokens",
             409: "somebody else wrote there meanwhile: publish again",
             412: "somebody else wrote there meanwhile: publish again",
-        }.get(status, _AGAIN)
+        }.get(status, _AGAIN if status >= 500 or status == 429 else "correct that, then publish again")
         raise PublishError(f"The Hub did not take {what} ({status}: {said}); {remedy}") from exc
+    except ValueError as exc:  # its check of a card's front matter
+        said = " ".join(str(exc).split())[:300]
+        raise PublishError(f"The Hub did not take {what} ({said}): correct the run's README.md, then publish again") from exc
     except (errors.HTTPError, OSError, RuntimeError) as exc:  # type: ignore[attr-defined]
         reason = " ".join(f"{exc} {exc.__cause__ or ''}".split())[:200] or type(exc).__name__
         raise PublishError(f"The Hub did not answer for {what} ({reason}): check the network; {_AGAIN}") from exc

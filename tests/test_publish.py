@@ -242,7 +242,7 @@ def test_a_published_adapter_comes_back_and_completes_the_same(workspace, tiny_b
         done = commands.run("compare", *asked, "--max-new-tokens", 12, "--workspace", workspace.root)
         assert done.returncode == 0, done.stderr
         row = json.loads(done.stdout)
-        return row["left"]["text"], row["right"]["text"]
+        return row["base"]["text"], row["tuned"]["text"]
 
     base, tuned = completions("first")
     assert completions(back) == (base, tuned)
@@ -301,6 +301,8 @@ def test_a_broken_connection_is_one_line_and_publishing_again_ends_it(workspace,
     hub.fault("refuse", "POST", "/api/repos/create", status=403)
     assert "(403: " in (text := run(workspace, *TO).error)
     assert "make one that may write" in text
+    hub.fault("refuse", "POST", "/api/validate-yaml", status=400)
+    assert "(Invalid metadata in README.md.): correct the run's README.md" in run(workspace, *TO).error
     hub.fault("drop", "POST", "/ana/less-biased/commit/", times=20)
     text = run(workspace, *TO).error
     assert "did not answer for ana/less-biased (ana/verdicts is published)" in text

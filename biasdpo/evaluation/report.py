@@ -192,9 +192,9 @@ def markdown(result: Mapping[str, Any] | Sequence[Labeled], command: Sequence[st
     return _lines(["# Evaluations side by side", "", *_side_by_side(result)])
 
 
-def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
+def _report(result: Mapping[str, Any], command: Sequence[str], *, dated: bool = True) -> Iterator[str]:
     provenance = result["provenance"]
-    yield from _facts(provenance)
+    yield from _facts(provenance, dated=dated)
     if provenance.get("interrupted"):
         yield from ("**Interrupted: only what was scored until then. Not comparable.**", "")
     yield from (f"**{plain(sentence(result))}**", "")
@@ -220,7 +220,7 @@ def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
     yield "Holm-corrected over the table. An improvement must survive the correction; a clear change for the worse need not."
 
 
-def _facts(provenance: Mapping[str, Any]) -> Iterator[str]:
+def _facts(provenance: Mapping[str, Any], *, dated: bool = True) -> Iterator[str]:
     limit = provenance.get("limit")
     facts = {
         "Model": f"{plain(Path(provenance['model']).name)} (SHA-256 `{provenance.get('model_sha256', '')[:16]}`)",
@@ -231,8 +231,9 @@ def _facts(provenance: Mapping[str, Any]) -> Iterator[str]:
         "Preference pairs": plain(provenance.get("pairs_source") or "not scored"),
         "Seed": provenance.get("seed", ""),
         "Code": f"BiasDPO {provenance.get('code_version', '')}",
-        "Report": datetime.now(UTC).date().isoformat(),
     }
+    if dated:
+        facts["Report"] = datetime.now(UTC).date().isoformat()
     if provenance.get("adapter"):
         facts["Adapter"] = f"{plain(provenance['adapter'])} (SHA-256 `{provenance.get('adapter_sha256', '')[:16]}`)"
     yield from (f"- {name}: {value}" for name, value in facts.items())
@@ -385,7 +386,7 @@ def add_to_card(result: Mapping[str, Any], workspace: Workspace, command: Sequen
 
 def with_evaluation(card: str, result: Mapping[str, Any] | None, command: Sequence[str] = ()) -> str:
     """A card with the report as its section "Evaluation", in place of an earlier one. `result` None: that there is none."""
-    report = ["Not evaluated on benchmarks."] if result is None else _report(result, command)
+    report = ["Not evaluated on benchmarks."] if result is None else _report(result, command, dated=False)
     deeper = [f"#{line}" if line.startswith("## ") else line for line in report]
     section = _lines([BEGIN, "## Evaluation", "", *deeper, "", END])
     begin, end = card.find(BEGIN), card.find(END)
