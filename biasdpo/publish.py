@@ -169,7 +169,7 @@ def _model_card(
     data.library_name = "peft"
     data.datasets = list(dict.fromkeys([*(data.datasets or ()), *filter(None, [config.dataset_to])])) or None
     if result is None:
-        missing.append("An evaluation on benchmarks (the card says so): evaluate the run on the Measure tab, or with `evaluate`")
+        missing.append("An evaluation on benchmarks (the card says so): evaluate the run first")
     else:
         data.model_name = data.model_name or job.id
         data.eval_results = [*(data.eval_results or ()), *report.hub_metrics(result)]
@@ -230,7 +230,7 @@ def _dataset(job: Job, config: PublishConfig, workspace: Workspace, personal: li
         f"The nicknames of {count} ({', '.join(found.annotators)}), and when they judged what"
         if config.with_annotators
         else f"{count} as numbers, without nicknames; days without times",
-        f"{len(found.rows):,} prompts with their completions ({found.edited:,} edited by hand): read them for private facts",
+        f"{len(found.rows):,} pairs with their prompts ({found.edited:,} edited by hand): read them for private facts",
     ]
     return Repository(config.dataset_to, "dataset", {CARD: found.card.encode(), _PAIRS: found.content})
 

@@ -97,7 +97,7 @@ def test_the_preview_names_files_cards_license_people_and_gaps(workspace):
     assert (weights["bytes"], weights["sha256"]) == (file.stat().st_size, sha256_of(file))
     assert (shown["public"], shown["license"]) == (False, "other")
     assert shown["personal"][0] == "2 annotators as numbers, without nicknames; days without times"
-    assert "12 prompts with their completions (1 edited by hand)" in shown["personal"][1]
+    assert "12 pairs with their prompts (1 edited by hand)" in shown["personal"][1]
     gaps = "\n".join(shown["missing"])
     for words in ("An evaluation on benchmarks", "base model's name", "license", "40 of the run's 52 pairs: they are of pairs"):
         assert words in gaps
