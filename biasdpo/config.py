@@ -362,6 +362,9 @@ class TrainConfig(Settings):
     ending_weight: float = setting(0.0, range=(0, 1000), unit="per nat per completion", group="Loss")
     """Weight of KL(base || policy) of ending the completion, on completions sampled every fourth step; preserves the base
     model's completion length. 0: off."""
+    everyday_weight: float = setting(0.0, range=(0, 1000), unit="per nat per token", group="Loss")
+    """Weight of KL(base || policy) on the base model's own answers to built-in everyday prompts; keeps everyday answers as they
+    are. 0: off."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
         "linear", group="Optimizer", affects_cost=False
     )
