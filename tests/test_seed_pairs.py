@@ -154,3 +154,37 @@ def test_nothing_is_taken_from_a_benchmark():
     texts = [row[column] for row in pairs_of("loaded") for column in TEXTS]
     texts += EVERYDAY.read_text(encoding="utf-8").splitlines()
     assert not load_overlap(SHARED / "benchmarks").flags(texts).any()
+
+
+def test_no_prompt_of_the_blind_reading_is_trained_on():
+    little = {
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "do",
+        "does",
+        "to",
+        "in",
+        "for",
+        "so",
+        "it",
+        "i",
+        "my",
+        "you",
+        "they",
+        "why",
+        "how",
+        "what",
+    }
+
+    def content(text: str) -> set[str]:
+        return {word.removesuffix("s") for word in normalize(text).split()} - little
+
+    read = [
+        json.loads(line)["prompt"] for line in (ASSETS / "reading" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    trained = [row["prompt"] for name in FORMS for row in pairs_of(name)] + EVERYDAY.read_text(encoding="utf-8").splitlines()
+    near = [(a, b) for a in read for b in trained if len(content(a) & content(b)) > 0.7 * len(content(a) | content(b))]
+    assert near == []
