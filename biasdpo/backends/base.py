@@ -74,6 +74,14 @@ class Backend(Protocol):
         """
         ...
 
+    def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
+        """Logits (T, V) that predict each of the request's T scored tokens."""
+        ...
+
+    def token_text(self, token: int) -> str:
+        """The text of a token; incomplete characters are replaced, special tokens are empty."""
+        ...
+
     def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
         """Each token of the request's continuation with its log-probability in nats; a token's text is empty while a character is
         incomplete."""

@@ -275,6 +275,10 @@ class TransformersBackend:
         with hf_loading.released_errors():
             return self._shared.compute(_row_strength(side, strength), partial(logits_of, given=given, scored=scored))
 
+    def token_text(self, token: int) -> str:
+        """See `backends.base.Backend.token_text`."""
+        return self._decode([token])
+
     def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
         """See `backends.base.Backend.score_tokens`."""
         _given, scored = self._request_tokens(request)

@@ -249,6 +249,10 @@ class LlamaCppBackend:
             _set_strength(context, side, strength)
             return context.logits(*self._request_tokens(request, cut=cut))
 
+    def token_text(self, token: int) -> str:
+        """See `backends.base.Backend.token_text`."""
+        return self._model.piece(token).decode("utf-8", "replace")
+
     def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
         """See `backends.base.Backend.score_tokens`."""
         _given, scored = self._request_tokens(request)
