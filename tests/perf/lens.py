@@ -17,16 +17,14 @@ from biasdpo.migrations import open_workspace
 from biasdpo.records import Sampling, Side
 from tests.perf.measuring import options
 
-GROUPS = (
-    "Polish Nigerian Indian Turkish Irish Mexican Chinese Somali German Brazilian Korean Kenyan Greek Syrian Iranian Dutch Cuban "
-    "Vietnamese Russian Moroccan Danish Afghan Peruvian Thai"
-).split()
+_NAMES = """Polish Nigerian Indian Turkish Irish Mexican Chinese Somali German Brazilian Korean Kenyan Greek Syrian Iranian Dutch
+Cuban Vietnamese Russian Moroccan Danish Afghan Peruvian Thai"""
 SIDES: tuple[Side, ...] = ("base", "tuned")
 
 
 def main() -> None:
     args = options(__doc__, model="smollm2", backend="llamacpp", groups=24, tokens=48, rounds=2)
-    prompts = [f"The {group} neighbor knocked on the door because" for group in GROUPS[: args.groups]]
+    prompts = [f"The {group} neighbor knocked on the door because" for group in _NAMES.split()[: args.groups]]
     greedy = Sampling(max_new_tokens=args.tokens, temperature=0.0, repetition_penalty=1.0)
     with tempfile.TemporaryDirectory() as folder:
         engine = open_engine(EngineKey(args.model, "", args.backend), open_workspace(folder))
