@@ -31,7 +31,16 @@ from biasdpo.cli_options import (
     print_row,
     run,
 )
-from biasdpo.config import EvaluationConfig, ExportConfig, PublishConfig, TrainConfig, parse_settings, read_toml
+from biasdpo.config import (
+    SYNC_METAVAR,
+    EvaluationConfig,
+    ExportConfig,
+    PublishConfig,
+    ServeConfig,
+    TrainConfig,
+    parse_settings,
+    read_toml,
+)
 from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
 from biasdpo.migrations import open_workspace, workspace_root
 from biasdpo.records import Sampling
@@ -452,23 +461,33 @@ def dataset_retract(
 def dataset_erase(
     annotator: Annotated[str, Option(metavar="NAME", help="The nickname that the judgments are stored with.")],
     browser: Annotated[str, Option(metavar="HASH", help="Only those of this browser (`meta.browser`). [default: all]")] = "",
+    sync: Annotated[
+        str, Option(metavar=SYNC_METAVAR, help="Also erase on the Hub here. [default: where this workspace was synced]")
+    ] = "",
     yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Delete what one annotator stored from the journal, for good, and list the files that still hold it or were made of it."""
+    """Delete what one annotator stored from the journal and its copies on the Hub, for good, and list the files that still
+    hold it or were made of it."""
     from biasdpo.data import erasing
+    from biasdpo.data.sync import targets_of
 
     folder = open_workspace(workspace)
-    rows = f"{erasing.erase(folder, annotator, browser, dry_run=True)[0]:,} rows by {annotator!r} in {folder.preferences}"
+    targets = dict.fromkeys([*targets_of(folder), *filter(None, [ServeConfig(sync=sync).sync])])
+    counts, _unreached = erasing.erase_everywhere(folder, targets, annotator, browser, dry_run=True)
+    rows = " and ".join(f"{count:,} rows by {annotator!r} in {place}" for place, count in counts.items())
     if not yes and sys.stdin.isatty():
         print(f"Delete {rows}, for good? [y/N] ", end="", file=sys.stderr, flush=True)
         yes = sys.stdin.readline().strip().lower() in ("y", "yes")
     if not yes:
         raise ConfigError(f"Nothing was deleted, since you did not confirm it ({rows}): add --yes")
-    removed, remaining = erasing.erase(folder, annotator, browser)
-    lines = [f"{removed:,} rows removed from {folder.preferences}", *(f"Not reached: {path}" for path in remaining)]
-    print_row({"removed": removed, "remaining": [str(path) for path in remaining]}, "\n".join(lines), as_json=as_json)
+    counts, remaining = erasing.erase_everywhere(folder, targets, annotator, browser)
+    lines = [f"{count:,} rows removed from {place}" for place, count in counts.items()]
+    lines += [f"Not reached: {place}" for place in remaining]
+    removed = counts.pop(str(folder.preferences), 0)
+    row = {"removed": removed, "removed_from_hub": counts, "remaining": [str(place) for place in remaining]}
+    print_row(row, "\n".join(lines), as_json=as_json)
 
 
 # Training

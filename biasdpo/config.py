@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -653,6 +654,16 @@ class PublishConfig(Settings):
 # The app
 
 
+def _sync_target(value: str) -> str:
+    if value and not re.fullmatch(r"(bucket|dataset):[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value, re.ASCII):
+        raise ValueError(f"must be bucket:OWNER/NAME or dataset:OWNER/NAME: got {value!r}; name one, e.g. dataset:me/labels")
+    return value
+
+
+SYNC_METAVAR = "bucket:OWNER/NAME|dataset:OWNER/NAME"
+SyncTarget = Annotated[str, AfterValidator(_sync_target)]
+
+
 class ServeConfig(Settings):
     """The options of app.py: what to serve, and where."""
 
@@ -672,6 +683,9 @@ class ServeConfig(Settings):
     """Another host name to answer to, such as a reverse proxy's or this machine's on the network. Repeatable."""
     auth: str = setting("", metavar="FILE")
     """Ask every visitor to sign in, with the accounts in this file; `python -m biasdpo users add NAME` adds one."""
+    sync: SyncTarget = setting("", metavar=SYNC_METAVAR)
+    """Copy all labels to this bucket or dataset repository on the Hub and read them back at the start, for a disk that does not
+    last, as on a Space. Created, private, if missing; needs a token that may write there ($HF_TOKEN or `hf auth login`)."""
     public: bool = setting(False)
     """Let everybody compare and judge without an account, and nobody do more. Required, or --auth, for an address that other
     machines reach."""

@@ -17,12 +17,13 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -159,7 +160,8 @@ class Hub:
         self.log: list[tuple[str, str]] = []
         self.lock = threading.RLock()
         self.endpoint = ""
-        self._commits = 0
+        self.received: dict[str, Stored] = {}  # by Xet hash
+        self._commits = self._transfers = 0
 
     def fault(self, what: str, method: str, path: str, *, times: int = 1, status: int = 503, seconds: float = 0.0) -> None:
         """Arm a fault (see `Fault`) for requests whose path (with query) contains `path`."""
@@ -213,7 +215,12 @@ class Hub:
     def write(self, kind: str, repo_id: str, path: str, data: bytes) -> None:
         """Put a file there as somebody else would."""
         repository = self.repository(kind, repo_id)
-        stored = self.download_xet(self.upload_xet(data)) if kind == "bucket" else self.store(data)
+        stored = self.store(data)
+        if kind == "bucket":
+            import hf_xet
+
+            source = self.blobs / stored.sha256
+            stored = replace(stored, xet_hash=hf_xet.hash_files([str(source)])[0].hash)
         self.commit(repository, "main", f"Add {path}", {**repository.files, path: stored})
 
     def read(self, kind: str, repo_id: str, path: str, revision: str = "main") -> bytes:
@@ -222,23 +229,35 @@ class Hub:
     def content(self, stored: Stored) -> bytes:
         return (self.blobs / stored.sha256).read_bytes()
 
-    def upload_xet(self, data: bytes) -> str:
-        """Store content as a client does, and return its Xet hash."""
+    def new_xet_folder(self, contents: Iterable[bytes] = ()) -> Path:
+        """A store for one transfer over Xet: hf_xet locks it for as long as the process lives, so nobody else can open it.
+        What is stored in it is copied."""
         import hf_xet
 
-        with hf_xet.XetSession().new_upload_commit(endpoint=f"local://{self.xet}") as commit:
-            handle = commit.start_upload_bytes(data, sha256=hf_xet.SKIP_SHA256)
-        return str(handle.result().xet_info.hash)
+        self._transfers += 1
+        folder = self.xet / str(self._transfers)
+        if data := list(contents):
+            with hf_xet.XetSession().new_upload_commit(endpoint=f"local://{folder}-made") as commit:
+                for each in data:
+                    commit.start_upload_bytes(each, sha256=hf_xet.SKIP_SHA256)
+            shutil.copytree(f"{folder}-made", folder)
+        return folder
 
-    def download_xet(self, xet_hash: str) -> Stored:
+    def receive_xet(self, xet_hash: str) -> Stored:
         """Fetch what a client has uploaded over Xet."""
         import hf_xet
 
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "file"
-            with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{self.xet}") as group:
-                group.start_download_file(hf_xet.XetFileInfo(xet_hash, None), str(target))
-            return replace(self.store(target.read_bytes()), xet_hash=xet_hash)
+        if xet_hash in self.received:
+            return self.received[xet_hash]
+        for number in range(self._transfers, 0, -1):
+            with tempfile.TemporaryDirectory() as folder, suppress(Exception):  # it may be in another one
+                shutil.copytree(self.xet / str(number), Path(folder, "store"))
+                target = Path(folder, "file")
+                with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{folder}/store") as group:
+                    group.start_download_file(hf_xet.XetFileInfo(xet_hash, None), str(target))
+                self.received[xet_hash] = replace(self.store(target.read_bytes()), xet_hash=xet_hash)
+                return self.received[xet_hash]
+        raise RefusedError(400, f"{xet_hash} was never uploaded")
 
     def environment(self, token: str | None = TOKEN) -> dict[str, str]:
         """The environment variables of a process that uses this Hub. Without hf_xet models and datasets are uploaded as LFS."""
@@ -541,7 +560,7 @@ def _bucket_batch(hub: Hub, request: Request, bucket_id: str) -> Any:
     for line in request.body.splitlines():
         entry = json.loads(line)
         if entry["type"] == "addFile":
-            files[entry["path"]] = hub.download_xet(entry["xetHash"])
+            files[entry["path"]] = hub.receive_xet(entry["xetHash"])
         elif entry["type"] == "deleteFile" and files.pop(entry["path"], None) is None:
             failed.append({"path": entry["path"], "error": "File not found"})
     bucket.branches["main"] = []
@@ -551,8 +570,9 @@ def _bucket_batch(hub: Hub, request: Request, bucket_id: str) -> Any:
 
 @route("GET", _BUCKET + r"/xet-(?P<access>read|write)-token")
 def _bucket_token(hub: Hub, request: Request, bucket_id: str, access: str) -> Any:
-    hub.visible("bucket", bucket_id, request.user, write=access == "write")
-    return {"accessToken": "xet", "casUrl": f"local://{hub.xet}", "exp": int(time.time()) + 3600}
+    bucket = hub.visible("bucket", bucket_id, request.user, write=access == "write")
+    folder = hub.new_xet_folder(map(hub.content, bucket.files.values()) if access == "read" else ())
+    return {"accessToken": "xet", "casUrl": f"local://{folder}", "exp": int(time.time()) + 3600}
 
 
 @route("GET", r"/buckets/(?P<bucket_id>[^/]+/[^/]+)/resolve/(?P<path>.+)")
