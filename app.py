@@ -20,6 +20,10 @@ from biasdpo.cli_options import LogLevel, configure_logging, new_app, options_of
 from biasdpo.config import ServeConfig
 from biasdpo.errors import ConfigError
 from biasdpo.migrations import open_workspace
+from biasdpo.workspace import is_zerogpu
+
+if is_zerogpu():  # `spaces` patches torch, so it comes first; a ZeroGPU Space without a function of spaces.GPU does not start
+    from biasdpo.backends.zerogpu import on_gpu  # noqa: F401
 
 _PORTS_TRIED = 100
 _LAST_SECONDS = 8.0
@@ -90,6 +94,7 @@ def serve(config: ServeConfig) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from fastapi.responses import FileResponse
 
+    from biasdpo.backends import NO_LLAMA_CPP, has_llama_cpp
     from biasdpo.data import journal
     from biasdpo.engines import EnginePool, Startup
     from biasdpo.jobs import memory
@@ -116,6 +121,8 @@ def serve(config: ServeConfig) -> None:
         raise ConfigError(f"Can't serve on {config.address}:{config.port}: {exc}; choose another --port") from exc
     options["_app"].limits.watch(demo)
     print(f"BiasDPO is at {demo.local_url}  (Ctrl+C stops it; workspace: {workspace.root})", flush=True)
+    if not has_llama_cpp():
+        print(NO_LLAMA_CPP, flush=True)
     threading.Thread(target=startup.resolve, args=(pool,), name="startup", daemon=True).start()
     demo.block_thread()
     pool.close()
