@@ -8,10 +8,11 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY requirements.txt requirements-llamacpp.txt constraints.txt ./
-# llama.cpp for any x86-64 with AVX2 or any ARM64, not only for the machine that builds the image
+# llama.cpp for any x86-64 with AVX2 or any ARM64, not only for the machine that builds the image; gradio[oauth] for the sign-in
+# of a Docker Space
 RUN python -m venv /venv \
     && CMAKE_ARGS=-DGGML_NATIVE=OFF /venv/bin/pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" \
-       -r requirements.txt -r requirements-llamacpp.txt -c constraints.txt
+       -r requirements.txt -r requirements-llamacpp.txt "gradio[oauth]" -c constraints.txt
 
 FROM python:3.12-slim
 RUN apt-get update \

@@ -70,6 +70,9 @@ from biasdpo.records import (
 _BATCH_TOKENS = {"cpu": 384, "gpu": 32768}
 
 
+_opening = threading.Lock()  # while they build a model, transformers and accelerate change torch for all threads
+
+
 def open_transformers(
     folder: Path,
     template: PromptTemplate,
@@ -92,7 +95,7 @@ def open_transformers(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    with hf_loading.released_errors(), hf_loading.foreign_errors():
+    with _opening, hf_loading.released_errors(), hf_loading.foreign_errors():
         on_progress(0.0, "reading the tokenizer")
         tokenizer = hf_loading.load_tokenizer(folder)
         shared = SharedModel(folder, hf_loading.choose_placement(folder, device, context_length, bits), bits, on_progress)

@@ -38,23 +38,33 @@ def answers(backend: Backend) -> dict[str, Any]:
     }
 
 
-def main(model: str, adapter: str) -> None:
+def lend_the_cpu() -> None:
+    """Load the `spaces` package as on ZeroGPU, with the CPU in place of the GPU; once, before torch is used."""
     import torch
 
     torch.version.cuda = "12.8"  # as if it were the CUDA build
     torch._C._cuda_init = getattr(torch._C, "_cuda_init", lambda: None)
     torch.cuda._is_in_bad_fork = bool  # picklable
-    from spaces.zero import client, decorator
     from spaces.zero import torch as lent
+
+    def init(_uuid: str) -> None:  # in the process that has the GPU
+        from biasdpo.backends import hf_loading
+
+        choose = hf_loading.choose_device
+        hf_loading.choose_device = lambda _name: choose("cpu")
+
+    lent.init = init
+    lent.move = lambda callback: None  # noqa: ARG005 (its name)
+
+
+def main(model: str, adapter: str) -> None:
+    lend_the_cpu()
+    from spaces.zero import client, decorator
 
     from biasdpo.backends import zerogpu
 
-    lent.init = lambda _uuid: None
-    lent.move = lambda callback: None  # noqa: ARG005 (its name)
     client.startup_report()  # as the page's launch
-    backend = zerogpu.open_zerogpu(
-        Path(model), tiny_models.LLAMA_TEMPLATE, Path(adapter), tiny_models.CONTEXT_LENGTH, device="cpu"
-    )
+    backend = zerogpu.open_zerogpu(Path(model), tiny_models.LLAMA_TEMPLATE, Path(adapter), tiny_models.CONTEXT_LENGTH)
     found = answers(backend) | {"decorated": len(decorator.decorated_cache) > 0, "here": len(zerogpu._kept)}
     print(json.dumps(found), flush=True)
     for process in multiprocessing.active_children():  # it waits for more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -26,7 +28,7 @@ from biasdpo.backends.base import Cancellation
 from biasdpo.errors import AdapterError, BackendError, PromptError
 from biasdpo.records import LikelihoodRequest
 from tests import tiny_models
-from tests.app_process import ROOT
+from tests.app_process import ROOT, running_app
 from tests.hf.cases import GREEDY, LONG, PROMPTS, SHORT, Case, read_together
 from tests.hf.on_zerogpu import answers
 
@@ -202,20 +204,23 @@ class DeviceApi(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("spaces") is None, reason="the package `spaces` is not installed")
-def test_the_spaces_package_forks_a_process_for_it(tiny_llama, tiny_llama_adapter):
-    """Its own scheduling, forking and pickling; its server and CUDA are stood in for."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), DeviceApi)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    environment = {**os.environ, "SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": address}
-    command = [sys.executable, "-m", "tests.hf.on_zerogpu", str(tiny_llama), str(tiny_llama_adapter)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    finally:
+@pytest.fixture
+def device_api() -> Iterator[dict[str, str]]:
+    """The environment of a ZeroGPU Space whose GPUs are this stand-in's."""
+    if find_spec("spaces") is None:
+        pytest.skip("the package `spaces` is not installed")
+    DeviceApi.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), DeviceApi) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": f"http://127.0.0.1:{server.server_port}"}
         server.shutdown()
-        server.server_close()
+
+
+@pytest.mark.slow
+def test_the_spaces_package_forks_a_process_for_it(tiny_llama, tiny_llama_adapter, device_api):
+    """Its own scheduling, forking and pickling; its server and CUDA are stood in for."""
+    command = [sys.executable, "-m", "tests.hf.on_zerogpu", str(tiny_llama), str(tiny_llama_adapter)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | device_api, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert (found.pop("decorated"), found.pop("here")) == (True, 0)  # nothing was opened for the GPU in its own process
@@ -224,3 +229,22 @@ def test_the_spaces_package_forks_a_process_for_it(tiny_llama, tiny_llama_adapte
     leases = [query for path, query in DeviceApi.asked if path == "/schedule"]
     assert [query["durationSeconds"] for query in leases] == ["21", "21", "21"]
     assert [path for path, _ in DeviceApi.asked].count("/release") == 3
+
+
+@pytest.mark.slow
+def test_the_app_starts_on_zerogpu_and_a_visitor_uses_their_own_quota(tmp_path, tiny_llama, device_api):
+    (tmp_path / "sitecustomize.py").write_text("from tests.hf.on_zerogpu import lend_the_cpu\nlend_the_cpu()\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {"SPACE_ID": "ana/biasdpo", "PYTHONPATH": path, **device_api}
+    token = f"a.{base64.urlsafe_b64encode(b'{}').decode()}.c"
+    with running_app(tmp_path, "--model", str(tiny_llama), **environment) as url:
+        assert DeviceApi.asked == [("/startup-report", {})]
+        body = json.dumps({"data": ["Hello", "auto", "none", "", 1.0, 4, 0.0, 1.0, 0, 1.0, 0]}).encode()
+        headers = {"Content-Type": "application/json", "X-IP-Token": token}
+        with urlopen(Request(f"{url}gradio_api/call/compare", body, headers), timeout=60) as answer:
+            event = json.load(answer)["event_id"]
+        with urlopen(f"{url}gradio_api/call/compare/{event}", timeout=120) as stream:
+            told = stream.read().decode()
+    assert "cut at 4 tokens" in told, told[-2000:] + (tmp_path / "app.log").read_text()[-2000:]
+    (lease,) = [query for path, query in DeviceApi.asked if path == "/schedule"]
+    assert lease["token"] == token
