@@ -12,8 +12,6 @@ import pytest
 import yaml
 from huggingface_hub import SpaceHardware
 
-from biasdpo import models
-
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "app.py", *sorted((ROOT / "biasdpo").rglob("*.py")), *sorted((ROOT / "training").rglob("*.py"))]
 
@@ -105,7 +103,6 @@ def test_the_front_matter_of_a_space_agrees_with_the_pins():
     assert (ROOT / front["app_file"]).is_file()
     assert len(front["short_description"]) <= 60
     assert front["suggested_hardware"] in [one.value for one in SpaceHardware]
-    assert set(front["models"]) <= {spec.hub_id for spec in models.catalog().values()}
     # ZeroGPU: these Pythons, torch from 2.8 on; nothing that pip would compile
     assert front["python_version"] in ("3.10.13", "3.12.12")
     assert f"FROM python:{front['python_version'].rpartition('.')[0]}-slim" in (ROOT / "Dockerfile").read_text()

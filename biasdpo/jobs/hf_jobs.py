@@ -4,6 +4,7 @@ which the job mounts; the job trains, and pushes the adapter to the Hub before i
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import shutil
@@ -118,7 +119,7 @@ def job_script(order: Order) -> str:
     is_packaged = spec is not None and "package" in spec.gguf_source
     adapter = shlex.quote(f"{WORKSPACE}/runs/{order.run_id}/adapter")
     train = shlex.join(order.config.replace(max_minutes=0.0).to_arguments())
-    limit = f"$(( minutes < {order.config.max_minutes:.0f} ? minutes : {order.config.max_minutes:.0f} ))"
+    own = math.ceil(order.config.max_minutes)
     lines = [
         "set -e",
         f"end=$(( $(date +%s) + {order.seconds} - {60 * PUSH_MINUTES} ))",
@@ -126,8 +127,9 @@ def job_script(order: Order) -> str:
         "pip install -q -r requirements.txt -c constraints.txt",
         *([] if is_packaged else [f"hf download {shlex.quote(hub_id)} {_MODEL_FILES}"]),
         "minutes=$(( (end - $(date +%s)) / 60 ))",
-        f"python -m biasdpo train {train} --run-id={order.run_id} --workspace={WORKSPACE} "
-        f"--max-minutes={'$minutes' if order.config.max_minutes == 0 else limit}",
+        '[ "$minutes" -ge 1 ] || { echo "No time is left to train: give the job a longer --timeout" >&2; exit 1; }',
+        *([f'[ "$minutes" -le {own} ] || minutes={own}'] if own else []),
+        f"python -m biasdpo train {train} --run-id={order.run_id} --workspace={WORKSPACE} --max-minutes=$minutes",
         f"hf upload {order.push_to} {adapter} . --private --commit-message={shlex.quote(f'Adapter of run {order.run_id}')}",
     ]
     return "\n".join(lines)

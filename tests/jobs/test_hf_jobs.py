@@ -164,6 +164,27 @@ def test_the_script_trains_within_its_time_and_pushes(hub, workspace, pairs_file
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(hub.repository("model", "ana/fair").files)
 
 
+def test_no_time_and_a_time_limit_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    monkeypatch.setattr(hf_jobs, "MOUNT", str(tmp_path))
+    for name in ("pip", "hf"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    for name in ("pip", "hf", "python"):
+        (tmp_path / name).chmod(0o755)
+
+    def run(seconds: int, minutes: float) -> subprocess.CompletedProcess[str]:
+        order = hf_jobs.Order(TrainConfig(model="smollm2", max_minutes=minutes), "first", "ana/fair", "cpu-basic", seconds)
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.run(["bash", "-c", hf_jobs.job_script(order)], env=path, capture_output=True, text=True, timeout=30)
+
+    assert run(3600, 0.5).stdout.endswith("--max-minutes=1\n")
+    assert run(3600, 600).stdout.split("=")[-1].strip() in ("49", "50")
+    late = run(630, 0)  # installing took the rest
+    assert (late.returncode, late.stdout) == (1, "")
+    assert "No time is left to train" in late.stderr
+
+
 def test_a_space_without_a_gpu_does_not_train(workspace, monkeypatch):
     monkeypatch.setenv("SPACE_ID", "ana/biasdpo")
     with pytest.raises(RunError, match=r"This Space can't train: .* --on hf-jobs"):
