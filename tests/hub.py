@@ -165,6 +165,7 @@ class Hub:
             folder.mkdir(parents=True)
         self.users = {TOKEN: "ana"}
         self.organizations = {"ana": ["lab"]}
+        self.role = "write"  # of the tokens
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.jobs: dict[str, Job] = {}
         self.plan: list[tuple[str, list[str]]] = [("RUNNING", ["step 1"]), ("RUNNING", ["step 2"]), ("COMPLETED", ["pushed"])]
@@ -293,7 +294,7 @@ def _whoami(hub: Hub, request: Request) -> Any:
     if request.user is None:
         raise RefusedError(401, "Invalid credentials in Authorization header")
     organizations = [{"name": name, "type": "org"} for name in hub.organizations.get(request.user, ())]
-    token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
+    token = {"type": "access_token", "accessToken": {"displayName": "test", "role": hub.role}}
     return {"type": "user", "name": request.user, "fullname": request.user.title(), "orgs": organizations, "auth": token}
 
 
