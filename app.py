@@ -22,7 +22,10 @@ from biasdpo.config import ServeConfig
 from biasdpo.data import journal, sync
 from biasdpo.errors import ConfigError
 from biasdpo.migrations import open_workspace
-from biasdpo.workspace import Workspace
+from biasdpo.workspace import Workspace, is_zerogpu
+
+if is_zerogpu():  # `spaces` patches torch, so it comes first; a ZeroGPU Space without a function of spaces.GPU does not start
+    from biasdpo.backends.zerogpu import on_gpu  # noqa: F401
 
 _PORTS_TRIED = 100
 _LAST_SECONDS = 9.0
@@ -108,6 +111,7 @@ def serve_workspace(config: ServeConfig, workspace: Workspace, labels: sync.HubS
     """Serve the page, then load the model, then wait."""
     from fastapi.responses import FileResponse
 
+    from biasdpo.backends import NO_LLAMA_CPP, has_llama_cpp
     from biasdpo.engines import EnginePool, Startup
     from biasdpo.jobs import memory
     from biasdpo.ui import build_ui, launch_options
@@ -132,6 +136,8 @@ def serve_workspace(config: ServeConfig, workspace: Workspace, labels: sync.HubS
         raise ConfigError(f"Can't serve on {config.address}:{config.port}: {exc}; choose another --port") from exc
     options["_app"].limits.watch(demo)
     print(f"BiasDPO is at {demo.local_url}  (Ctrl+C stops it; workspace: {workspace.root})", flush=True)
+    if not has_llama_cpp():
+        print(NO_LLAMA_CPP, flush=True)
     threading.Thread(target=startup.resolve, args=(pool,), name="startup", daemon=True).start()
     demo.block_thread()
     pool.close()

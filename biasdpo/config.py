@@ -432,6 +432,10 @@ class TrainConfig(Settings):
     """CPU threads per process. 0: all available cores, divided among the processes."""
     num_processes: int = setting(1, range=(1, 1024), label="Processes", group="Hardware")
     """Training processes (data parallel)."""
+    max_minutes: float = setting(
+        0.0, range=(0, 100_000), unit="minutes", label="Time limit", group="Hardware", affects_cost=False
+    )
+    """End the training after this many minutes and finish with the adapter so far. 0: no limit."""
     accelerate: Literal["auto", "cpu", "one_gpu", "multi_gpu", "fsdp"] = setting(
         "auto", label="Accelerate config", group="Hardware"
     )

@@ -212,3 +212,14 @@ def test_every_endpoint_has_a_role_and_keeps_it(space):
     assert after == before
     assert not wrong
     assert found == OWNER | VISITOR
+
+
+@pytest.mark.slow
+def test_a_space_without_llama_cpp_runs_the_model_with_transformers(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['llama_cpp'] = None\n")  # as if it were not installed
+    environment = {"SPACE_ID": "someone/biasdpo", "PYTHONPATH": str(tmp_path)}
+    with running_app(tmp_path, "--model", "smollm2", **environment) as url:
+        told = Poster(url, Workspace(tmp_path)).call("compare", ["Hello", "smollm2", "none", "", 1.0, 4, 0.0, 1.0, 0, 1.0, 0])
+        assert "cut at 4 tokens" in told
+    assert "llama.cpp is not installed here, so transformers runs the models." in (tmp_path / "app.log").read_text()
+    assert any((tmp_path / "cache" / "hf").glob("SmolLM2*"))  # the transformers copy of the model
