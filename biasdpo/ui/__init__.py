@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.routes import templates
+from gradio.utils import get_upload_folder
 from jinja2 import ChoiceLoader, DictLoader
 
 from biasdpo import access
@@ -28,7 +29,7 @@ from biasdpo.ui.export import build_export
 from biasdpo.ui.label import build_label
 from biasdpo.ui.limits import Limits
 from biasdpo.ui.measure import build_measure
-from biasdpo.ui.security import Callers, GuardedApp, allowed_hosts
+from biasdpo.ui.security import Callers, GuardedApp, Page, allowed_hosts
 from biasdpo.ui.train import build_train
 from biasdpo.workspace import ASSETS
 
@@ -54,7 +55,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
 
     `benchmarks`: the folder of --data-dir, if any.
     """
-    demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True, delete_cache=_CACHE_SECONDS)
+    demo = Page(title="BiasDPO", analytics_enabled=False, fill_width=True, delete_cache=_CACHE_SECONDS)
     builders = (build_compare, build_label, build_dataset, build_train, build_measure, build_export)
     with demo:
         gr.Markdown(_TITLE, elem_id="title")
@@ -116,6 +117,7 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
             f"`python -m biasdpo users add NAME --role owner --file {config.auth}`"
         )
     access.set_caller_source(Callers(accounts, config.public))
+    access.set_folders(root, get_upload_folder())
 
     async def sign_in(name: str, password: str) -> bool:
         is_right = accounts is not None and await asyncio.to_thread(accounts.sign_in, name, password)
