@@ -88,6 +88,7 @@ def serve(config: ServeConfig) -> None:
     """Serve the page, then load the model, then wait."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["FORWARDED_ALLOW_IPS"] = ",".join(config.trusted_proxies)  # uvicorn's; it reads X-Forwarded-For from the right
     from fastapi.responses import FileResponse
 
     from biasdpo.data import journal

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -631,6 +631,8 @@ class ServeConfig(Settings):
     """Port to serve on."""
     allowed_hosts: ListOf[Name] = setting((), option="--allowed-host", metavar="NAME")
     """Another host name to answer to, such as a reverse proxy's or this machine's on the network. Repeatable."""
+    trusted_proxies: ListOf[Name] = setting(("127.0.0.1",), option="--trusted-proxy", metavar="ADDRESS")
+    """Address or network of a reverse proxy whose X-Forwarded-For names the visitor; other machines' is ignored. Repeatable."""
     auth: str = setting("", metavar="FILE")
     """Ask every visitor to sign in, with the accounts in this file; `python -m biasdpo users add NAME` adds one."""
     public: bool = setting(False)
@@ -649,6 +651,15 @@ class ServeConfig(Settings):
     """Open pages whose state is kept; then the oldest is forgotten."""
     max_visits_per_minute: int = setting(120, range=(1, 1_000_000), unit="pages")
     """Pages that may be opened per minute from one address."""
+
+    @model_validator(mode="after")
+    def _check_proxies(self) -> Self:
+        for proxy in self.trusted_proxies:
+            try:
+                ip_network(proxy, strict=False)
+            except ValueError as exc:
+                raise ValueError(f"--trusted-proxy is an IP address or a network: got {proxy!r}; for example 10.0.0.2") from exc
+        return self
 
     @model_validator(mode="after")
     def _check_reach(self) -> Self:

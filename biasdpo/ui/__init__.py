@@ -27,7 +27,7 @@ from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity, 
 from biasdpo.ui.dataset import build_dataset
 from biasdpo.ui.export import build_export
 from biasdpo.ui.label import build_label
-from biasdpo.ui.limits import Limits
+from biasdpo.ui.limits import Limits, signing_in_from
 from biasdpo.ui.measure import build_measure
 from biasdpo.ui.security import Callers, GuardedApp, Page, allowed_hosts
 from biasdpo.ui.train import build_train
@@ -120,7 +120,11 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
     access.set_folders(root, get_upload_folder())
 
     async def sign_in(name: str, password: str) -> bool:
-        is_right = accounts is not None and await asyncio.to_thread(accounts.sign_in, name, password)
+        if accounts is None:
+            return False
+        address = signing_in_from.get()
+        await asyncio.sleep(accounts.delay(name, address))
+        is_right = await asyncio.to_thread(accounts.sign_in, name, password, address)
         access.audit(root, "sign in" if is_right else "sign in refused", by=name[:64])
         return is_right
 

@@ -7,7 +7,9 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -26,6 +28,9 @@ _SWEEP_SECONDS = 2.0
 _MINUTE = 60.0
 _SIGN_INS = 20  # per minute from one address
 
+signing_in_from: ContextVar[str] = ContextVar("signing_in_from", default="")
+"""The address of the request that signs in: Gradio's `auth` gets name and password only."""
+
 
 class Limits:
     """Counts who asks and who listens. `refusal` is asked about every request; `watch` guards Gradio's queue."""
@@ -43,10 +48,10 @@ class Limits:
         """The status and the line that answer a request with too large a body, or too many sign-ins; None if it may pass."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
-        if scope["path"].rstrip("/").endswith("/login") and self._comes_too_often(
-            client_address(HTTPConnection(scope)), _SIGN_INS
-        ):
-            return 429, "Too many sign-ins from your address: wait a minute"
+        if scope["path"].rstrip("/").endswith("/login"):
+            signing_in_from.set(client_address(HTTPConnection(scope)))
+            if self._comes_too_often(signing_in_from.get(), _SIGN_INS):
+                return 429, "Too many sign-ins from your address: wait a minute"
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
         if "transfer-encoding" in headers or not length.isdigit():  # of unknown length: browsers always say it
@@ -149,7 +154,11 @@ def _requests(queue: Any) -> list[Any]:
 
 
 def client_address(request: Any) -> str:
-    """The address a request came from. On a Space the Hub's proxy is in between, and says it first in X-Forwarded-For."""
-    if is_public_space() and (forwarded := request.headers.get("x-forwarded-for")):
-        return str(forwarded).partition(",")[0].strip()
+    """The address a request came from. uvicorn takes it from X-Forwarded-For if a trusted proxy sent it. On a Space, whose
+    proxies have private addresses, it is the last public one: the visitor may have written others before it."""
+    if is_public_space():
+        for address in reversed(request.headers.get("x-forwarded-for", "").split(",")):
+            with suppress(ValueError):
+                if ip_address(address.strip()).is_global:
+                    return address.strip()
     return request.client.host if request.client else ""
