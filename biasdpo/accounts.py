@@ -103,9 +103,10 @@ class Accounts:
                 self._failures[who] = (count + 1, now + wait)
                 guesses, last = self._guesses.pop(name, (0, 0.0))
                 self._guesses[name] = (1 if now - last > _FORGET_SECONDS else guesses + 1, now)
-            for kept in (self._failures, self._guesses, self._known):
+            tables: list[dict[Any, Any]] = [self._failures, self._guesses, self._known]
+            for kept in tables:
                 if len(kept) > _MAX_KEPT:
-                    kept.pop(next(iter(kept)))  # type: ignore[attr-defined]
+                    kept.pop(next(iter(kept)))
         return right
 
     def _write(self, users: dict[str, dict[str, str]]) -> None:

@@ -157,8 +157,8 @@ def client_address(request: Any) -> str:
     """The address a request came from. uvicorn takes it from X-Forwarded-For if a trusted proxy sent it. On a Space, whose
     proxies have private addresses, it is the last public one: the visitor may have written others before it."""
     if is_public_space():
-        for address in reversed(request.headers.get("x-forwarded-for", "").split(",")):
+        for address in reversed(str(request.headers.get("x-forwarded-for", "")).split(",")):
             with suppress(ValueError):
                 if ip_address(address.strip()).is_global:
                     return address.strip()
-    return request.client.host if request.client else ""
+    return str(request.client.host) if request.client else ""
