@@ -20,6 +20,7 @@ from biasdpo.cli_options import LogLevel, configure_logging, new_app, options_of
 from biasdpo.config import ServeConfig
 from biasdpo.errors import ConfigError
 from biasdpo.migrations import open_workspace
+from biasdpo.workspace import PRIVACY
 
 _PORTS_TRIED = 100
 _LAST_SECONDS = 8.0
@@ -99,7 +100,7 @@ def serve(config: ServeConfig) -> None:
     workspace = open_workspace(config.workspace)
     options = launch_options(config, workspace.root)
     journal.repair(workspace)  # a line that a power loss tore would keep other readers from the journal
-    pool = EnginePool(workspace)
+    pool = EnginePool(workspace, visitor_seconds=config.max_generation_seconds)
     memory.serve_requests(pool, workspace)
     startup = Startup(config.model, config.backend)
     demo = build_ui(pool, startup, Path(config.data_dir) if config.data_dir else None)
@@ -108,8 +109,7 @@ def serve(config: ServeConfig) -> None:
         return {"ready": any(pool.opened()), "requests": options["_app"].limits.count(demo)}
 
     options["_app"].add_api_route("/healthz", healthz)
-    notice = Path(__file__).parent / "docs" / "privacy.md"
-    options["_app"].add_api_route("/privacy", lambda: FileResponse(notice, media_type="text/plain"))  # the consent text links it
+    options["_app"].add_api_route("/privacy", lambda: FileResponse(PRIVACY, media_type="text/plain"))  # the consent text links it
     signal.signal(signal.SIGTERM, _end)
     try:
         demo.launch(server_port=config.port, prevent_thread_lock=True, **options)

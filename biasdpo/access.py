@@ -63,6 +63,23 @@ def require_owner(action: str) -> None:
         raise RefusedError(f"{action} is only for this app's owner: sign in as the owner, or run BiasDPO on your own machine")
 
 
+# What visitors store
+
+_check_stored: Callable[[int, int], None] = lambda _size, _total: None  # noqa: E731
+
+
+def set_storage_check(check: Callable[[int, int], None]) -> None:
+    """Call `check(bytes, bytes there already)` from now on before a visitor's verdict is stored; it raises RefusedError."""
+    global _check_stored  # one app per process
+    _check_stored = check
+
+
+def check_stored(size: int, total: int) -> None:
+    """Raise RefusedError if a visitor, or all of them, have stored too much already. The owner may store anything."""
+    if not is_owner():
+        _check_stored(size, total)
+
+
 # Folders of this machine
 
 

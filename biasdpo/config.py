@@ -651,6 +651,22 @@ class ServeConfig(Settings):
     """Open pages whose state is kept; then the oldest is forgotten."""
     max_visits_per_minute: int = setting(120, range=(1, 1_000_000), unit="pages")
     """Pages that may be opened per minute from one address."""
+    max_generation_seconds: int = setting(120, range=(1, 86400), unit="s")
+    """Time after which a visitor's pair is stopped, once it is their turn."""
+    max_verdicts_per_minute: int = setting(60, range=(1, 100_000), unit="verdicts")
+    """Verdicts that one visitor may store per minute."""
+    max_stored_mb_per_visitor: int = setting(5, range=(1, 1_000_000), unit="MiB")
+    """Verdicts that one visitor may store per day."""
+    max_stored_mb: int = setting(1000, range=(1, 1_000_000), unit="MiB")
+    """Size of the file of judgments from which on only the owner may add to it."""
+    max_uploads_mb_per_visitor: int = setting(400, range=(1, 1_000_000), unit="MiB")
+    """Files that one address may upload per day to an app that others reach. Uploads are deleted after a day."""
+    max_uploads_mb: int = setting(4000, range=(1, 1_000_000), unit="MiB")
+    """The same, of all visitors."""
+    max_connections: int = setting(800, range=(10, 1_000_000), unit="connections")
+    """Open connections, of all visitors."""
+    max_connections_per_visitor: int = setting(100, range=(10, 1_000_000), unit="connections")
+    """The same, of one address that is no trusted proxy."""
 
     @model_validator(mode="after")
     def _check_proxies(self) -> Self:

@@ -19,6 +19,7 @@ from biasdpo.access import Caller, Role
 from biasdpo.accounts import Accounts
 from biasdpo.config import ServeConfig
 from biasdpo.errors import ConfigError
+from biasdpo.ui.jobs import run_estimate
 from biasdpo.ui.limits import client_address
 from biasdpo.ui.security import Callers
 from tests import commands
@@ -195,6 +196,17 @@ def test_an_app_with_accounts(users, tmp_path):
         *[("sign in refused", "lee")] * 6,
         ("sign in", "lee"),
     ]
+
+
+def test_an_estimates_thread_has_the_callers_role(monkeypatch):
+    monkeypatch.setattr(access, "_source", Callers(public=True))
+    token = LocalContext.request.set(gr.Request(Request({"type": "http"})))
+    try:
+        seen = []
+        list(run_estimate(lambda _seconds: None, lambda cancelled: seen.append((access.caller().role, cancelled()))))
+    finally:
+        LocalContext.request.reset(token)
+    assert seen == [(Role.visitor, False)]
 
 
 @pytest.mark.parametrize(

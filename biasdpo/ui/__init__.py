@@ -24,6 +24,7 @@ from biasdpo.jobs import store
 from biasdpo.jobs.job import Kind
 from biasdpo.ui.compare import build_compare
 from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity, plural
+from biasdpo.ui.connections import limit_connections
 from biasdpo.ui.dataset import build_dataset
 from biasdpo.ui.export import build_export
 from biasdpo.ui.label import build_label
@@ -146,9 +147,12 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
     )
+    limits = Limits(config)
+    access.set_storage_check(limits.check_stored)
+    limit_connections(config)
     _add_to_page((ASSETS / "page.js").read_text(encoding="utf-8"))
     return {
-        "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts), Limits(config)),
+        "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts), limits),
         "server_name": config.address,
         "auth": sign_in if accounts else None,
         "theme": theme,

@@ -160,7 +160,7 @@ class Guard:
             answer = (404, "Not Found")
         app = self.app if answer is None else PlainTextResponse(f"{answer[1]}\n", status_code=answer[0])
         with self.limits.listening(scope):
-            await app(scope, receive, send_with_headers)
+            await app(scope, self.limits.receiving(scope, receive), send_with_headers)
 
     def refusal(self, scope: Scope) -> str | None:
         """One-line reason to refuse a request; None if it may pass."""
