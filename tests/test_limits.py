@@ -103,6 +103,17 @@ def test_a_flood_of_clients_that_never_listen_is_bounded_and_dropped(client):
     assert "process_completed" in client.send("GET", "/gradio_api/queue/data?session_hash=late")[1]
 
 
+def test_the_queue_has_a_limit_for_all(client):
+    def join(i: int) -> tuple[int, str]:
+        return client.join(f"many-{i}", **{"X-Forwarded-For": f"198.51.101.{i}"})
+
+    with ThreadPoolExecutor(20) as clients:
+        answers = list(clients.map(join, range(20)))
+    refused = [text for status, text in answers if status != 200]
+    assert refused
+    assert all("The app is busy with 12 requests: try again in a minute" in text for text in refused)
+
+
 def test_a_visitors_pair_ends_in_time(client):
     assert client.join("slow", tokens=4000)[0] == 200
     assert "**stopped**" in client.send("GET", "/gradio_api/queue/data?session_hash=slow")[1]

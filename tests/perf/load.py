@@ -312,7 +312,10 @@ def main() -> None:
         speed = pairs_per_second(log)
         result |= {"pairs": len(log.asked), "errors": dict(log.errors), "in_order": round(in_order(log.asked), 4), "texts": texts}
         result |= {"pairs_per_second": round(speed, 3), "throughput_ratio": round(speed / alone_speed, 3)}
-        result |= {"verdicts": len(log.verdicts), "verdict_p95_seconds": round(float(np.percentile(log.verdicts, 95)), 3)}
+        result |= {
+            "verdicts": len(log.verdicts),
+            "verdict_p95_seconds": round(float(np.percentile(log.verdicts or [np.nan], 95)), 3),
+        }
         result |= {"rss_mib": [round(value) for value in rss]} | after_flood(port, args)
     with tempfile.TemporaryDirectory() as folder, bare_app(Path(folder), args.tokens) as port:
         log = crowd(port, args, is_page=False)
