@@ -29,7 +29,7 @@ from biasdpo.workspace import ASSETS, read_json
 
 EXAMPLE_PAIRS = ASSETS / "example_pairs.json"  # written by scripts/example_pairs.py
 _WAIT_SECONDS = 0.25  # how often a waiting visitor's position is updated
-_REPEAT_SECONDS = 2.0  # after which a reader who waits is told the same again: Gradio then notices one that has left
+_REPEAT_SECONDS = 1.0  # after which a reader who waits is told the same again: Gradio then notices one that has left
 _PACE_SECONDS = 0.06  # between two updates of a reader
 
 

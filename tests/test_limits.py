@@ -63,6 +63,12 @@ class Client:
         body = {"fn_index": self.compare["id"], "data": data, "session_hash": session}
         return self.send("POST", "/gradio_api/queue/join", json.dumps(body).encode(), **headers)
 
+    def wait_until_idle(self) -> None:
+        end = time.monotonic() + 60
+        while self.waiting() and time.monotonic() < end:
+            time.sleep(0.5)
+        assert self.waiting() == 0
+
     def waiting(self) -> int:
         return int(json.loads(self.send("GET", "/healthz")[1])["requests"])
 
@@ -95,10 +101,7 @@ def test_a_flood_of_clients_that_never_listen_is_bounded_and_dropped(client):
     refused = [text for status, text in answers if status != 200]
     assert len(refused) >= 8  # a few may have been answered meanwhile
     assert all("requests under way" in text for text in refused)
-    end = time.monotonic() + 60
-    while client.waiting() and time.monotonic() < end:
-        time.sleep(0.5)
-    assert client.waiting() == 0
+    client.wait_until_idle()
     assert client.join("late", tokens=2)[0] == 200
     assert "process_completed" in client.send("GET", "/gradio_api/queue/data?session_hash=late")[1]
 
@@ -112,6 +115,7 @@ def test_the_queue_has_a_limit_for_all(client):
     refused = [text for status, text in answers if status != 200]
     assert refused
     assert all("The app is busy with 12 requests: try again in a minute" in text for text in refused)
+    client.wait_until_idle()
 
 
 def test_a_visitors_pair_ends_in_time(client):

@@ -28,8 +28,8 @@ from biasdpo.workspace import is_public_space
 log = logging.getLogger(__name__)
 
 _SESSION_CHARACTERS = 64
-_UNHEARD_SECONDS = 8.0  # a page opens its stream right after its request
-_SWEEP_SECONDS = 2.0
+_UNHEARD_SECONDS = 6.0  # a page opens its stream right after its request
+_SWEEP_SECONDS = 1.0
 _MINUTE = 60.0
 _DAY = 86400.0
 _SIGN_INS = 20  # per minute from one address
