@@ -1,4 +1,4 @@
-"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|users|workspace|export|evaluate.
+"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|users|workspace|export|publish|evaluate.
 
 Results go to stdout (one JSON object, or one per line, with --json), progress and messages to stderr. Exit status: 0 done;
 2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours, or one that
@@ -31,7 +31,7 @@ from biasdpo.cli_options import (
     print_row,
     run,
 )
-from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
+from biasdpo.config import EvaluationConfig, ExportConfig, PublishConfig, TrainConfig, parse_settings, read_toml
 from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
 from biasdpo.migrations import open_workspace, workspace_root
 from biasdpo.records import Sampling
@@ -572,6 +572,31 @@ def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **optio
     print_row(record.to_json(), "\n".join(lines), as_json=as_json)
     for warning in record.proof.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)
+
+
+@app.command("publish")
+@options_of(PublishConfig)
+def publish_run(
+    run: Annotated[str, Argument(metavar="RUN", help="Finished run.")],
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be sent, with the cards, but send nothing.")] = False,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Publish a run's adapter on the Hugging Face Hub, privately by default: with its model card and, if named, a GGUF and the
+    dataset. The token is HF_TOKEN, else that of `hf auth login`."""
+    from biasdpo import publish
+
+    folder = open_workspace(workspace)
+    plan = publish.plan(run, PublishConfig(**options), folder)
+    if dry_run:
+        files = [f"{one.id}/{name}: {size:,} bytes" for one in plan.repositories for name, size, _sha256 in one.listing]
+        cards = [f"\n--- {one.id}/README.md ---\n{one.card}" for one in plan.repositories]
+        print_row(plan.to_json(), "\n".join((*plan.summary(), *files, *cards)), as_json=as_json)
+        return
+    print(*plan.summary(), sep="\n", file=sys.stderr)
+    done = publish.publish(plan, folder, lambda what: print(what, file=sys.stderr))
+    print_row([vars(one) for one in done], "\n".join(map(str, done)), as_json=as_json)
 
 
 # Evaluation

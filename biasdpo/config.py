@@ -1,4 +1,4 @@
-"""Settings of training runs, evaluations, exports and the app, each declared once.
+"""Settings of training runs, evaluations, exports, publications and the app, each declared once.
 
 A declaration holds a setting's type, default, range, unit, help text and place in the form. The command line's options, the form
 of the Train tab, the JSON schema, presets, the checks with their messages, and docs/cli.md are generated from it.
@@ -362,6 +362,9 @@ class TrainConfig(Settings):
     ending_weight: float = setting(0.0, range=(0, 1000), unit="per nat per completion", group="Loss")
     """Weight of KL(base || policy) of ending the completion, on completions sampled every fourth step; preserves the base
     model's completion length. 0: off."""
+    everyday_weight: float = setting(0.0, range=(0, 1000), unit="per nat per token", group="Loss")
+    """Weight of KL(base || policy) on the base model's own answers to built-in everyday prompts; keeps everyday answers as they
+    are. 0: off."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
         "linear", group="Optimizer", affects_cost=False
     )
@@ -609,6 +612,42 @@ class ExportConfig(Settings):
         if self.quantization == "keep" and self.source == "hf":
             raise ValueError("quantization keep needs a base GGUF: got source hf; choose another quantization or source")
         return self
+
+
+# Publishing
+
+
+def _repository(name: str) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as exc:
+        raise ValueError(f"can't be the name of a repository: {exc}") from exc
+    if name.count("/") != 1:
+        raise ValueError(f"must be OWNER/NAME, where OWNER is your name on the Hub or an organization of yours: got {name!r}")
+    return name
+
+
+class PublishConfig(Settings):
+    """One publication: where the adapter of a run goes on the Hugging Face Hub, and what goes with it."""
+
+    to: Annotated[str, AfterValidator(_repository)] = setting(..., label="Model repository", metavar="OWNER/NAME")
+    """Repository on the Hub for the adapter and its model card. It is made if there is none."""
+    dataset_to: Annotated[str, AfterValidator(lambda name: name and _repository(name))] = setting(
+        "", label="Dataset repository", metavar="OWNER/NAME"
+    )
+    """Repository for the judgments that the run was trained on, with a dataset card. Default: not published."""
+    gguf: str = setting("", label="GGUF file", metavar="EXPORT")
+    """Finished export of this run, to go with the adapter."""
+    public: bool = setting(False)
+    """Everybody may see the repositories. Default: private."""
+    with_annotators: bool = setting(False, label="With nicknames and times")
+    """Nicknames of annotators and the times of their judgments go into the dataset. Default: numbers for names, days for
+    times."""
+    update: bool = setting(False, label="Update what is there")
+    """Replace files in a repository that has other content. Files of other names stay."""
 
 
 # The app
