@@ -235,6 +235,7 @@ def test_a_space_without_llama_cpp_runs_the_model_with_transformers(tmp_path):
     assert any((tmp_path / "cache" / "hf").glob("SmolLM2*"))  # the transformers copy of the model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["visitor", "annotator"])
 def test_no_answer_names_a_folder_of_the_machine(role, tiny_llama_gguf, tmp_path_factory):
     """Every endpoint, page and file that somebody other than the owner gets; jobs, results and models are full of paths."""
