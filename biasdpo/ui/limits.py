@@ -17,6 +17,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from biasdpo.config import ServeConfig
+from biasdpo.errors import plural
 from biasdpo.workspace import is_public_space
 
 log = logging.getLogger(__name__)
@@ -100,14 +101,15 @@ class Limits:
         """Why a request may not join the queue; "" if it may."""
         asked = _requests(queue)
         if len(asked) >= self.config.max_queue:
-            return f"The app is busy with {len(asked)} requests: try again in a minute"
+            return f"The app is busy with {plural(len(asked), 'request')}: try again in a minute"
         address = client_address(request)
         if sum(client_address(event.request) == address for event in asked) >= self.config.max_queue_per_visitor:
-            return f"You have {self.config.max_queue_per_visitor} requests under way: wait until one is done"
+            return f"You have {plural(self.config.max_queue_per_visitor, 'request')} under way: wait until one is done"
         session = body.session_hash or ""
         if session not in self._sessions:
             if self._comes_too_often(address, self.config.max_visits_per_minute):
-                return f"More than {self.config.max_visits_per_minute} pages were opened from your address: wait a minute"
+                pages = plural(self.config.max_visits_per_minute, "page")
+                return f"Your address opened more than {pages} in a minute: wait a minute"
             self._sessions[session] = None
             while len(self._sessions) > self.config.max_sessions:
                 del self._sessions[next(iter(self._sessions))]
