@@ -15,6 +15,7 @@ from biasdpo.jobs.job import Job
 from biasdpo.jobs.outcome import accuracy_text, held_out_metrics, outcome, pack_run, pairs_needed, run_table
 from biasdpo.ui import charts, jobs, train
 from biasdpo.ui.charts import moving_mean, points, thinned, training_chart
+from biasdpo.ui.components import escape
 from biasdpo.workspace import Workspace, read_json, write_json
 from tests.run_folders import metrics, probe, write_run
 
@@ -150,7 +151,7 @@ def test_a_run_shows_what_it_does_before_its_first_step(workspace):
     status = me | {"phase": "computing reference log-probabilities (30 of 120 pairs)", "share": 0.25}
     write_run(workspace.root, "new", "running", steps=0, total=0, status=status)
     job = find(workspace, "new")
-    assert "**Running** · computing reference log-probabilities (30 of 120 pairs)" in jobs.head(job)
+    assert escape("computing reference log-probabilities (30 of 120 pairs)") in jobs.head(job)
     assert 'value="0.250"' in jobs.head(job)
     assert jobs.state_word(job) == "Running"  # 25% of the run it isn't
     job.folder.write_status(replace(job.status, phase="loading the model", share=0.0, step=20, total_steps=80))
