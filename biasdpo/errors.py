@@ -11,6 +11,7 @@ BiasDPOError            what a user can mend: exit status 2, one line
 ├── JobError            unknown job, job in the wrong state, damaged job folder
 ├── RunError            a training run that can't go on
 ├── ExportError         a GGUF that could not be written, or that was not proven equal
+├── PublishError         a run that can't be published, or a repository that the Hub did not take
 ├── EvaluationError     unknown evaluation, evaluation in the wrong state, damaged result
 ├── WorkspaceError      a folder that can't be written, a lock that can't be had
 └── RefusedError        not for whoever asks (a visitor)
@@ -59,6 +60,10 @@ class RunError(BiasDPOError):
 
 class ExportError(BiasDPOError):
     """A GGUF could not be written, or was not proven equal to its model."""
+
+
+class PublishError(BiasDPOError):
+    """A run can't be published, or the Hub did not take it."""
 
 
 class EvaluationError(BiasDPOError):

@@ -18,7 +18,8 @@ LEVELS = [
     {"errors", "records", "config", "workspace"},
     {"model_files", "chat", "models", "model_card", "counterfactuals", "rewards"},
     {"data", "benchmarks", "gguf", "backends", "prompts", "evaluation.stats"},
-    {"engines", "compare", "links", "evaluation", "jobs", "labeling", "gguf.export", "gguf.proof", "migrations", "backup"},
+    {"engines", "compare", "links", "evaluation", "jobs", "labeling", "gguf.export", "gguf.proof", "migrations", "backup"}
+    | {"publish"},
     {"ui", "cli", "cli_jobs", "cli_options"},
     {"__main__"},
 ]

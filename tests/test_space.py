@@ -142,6 +142,9 @@ def test_export(space):
     for element in ("export-stop", "export-resume", "export-confirm-delete", "export-compare"):
         assert REFUSED in space.answer(element, ["x"]), element
     assert store.list_jobs(space.workspace, "export") == []
+    form = ["first", "ana/m", "", "", False, False, False]
+    assert REFUSED in space.answer("publish-preview", form)
+    assert REFUSED in space.answer("publish-send", [None, *form])
 
 
 # Endpoints by the element and event that call them. The owner's refuse a visitor; the others show something, ask before
@@ -152,9 +155,9 @@ OWNER = set(
     evaluate-stop.click export-adapter.change export-button.click export-compare.click export-confirm-delete.click
     export-name.submit export-resume.click export-stop.click import-button.click import-column-category.input
     import-examples.click import-file.upload import-seed.click import-undo.click measure-card.click measure-estimate.click
-    measure-start.click train-add-own.click train-confirm-delete.click train-estimate.click train-import.upload
-    train-model.input train-note.blur train-resume.click train-retry.click train-start.click train-stop.click
-    train-upload.upload train-zip.click
+    measure-start.click publish-preview.click publish-send.click train-add-own.click train-confirm-delete.click
+    train-estimate.click train-import.upload train-model.input train-note.blur train-resume.click train-retry.click
+    train-start.click train-stop.click train-upload.upload train-zip.click
     """.split()  # noqa: SIM905
 )
 VISITOR = set(
@@ -171,12 +174,12 @@ VISITOR = set(
     measure-by-strength.input measure-flip-benchmark.input measure-flip-try.click measure-flip-way.input
     measure-flips.select measure-model.input measure-next.click measure-others.input measure-try.click mine.collapse
     mine.expand model.input my-judgments.select next-dataset.click next-label.click next-measure.click next-train.click
-    paste-button.click prompt-kind.change prompt.blur regenerate.click send-to-label.click share.click stop.click
-    train-accelerate.change train-cancel.click train-compare.expand train-delete.click train-jobs.select train-keep.click
-    train-log-box.collapse train-log-box.expand train-picked.change train-preset.input train-probe-earlier.click
-    train-probe-later.click train-to-compare.click train-to-export.click train-to-measure.click tuned-tokens.select
-    undo-verdict.click undo.click verdict-both-biased.click verdict-both-unusable.click verdict-left.click
-    verdict-right.click verdict-tie.click view.input withdraw.click
+    paste-button.click prompt-kind.change prompt.blur publish-box.expand regenerate.click send-to-label.click share.click
+    stop.click train-accelerate.change train-cancel.click train-compare.expand train-delete.click train-jobs.select
+    train-keep.click train-log-box.collapse train-log-box.expand train-picked.change train-preset.input
+    train-probe-earlier.click train-probe-later.click train-to-compare.click train-to-export.click train-to-measure.click
+    tuned-tokens.select undo-verdict.click undo.click verdict-both-biased.click verdict-both-unusable.click
+    verdict-left.click verdict-right.click verdict-tie.click view.input withdraw.click
     """.split()  # noqa: SIM905
 )
 
