@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from biasdpo.errors import ConfigError
+from biasdpo.errors import ConfigError, plural
 from biasdpo.records import SEED_RANGE, STRENGTH_RANGE
 from biasdpo.workspace import is_public_space
 
@@ -480,9 +480,9 @@ class TrainConfig(Settings):
         if self.schedule != "constant" and math.ceil(steps * self.warmup_share) >= steps:
             what = "The run's only step is" if steps == 1 else f"All {steps} steps are"
             raise ConfigError(
-                f"{what} warm-up ({rows} pairs, warmup_share {self.warmup_share:g}), so the learning rate never reaches "
-                f"{self.learning_rate:g}{' but stays 0' * (steps == 1)}: add pairs or epochs, lower gradient_accumulation, or "
-                "set warmup_share to 0"
+                f"{what} warm-up ({plural(rows, 'pair')}, warmup_share {self.warmup_share:g}), so the learning rate never "
+                f"reaches {self.learning_rate:g}{' but stays 0' * (steps == 1)}: add pairs or epochs, lower "
+                "gradient_accumulation, or set warmup_share to 0"
             )
 
     def cost_settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One tree of errors; every message says what, what was got, and the remedy.
+"""One tree of errors; every message says what, what was got, and the remedy. And how messages count.
 
 BiasDPOError            what a user can mend: exit status 2, one line
 ├── ConfigError         a setting out of its range, settings that contradict each other
@@ -76,3 +76,11 @@ class WorkspaceError(BiasDPOError):
 
 class RefusedError(BiasDPOError):
     """The action is not for whoever asks: a visitor."""
+
+
+# Counts in messages
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """ "1 pair", "2 pairs", "1,024 pairs"."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

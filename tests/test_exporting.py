@@ -136,7 +136,7 @@ def test_the_card_states_what_one_must_know(workspace, tmp_path):
         "Annotators: 2",
         "| label | 2 |",
         "the longer one in 100.0% of the pairs",
-        "0 prompts nearly repeat",
+        "Prompts that nearly repeat an earlier one: 0.",
         'load_dataset("csv", data_files="pairs.csv", split="train", keep_default_na=False)',
         "Judgments made in BiasDPO",
     ):

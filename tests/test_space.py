@@ -164,10 +164,10 @@ OWNER = set(
     bulk-go.click dataset-go.click dataset-save.click evaluate-confirm-delete.click evaluate-resume.click
     evaluate-stop.click export-adapter.change export-button.click export-compare.click export-confirm-delete.click
     export-name.submit export-resume.click export-stop.click import-button.click import-column-category.input
-    import-file.upload import-seed.click import-undo.click measure-card.click measure-estimate.click measure-start.click
-    publish-preview.click publish-send.click
-    train-confirm-delete.click train-estimate.click train-import.upload train-model.input train-note.blur train-resume.click
-    train-retry.click train-start.click train-stop.click train-upload.upload train-zip.click
+    import-examples.click import-file.upload import-seed.click import-undo.click measure-card.click measure-estimate.click
+    measure-start.click publish-preview.click publish-send.click train-add-own.click train-confirm-delete.click
+    train-estimate.click train-import.upload train-model.input train-note.blur train-resume.click train-retry.click
+    train-start.click train-stop.click train-upload.upload train-zip.click
     """.split()  # noqa: SIM905
 )
 VISITOR = set(
@@ -175,21 +175,21 @@ VISITOR = set(
     adapter.input agree-here.click answer-both-biased.click answer-both-unusable.click answer-left.click answer-right.click
     answer-skip.click answer-tie.click ask-both.click base-tokens.select begin.click bulk-cancel.click bulk-tag.click
     bulk-withdraw.click change-nickname.click coverage.collapse coverage.expand dataset-cancel.click dataset-charts.expand
-    dataset-close.click dataset-edit.click dataset-filter-annotator.change dataset-next.click dataset-previous.click
-    dataset-table.select dataset-withdraw.click editing.input evaluate-delete.click evaluate-jobs.select evaluate-keep.click
-    evaluate-log-box.collapse evaluate-log-box.expand examples-gender.click examples-race.click examples-religion.click
-    export-delete.click export-jobs.select export-keep.click export-log-box.collapse export-log-box.expand generate.click
-    history.input import-path.submit imports.input label-left-text.change label-settings.expand measure-adapters.change
-    measure-by-group.input measure-by-strength.input measure-flip-benchmark.input measure-flip-try.click
-    measure-flip-way.input measure-flips.select measure-model.input measure-next.click measure-others.input
-    measure-try.click mine.collapse mine.expand model.input my-judgments.select next-dataset.click next-label.click
-    next-measure.click next-train.click paste-button.click prompt-kind.change prompt.blur publish-box.expand
-    regenerate.click
-    send-to-label.click share.click stop.click train-accelerate.change train-cancel.click train-compare.expand
-    train-delete.click train-jobs.select train-keep.click train-log-box.collapse train-log-box.expand train-picked.change
-    train-preset.input train-probe-earlier.click train-probe-later.click train-to-compare.click train-to-export.click
-    train-to-measure.click tuned-tokens.select undo-verdict.click undo.click verdict-both-biased.click
-    verdict-both-unusable.click verdict-left.click verdict-right.click verdict-tie.click view.input withdraw.click
+    dataset-close.click dataset-edit.click dataset-filter-annotator.change dataset-filter-state.change dataset-next.click
+    dataset-previous.click dataset-table.select dataset-train.click dataset-withdraw.click editing.input
+    evaluate-delete.click evaluate-jobs.select evaluate-keep.click evaluate-log-box.collapse evaluate-log-box.expand
+    examples-gender.click examples-race.click examples-religion.click export-delete.click export-jobs.select
+    export-keep.click export-log-box.collapse export-log-box.expand generate.click history.input import-path.submit
+    imports.input label-left-text.change label-settings.expand measure-adapters.change measure-by-group.input
+    measure-by-strength.input measure-flip-benchmark.input measure-flip-try.click measure-flip-way.input
+    measure-flips.select measure-model.input measure-next.click measure-others.input measure-try.click mine.collapse
+    mine.expand model.input my-judgments.select next-dataset.click next-label.click next-measure.click next-train.click
+    paste-button.click prompt-kind.change prompt.blur publish-box.expand regenerate.click send-to-label.click share.click
+    stop.click train-accelerate.change train-cancel.click train-compare.expand train-delete.click train-jobs.select
+    train-keep.click train-log-box.collapse train-log-box.expand train-picked.change train-preset.input
+    train-probe-earlier.click train-probe-later.click train-to-compare.click train-to-export.click train-to-measure.click
+    tuned-tokens.select undo-verdict.click undo.click verdict-both-biased.click verdict-both-unusable.click
+    verdict-left.click verdict-right.click verdict-tie.click view.input withdraw.click
     """.split()  # noqa: SIM905
 )
 

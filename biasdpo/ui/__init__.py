@@ -19,11 +19,11 @@ from biasdpo.accounts import Accounts
 from biasdpo.config import ServeConfig
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
-from biasdpo.errors import BiasDPOError, ConfigError
+from biasdpo.errors import BiasDPOError, ConfigError, plural
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Kind
 from biasdpo.ui.compare import build_compare
-from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity, plural
+from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity
 from biasdpo.ui.connections import limit_connections
 from biasdpo.ui.dataset import build_dataset
 from biasdpo.ui.export import build_export
@@ -77,7 +77,8 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
         states = studio.signal("states")
         with signals:
             timer = gr.Timer(_STEPS_SECONDS)
-        gr.on([demo.load, timer.tick, tabs.select], lambda: json.dumps(step_states(studio)), None, states, **QUICK)
+        looks = [demo.load, timer.tick, tabs.select, *studio.changes]
+        gr.on(looks, lambda: json.dumps(step_states(studio)), None, states, **QUICK)
 
         def relabel(now: str) -> list[gr.Tab]:
             return [gr.Tab(label=_step(name, state)) for name, state in json.loads(now).items()]
@@ -140,6 +141,8 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover_dark="*primary_600",
+        button_secondary_shadow="inset 0 0 0 1px *neutral_400",  # or it looks like a disabled one
+        button_secondary_shadow_dark="inset 0 0 0 1px *neutral_400",
         slider_color="*primary_600",
         slider_color_dark="*primary_400",
         block_info_text_color="*neutral_600",

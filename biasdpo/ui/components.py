@@ -50,6 +50,7 @@ class Studio:
     identity: gr.BrowserState
     signals: gr.Column
     requests: dict[str, gr.State] = field(default_factory=dict)  # by tab id: what the tab is asked to show
+    changes: list[Any] = field(default_factory=list)  # events after which the steps' labels are looked at
 
     @property
     def workspace(self) -> Workspace:
@@ -181,11 +182,6 @@ def model_title(name: str) -> str:
 
 
 # Formatting
-
-
-def plural(count: int, noun: str, nouns: str = "") -> str:
-    """ "1 pair", "2 pairs", "1,024 pairs"."""
-    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def size_text(count: float) -> str:

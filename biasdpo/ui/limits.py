@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope
 
 from biasdpo import access
 from biasdpo.config import ServeConfig
-from biasdpo.errors import RefusedError
+from biasdpo.errors import RefusedError, plural
 from biasdpo.workspace import is_public_space
 
 log = logging.getLogger(__name__)
@@ -179,16 +179,17 @@ class Limits:
         """Why a request may not join the queue; "" if it may."""
         asked = _requests(queue)
         if len(asked) >= self.config.max_queue:
-            return f"The app is busy with {len(asked)} requests: try again in a minute"
+            return f"The app is busy with {plural(len(asked), 'request')}: try again in a minute"
         address = client_address(request)
         if sum(client_address(event.request) == address for event in asked) >= self.config.max_queue_per_visitor:
-            return f"You have {self.config.max_queue_per_visitor} requests under way: wait until one is done"
+            return f"You have {plural(self.config.max_queue_per_visitor, 'request')} under way: wait until one is done"
         session = body.session_hash  # None: a program's call, a session of its own; Gradio refuses it elsewhere
         if session is not None and not 1 <= len(session) <= _SESSION_CHARACTERS:
             return f"A session_hash has 1 to {_SESSION_CHARACTERS} characters: got {len(session):,}; reload the page"
         if session is None or session not in self._sessions:
             if self._comes_too_often(address, "visit", self.config.max_visits_per_minute):
-                return f"More than {self.config.max_visits_per_minute} pages were opened from your address: wait a minute"
+                pages = plural(self.config.max_visits_per_minute, "page")
+                return f"Your address opened more than {pages} in a minute: wait a minute"
             if session is not None:
                 self._sessions[session] = None
             while len(self._sessions) > self.config.max_sessions:

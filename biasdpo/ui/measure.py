@@ -19,7 +19,7 @@ from biasdpo import benchmarks, models
 from biasdpo.access import for_caller, is_owner, require_owner
 from biasdpo.benchmarks.titles import BENCHMARKS, Group, benchmark_title, metric_title
 from biasdpo.config import RUN, WORKSPACE, EvaluationConfig
-from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError
+from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError, plural
 from biasdpo.evaluation import report, results
 from biasdpo.evaluation.report import figure
 from biasdpo.evaluation.results import Flip, TableRow
@@ -30,7 +30,7 @@ from biasdpo.jobs.job import Job
 from biasdpo.jobs.resolve import command_of, parts
 from biasdpo.labeling import word_diff
 from biasdpo.ui import charts
-from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, plural
+from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices
 from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word
 from biasdpo.workspace import ASSETS
 
