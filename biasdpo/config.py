@@ -499,16 +499,19 @@ Backend = Literal["auto", "llamacpp", "transformers", "transformers-8bit", "tran
 BenchmarkName = Literal[
     "preference",
     "quick_check",
+    "counterfactual_gap",
     "crows_pairs",
     "stereoset",
     "bbq",
     "winobias",
     "truthfulqa",
+    "group_facts",
     "utility",
     "perplexity",
     "bold",
     "real_toxicity_prompts",
     "utility_generation",
+    "overcorrection",
 ]
 BENCHMARKS: tuple[BenchmarkName, ...] = get_args(BenchmarkName)
 
