@@ -1,4 +1,4 @@
-"""One tree of errors; every message says what, what was got, and the remedy.
+"""One tree of errors; every message says what, what was got, and the remedy. And how messages count.
 
 BiasDPOError            what a user can mend: exit status 2, one line
 ├── ConfigError         a setting out of its range, settings that contradict each other
@@ -11,6 +11,7 @@ BiasDPOError            what a user can mend: exit status 2, one line
 ├── JobError            unknown job, job in the wrong state, damaged job folder
 ├── RunError            a training run that can't go on
 ├── ExportError         a GGUF that could not be written, or that was not proven equal
+├── PublishError         a run that can't be published, or a repository that the Hub did not take
 ├── EvaluationError     unknown evaluation, evaluation in the wrong state, damaged result
 ├── WorkspaceError      a folder that can't be written, a lock that can't be had
 └── RefusedError        not for whoever asks (a visitor)
@@ -61,6 +62,10 @@ class ExportError(BiasDPOError):
     """A GGUF could not be written, or was not proven equal to its model."""
 
 
+class PublishError(BiasDPOError):
+    """A run can't be published, or the Hub did not take it."""
+
+
 class EvaluationError(BiasDPOError):
     """An evaluation is unknown, in a state that does not allow what was asked, or its result is damaged."""
 
@@ -71,3 +76,11 @@ class WorkspaceError(BiasDPOError):
 
 class RefusedError(BiasDPOError):
     """The action is not for whoever asks: a visitor."""
+
+
+# Counts in messages
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """ "1 pair", "2 pairs", "1,024 pairs"."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
