@@ -505,17 +505,35 @@ def train(
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Resume a run that was stopped, was interrupted or failed.")] = False,
     estimate: Annotated[bool, Option("--estimate", help="Measure the time and memory of the run, but do not start it.")] = False,
+    on: Annotated[
+        Literal["here", "hf-jobs"], Option("--on", help="Machine: this one, or one of Hugging Face Jobs, which charges for it.")
+    ] = "here",
+    flavor: Annotated[str, Option(metavar="NAME", help="Hardware of the job, e.g. a10g-small.", show_default=False)] = "",
+    timeout: Annotated[str, Option(metavar="TIME", help="The job's time at most, with s, m, h or d. [default: 2h]")] = "",
+    push_to: Annotated[str, Option(metavar="OWNER/NAME", help="Hub repository for the job's adapter; created private.")] = "",
+    detach: Annotated[bool, Option("--detach", help="Start the job, but do not wait for its end.")] = False,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
-    """Train an adapter with DPO, in a process of its own. Ctrl-C asks the run to stop, with a checkpoint."""
+    """Train an adapter with DPO, in a process of its own. Ctrl-C asks the run to stop, with a checkpoint; a job is canceled."""
     from biasdpo.jobs import store
     from biasdpo.jobs.job import shown_command
 
     if not run_id and not estimate:
         raise ConfigError("A run needs a name: got none; give it with --run-id")
     folder = open_workspace(workspace)
+    of_jobs = [("--flavor", flavor), ("--timeout", timeout), ("--push-to", push_to), ("--detach", detach)]
+    if on == "hf-jobs":
+        if resume or estimate:
+            raise ConfigError("--on hf-jobs starts new runs only: leave --resume and --estimate out")
+        if not flavor or not push_to:
+            raise ConfigError("--on hf-jobs needs --flavor NAME and --push-to OWNER/NAME: add what is missing")
+        asked = train_config(config, options, settings or ())
+        _train_elsewhere(asked, folder, run_id, push_to, flavor, timeout or "2h", detach=detach, as_json=as_json)
+        return
+    if given := [name for name, value in of_jobs if value]:
+        raise ConfigError(f"{', '.join(given)}: only with --on hf-jobs; leave it out, or add that")
     if resume:
         given = [TrainConfig.settings()[name].option for name in options]
         given += [name for name, value in (("--config", config), ("--set", settings), ("--estimate", estimate)) if value]
@@ -542,6 +560,39 @@ def train(
         raise RunError(f"Run {run_id!r} {run.status.state}: {run.status.error}")
     if not as_json:
         print(cli_jobs.summary(run))
+
+
+def _train_elsewhere(
+    config: TrainConfig,
+    workspace: Workspace,
+    run_id: str,
+    push_to: str,
+    flavor: str,
+    timeout: str,
+    *,
+    detach: bool,
+    as_json: bool,
+) -> None:
+    """Train on Hugging Face Jobs, and show the job's log on stderr."""
+    from biasdpo.jobs import hf_jobs
+
+    order = hf_jobs.check_order(config, run_id, push_to, flavor, timeout)
+    api, job = hf_jobs.submit(order, workspace)
+    print(f"{job.url} on {flavor}, {timeout} at most", file=sys.stderr)
+    if not detach:
+        job = hf_jobs.follow(api, job, lambda line: print(line, file=sys.stderr, flush=True))
+    stage = str(job.status.stage)
+    row = {"id": job.id, "url": job.url, "stage": stage, "adapter": push_to}
+    if detach:
+        text = f"Job {job.id} was started: `hf jobs logs {job.id}` shows its log, `hf jobs cancel {job.id}` ends it"
+    else:
+        text = f"Adapter in {push_to}: `hf download {push_to} --local-dir DIR`, then use it as --adapter DIR"
+    if detach or stage == "COMPLETED":
+        print_row(row, text, as_json=as_json)
+        return
+    raise RunError(
+        f"Job {job.id} ended as {stage.lower()}{f' ({job.status.message})' if job.status.message else ''}: see {job.url}"
+    )
 
 
 def train_config(file: Path | None, options: dict[str, Any], settings: Sequence[str]) -> TrainConfig:

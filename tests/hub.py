@@ -8,7 +8,7 @@
         hub.read("dataset", "ana/labels", "README.md")
 
 It covers repositories (model, dataset, space: commits, branches, LFS) and buckets. Files of buckets travel over Xet, which writes
-to a folder (`local://`). Other endpoints answer 404; add one with `@route`.
+to a folder (`local://`). Jobs only go through the stages that a test plans. Other endpoints answer 404; add one with `@route`.
 """
 
 from __future__ import annotations
@@ -103,6 +103,18 @@ class Fault:
     seconds: float
 
 
+@dataclass
+class Job:
+    """A job of Hugging Face Jobs, which runs nothing: each look at it takes the next of `plan`, (stage, lines of its log)."""
+
+    id: str
+    namespace: str
+    spec: dict[str, Any]
+    plan: list[tuple[str, list[str]]]
+    stage: str = "SCHEDULING"
+    log: list[str] = field(default_factory=list)
+
+
 class RefusedError(Exception):
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
@@ -156,6 +168,8 @@ class Hub:
         self.organizations = {"ana": ["lab"]}
         self.role = "write"  # of the tokens
         self.repositories: dict[tuple[str, str], Repository] = {}
+        self.jobs: dict[str, Job] = {}
+        self.plan: list[tuple[str, list[str]]] = [("RUNNING", ["step 1"]), ("RUNNING", ["step 2"]), ("COMPLETED", ["pushed"])]
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str]] = []
         self.lock = threading.RLock()
@@ -582,6 +596,56 @@ def _resolve_bucket(hub: Hub, request: Request, bucket_id: str, path: str) -> An
         raise RefusedError(404, f"{path} does not exist", "EntryNotFound")
     refresh = f"{hub.endpoint}/api/buckets/{bucket_id}/xet-read-token"
     return Answer(hub.content(stored), headers={"X-Xet-Hash": stored.xet_hash, "X-Xet-Refresh-Route": refresh})
+
+
+# Jobs
+
+_JOB = r"/api/jobs/(?P<namespace>[^/]+)/(?P<job_id>[^/]+)"
+
+
+def _job_information(job: Job) -> dict[str, Any]:
+    owner = {"id": "1", "name": job.namespace, "type": "user"}
+    spec = {name: value for name, value in job.spec.items() if name != "secrets"}
+    return {**spec, "id": job.id, "createdAt": CREATED, "owner": owner, "status": {"stage": job.stage, "message": None}}
+
+
+def _own_job(hub: Hub, request: Request, namespace: str, job_id: str) -> Job:
+    if request.user is None or namespace not in (request.user, *hub.organizations.get(request.user, ())):
+        raise RefusedError(403 if request.user else 401, "You don't have the rights to see this job")
+    if job_id not in hub.jobs:
+        raise RefusedError(404, f"No job {job_id}")
+    return hub.jobs[job_id]
+
+
+@route("POST", r"/api/jobs/(?P<namespace>[^/]+)")
+def _run_job(hub: Hub, request: Request, namespace: str) -> Any:
+    job = Job(f"{len(hub.jobs) + 1:024x}", namespace, request.json, list(hub.plan))
+    hub.jobs[job.id] = job
+    _own_job(hub, request, namespace, job.id)
+    return _job_information(job)
+
+
+@route("GET", _JOB)
+def _inspect_job(hub: Hub, request: Request, namespace: str, job_id: str) -> Any:
+    job = _own_job(hub, request, namespace, job_id)
+    if job.plan and job.stage != "CANCELED":
+        job.stage, lines = job.plan.pop(0)
+        job.log += lines
+    return _job_information(job)
+
+
+@route("GET", _JOB + r"/logs")
+def _job_logs(hub: Hub, request: Request, namespace: str, job_id: str) -> Any:
+    lines = _own_job(hub, request, namespace, job_id).log
+    events = [f"data: {json.dumps({'timestamp': CREATED, 'data': line})}\n\n" for line in ["===== Job started =====", *lines]]
+    return Answer("".join(events).encode(), headers={"Content-Type": "text/event-stream"})
+
+
+@route("POST", _JOB + r"/cancel")
+def _cancel_job(hub: Hub, request: Request, namespace: str, job_id: str) -> Any:
+    job = _own_job(hub, request, namespace, job_id)
+    job.stage = "CANCELED"
+    return _job_information(job)
 
 
 # The server

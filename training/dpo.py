@@ -237,7 +237,7 @@ def build_trainer(
         eval_dataset=_dataset(rows.held_out.rows) if evaluates else None,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[callbacks.FolderCallback(writer)],
+        callbacks=[callbacks.FolderCallback(writer, config.max_minutes)],
     )
     trainer.remove_callback(PrinterCallback)  # `FolderCallback` logs instead
     return trainer

@@ -28,7 +28,7 @@ from biasdpo.data.journal import BOM, BadLine, Row, append_all, journal_of, now,
 from biasdpo.data.pairs import LABELS, TEXTS, pair_id_of, text_fault
 from biasdpo.data.templated import Message
 from biasdpo.errors import ConfigError, DatasetError, plural
-from biasdpo.records import SEED_RANGE, Judgment, JudgmentMeta
+from biasdpo.records import SEED_RANGE, Judgment, JudgmentMeta, csv_text
 from biasdpo.workspace import Workspace
 
 # Reading: the rows of a source, one by one
@@ -340,7 +340,15 @@ def _csv_rows(path: Path) -> Iterator[Read]:
         elif cells and (len(cells) < len(header) or any(cells[len(header) :])):
             yield bad_line(start + 1, f"{plural(len(cells), 'cell')}, but the header has {len(header)}")
         elif cells:
-            yield SourceRow(start + 1, {name: cell for name, cell in zip(header, cells, strict=False) if name}, True)
+            yield SourceRow(start + 1, _restored({name: cell for name, cell in zip(header, cells, strict=False) if name}), True)
+
+
+def _restored(row: dict[str, str]) -> dict[str, str]:
+    """A row of our own exports with its texts as they were before `csv_cell`: its pair_id is of those."""
+    if "pair_id" not in row or not row.keys() >= set(TEXTS):
+        return row
+    texts = {name: csv_text(cell) for name, cell in row.items()}
+    return texts if texts["pair_id"] == pair_id_of(*(texts[name] for name in TEXTS)) else row
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Read]]] = {"CSV": _csv_rows, "JSON": _json_text, "JSON Lines": _json_lines}

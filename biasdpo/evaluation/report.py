@@ -29,6 +29,7 @@ from biasdpo.evaluation.results import (
 )
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
+from biasdpo.records import csv_cell
 from biasdpo.workspace import Workspace, replacing
 
 if TYPE_CHECKING:
@@ -333,12 +334,12 @@ _INTERVALS = ("base_ci", "tuned_ci", "ci")
 
 
 def csv_text(result: Mapping[str, Any]) -> str:
-    """`csv_rows` as a CSV file."""
+    """`csv_rows` as a CSV file without formulas."""
     rows = csv_rows(result)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 

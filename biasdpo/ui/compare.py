@@ -144,8 +144,8 @@ class CompareTab:
     def _build_engine(self) -> None:
         picker: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
         with gr.Row(elem_id="engine"):
-            chosen = self.studio.startup.model or "auto"
-            known = components.model_choices(self.studio, chosen)
+            chosen = self.studio.startup.model if self.studio.startup.model in models.catalog() else "auto"
+            known = components.catalog_choices(chosen)
             self.model = gr.Dropdown(
                 known, value=chosen, label="Model (ID or path)", info="On its own: Base", elem_id="model", **picker
             )
@@ -324,11 +324,11 @@ class CompareTab:
         return updates | {self.timer: gr.Timer(active=False)}
 
     def _picked(self, key: EngineKey) -> Updates:
-        spec = _spec_of(key.model)
+        spec, name = _spec_of(key.model), components.shown_model(self.studio, key.model)
         updates: Updates = {
-            self.model: gr.update(choices=components.model_choices(self.studio, key.model), value=key.model),
+            self.model: gr.update(choices=components.model_choices(self.studio, name), value=name),
             self.adapter: gr.update(choices=self._adapter_choices(key), value=key.adapter),
-            self.picked_model: key.model,
+            self.picked_model: name,
         }
         tuned = key.adapter != "none"
         updates |= {self.strength: gr.update(visible=tuned), self.base_only: gr.update(visible=not tuned)}

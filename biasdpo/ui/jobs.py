@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from typing import Any
 
 import gradio as gr
@@ -227,7 +228,8 @@ def run_estimate(shown: Callable[[float], Any], estimate: Callable[..., Any], *g
     Gradio does when the page is closed or by `cancels`, ends the process."""
     began, ended = time.monotonic(), threading.Event()
     with ThreadPoolExecutor(1) as executor:
-        task = executor.submit(estimate, *given, cancelled=ended.is_set)
+        as_caller = copy_context().run  # the thread asks for whoever asked here
+        task = executor.submit(as_caller, estimate, *given, cancelled=ended.is_set)
         try:
             while not wait([task], _POLL_SECONDS).done:
                 yield shown(time.monotonic() - began)

@@ -377,7 +377,7 @@ def _build_settings(studio: Studio, box: gr.Accordion) -> list[Any]:
             traits = gr.Textbox(first_traits, label="Traits, one per line", lines=5, max_lines=12)
     with gr.Row():
         own: dict[str, Any] = {"allow_custom_value": True, "min_width": 180}
-        known = components.model_choices(studio, "auto")
+        known = components.catalog_choices("auto")
         model = gr.Dropdown(known, value="auto", label="Model", info="Or a path or Hub ID", elem_id="label-model", **own)
         adapter = gr.Dropdown(_adapters(studio), value="", label="Adapter", info="Or a folder", elem_id="label-adapter", **own)
         strength = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter strength", info="1: as trained", min_width=160, buttons=[])
@@ -393,9 +393,13 @@ def _build_settings(studio: Studio, box: gr.Accordion) -> list[Any]:
     def follow_request(request: dict[str, Any]) -> Updates:
         return {model: request.get("model", gr.skip()), adapter: request.get("adapter", gr.skip())}
 
+    def refresh() -> Updates:
+        models_ = components.model_choices(studio, "auto")
+        return {model: gr.Dropdown(choices=models_), adapter: gr.Dropdown(choices=_adapters(studio))}
+
     kind.change(show_prompts, kind, [list_box, template_box], **QUICK)
     category.input(_fill_groups, category, [groups, traits], **QUICK)
-    box.expand(lambda: gr.Dropdown(choices=_adapters(studio)), None, adapter, **QUICK)
+    box.expand(refresh, None, [model, adapter], **QUICK)
     studio.on_request("label", follow_request, [], [model, adapter])
     generation = [model, adapter, strength, limit, temperature, system]
     return [goal, kind, source, lines, file, template, groups, traits, category, *generation]

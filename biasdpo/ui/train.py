@@ -27,9 +27,21 @@ from biasdpo.jobs import store
 from biasdpo.jobs.estimate import Estimate, estimate_training, known_estimate
 from biasdpo.jobs.job import Job
 from biasdpo.jobs.outcome import best_accuracy, held_out_metrics, held_out_pairs, outcome, pack_run, pairs_needed, run_table
+from biasdpo.jobs.resolve import training_refusal
 from biasdpo.labeling import is_alike, word_diff
 from biasdpo.ui.charts import TRAINING, training_chart
-from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, pasted
+from biasdpo.ui.components import (
+    QUICK,
+    Studio,
+    Updates,
+    catalog_choices,
+    duration,
+    escape,
+    handles,
+    local_time,
+    model_choices,
+    pasted,
+)
 from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word
 
 FIRST_MODEL = "smollm2"
@@ -43,8 +55,11 @@ Compare can switch on and off. A preset and data are chosen already: press **Sta
 
 def build_train(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
+    refusal = training_refusal()
+    if refusal:
+        gr.Markdown(refusal, elem_id="train-refusal")
     with gr.Row(elem_id="train-columns"):
-        with gr.Column(scale=5, min_width=340):
+        with gr.Column(scale=5, min_width=340, visible=not refusal):
             form = Form(studio)
         with gr.Column(scale=7, min_width=340):
             empty = gr.Markdown(_NO_RUNS, visible=False, elem_id="train-empty")  # until the list was read
@@ -71,6 +86,7 @@ def build_train(studio: Studio, tab: gr.Tab) -> None:
 
 # The settings of a run as fields of the form, generated from TrainConfig
 
+_SEED = "seed"  # the shipped pairs: everybody gets the form, so it names no folder
 SETTINGS = tuple(one for name, one in TrainConfig.settings().items() if name not in ("model", "datasets"))
 
 
@@ -155,6 +171,8 @@ def preset_cards(presets: Sequence[Preset]) -> list[tuple[str, str]]:
 def source_of(name: str) -> str:
     """A source as the training process finds it: a file by its absolute path."""
     name = pasted(name)
+    if name == _SEED:
+        return SEED_PAIRS
     return name if name == WORKSPACE or name.startswith(HUB) else str(Path(name).expanduser().resolve())
 
 
@@ -169,8 +187,8 @@ def source_choices(studio: Studio, chosen: Sequence[str] = ()) -> list[tuple[str
     """The data sources to choose from; `chosen`: further ones, such as an uploaded file."""
     own = own_pairs(studio)
     mine = "Your own pairs (can't be read)" if own is None else f"Your own pairs ({own:,})"
-    offered = [("Seed pairs (shipped)", SEED_PAIRS), (mine, WORKSPACE)]
-    return offered + [(splits.source_title(name), name) for name in chosen if name not in (SEED_PAIRS, WORKSPACE)]
+    offered = [("Seed pairs (shipped)", _SEED), (mine, WORKSPACE)]
+    return offered + [(splits.source_title(name), name) for name in chosen if name not in (_SEED, SEED_PAIRS, WORKSPACE)]
 
 
 def mixture_line(found: Mixture, needed: int) -> str:
@@ -225,11 +243,11 @@ class Form:
             preset_cards(presets), value=presets[0].id, label="Preset", show_label=False, elem_id="train-preset"
         )
         with gr.Row():
-            choices = model_choices(studio)
+            choices = catalog_choices()
             self.model = gr.Dropdown(choices, value=FIRST_MODEL, label="Model, Hub ID, or path", elem_id="train-model", **own)
             sources = source_choices(studio)
             self.data = gr.Dropdown(
-                sources, value=[SEED_PAIRS], multiselect=True, label="Data, Hub dataset, or path", elem_id="train-data", **own
+                sources, value=[_SEED], multiselect=True, label="Data, Hub dataset, or path", elem_id="train-data", **own
             )
         build_fields("Model and data")
         # Never added unasked: what a preset trains on, and with it what its estimate says, would depend on a few trial verdicts.
@@ -272,10 +290,11 @@ class Form:
         """Show a config, with its model and data."""
         if snapshot is not None:
             config = with_data(config, snapshot)
+        named = [_SEED if name == SEED_PAIRS else name for name in config.datasets]
         return self.fill(config) | {
             self.preset: gr.update(choices=preset_cards(presets_of(config.model)), value=None),
             self.model: gr.update(choices=model_choices(studio, config.model), value=config.model),
-            self.data: gr.update(choices=source_choices(studio, config.datasets), value=list(config.datasets)),
+            self.data: gr.update(choices=source_choices(studio, config.datasets), value=named),
         }
 
 
@@ -326,6 +345,11 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
             form.more_data: gr.update(visible=few),
             form.start: gr.update(interactive=found is not None),
         }
+
+    def look(model: Any, data: Any) -> list[Any]:
+        """The choices may have changed."""
+        known = model_choices(studio, pasted(str(model or "")))
+        return [gr.update(choices=known), gr.update(choices=source_choices(studio, data or ()))]
 
     def pick_model(model: Any) -> Updates:
         require_owner("Training")
@@ -387,8 +411,7 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         *(field for _, field in conditional),
     ]
     described = {"fn": handles(describe), "inputs": everything, "outputs": outcome_, **QUICK}
-    refresh = tab.select(lambda data: gr.update(choices=source_choices(studio, data or ())), form.data, form.data, **QUICK)
-    refresh.then(**described)
+    tab.select(look, [form.model, form.data], [form.model, form.data], **QUICK).then(**described)
     gr.on([field.change for field in everything], trigger_mode="always_last", **described)
     # A folded field is not built yet and reports no change, so what was filled in is described by hand.
     form.model.input(handles(pick_model), form.model, form.filled, **QUICK).then(**described)
