@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from biasdpo import __version__, models
+from biasdpo import __version__
 from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, LikelihoodBenchmark
 from biasdpo.benchmarks.preference import Preference
@@ -661,7 +661,7 @@ def _parents(engine: Engine, workspace: Workspace | None) -> dict[str, str]:
         files = sorted([*weight_files(spec.hf_folder), *spec.hf_folder.glob("*.json")])
     return {
         "model_sha256": _sha256_of_files(files, workspace),
-        "adapter_sha256": "" if adapter is None else models.adapter_sha256(adapter),
+        "adapter_sha256": "" if adapter is None else sha256_of(adapter.weights),
         "adapter_config_sha256": "" if adapter is None else sha256_of(adapter.folder / "adapter_config.json"),
     }
 
