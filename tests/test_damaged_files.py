@@ -15,6 +15,7 @@ from biasdpo.evaluation.run import AnswerCache
 from biasdpo.migrations import open_workspace
 from biasdpo.model_files import ForeignJson, read_json_as
 from biasdpo.models import catalog, find_adapter, list_adapters
+from biasdpo.records import Completion, Likelihood
 from biasdpo.workspace import Workspace, read_json
 from tests.run_folders import write_run
 from tests.run_line import CommandLine
@@ -122,5 +123,5 @@ def test_bad_lines_of_the_journal_are_counted_and_named(command_line: CommandLin
 
 def test_damaged_lines_of_a_cache_are_passed_over(workspace: Workspace) -> None:
     cache = workspace.root / "scores.jsonl"
-    cache.write_text(f'["a", 1]\n{DEEP}\n{{}}\n["b", 2]\n["c')
-    assert AnswerCache(cache, lambda number: number, lambda number: [number])._answers == {"a": 1, "b": 2}
+    cache.write_text(f'["a", -1.5, 1]\n{DEEP}\n{{}}\n["b", "Yes.", 2, "limit"]\n["c", "x", 2]\n["d')
+    assert AnswerCache("base", cache)._answers == {"a": Likelihood(-1.5, 1), "b": Completion("base", "Yes.", 2, "limit")}
