@@ -317,7 +317,7 @@ class _Tally:
             self._by_annotator[row["annotator"]].add(row)
             if marker := marker_in(*(row[column] for column in TEXTS)):
                 self._templated[marker] += 1
-        near = self._prompts.add_all([row["prompt"] for row in preferred], one_is_enough=True)
+        near = self._prompts.add_all([row["prompt"] for row in preferred])
         self._near_duplicates += sum(bool(numbers) for _number, numbers in near)
         if self._overlap is not None and preferred:
             by_row: defaultdict[int, set[str]] = defaultdict(set)
