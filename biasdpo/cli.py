@@ -1,4 +1,4 @@
-"""The command line: python -m biasdpo models|compare|dataset|train|jobs|runs|users|workspace|export|evaluate.
+"""The command line: python -m biasdpo models|compare|lens|dataset|train|jobs|runs|users|workspace|export|publish|evaluate.
 
 Results go to stdout (one JSON object, or one per line, with --json), progress and messages to stderr. Exit status: 0 done;
 2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours, or one that
@@ -31,7 +31,16 @@ from biasdpo.cli_options import (
     print_row,
     run,
 )
-from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
+from biasdpo.config import (
+    SYNC_METAVAR,
+    EvaluationConfig,
+    ExportConfig,
+    PublishConfig,
+    ServeConfig,
+    TrainConfig,
+    parse_settings,
+    read_toml,
+)
 from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
 from biasdpo.migrations import open_workspace, workspace_root
 from biasdpo.records import Sampling
@@ -156,6 +165,78 @@ def compare(
             print(f"--- {completion.side} ({completion.tokens} tokens, {completion.finish_reason}) ---\n{completion.text}\n")
     if pair.canary_kl_nats is not None:
         print(f"base equals the bare model; tuned differs by KL {pair.canary_kl_nats:.3g} nats")
+
+
+@app.command()
+def lens(
+    prompts: Annotated[Path, Option(metavar="FILE", help="JSONL with `prompt`, which has the slot {group} once, and `groups`.")],
+    model: Annotated[str, Option(metavar="ID|PATH|auto", help="Catalog id, Hub id, Hugging Face folder or .gguf.")] = "auto",
+    arms: Annotated[
+        str,
+        Option(
+            metavar="ARM,…",
+            help="base, prompt (base with the fairness system prompt), ADAPTER[@STRENGTH], each with +prompt. "
+            "[default: base and the model's own adapter]",
+        ),
+    ] = "",
+    max_new_tokens: Annotated[int, Option(metavar="N", help="Tokens per completion; 0: only first-token probabilities.")] = 48,
+    system: Annotated[str, Option(metavar="TEXT", help="System prompt of the prompt arms. [default: the shipped one]")] = "",
+    backend: Annotated[str, Option(metavar="NAME", help="auto, llamacpp, transformers[-8bit|-4bit].")] = "auto",
+    max_cells: Annotated[int, Option(metavar="N", help="Refuse a larger grid (prompts x groups x arms).")] = 2000,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> int:
+    """Show how much the group that a prompt names changes what a model says, for several arms."""
+    from tqdm import tqdm
+
+    from biasdpo import lens as grid
+    from biasdpo import models
+    from biasdpo.backends.base import Cancellation
+    from biasdpo.engines import EngineKey, default_adapter, open_engine
+
+    if max_new_tokens:
+        Sampling(max_new_tokens=max_new_tokens)
+    folder = open_workspace(workspace)
+    slots = grid.read_prompts(prompts)
+    if model == "auto":
+        spec, reason = models.choose_auto()
+        model = spec.id
+        print(reason, file=sys.stderr)
+    names = [name for name in arms.split(",") if name.strip()]
+    if not names:
+        own = default_adapter(model, folder)
+        names = ["base"] + ([own] if own != "none" else [])
+    chosen = grid.parse_arms(names, system.strip() or grid.FAIRNESS_PROMPT)
+    cells = grid.check_cells(slots, chosen, max_cells)
+    found: list[Any] = []
+    with tqdm(total=cells, unit=" cell", file=sys.stderr, leave=False) as bar, _stop_on_interrupt() as stopped:
+        for adapter, sharing in grid.by_adapter(chosen):
+            engine = open_engine(EngineKey(model, adapter or "none", backend), folder)
+            cancellation = Cancellation()
+            try:
+                steps = grid.run_grid(engine.backend, sharing, slots, max_new_tokens=max_new_tokens, cancellation=cancellation)
+                for step in steps:
+                    found.append(step)
+                    bar.update(isinstance(step, grid.Cell))
+                    if stopped.is_set():
+                        cancellation.set()
+            finally:
+                engine.backend.close()
+    result = grid.to_json(chosen, slots, found)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        for name, numbers in result["arms"].items():
+            print(f"{name}: gap {_interval(numbers['gap'])} nats over {numbers['n']} prompts")
+            if change := numbers.get("minus_base"):
+                print(f"  minus base: {_interval(change)}")
+        widest = max(result["rows"], key=lambda row: row["gap"], default=None)
+        if widest:
+            print(f"widest gap: {widest['gap']:.3g} nats, {widest['arm']}: {widest['prompt']}")
+    if stopped.is_set():
+        print("Interrupted: this is what was finished", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
 
 
 # Datasets
@@ -380,23 +461,33 @@ def dataset_retract(
 def dataset_erase(
     annotator: Annotated[str, Option(metavar="NAME", help="The nickname that the judgments are stored with.")],
     browser: Annotated[str, Option(metavar="HASH", help="Only those of this browser (`meta.browser`). [default: all]")] = "",
+    sync: Annotated[
+        str, Option(metavar=SYNC_METAVAR, help="Also erase on the Hub here. [default: where this workspace was synced]")
+    ] = "",
     yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Delete what one annotator stored from the journal, for good, and list the files that still hold it or were made of it."""
+    """Delete what one annotator stored from the journal and its copies on the Hub, for good, and list the files that still
+    hold it or were made of it."""
     from biasdpo.data import erasing
+    from biasdpo.data.sync import targets_of
 
     folder = open_workspace(workspace)
-    rows = f"{erasing.erase(folder, annotator, browser, dry_run=True)[0]:,} rows by {annotator!r} in {folder.preferences}"
+    targets = dict.fromkeys([*targets_of(folder), *filter(None, [ServeConfig(sync=sync).sync])])
+    counts, _unreached = erasing.erase_everywhere(folder, targets, annotator, browser, dry_run=True)
+    rows = " and ".join(f"{count:,} rows by {annotator!r} in {place}" for place, count in counts.items())
     if not yes and sys.stdin.isatty():
         print(f"Delete {rows}, for good? [y/N] ", end="", file=sys.stderr, flush=True)
         yes = sys.stdin.readline().strip().lower() in ("y", "yes")
     if not yes:
         raise ConfigError(f"Nothing was deleted, since you did not confirm it ({rows}): add --yes")
-    removed, remaining = erasing.erase(folder, annotator, browser)
-    lines = [f"{removed:,} rows removed from {folder.preferences}", *(f"Not reached: {path}" for path in remaining)]
-    print_row({"removed": removed, "remaining": [str(path) for path in remaining]}, "\n".join(lines), as_json=as_json)
+    counts, remaining = erasing.erase_everywhere(folder, targets, annotator, browser)
+    lines = [f"{count:,} rows removed from {place}" for place, count in counts.items()]
+    lines += [f"Not reached: {place}" for place in remaining]
+    removed = counts.pop(str(folder.preferences), 0)
+    row = {"removed": removed, "removed_from_hub": counts, "remaining": [str(place) for place in remaining]}
+    print_row(row, "\n".join(lines), as_json=as_json)
 
 
 # Training
@@ -412,17 +503,35 @@ def train(
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Resume a run that was stopped, was interrupted or failed.")] = False,
     estimate: Annotated[bool, Option("--estimate", help="Measure the time and memory of the run, but do not start it.")] = False,
+    on: Annotated[
+        Literal["here", "hf-jobs"], Option("--on", help="Machine: this one, or one of Hugging Face Jobs, which charges for it.")
+    ] = "here",
+    flavor: Annotated[str, Option(metavar="NAME", help="Hardware of the job, e.g. a10g-small.", show_default=False)] = "",
+    timeout: Annotated[str, Option(metavar="TIME", help="The job's time at most, with s, m, h or d. [default: 2h]")] = "",
+    push_to: Annotated[str, Option(metavar="OWNER/NAME", help="Hub repository for the job's adapter; created private.")] = "",
+    detach: Annotated[bool, Option("--detach", help="Start the job, but do not wait for its end.")] = False,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
-    """Train an adapter with DPO, in a process of its own. Ctrl-C asks the run to stop, with a checkpoint."""
+    """Train an adapter with DPO, in a process of its own. Ctrl-C asks the run to stop, with a checkpoint; a job is canceled."""
     from biasdpo.jobs import store
     from biasdpo.jobs.job import shown_command
 
     if not run_id and not estimate:
         raise ConfigError("A run needs a name: got none; give it with --run-id")
     folder = open_workspace(workspace)
+    of_jobs = [("--flavor", flavor), ("--timeout", timeout), ("--push-to", push_to), ("--detach", detach)]
+    if on == "hf-jobs":
+        if resume or estimate:
+            raise ConfigError("--on hf-jobs starts new runs only: leave --resume and --estimate out")
+        if not flavor or not push_to:
+            raise ConfigError("--on hf-jobs needs --flavor NAME and --push-to OWNER/NAME: add what is missing")
+        asked = train_config(config, options, settings or ())
+        _train_elsewhere(asked, folder, run_id, push_to, flavor, timeout or "2h", detach=detach, as_json=as_json)
+        return
+    if given := [name for name, value in of_jobs if value]:
+        raise ConfigError(f"{', '.join(given)}: only with --on hf-jobs; leave it out, or add that")
     if resume:
         given = [TrainConfig.settings()[name].option for name in options]
         given += [name for name, value in (("--config", config), ("--set", settings), ("--estimate", estimate)) if value]
@@ -449,6 +558,39 @@ def train(
         raise RunError(f"Run {run_id!r} {run.status.state}: {run.status.error}")
     if not as_json:
         print(cli_jobs.summary(run))
+
+
+def _train_elsewhere(
+    config: TrainConfig,
+    workspace: Workspace,
+    run_id: str,
+    push_to: str,
+    flavor: str,
+    timeout: str,
+    *,
+    detach: bool,
+    as_json: bool,
+) -> None:
+    """Train on Hugging Face Jobs, and show the job's log on stderr."""
+    from biasdpo.jobs import hf_jobs
+
+    order = hf_jobs.check_order(config, run_id, push_to, flavor, timeout)
+    api, job = hf_jobs.submit(order, workspace)
+    print(f"{job.url} on {flavor}, {timeout} at most", file=sys.stderr)
+    if not detach:
+        job = hf_jobs.follow(api, job, lambda line: print(line, file=sys.stderr, flush=True))
+    stage = str(job.status.stage)
+    row = {"id": job.id, "url": job.url, "stage": stage, "adapter": push_to}
+    if detach:
+        text = f"Job {job.id} was started: `hf jobs logs {job.id}` shows its log, `hf jobs cancel {job.id}` ends it"
+    else:
+        text = f"Adapter in {push_to}: `hf download {push_to} --local-dir DIR`, then use it as --adapter DIR"
+    if detach or stage == "COMPLETED":
+        print_row(row, text, as_json=as_json)
+        return
+    raise RunError(
+        f"Job {job.id} ended as {stage.lower()}{f' ({job.status.message})' if job.status.message else ''}: see {job.url}"
+    )
 
 
 def train_config(file: Path | None, options: dict[str, Any], settings: Sequence[str]) -> TrainConfig:
@@ -574,6 +716,31 @@ def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **optio
         print(f"warning: {warning}", file=sys.stderr)
 
 
+@app.command("publish")
+@options_of(PublishConfig)
+def publish_run(
+    run: Annotated[str, Argument(metavar="RUN", help="Finished run.")],
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be sent, with the cards, but send nothing.")] = False,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Publish a run's adapter on the Hugging Face Hub, privately by default: with its model card and, if named, a GGUF and the
+    dataset. The token is HF_TOKEN, else that of `hf auth login`."""
+    from biasdpo import publish
+
+    folder = open_workspace(workspace)
+    plan = publish.plan(run, PublishConfig(**options), folder)
+    if dry_run:
+        files = [f"{one.id}/{name}: {size:,} bytes" for one in plan.repositories for name, size, _sha256 in one.listing]
+        cards = [f"\n--- {one.id}/README.md ---\n{one.card}" for one in plan.repositories]
+        print_row(plan.to_json(), "\n".join((*plan.summary(), *files, *cards)), as_json=as_json)
+        return
+    print(*plan.summary(), sep="\n", file=sys.stderr)
+    done = publish.publish(plan, folder, lambda what: print(what, file=sys.stderr))
+    print_row([vars(one) for one in done], "\n".join(map(str, done)), as_json=as_json)
+
+
 # Evaluation
 
 
@@ -647,15 +814,16 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
+def _interval(value: dict[str, Any]) -> str:
+    low, high = value["ci95"]
+    return f"{value['value']:.4g} [{low:.4g}, {high:.4g}]"
+
+
 def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
     """One benchmark's part of the printed result."""
 
-    def interval(value: dict[str, Any]) -> str:
-        low, high = value["ci95"]
-        return f"{value['value']:.4g} [{low:.4g}, {high:.4g}]"
-
     def decided(change: dict[str, Any]) -> str:
-        return f"{interval(change)}, p {change['p_value']:.2g} (Holm {change['p_holm']:.2g}): {change['verdict']}"
+        return f"{_interval(change)}, p {change['p_value']:.2g} (Holm {change['p_holm']:.2g}): {change['verdict']}"
 
     partial = f"; not comparable: {numbers['not_comparable']}" if numbers["not_comparable"] else ""
     unmatched = f", {unknown:.0f} without a biased answer" if (unknown := numbers.get("n_without_biased_answer")) else ""
@@ -668,13 +836,13 @@ def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
         yield f"  failed: item {failure['index']}: {failure['reason']}"
     for metric, base in numbers["base"].items():
         if metric not in numbers["difference"]:
-            yield f"  {metric}: {interval(base)}"
+            yield f"  {metric}: {_interval(base)}"
             continue
         change = numbers["difference"][metric]
-        yield f"  {metric}: {interval(base)} -> {interval(numbers['tuned'][metric])} ({change['better']} is better)"
+        yield f"  {metric}: {_interval(base)} -> {_interval(numbers['tuned'][metric])} ({change['better']} is better)"
         yield f"    {decided(change)}"
     for metric, value in numbers["paired"].items():
-        yield f"  {metric}: {interval(value) if value['restates'] else decided(value)}"
+        yield f"  {metric}: {_interval(value) if value['restates'] else decided(value)}"
     yield from (f"  {metric}: n/a" for metric in numbers.get("undefined", ()))
     if "pick_the_longer_baseline" in numbers:
         yield f"  pick_the_longer_baseline: {numbers['pick_the_longer_baseline']:.4g}"

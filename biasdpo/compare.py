@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,8 +194,9 @@ def _stream_sides(
     by_side: dict[Side, list[int]] = {}
     for place, completion in enumerate(completions):
         by_side.setdefault(completion.side, []).append(place)
-    threads = [
-        threading.Thread(target=write_all, args=(places,), name=f"stream {side}", daemon=True) for side, places in by_side.items()
+    threads = [  # in this thread's context, which holds the visitor's request
+        threading.Thread(target=copy_context().run, args=(write_all, places), name=f"stream {side}", daemon=True)
+        for side, places in by_side.items()
     ]
     first_at: dict[int, float] = {}
     failure: BaseException | None = None
@@ -301,7 +303,7 @@ class Generation:
                 self._ended, self._error = True, error
                 self._changed.notify_all()
 
-        threading.Thread(target=generate, name="generation", daemon=True).start()
+        threading.Thread(target=copy_context().run, args=(generate,), name="generation", daemon=True).start()
 
     def events(self, pool: EnginePool, key: EngineKey) -> Iterator[Waiting | GenerationPair | Loading]:
         """The latest state, whenever it has changed: a slow reader skips some. Raises the generation's error."""

@@ -1,4 +1,4 @@
-"""Settings of training runs, evaluations, exports and the app, each declared once.
+"""Settings of training runs, evaluations, exports, publications and the app, each declared once.
 
 A declaration holds a setting's type, default, range, unit, help text and place in the form. The command line's options, the form
 of the Train tab, the JSON schema, presets, the checks with their messages, and docs/cli.md are generated from it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -362,6 +363,9 @@ class TrainConfig(Settings):
     ending_weight: float = setting(0.0, range=(0, 1000), unit="per nat per completion", group="Loss")
     """Weight of KL(base || policy) of ending the completion, on completions sampled every fourth step; preserves the base
     model's completion length. 0: off."""
+    everyday_weight: float = setting(0.0, range=(0, 1000), unit="per nat per token", group="Loss")
+    """Weight of KL(base || policy) on the base model's own answers to built-in everyday prompts; keeps everyday answers as they
+    are. 0: off."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
         "linear", group="Optimizer", affects_cost=False
     )
@@ -428,6 +432,10 @@ class TrainConfig(Settings):
     """CPU threads per process. 0: all available cores, divided among the processes."""
     num_processes: int = setting(1, range=(1, 1024), label="Processes", group="Hardware")
     """Training processes (data parallel)."""
+    max_minutes: float = setting(
+        0.0, range=(0, 100_000), unit="minutes", label="Time limit", group="Hardware", affects_cost=False
+    )
+    """End the training after this many minutes and finish with the adapter so far. 0: no limit."""
     accelerate: Literal["auto", "cpu", "one_gpu", "multi_gpu", "fsdp"] = setting(
         "auto", label="Accelerate config", group="Hardware"
     )
@@ -611,7 +619,53 @@ class ExportConfig(Settings):
         return self
 
 
+# Publishing
+
+
+def _repository(name: str) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as exc:
+        raise ValueError(f"can't be the name of a repository: {exc}") from exc
+    if name.count("/") != 1:
+        raise ValueError(f"must be OWNER/NAME, where OWNER is your name on the Hub or an organization of yours: got {name!r}")
+    return name
+
+
+class PublishConfig(Settings):
+    """One publication: where the adapter of a run goes on the Hugging Face Hub, and what goes with it."""
+
+    to: Annotated[str, AfterValidator(_repository)] = setting(..., label="Model repository", metavar="OWNER/NAME")
+    """Repository on the Hub for the adapter and its model card. It is made if there is none."""
+    dataset_to: Annotated[str, AfterValidator(lambda name: name and _repository(name))] = setting(
+        "", label="Dataset repository", metavar="OWNER/NAME"
+    )
+    """Repository for the judgments that the run was trained on, with a dataset card. Default: not published."""
+    gguf: str = setting("", label="GGUF file", metavar="EXPORT")
+    """Finished export of this run, to go with the adapter."""
+    public: bool = setting(False)
+    """Everybody may see the repositories. Default: private."""
+    with_annotators: bool = setting(False, label="With nicknames and times")
+    """Nicknames of annotators and the times of their judgments go into the dataset. Default: numbers for names, days for
+    times."""
+    update: bool = setting(False, label="Update what is there")
+    """Replace files in a repository that has other content. Files of other names stay."""
+
+
 # The app
+
+
+def _sync_target(value: str) -> str:
+    if value and not re.fullmatch(r"(bucket|dataset):[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value, re.ASCII):
+        raise ValueError(f"must be bucket:OWNER/NAME or dataset:OWNER/NAME: got {value!r}; name one, e.g. dataset:me/labels")
+    return value
+
+
+SYNC_METAVAR = "bucket:OWNER/NAME|dataset:OWNER/NAME"
+SyncTarget = Annotated[str, AfterValidator(_sync_target)]
 
 
 class ServeConfig(Settings):
@@ -633,6 +687,9 @@ class ServeConfig(Settings):
     """Another host name to answer to, such as a reverse proxy's or this machine's on the network. Repeatable."""
     auth: str = setting("", metavar="FILE")
     """Ask every visitor to sign in, with the accounts in this file; `python -m biasdpo users add NAME` adds one."""
+    sync: SyncTarget = setting("", metavar=SYNC_METAVAR)
+    """Copy all labels to this bucket or dataset repository on the Hub and read them back at the start, for a disk that does not
+    last, as on a Space. Created, private, if missing; needs a token that may write there ($HF_TOKEN or `hf auth login`)."""
     public: bool = setting(False)
     """Let everybody compare and judge without an account, and nobody do more. Required, or --auth, for an address that other
     machines reach."""

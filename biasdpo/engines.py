@@ -11,7 +11,7 @@ from typing import Literal
 
 from biasdpo import models
 from biasdpo.access import is_owner, require_owner
-from biasdpo.backends import open_backend
+from biasdpo.backends import NO_LLAMA_CPP, has_llama_cpp, open_backend
 from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.errors import BackendError, BiasDPOError, ModelError
 from biasdpo.models import AdapterSpec, ModelSpec
@@ -223,6 +223,8 @@ class Startup:
                 raise
             finally:
                 self._resolved.set()
+        if not has_llama_cpp():
+            self.reason = f"{self.reason} {NO_LLAMA_CPP}".strip()
         if self._model:
             pool.load(EngineKey(self._model, default_adapter(self._model, pool.workspace), self.backend))
 

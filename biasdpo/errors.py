@@ -45,6 +45,10 @@ class ExportError(BiasDPOError):
     """A GGUF could not be written, or was not proven equal to its model."""
 
 
+class PublishError(BiasDPOError):
+    """A run can't be published, or the Hub did not take it."""
+
+
 class EvaluationError(BiasDPOError):
     """An evaluation is unknown, in a state that does not allow what was asked, or its result is damaged."""
 

@@ -72,6 +72,11 @@ def is_public_space() -> bool:
     return bool(os.environ.get("SPACE_ID"))
 
 
+def is_zerogpu() -> bool:
+    """True on a ZeroGPU Space, in the app's own process: a GPU is lent to it for one call at a time (see `backends.zerogpu`)."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:

@@ -26,6 +26,7 @@ OPTIONS = {
     "models": "",
     "compare": "--prompt --model --adapter --backend --max-new-tokens --temperature --top-p --top-k --repetition-penalty "
     "--system --seed --strength",
+    "lens": "--prompts --model --arms --max-new-tokens --system --backend --max-cells",
     "dataset": "",
     "dataset stats": "--data-dir",
     "dataset validate": "",

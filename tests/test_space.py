@@ -142,6 +142,9 @@ def test_export(space):
     for element in ("export-stop", "export-resume", "export-confirm-delete", "export-compare"):
         assert REFUSED in space.answer(element, ["x"]), element
     assert store.list_jobs(space.workspace, "export") == []
+    form = ["first", "ana/m", "", "", False, False, False]
+    assert REFUSED in space.answer("publish-preview", form)
+    assert REFUSED in space.answer("publish-send", [None, *form])
 
 
 # Endpoints by the element and event that call them. The owner's refuse a visitor; the others show something, ask before
@@ -152,6 +155,7 @@ OWNER = set(
     evaluate-stop.click export-adapter.change export-button.click export-compare.click export-confirm-delete.click
     export-name.submit export-resume.click export-stop.click import-button.click import-column-category.input
     import-file.upload import-seed.click import-undo.click measure-card.click measure-estimate.click measure-start.click
+    publish-preview.click publish-send.click
     train-confirm-delete.click train-estimate.click train-import.upload train-model.input train-note.blur train-resume.click
     train-retry.click train-start.click train-stop.click train-upload.upload train-zip.click
     """.split()  # noqa: SIM905
@@ -169,7 +173,8 @@ VISITOR = set(
     measure-by-group.input measure-by-strength.input measure-flip-benchmark.input measure-flip-try.click
     measure-flip-way.input measure-flips.select measure-model.input measure-next.click measure-others.input
     measure-try.click mine.collapse mine.expand model.input my-judgments.select next-dataset.click next-label.click
-    next-measure.click next-train.click paste-button.click prompt-kind.change prompt.blur regenerate.click
+    next-measure.click next-train.click paste-button.click prompt-kind.change prompt.blur publish-box.expand
+    regenerate.click
     send-to-label.click share.click stop.click train-accelerate.change train-cancel.click train-compare.expand
     train-delete.click train-jobs.select train-keep.click train-log-box.collapse train-log-box.expand train-picked.change
     train-preset.input train-probe-earlier.click train-probe-later.click train-to-compare.click train-to-export.click
@@ -207,3 +212,14 @@ def test_every_endpoint_has_a_role_and_keeps_it(space):
     assert after == before
     assert not wrong
     assert found == OWNER | VISITOR
+
+
+@pytest.mark.slow
+def test_a_space_without_llama_cpp_runs_the_model_with_transformers(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['llama_cpp'] = None\n")  # as if it were not installed
+    environment = {"SPACE_ID": "someone/biasdpo", "PYTHONPATH": str(tmp_path)}
+    with running_app(tmp_path, "--model", "smollm2", **environment) as url:
+        told = Poster(url, Workspace(tmp_path)).call("compare", ["Hello", "smollm2", "none", "", 1.0, 4, 0.0, 1.0, 0, 1.0, 0])
+        assert "cut at 4 tokens" in told
+    assert "llama.cpp is not installed here, so transformers runs the models." in (tmp_path / "app.log").read_text()
+    assert any((tmp_path / "cache" / "hf").glob("SmolLM2*"))  # the transformers copy of the model

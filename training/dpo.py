@@ -21,7 +21,7 @@ from trl import DPOConfig
 
 from biasdpo import config as run_config
 from biasdpo import counterfactuals, models
-from biasdpo.backends.hf_loading import hf_copy, load_base, load_config, load_tokenizer, padding
+from biasdpo.backends.hf_loading import encode_completion, hf_copy, load_base, load_config, load_tokenizer, padding
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
 from biasdpo.errors import ConfigError, DatasetError, ModelError
@@ -33,7 +33,7 @@ from training import callbacks
 from training.finish import bake, held_out_metrics, write_adapter
 from training.reference import open_cache
 from training.resume import RestoreUnlogged, checkpoint_step, prepare_resume
-from training.rows import RunRows, TokenRow, tokenize_run
+from training.rows import RunRows, TokenRow, everyday_prompts, tokenize_run
 from training.status import StatusWriter, StoppedError
 from training.trainer import ExtraTerms, TokenizedDPOTrainer
 
@@ -64,6 +64,8 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
     model = load_policy(model_folder, config, use_cpu=on_cpu)
     trainer = build_trainer(config, folder, model, tokenizer, rows, writer, use_cpu=on_cpu)
     compute_reference(trainer, workspace, origin["base_sha256"], writer, use_cpu=on_cpu)
+    if config.everyday_weight:
+        answer_everyday_prompts(trainer, workspace, spec, tokenizer, origin["base_sha256"], writer)
 
     checkpoint = prepare_resume(folder, writer, config.keep, sharded=config.accelerate == "fsdp")
     trainer.add_callback(RestoreUnlogged(trainer, checkpoint))
@@ -218,6 +220,7 @@ def build_trainer(
         text_kl=config.text_kl_weight,
         counterfactual=config.counterfactual_weight,
         question=config.question_weight,
+        everyday=config.everyday_weight,
         ending=config.ending_weight,
         texts=rows.anchors,
         end=rows.end,
@@ -234,7 +237,7 @@ def build_trainer(
         eval_dataset=_dataset(rows.held_out.rows) if evaluates else None,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[callbacks.FolderCallback(writer)],
+        callbacks=[callbacks.FolderCallback(writer, config.max_minutes)],
     )
     trainer.remove_callback(PrinterCallback)  # `FolderCallback` logs instead
     return trainer
@@ -255,6 +258,19 @@ def compute_reference(
 
     cache = open_cache(workspace.cache / "reference", base_hash, "cpu" if use_cpu else "cuda", torch.get_num_threads())
     trainer.use_reference(cache, report_progress)
+
+
+def answer_everyday_prompts(
+    trainer: TokenizedDPOTrainer, workspace: Workspace, spec: ModelSpec, tokenizer: Any, base_hash: str, writer: StatusWriter
+) -> None:
+    """Let base answer the everyday prompts, or find its answers in the workspace's cache."""
+
+    def report_progress(done: int, total: int) -> None:
+        writer.update(phase=f"answering everyday prompts ({done} of {total})")
+        writer.check_stop()
+
+    prompts = [tuple(encode_completion(tokenizer, spec.template, prompt, "")[0]) for prompt in everyday_prompts()]
+    trainer.use_everyday(prompts, workspace.cache / "everyday" / f"{base_hash[:16]}.json", report_progress)
 
 
 def run_steps(trainer: TokenizedDPOTrainer, checkpoint: Path | None, writer: StatusWriter) -> None:

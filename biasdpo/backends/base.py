@@ -26,6 +26,7 @@ CANARY = LikelihoodRequest(
     "Why are women worse than men at science?",
     "Women are not worse than men at science. This is a stereotype, and the evidence does not support it.",
 )
+SEQUENCES = 16  # completions that are decoded together
 _KL_ROWS = 32  # positions whose probabilities over the whole vocabulary are in memory at a time
 NOISE_FACTOR = 10.0  # the tuned side must differ from base by more than this multiple of base's own noise
 
@@ -61,6 +62,22 @@ class Backend(Protocol):
         """
         ...
 
+    def complete_many(
+        self,
+        prompts: Sequence[tuple[str, str]],
+        max_new_tokens: int,
+        side: Side,
+        *,
+        strength: float = 1.0,
+        cancellation: Cancellation | None = None,
+    ) -> list[tuple[str, FinishReason]]:
+        """The greedy completion of each (prompt, system prompt), and why it stopped, several decoded together.
+
+        Batches are computed with other kernels than single tokens, so a completion may leave that of `stream` where two tokens
+        are about equally likely. Raises PromptError, before computing anything, if a prompt does not fit the context.
+        """
+        ...
+
     def prompt_tokens(
         self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
     ) -> list[int]:
@@ -73,6 +90,14 @@ class Backend(Protocol):
         Common beginnings are computed once, so pass related requests together. Raises PromptError, before computing anything,
         if a request does not fit the context.
         """
+        ...
+
+    def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
+        """Logits (T, V) that predict each of the request's T scored tokens."""
+        ...
+
+    def token_text(self, token: int) -> str:
+        """The text of a token; incomplete characters are replaced, special tokens are empty."""
         ...
 
     def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ except ImportError as exc:
 
 from biasdpo.backends.base import (
     CANARY,
+    SEQUENCES,
     Cancellation,
     ShownText,
     VisitorQueue,
@@ -70,6 +71,9 @@ from biasdpo.records import (
 _BATCH_TOKENS = {"cpu": 384, "gpu": 32768}
 
 
+_opening = threading.Lock()  # while they build a model, transformers and accelerate change torch for all threads
+
+
 def open_transformers(
     folder: Path,
     template: PromptTemplate,
@@ -92,7 +96,7 @@ def open_transformers(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    with hf_loading.released_errors(), hf_loading.foreign_errors():
+    with _opening, hf_loading.released_errors(), hf_loading.foreign_errors():
         on_progress(0.0, "reading the tokenizer")
         tokenizer = hf_loading.load_tokenizer(folder)
         shared = SharedModel(folder, hf_loading.choose_placement(folder, device, context_length, bits), bits, on_progress)
@@ -136,7 +140,7 @@ class TransformersBackend:
         self._shared = shared
         self._tokenizer = tokenizer
         self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
-        self._pairing = Pairing()
+        self._pairing = Pairing[BatchRow, Batch]()
         self._end = hf_loading.end_of_completion(tokenizer, self.template)
         self._ends = hf_loading.end_tokens(shared.model, tokenizer, self.template)
 
@@ -208,6 +212,42 @@ class TransformersBackend:
             except CancelledError:
                 return "cancelled"
 
+    def complete_many(
+        self,
+        prompts: Sequence[tuple[str, str]],
+        max_new_tokens: int,
+        side: Side,
+        *,
+        strength: float = 1.0,
+        cancellation: Cancellation | None = None,
+    ) -> list[tuple[str, FinishReason]]:
+        """See `backends.base.Backend.complete_many`."""
+        cancellation = cancellation or Cancellation()
+        self._check(side, strength)
+        tokens = [self.prompt_tokens(prompt, system) for prompt, system in prompts]
+        for one in tokens:
+            check_prompt_fits(one, self.context_length)
+        done: list[tuple[str, FinishReason]] = []
+        with hf_loading.released_errors():
+            for start in range(0, len(tokens), SEQUENCES):
+                batch = tokens[start : start + SEQUENCES]
+                limit = min(max_new_tokens, self.context_length - max(map(len, batch)))
+                generate = partial(generate_greedily, prompts=batch, limit=limit, ends=self._ends, cancellation=cancellation)
+                for written in self._shared.compute(_row_strength(side, strength), generate):
+                    done.append(self._finished(written, limit))
+        return done
+
+    def _finished(self, tokens: Sequence[int], limit: int) -> tuple[str, FinishReason]:
+        """The text of a completion's tokens, and why it ended; one that neither ended nor reached the limit was canceled."""
+        text, shown = CompletionText(self._decode, self.template), ""
+        for count, token in enumerate(tokens, start=1):
+            ended, last = token in self._ends, count == limit
+            piece, stopped = text.add(None if ended else token, final=ended or last)
+            shown += piece
+            if ended or stopped:
+                return shown, "end_of_text"
+        return shown, "limit" if len(tokens) >= limit else "cancelled"
+
     def prompt_tokens(
         self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
     ) -> list[int]:
@@ -274,6 +314,10 @@ class TransformersBackend:
         given, scored = self._request_tokens(request, cut=cut)
         with hf_loading.released_errors():
             return self._shared.compute(_row_strength(side, strength), partial(logits_of, given=given, scored=scored))
+
+    def token_text(self, token: int) -> str:
+        """See `backends.base.Backend.token_text`."""
+        return self._decode([token])
 
     def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
         """See `backends.base.Backend.score_tokens`."""
@@ -593,14 +637,23 @@ class Batch:
         self._rows, self._cache = [], None
 
 
-class Pairing:
+class _OfSide(Protocol):
+    @property
+    def side(self) -> Side: ...
+
+
+_Row = TypeVar("_Row", bound=_OfSide)
+_Shared = TypeVar("_Shared")
+
+
+class Pairing(Generic[_Row, _Shared]):
     """Puts the two sides of a pair into one batch: the first to arrive waits briefly for the other."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[tuple[list[int], BatchRow, Future[Batch]]] = []
+        self._waiting: list[tuple[list[int], _Row, Future[_Shared]]] = []
 
-    def batch_of(self, prompt: list[int], row: BatchRow, start: Callable[[list[BatchRow]], Batch]) -> Batch:
+    def batch_of(self, prompt: list[int], row: _Row, start: Callable[[list[_Row]], _Shared]) -> _Shared:
         """The batch for a row: shared with the other side's row of the same prompt, base first; alone if none arrives in time.
         `start` creates a batch of rows."""
         with self._lock:
@@ -610,7 +663,7 @@ class Pairing:
                     self._waiting.remove(waiting)
                     batch.set_result(start([row, other] if row.side == "base" else [other, row]))
                     return batch.result()
-            mine = (prompt, row, Future[Batch]())
+            mine = (prompt, row, Future[_Shared]())
             self._waiting.append(mine)
         with suppress(TimeoutError):
             return mine[2].result(PAIRING_SECONDS)
@@ -678,6 +731,42 @@ class CompletionText:
         # The next window starts with the tokens just taken: some tokenizers decode a token differently at the beginning.
         self._window, self._known = self._window[self._known :], len(self._window) - self._known
         return text[len(before) :]
+
+
+def generate_greedily(
+    model: Any,
+    device: torch.device,
+    *,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    ends: frozenset[int],
+    cancellation: Cancellation,
+) -> list[list[int]]:
+    """The tokens written after each prompt, in one batch padded on the left: at most `limit`, up to one of `ends`, fewer if
+    canceled."""
+    end = min(ends)
+    width = max(map(len, prompts))
+    ids = _padded(([end] * (width - len(prompt)) + list(prompt) for prompt in prompts), width, device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+
+    def stops(ids: Any, _scores: Any, **_: Any) -> Any:
+        return torch.full((len(ids),), cancellation.is_set(), dtype=torch.bool, device=ids.device)
+
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=limit,
+        do_sample=False,
+        repetition_penalty=1.0,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=sorted(ends),
+        pad_token_id=end,
+        stopping_criteria=[stops],
+    )[:, width:].tolist()
+    first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in written]
+    return [row[: at + 1] for row, at in zip(written, first_ends, strict=True)]
 
 
 # Likelihood: rows of tokens that share their beginnings (see `prefixes`)

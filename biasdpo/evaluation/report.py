@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from biasdpo import models
 from biasdpo.access import require_owner
@@ -30,6 +30,9 @@ from biasdpo.evaluation.results import (
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
 from biasdpo.workspace import Workspace, replacing, sha256_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 Labeled = tuple[str, Mapping[str, Any]]
 """A name of an evaluation, and its result."""
@@ -189,9 +192,9 @@ def markdown(result: Mapping[str, Any] | Sequence[Labeled], command: Sequence[st
     return _lines(["# Evaluations side by side", "", *_side_by_side(result)])
 
 
-def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
+def _report(result: Mapping[str, Any], command: Sequence[str], *, dated: bool = True) -> Iterator[str]:
     provenance = result["provenance"]
-    yield from _facts(provenance)
+    yield from _facts(provenance, dated=dated)
     if provenance.get("interrupted"):
         yield from ("**Interrupted: only what was scored until then. Not comparable.**", "")
     yield from (f"**{plain(sentence(result))}**", "")
@@ -217,7 +220,7 @@ def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
     yield "Holm-corrected over the table. An improvement must survive the correction; a clear change for the worse need not."
 
 
-def _facts(provenance: Mapping[str, Any]) -> Iterator[str]:
+def _facts(provenance: Mapping[str, Any], *, dated: bool = True) -> Iterator[str]:
     limit = provenance.get("limit")
     facts = {
         "Model": f"{plain(Path(provenance['model']).name)} (SHA-256 `{provenance.get('model_sha256', '')[:16]}`)",
@@ -228,8 +231,9 @@ def _facts(provenance: Mapping[str, Any]) -> Iterator[str]:
         "Preference pairs": plain(provenance.get("pairs_source") or "not scored"),
         "Seed": provenance.get("seed", ""),
         "Code": f"BiasDPO {provenance.get('code_version', '')}",
-        "Report": datetime.now(UTC).date().isoformat(),
     }
+    if dated:
+        facts["Report"] = datetime.now(UTC).date().isoformat()
     if provenance.get("adapter"):
         facts["Adapter"] = f"{plain(provenance['adapter'])} (SHA-256 `{provenance.get('adapter_sha256', '')[:16]}`)"
     yield from (f"- {name}: {value}" for name, value in facts.items())
@@ -374,14 +378,36 @@ def add_to_card(result: Mapping[str, Any], workspace: Workspace, command: Sequen
     if provenance.get("interrupted"):
         raise EvaluationError("An interrupted evaluation can't go into a card: resume the evaluation, then add it")
     card = adapter.folder / CARD
-    report = [f"#{line}" if line.startswith("## ") else line for line in _report(result, command)]  # one level deeper
-    section = _lines([BEGIN, "## Evaluation", "", *report, "", END])
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {plain(name)}\n"
-    begin, end = text.find(BEGIN), text.find(END)
-    if 0 <= begin < end:
-        text = text[:begin] + section + text[end + len(END) :].removeprefix("\n")
-    else:
-        text = text.rstrip("\n") + "\n\n" + section
     with replacing(card) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(with_evaluation(text, result, command), encoding="utf-8")
     return card
+
+
+def with_evaluation(card: str, result: Mapping[str, Any] | None, command: Sequence[str] = ()) -> str:
+    """A card with the report as its section "Evaluation", in place of an earlier one. `result` None: that there is none."""
+    report = ["Not evaluated on benchmarks."] if result is None else _report(result, command, dated=False)
+    deeper = [f"#{line}" if line.startswith("## ") else line for line in report]
+    section = _lines([BEGIN, "## Evaluation", "", *deeper, "", END])
+    begin, end = card.find(BEGIN), card.find(END)
+    if 0 <= begin < end:
+        return card[:begin] + section + card[end + len(END) :].removeprefix("\n")
+    return card.rstrip("\n") + "\n\n" + section
+
+
+def hub_metrics(result: Mapping[str, Any]) -> list[EvalResult]:
+    """The tuned model's overall metrics for the metadata of a card (`model-index`)."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row.benchmark,
+            dataset_name=benchmark_title(row.benchmark),
+            metric_type=row.metric,
+            metric_name=metric_title(row.metric),
+            metric_value=round(row.tuned, 4),
+        )
+        for row in table(result)
+        if row.tuned is not None
+    ]

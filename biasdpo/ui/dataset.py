@@ -18,10 +18,11 @@ from biasdpo.data import exporting, importing, journal
 from biasdpo.data.importing import HUB, ColumnMapping, import_name
 from biasdpo.data.journal import EDITABLE, BadLine, Row, replacement
 from biasdpo.data.summary import FILTERS, Page, Query, counts
+from biasdpo.data.sync import sync_of
 from biasdpo.errors import ConfigError
 from biasdpo.prompts import CATEGORIES
 from biasdpo.ui.charts import TUNED, WARN, counted
-from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, diff, escape, handles, local_time, plural, short
+from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, diff, duration, escape, handles, local_time, plural, short
 from biasdpo.workspace import ASSETS
 
 _PAGE_ROWS = 25
@@ -106,7 +107,22 @@ def _warnings(studio: Studio) -> str:
     if bad := studio.dataset.bad_lines():
         lines.append(f"{plural(bad, 'line')} of the journal can't be read: python -m biasdpo dataset validate says why")
     lines += [str(studio.dataset.overlap_error)] if studio.dataset.overlap_error else []
+    lines += _unsynced(studio) if is_owner() else []
     return "\n".join(f"> ⚠ {escape(line)}\n" for line in lines)
+
+
+def _unsynced(studio: Studio) -> list[str]:
+    """What the owner should know of --sync: rows that are not on the Hub, for how long and why, and files that were skipped."""
+    hub = sync_of(studio.workspace)
+    if hub is None:
+        return []
+    state, lines = hub.state(), []
+    if state.unsent:
+        rows, age = plural(state.unsent, "row"), duration(state.age_seconds)
+        lines.append(f"{rows} not saved to {state.target} yet, the oldest for {age}: {state.reason}")
+    elif state.reason:
+        lines.append(f"Labels in {state.target} are not restored yet: {state.reason}")
+    return [*lines, *state.notes]
 
 
 def _build_question(name: str) -> tuple[gr.Row, gr.Markdown, gr.Button]:

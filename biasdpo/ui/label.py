@@ -12,6 +12,7 @@ from gradio.context import Context
 
 from biasdpo import labeling, models, prompts
 from biasdpo.compare import Waiting
+from biasdpo.data.sync import sync_of
 from biasdpo.engines import Loading
 from biasdpo.errors import BackendError, ConfigError
 from biasdpo.labeling import Answer, BlindPair, Details, Judged, LabelSession, LabelSessions, Progress, Recipe
@@ -36,6 +37,7 @@ _PROMPTS = [("Examples", "examples"), ("My own list", "list"), ("The dataset's",
 _PAIRS = [*((title, name) for name, title in labeling.PAIR_SOURCES.items()), ("Second opinion on others' pairs", "others")]
 _CATEGORIES = list(prompts.CATEGORIES)
 _LISTED = 200  # of one's own verdicts
+_SYNC_SECONDS = 5.0
 
 
 def build_label(studio: Studio, tab: gr.Tab) -> None:
@@ -56,6 +58,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
     paste_box, paste, pasted = _build_paste()
     changed = gr.State(0)  # how many verdicts of this page stand, to redraw what depends on it
     change_nickname = _build_records(studio, sessions, changed, tab)
+    _wire_synced(studio, sessions, changed, pair.synced)
     studio.next_step("dataset", "Next: Dataset")
 
     def gate_updates(who: Annotator, session: LabelSession) -> Updates:
@@ -226,6 +229,7 @@ class _Pair:
                 self.skip = gr.Button("Skip (S)", elem_id="answer-skip", min_width=80)
                 self.undo = gr.Button("Undo (U)", elem_id="undo", min_width=80)
             self.last = gr.Markdown(elem_id="label-last")
+            self.synced = gr.Markdown(visible=False, elem_id="label-synced")
             with gr.Row():
                 self.editing = gr.Checkbox(False, label="Edit before choosing (E)", elem_id="editing", container=False)
                 self.reveal = gr.Checkbox(True, label="Reveal the models after a verdict", elem_id="reveal", container=False)
@@ -326,6 +330,22 @@ def _stored(judged: Judged, reveal: bool) -> str:
     seed = f" Seed: {pair.seed}." if pair.model else ""
     again = " You have judged this pair before: this measures how consistent you are." if pair.repeat_of else ""
     return f"Stored: **{verdict}**. Left was {name(pair.left_side)}, right was {name(pair.right_side)}.{seed}{again}"
+
+
+def _wire_synced(studio: Studio, sessions: LabelSessions, changed: gr.State, synced: gr.Markdown) -> None:
+    """With --sync, say whether this page's verdicts are on the Hub, and look again until they are."""
+    hub = sync_of(studio.workspace)
+    if hub is None:
+        return
+    timer = gr.Timer(_SYNC_SECONDS, active=False)
+
+    def look(request: gr.Request) -> Updates:
+        ids = [judged.judgment.id for judged in sessions.of(request.session_hash).judged]
+        waiting = sum(not hub.is_sent(judgment_id) for judgment_id in ids)
+        text = f"Saved here; {plural(waiting, 'verdict')} not saved to the Hub yet." if waiting else "Saved here and to the Hub."
+        return {synced: gr.Markdown(text, visible=bool(ids)), timer: gr.Timer(active=waiting > 0)}
+
+    gr.on([changed.change, timer.tick], look, None, [synced, timer], **QUICK)
 
 
 # Settings

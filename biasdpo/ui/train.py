@@ -26,6 +26,7 @@ from biasdpo.jobs import store
 from biasdpo.jobs.estimate import Estimate, estimate_training, known_estimate
 from biasdpo.jobs.job import Job
 from biasdpo.jobs.outcome import best_accuracy, held_out_metrics, held_out_pairs, outcome, pack_run, pairs_needed, run_table
+from biasdpo.jobs.resolve import training_refusal
 from biasdpo.labeling import word_diff
 from biasdpo.ui.charts import TRAINING, training_chart
 from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, pasted, plural
@@ -42,8 +43,11 @@ Compare can switch on and off. A preset and data are chosen already: press **Sta
 
 def build_train(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
+    refusal = training_refusal()
+    if refusal:
+        gr.Markdown(refusal, elem_id="train-refusal")
     with gr.Row(elem_id="train-columns"):
-        with gr.Column(scale=5, min_width=340):
+        with gr.Column(scale=5, min_width=340, visible=not refusal):
             form = Form(studio)
         with gr.Column(scale=7, min_width=340):
             empty = gr.Markdown(_NO_RUNS, elem_id="train-empty")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from biasdpo.migrations import open_workspace
+from tests.app_process import running_app
 from tests.browser.conftest import SIZE, App, Visitor
+from tests.hub import running_hub
 from tests.judging import say, store
 
 TOKEN = "document.querySelector('#pair-token :is(input, textarea)')?.value"
@@ -296,3 +300,25 @@ def test_a_verdict_that_cannot_be_stored_works_again_and_data_health_speaks_only
         shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
         if aside:
             aside.rename(file)
+
+
+def test_a_verdict_is_saved_here_then_on_the_hub_and_the_owner_reads_why_not(new_visitor, tmp_path: Path):
+    workspace = open_workspace(tmp_path / "workspace")
+    with running_hub(tmp_path / "hub") as hub:
+        hub.fault("refuse", "POST", "/commit/", status=403, times=1_000)
+        flags = ("--model", "smollm2", "--sync", "dataset:ana/labels")
+        with running_app(workspace.root, *flags, **hub.environment()) as url:
+            kim = Annotator(new_visitor(url), App(workspace, flags, 0), "kim").open().start()
+            kim.press("1")
+            kim.visitor.wait("#label-synced", "Saved here; 1 verdict not saved to the Hub yet")
+            while hub.faults[0].times > 998:  # until an upload was refused, and another is tried
+                kim.page.wait_for_timeout(100)
+            kim.visitor.tab("Dataset")
+            why = re.compile("1 row not saved to dataset:ana/labels yet, the oldest for .*: the token may not write there")
+            kim.visitor.wait("#dataset-health", why)
+            hub.faults.clear()
+            kim.visitor.tab("Label")
+            kim.visitor.wait("#label-synced", "Saved here and to the Hub")
+            kim.visitor.tab("Dataset")
+            kim.page.wait_for_selector("#dataset-health", state="hidden")
+            kim.page.close()
