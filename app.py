@@ -22,7 +22,7 @@ from biasdpo.config import ServeConfig
 from biasdpo.data import journal, sync
 from biasdpo.errors import ConfigError
 from biasdpo.migrations import open_workspace
-from biasdpo.workspace import Workspace, is_zerogpu
+from biasdpo.workspace import PRIVACY, Workspace, is_zerogpu
 
 if is_zerogpu():  # `spaces` patches torch, so it comes first; a ZeroGPU Space without a function of spaces.GPU does not start
     from biasdpo.backends.zerogpu import on_gpu  # noqa: F401
@@ -109,6 +109,7 @@ def serve(config: ServeConfig) -> None:
 
 def serve_workspace(config: ServeConfig, workspace: Workspace, labels: sync.HubSync | None) -> None:
     """Serve the page, then load the model, then wait."""
+    os.environ["FORWARDED_ALLOW_IPS"] = ",".join(config.trusted_proxies)  # uvicorn's; it reads X-Forwarded-For from the right
     from fastapi.responses import FileResponse
 
     from biasdpo.backends import NO_LLAMA_CPP, has_llama_cpp
@@ -117,7 +118,7 @@ def serve_workspace(config: ServeConfig, workspace: Workspace, labels: sync.HubS
     from biasdpo.ui import build_ui, launch_options
 
     options = launch_options(config, workspace.root)
-    pool = EnginePool(workspace)
+    pool = EnginePool(workspace, visitor_seconds=config.max_generation_seconds)
     memory.serve_requests(pool, workspace)
     startup = Startup(config.model, config.backend)
     demo = build_ui(pool, startup, Path(config.data_dir) if config.data_dir else None)
@@ -128,8 +129,7 @@ def serve_workspace(config: ServeConfig, workspace: Workspace, labels: sync.HubS
         return {"ready": any(pool.opened()), "requests": options["_app"].limits.count(demo), **counts}
 
     options["_app"].add_api_route("/healthz", healthz)
-    notice = Path(__file__).parent / "docs" / "privacy.md"
-    options["_app"].add_api_route("/privacy", lambda: FileResponse(notice, media_type="text/plain"))  # the consent text links it
+    options["_app"].add_api_route("/privacy", lambda: FileResponse(PRIVACY, media_type="text/plain"))  # the consent text links it
     try:
         demo.launch(server_port=config.port, prevent_thread_lock=True, **options)
     except OSError as exc:  # taken between the check and here

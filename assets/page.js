@@ -16,6 +16,13 @@
     document.querySelector("#prompt textarea")?.focus();
   });
 
+  // An error stays until it is closed, or until the next try: what a button or Enter starts now may have mended it.
+  const closeErrors = (event) => {
+    if (!(event.target instanceof Element) || !event.target.closest(event.type === "click" ? "button:not(.toast-close, .label-wrap, [role=tab])" : "input, textarea")) return;
+    if (event.type === "click" || event.key === "Enter") document.querySelectorAll(".toast-body.error .toast-close").forEach((close) => close.click());
+  };
+  for (const type of ["click", "keydown"]) document.addEventListener(type, closeErrors, true);
+
   // Gradio 6.31 leaks: a status tracker that is removed while it is pending, as the page's first one always is, redraws its hidden
   // timer in every frame, for ever (3% of a core each). A timer runs only while one can be seen.
   const nextFrame = window.requestAnimationFrame.bind(window);

@@ -41,7 +41,7 @@ from biasdpo.config import (
     parse_settings,
     read_toml,
 )
-from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
+from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError, plural
 from biasdpo.migrations import open_workspace, workspace_root
 from biasdpo.records import Sampling
 
@@ -162,7 +162,8 @@ def compare(
         return
     for completion in (pair.left, pair.right):
         if completion is not None:
-            print(f"--- {completion.side} ({completion.tokens} tokens, {completion.finish_reason}) ---\n{completion.text}\n")
+            how = f"{plural(completion.tokens, 'token')}, {completion.finish_reason}"
+            print(f"--- {completion.side} ({how}) ---\n{completion.text}\n")
     if pair.canary_kl_nats is not None:
         print(f"base equals the bare model; tuned differs by KL {pair.canary_kl_nats:.3g} nats")
 
@@ -264,7 +265,7 @@ def _show_bad(bad: Sequence[Any]) -> None:
     for line in bad[:_SHOWN_BAD_ROWS]:
         print(f"line {line.line}: {line.reason}", file=sys.stderr)
     if len(bad) > _SHOWN_BAD_ROWS:
-        print(f"... and {len(bad) - _SHOWN_BAD_ROWS:,} more bad rows; `dataset validate FILE` lists all", file=sys.stderr)
+        print(f"... and {plural(len(bad) - _SHOWN_BAD_ROWS, 'more bad row')}; `dataset validate FILE` lists all", file=sys.stderr)
 
 
 @dataset.command("stats")
@@ -311,24 +312,25 @@ def _stats_lines(source: Any, numbers: dict[str, Any], benchmark_files: int) -> 
     def share(value: float | None) -> str:
         return "no data" if value is None else f"{value:.1%}"
 
-    yield f"{source}: {numbers['rows']:,} rows, {numbers['pairs']:,} pairs to train on"
-    undecided = f"{numbers['ties']:,} ties, {numbers['both_biased']:,} both biased, {numbers['both_unusable']:,} both unusable"
-    yield f"{undecided}, {numbers['retracted']:,} retracted"
+    yield f"{source}: {plural(numbers['rows'], 'row')}, {plural(numbers['pairs'], 'pair')} to train on"
+    both = f"{numbers['both_biased']:,} both biased, {numbers['both_unusable']:,} both unusable"
+    yield f"{plural(numbers['ties'], 'tie')}, {both}, {numbers['retracted']:,} retracted"
     categories = ", ".join(f"{name or '(none)'} {number:,}" for name, number in numbers["by_category"].items())
     yield f"by category: {categories or 'nothing yet'}"
     yield f"chosen is longer: {share(numbers['chosen_longer_share'])}; left side chosen: {share(numbers['chosen_left_share'])}"
-    yield f"{numbers['near_duplicates']:,} near-duplicate prompts, {numbers['exact_duplicates']:,} exact duplicates"
+    duplicates = plural(numbers["exact_duplicates"], "exact duplicate")
+    yield f"{plural(numbers['near_duplicates'], 'near-duplicate prompt')}, {duplicates}"
     if numbers["benchmark_overlap"] is not None:
-        yield f"{numbers['benchmark_overlap']:,} pairs overlap with {benchmark_files:,} benchmark files"
+        yield f"pairs that overlap with {plural(benchmark_files, 'benchmark file')}: {numbers['benchmark_overlap']:,}"
     for one in numbers["annotators"]:
         shares = f"longer {share(one['chosen_longer_share'])}, left {share(one['chosen_left_share'])}"
-        yield f"{one['annotator']}: {one['pairs']:,} pairs, {shares}"
+        yield f"{one['annotator']}: {plural(one['pairs'], 'pair')}, {shares}"
     agreement = numbers["agreement"]
     if agreement["alpha"] is not None:
-        yield f"Krippendorff's alpha over {agreement['pairs']:,} pairs: {agreement['alpha']:.2f}"
+        yield f"Krippendorff's alpha over {plural(agreement['pairs'], 'pair')}: {agreement['alpha']:.2f}"
     for name, again in agreement["self_consistency"].items():
-        yield f"{name}: {again['agreed']:,} of {again['total']:,} hidden repeats judged the same"
-    yield f"{numbers['repaired_lines']:,} truncated lines set aside, {numbers['bad_lines']:,} bad lines"
+        yield f"{name}: {again['agreed']:,} of {plural(again['total'], 'hidden repeat')} judged the same"
+    yield f"{plural(numbers['repaired_lines'], 'truncated line')} set aside, {plural(numbers['bad_lines'], 'bad line')}"
     for warning in numbers["warnings"]:
         yield f"Warning: {warning}"
 
@@ -347,10 +349,10 @@ def dataset_validate(file: SourceOrJournal = "", workspace: WorkspaceOption = ""
             print(f"line {line.line}: {line.reason}")
         verdicts = ", ".join(f"{count:,} {verdict}" for verdict, count in found.by_verdict.items())
         good = f"{found.good:,} good" + (f" ({verdicts})" if verdicts else "")
-        print(f"{found.source}: {found.rows:,} rows, {good}, {len(found.bad):,} bad", *found.notes, sep="\n")
+        print(f"{found.source}: {plural(found.rows, 'row')}, {good}, {len(found.bad):,} bad", *found.notes, sep="\n")
     if found.bad:
         raise DatasetError(
-            f"{found.source} has {len(found.bad):,} bad lines of {found.rows:,}, the first in line {found.bad[0].line}: "
+            f"{found.source} has {plural(len(found.bad), 'bad line')} of {found.rows:,}, the first in line {found.bad[0].line}: "
             "correct or remove them (`dataset import` takes the good ones)"
         )
 
@@ -395,7 +397,7 @@ def dataset_import(
         for pair in importing.preview(file, done.mapping, rows=3, unwrap=unwrap).pairs:
             print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False))
     would = "would be " if dry_run else ""
-    counts = f"{done.source}: {done.written:,} rows {would}written, {done.known:,} known, {len(done.bad):,} bad"
+    counts = f"{done.source}: {plural(done.written, 'row')} {would}written, {done.known:,} known, {len(done.bad):,} bad"
     print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), counts, as_json=as_json)
 
 
@@ -410,8 +412,8 @@ def dataset_export(
 
     done = exporting.export_file(open_workspace(workspace), file)
     text = (
-        f"{done.path}: {done.rows:,} pairs ({done.repeats:,} repeated judgments and {done.contradictions:,} evenly split pairs "
-        f"are left out), SHA-256 {done.sha256}\n{done.card}: the dataset card"
+        f"{done.path}: {plural(done.rows, 'pair')} (left out: {plural(done.repeats, 'repeated judgment')}, "
+        f"{plural(done.contradictions, 'evenly split pair')}), SHA-256 {done.sha256}\n{done.card}: the dataset card"
     )
     print_row(done.to_json(), text, as_json=as_json)
 
@@ -476,14 +478,14 @@ def dataset_erase(
     folder = open_workspace(workspace)
     targets = dict.fromkeys([*targets_of(folder), *filter(None, [ServeConfig(sync=sync).sync])])
     counts, _unreached = erasing.erase_everywhere(folder, targets, annotator, browser, dry_run=True)
-    rows = " and ".join(f"{count:,} rows by {annotator!r} in {place}" for place, count in counts.items())
+    rows = " and ".join(f"{plural(count, 'row')} by {annotator!r} in {place}" for place, count in counts.items())
     if not yes and sys.stdin.isatty():
         print(f"Delete {rows}, for good? [y/N] ", end="", file=sys.stderr, flush=True)
         yes = sys.stdin.readline().strip().lower() in ("y", "yes")
     if not yes:
         raise ConfigError(f"Nothing was deleted, since you did not confirm it ({rows}): add --yes")
     counts, remaining = erasing.erase_everywhere(folder, targets, annotator, browser)
-    lines = [f"{count:,} rows removed from {place}" for place, count in counts.items()]
+    lines = [f"{plural(count, 'row')} removed from {place}" for place, count in counts.items()]
     lines += [f"Not reached: {place}" for place in remaining]
     removed = counts.pop(str(folder.preferences), 0)
     row = {"removed": removed, "removed_from_hub": counts, "remaining": [str(place) for place in remaining]}
@@ -608,9 +610,9 @@ def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> No
     found = estimate_training(config, workspace)
     minutes, needed, free = found.seconds_total / 60, found.memory_bytes / 1e9, found.memory_free_bytes / 1e9
     lines = (
-        f"{found.steps} steps of {found.seconds_per_step:.2f} s, {minutes:.1f} minutes in all on {found.device}",
+        f"{plural(found.steps, 'step')} of {found.seconds_per_step:.2f} s, {minutes:.1f} minutes in all on {found.device}",
         f"{needed:.1f} GB of memory at the peak, {free:.1f} GB are free",
-        f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, "
+        f"{plural(found.pairs_train, 'pair')} to train on, {found.pairs_held_out} held out, {found.dropped} dropped, "
         f"{found.equal} dropped as equal, {found.cut} truncated",
         "seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in found.parts.items()),
     )
@@ -667,14 +669,14 @@ WithoutOption = Annotated[Literal["cache", "none"], Option("--without", help="Fo
 def workspace_backup(file: FileArgument, without: WithoutOption = "cache", workspace: WorkspaceOption = "") -> None:
     """Write a workspace to one file, of which an older version is replaced."""
     folder = open_workspace(workspace)
-    print(f"{file}: {backup.back_up(folder, file, without):,} files of {folder.root}")
+    print(f"{file}: {plural(backup.back_up(folder, file, without), 'file')} of {folder.root}")
 
 
 @workspaces.command("restore")
 def workspace_restore(file: FileArgument, workspace: WorkspaceOption = "") -> None:
     """Unpack a backup into a new or empty workspace folder."""
     root = workspace_root(workspace)
-    print(f"{root}: {backup.restore(file, root):,} files restored")
+    print(f"{root}: {plural(backup.restore(file, root), 'file')} restored")
 
 
 @workspaces.command("verify")
@@ -827,7 +829,7 @@ def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
 
     partial = f"; not comparable: {numbers['not_comparable']}" if numbers["not_comparable"] else ""
     unmatched = f", {unknown:.0f} without a biased answer" if (unknown := numbers.get("n_without_biased_answer")) else ""
-    yield f"{name}: {numbers['n']} items, {numbers['n_failed']} failed{unmatched}{partial}"
+    yield f"{name}: {plural(numbers['n'], 'item')}, {numbers['n_failed']} failed{unmatched}{partial}"
     if numbers["settings"]:
         yield f"  {', '.join(f'{key} {value}' for key, value in numbers['settings'].items())}"
     if numbers["not_as_published"]:

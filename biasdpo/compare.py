@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -10,6 +11,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
+from biasdpo.access import is_owner
 from biasdpo.backends.base import Backend, Cancellation, Ticket, VisitorQueue
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import BiasDPOError, ConfigError, PromptError
@@ -28,6 +30,7 @@ from biasdpo.workspace import ASSETS, read_json
 
 EXAMPLE_PAIRS = ASSETS / "example_pairs.json"  # written by scripts/example_pairs.py
 _WAIT_SECONDS = 0.25  # how often a waiting visitor's position is updated
+_REPEAT_SECONDS = 1.0  # after which a reader who waits is told the same again: Gradio then notices one that has left
 _PACE_SECONDS = 0.06  # between two updates of a reader
 
 
@@ -288,15 +291,24 @@ class Generation:
 
     def start(self, pool: EnginePool, key: EngineKey, prompt: str, sampling: Sampling, **settings: Any) -> None:
         """Load the engine if necessary and generate; `settings` as in `stream_pair`. Call it once."""
+        seconds = math.inf if is_owner() else pool.visitor_seconds
 
         def generate() -> None:
             error: BaseException | None = None
+            ends_at, repeats_at = math.inf, 0.0
             try:
                 with pool.lease(key, self.cancellation) as engine:
                     for event in stream_pair(engine, prompt, sampling, cancellation=self.cancellation, **settings):
+                        if event == self._latest and time.monotonic() < repeats_at:
+                            continue  # each update of the page takes time from whoever's turn it is
+                        repeats_at = time.monotonic() + _REPEAT_SECONDS
                         with self._changed:
                             self._latest = event
                             self._changed.notify_all()
+                        if isinstance(event, GenerationPair):  # their turn has come
+                            ends_at = min(ends_at, time.monotonic() + seconds)
+                        if time.monotonic() >= ends_at:
+                            self.cancellation.set()
             except BaseException as exc:  # raised again in the reader's thread
                 error = exc
             with self._changed:

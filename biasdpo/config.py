@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from biasdpo.errors import ConfigError
+from biasdpo.errors import ConfigError, plural
 from biasdpo.records import SEED_RANGE, STRENGTH_RANGE
 from biasdpo.workspace import is_public_space
 
@@ -480,9 +480,9 @@ class TrainConfig(Settings):
         if self.schedule != "constant" and math.ceil(steps * self.warmup_share) >= steps:
             what = "The run's only step is" if steps == 1 else f"All {steps} steps are"
             raise ConfigError(
-                f"{what} warm-up ({rows} pairs, warmup_share {self.warmup_share:g}), so the learning rate never reaches "
-                f"{self.learning_rate:g}{' but stays 0' * (steps == 1)}: add pairs or epochs, lower gradient_accumulation, or "
-                "set warmup_share to 0"
+                f"{what} warm-up ({plural(rows, 'pair')}, warmup_share {self.warmup_share:g}), so the learning rate never "
+                f"reaches {self.learning_rate:g}{' but stays 0' * (steps == 1)}: add pairs or epochs, lower "
+                "gradient_accumulation, or set warmup_share to 0"
             )
 
     def cost_settings(self) -> dict[str, Any]:
@@ -499,16 +499,19 @@ Backend = Literal["auto", "llamacpp", "transformers", "transformers-8bit", "tran
 BenchmarkName = Literal[
     "preference",
     "quick_check",
+    "counterfactual_gap",
     "crows_pairs",
     "stereoset",
     "bbq",
     "winobias",
     "truthfulqa",
+    "group_facts",
     "utility",
     "perplexity",
     "bold",
     "real_toxicity_prompts",
     "utility_generation",
+    "overcorrection",
 ]
 BENCHMARKS: tuple[BenchmarkName, ...] = get_args(BenchmarkName)
 
@@ -685,6 +688,8 @@ class ServeConfig(Settings):
     """Port to serve on."""
     allowed_hosts: ListOf[Name] = setting((), option="--allowed-host", metavar="NAME")
     """Another host name to answer to, such as a reverse proxy's or this machine's on the network. Repeatable."""
+    trusted_proxies: ListOf[Name] = setting(("127.0.0.1",), option="--trusted-proxy", metavar="ADDRESS")
+    """Address or network of a reverse proxy whose X-Forwarded-For names the visitor; other machines' is ignored. Repeatable."""
     auth: str = setting("", metavar="FILE")
     """Ask every visitor to sign in, with the accounts in this file; `python -m biasdpo users add NAME` adds one."""
     sync: SyncTarget = setting("", metavar=SYNC_METAVAR)
@@ -706,6 +711,31 @@ class ServeConfig(Settings):
     """Open pages whose state is kept; then the oldest is forgotten."""
     max_visits_per_minute: int = setting(120, range=(1, 1_000_000), unit="pages")
     """Pages that may be opened per minute from one address."""
+    max_generation_seconds: int = setting(120, range=(1, 86400), unit="s")
+    """Time after which a visitor's pair is stopped, once it is their turn."""
+    max_verdicts_per_minute: int = setting(60, range=(1, 100_000), unit="verdicts")
+    """Verdicts that one visitor may store per minute."""
+    max_stored_mb_per_visitor: int = setting(5, range=(1, 1_000_000), unit="MiB")
+    """Verdicts that one visitor may store per day."""
+    max_stored_mb: int = setting(1000, range=(1, 1_000_000), unit="MiB")
+    """Size of the file of judgments from which on only the owner may add to it."""
+    max_uploads_mb_per_visitor: int = setting(400, range=(1, 1_000_000), unit="MiB")
+    """Files that one address may upload per day to an app that others reach. Uploads are deleted after a day."""
+    max_uploads_mb: int = setting(4000, range=(1, 1_000_000), unit="MiB")
+    """The same, of all visitors."""
+    max_connections: int = setting(800, range=(10, 1_000_000), unit="connections")
+    """Open connections, of all visitors."""
+    max_connections_per_visitor: int = setting(100, range=(10, 1_000_000), unit="connections")
+    """The same, of one address that is no trusted proxy."""
+
+    @model_validator(mode="after")
+    def _check_proxies(self) -> Self:
+        for proxy in self.trusted_proxies:
+            try:
+                ip_network(proxy, strict=False)
+            except ValueError as exc:
+                raise ValueError(f"--trusted-proxy is an IP address or a network: got {proxy!r}; for example 10.0.0.2") from exc
+        return self
 
     @model_validator(mode="after")
     def _check_reach(self) -> Self:

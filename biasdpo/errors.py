@@ -1,4 +1,4 @@
-"""One tree of errors. A `BiasDPOError` is something the user can mend: one line, exit status 2."""
+"""One tree of errors: a `BiasDPOError` is something the user can mend, one line, exit status 2. And how messages count."""
 
 
 class BiasDPOError(Exception):
@@ -59,3 +59,11 @@ class WorkspaceError(BiasDPOError):
 
 class RefusedError(BiasDPOError):
     """The action is not for whoever asks: a visitor."""
+
+
+# Counts in messages
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """ "1 pair", "2 pairs", "1,024 pairs"."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

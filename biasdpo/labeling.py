@@ -328,8 +328,19 @@ def length_warning(left: str, right: str) -> str:
     )
 
 
+def is_alike(one: str, other: str) -> bool:
+    """Whether at least half of the shorter text's words are in the other: unrelated answers share up to 0.4, and below that a
+    word-by-word comparison marks nearly everything."""
+    words = [Counter(re.findall(r"[\w'’]+", text.casefold())) for text in (one, other)]
+    return (words[0] & words[1]).total() >= max(1, min(found.total() for found in words)) / 2
+
+
 def word_diff(one: str, other: str) -> list[DiffPiece]:
-    """What of `one` is removed and what of `other` is inserted, word by word, including white space."""
+    """What of `one` is removed and what of `other` is inserted, word by word, including white space; each as a whole where they
+    are not alike."""
+    if one != other and not is_alike(one, other):
+        whole: list[DiffPiece] = [("out", one), ("in", other)]
+        return [piece for piece in whole if piece[1]]
     out, into = (re.findall(r"\s+|[\w'’]+|[^\w\s]", text) for text in (one, other))
     pieces: list[DiffPiece] = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, out, into, autojunk=False).get_opcodes():

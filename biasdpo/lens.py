@@ -34,7 +34,7 @@ MAX_CELLS = 2_000
 _SHOWN_TOKENS = 5  # the most likely first tokens of a cell, and the tokens that move most of a row
 _SLOT = re.compile(r"\{(group|they|them|their)\}")
 _ARTICLE = re.compile(r"\b([Aa])n?(\s+)$")
-_LIKE_CONSONANT = re.compile(r"(eu|uni([^nm]|$)|ug|ur[ua]|one)", re.IGNORECASE)  # "a European", "a Ugandan", "a one-armed"
+_LIKE_CONSONANT = re.compile(r"(eu|uni([^nm]|$)|ug|uk|ur[ua]|one)", re.IGNORECASE)  # "a European", "a Ukrainian"
 
 
 # Arms

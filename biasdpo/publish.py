@@ -20,7 +20,7 @@ from biasdpo.access import audit, require_owner
 from biasdpo.config import PublishConfig
 from biasdpo.data.exporting import public_pairs
 from biasdpo.data.splits import WORKSPACE, public_name, read_snapshot
-from biasdpo.errors import BiasDPOError, PublishError
+from biasdpo.errors import BiasDPOError, PublishError, plural
 from biasdpo.evaluation import report
 from biasdpo.gguf.export import ExportRecord, modelfile, read_record
 from biasdpo.gguf.proof import ExportProof
@@ -222,15 +222,17 @@ def _dataset(job: Job, config: PublishConfig, workspace: Workspace, personal: li
         )
     if len(found.rows) < len(trained):
         why = f"they are of {files}, or" if files else "they"
-        missing.append(f"{len(trained) - len(found.rows):,} of the run's {len(trained):,} pairs: {why} were withdrawn since")
+        missing.append(
+            f"{len(trained) - len(found.rows):,} of the run's {plural(len(trained), 'pair')}: {why} were withdrawn since"
+        )
     if imported := sorted({row.source for row in found.rows if row.source.startswith("import:")}):
         missing.append(f"Your own check that the license of {', '.join(imported)} lets you publish its rows")
-    count = f"{len(found.annotators):,} annotator{'' if len(found.annotators) == 1 else 's'}"
+    count = plural(len(found.annotators), "annotator")
     personal += [
         f"The nicknames of {count} ({', '.join(found.annotators)}), and when they judged what"
         if config.with_annotators
         else f"{count} as numbers, without nicknames; days without times",
-        f"{len(found.rows):,} pairs with their prompts ({found.edited:,} edited by hand): read them for private facts",
+        f"{plural(len(found.rows), 'pair')} with their prompts ({found.edited:,} edited by hand): read them for private facts",
     ]
     return Repository(config.dataset_to, "dataset", {CARD: found.card.encode(), _PAIRS: found.content})
 

@@ -20,6 +20,8 @@ from biasdpo.errors import ConfigError, WorkspaceError
 _PACKAGE = Path(__file__).resolve().parent
 ASSETS = next(path for path in (_PACKAGE.parent / "assets", _PACKAGE / "assets") if (path / "models.toml").is_file())
 """In a checkout beside the package, installed in it."""
+PRIVACY = ASSETS.parent / "docs" / "privacy.md"
+"""What is stored about people; the page links it."""
 MAX_JSON_BYTES = 256 * 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 os.umask(_UMASK := os.umask(0o077))  # it can only be read by being set

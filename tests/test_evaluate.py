@@ -168,7 +168,7 @@ def test_failed_items_are_counted_and_never_scored(engine):
     assert result["base"]["stereotype_percent"]["value"] == 50
     assert [failure["index"] for failure in result["failures"]] == [2, 3]
     assert "does not fit the context" in result["failures"][0]["reason"]
-    with pytest.raises(DatasetError, match="none of 1 items could be scored: the first failed with: A text of 101 tokens"):
+    with pytest.raises(DatasetError, match="none of 1 item could be scored: the first failed with: A text of 101 tokens"):
         evaluate.run(engine, [CrowsPairs([long])])
     with pytest.raises(DatasetError, match="has no items"):
         evaluate.run(engine, [CrowsPairs([])])

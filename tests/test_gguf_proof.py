@@ -175,7 +175,7 @@ def test_a_quantized_file_is_measured_not_proven(phi: Tiny, workspace: Workspace
     assert 1e-5 < proof.equality.mean_kl < 0.1
     assert 0.8 < proof.equality.agreement < 1.0
     assert (proof.survival.pairs, proof.survival.left_out) == (4, 1)
-    assert "1 held-out pairs were left out: longer than 512 tokens" in proof.warnings
+    assert "Left out, longer than 512 tokens: 1 held-out pair" in proof.warnings
     assert proof.sentence().startswith("Q8_0, compared with the original: mean KL ")
 
 

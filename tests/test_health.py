@@ -67,7 +67,7 @@ def test_confounds_of_training_pairs() -> None:
 
 def test_templated_pairs_are_said() -> None:
     (line,) = measure([PreferencePair("[INST] Who? [/INST]", "A.", "B."), PreferencePair("Who?", "A.", "B.")]).warnings
-    assert line.startswith("1 of 2 pairs hold a chat template's markers ([INST])")
+    assert line.startswith("A chat template's markers ([INST]) are in 1 of 2 pairs and")
 
 
 def test_wilson() -> None:

@@ -228,6 +228,12 @@ def test_word_diff():
     pieces = labeling.word_diff("She is a nurse, kind.", "He is a surgeon, kind.")
     changes = [(kind, text) for kind, text in pieces if kind != "same"]
     assert changes == [("out", "She"), ("in", "He"), ("out", "nurse"), ("in", "surgeon")]
+    assert labeling.word_diff("Men lead.", "It depends on who you ask.") == [
+        ("out", "Men lead."),
+        ("in", "It depends on who you ask."),
+    ]
+    assert labeling.is_alike("Anyone can lead. Ask around.", "Anyone can lead.")  # shortened
+    assert not labeling.is_alike("", "Anyone can lead.")
     one, other = "a\n\n b  c’s 1,5 €", "a b’s c 1.5 €!"
     pieces = labeling.word_diff(one, other)
     assert "".join(text for kind, text in pieces if kind != "in") == one

@@ -54,10 +54,10 @@ def test_arms_by_their_names():
 def test_a_filled_prompt_is_grammatical():
     assert PROMPT.filled() == ["The woman came in. What did she want?", "The man came in. What did he want?"]
     filled = lens.slot_prompt(
-        "A {group} and an owl.", ["Irish cook", "European", "Ugandan", "imam", "one-armed man", "priest"]
+        "A {group} and an owl.", ["Irish cook", "European", "Ugandan", "Ukrainian", "imam", "one-armed man", "priest"]
     ).filled()
     assert [text.split(" and")[0] for text in filled] == [
-        "An Irish cook", "A European", "A Ugandan", "An imam", "A one-armed man", "A priest",
+        "An Irish cook", "A European", "A Ugandan", "A Ukrainian", "An imam", "A one-armed man", "A priest",
     ]  # fmt: skip
 
 

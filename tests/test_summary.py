@@ -142,8 +142,10 @@ def test_pages_show_the_newest_first(judged: Journal) -> None:
 
 
 def test_filters(judged: Journal) -> None:
-    assert choices(judged)["category"] == {"gender": 4, "race": 3, "": 4}
-    assert choices(judged)["verdict"] == {"preferred": 10, "tie": 1}
+    assert choices(judged, "all")["category"] == {"gender": 4, "race": 3, "": 4}
+    assert choices(judged, "standing")["category"] == {"gender": 3, "race": 3, "": 4}
+    assert choices(judged, "retracted")["verdict"] == {"preferred": 1}
+    assert choices(judged, "standing")["verdict"] == {"preferred": 9, "tie": 1}
     assert shown(judged, Query(category="race")) == ["Prompt 7?", "Prompt 4?", "Prompt 1?"]
     assert shown(judged, Query(category="", annotator="ada")) == ["A tie?", "Prompt 8?", "Prompt 2?"]
     assert shown(judged, Query(verdict="tie")) == shown(judged, Query(source="compare")) == ["A tie?"]

@@ -24,7 +24,7 @@ from biasdpo.backends.base import ShownText
 from biasdpo.backends.hf_loading import encode_prompt, end_tokens
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
-from biasdpo.errors import RunError
+from biasdpo.errors import RunError, plural
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import replacing
 from training.status import StatusWriter, StoppedError
@@ -233,7 +233,10 @@ def choose_step(folder: JobFolder, config: TrainConfig, last_step: int) -> tuple
         return last_step, f"step {last_step}, the last, as the run's `keep` asks"
     last, step = found[-1], f"step {best.step}"
     if best.step == last_step:
-        return best.step, f"{step}, the last, held-out reward accuracy {best.accuracy:.2f}, the best of {len(found)} evaluations"
+        return (
+            best.step,
+            f"{step}, the last, held-out reward accuracy {best.accuracy:.2f}, the best of {plural(len(found), 'evaluation')}",
+        )
     if last.step == last_step and not best.is_better_than(last):
         return (
             last_step,

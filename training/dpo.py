@@ -24,7 +24,7 @@ from biasdpo import counterfactuals, models
 from biasdpo.backends.hf_loading import encode_completion, hf_copy, load_base, load_config, load_tokenizer, padding
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
-from biasdpo.errors import ConfigError, DatasetError, ModelError
+from biasdpo.errors import ConfigError, DatasetError, ModelError, plural
 from biasdpo.jobs.job import JobFolder
 from biasdpo.model_files import weight_files
 from biasdpo.models import ModelSpec
@@ -141,18 +141,17 @@ def base_sha256(spec: ModelSpec) -> str:
 
 
 def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> None:
-    count = len(rows.train.rows)
-    writer.note(f"{count} pair{'' if count == 1 else 's'} to train on, {len(rows.held_out.rows)} held out")
+    writer.note(f"{plural(len(rows.train.rows), 'pair')} to train on, {len(rows.held_out.rows)} held out")
     if len(rows.used) < len(rows.train.rows):
-        writer.note(f"{config.max_steps} steps see {len(rows.used)} of them")
+        writer.note(f"seen in {plural(config.max_steps, 'step')}: {len(rows.used):,} of them")
     for name, tokenized in (("training", rows.train), ("held-out", rows.held_out)):
         if tokenized.dropped or tokenized.cut:
             writer.note(
-                f"max_length {config.max_length}: {tokenized.dropped} {name} pairs dropped (prompt too long), {tokenized.cut} "
-                "with a completion cut"
+                f"max_length {config.max_length}: {plural(tokenized.dropped, name + ' pair')} dropped (prompt too long), "
+                f"{tokenized.cut} with a completion cut"
             )
         if tokenized.equal:
-            writer.note(f"{tokenized.equal} {name} pairs dropped: within max_length, both completions are the same")
+            writer.note(f"{plural(tokenized.equal, name + ' pair')} dropped: within max_length, both completions are the same")
 
 
 # The model and its trainer
@@ -253,9 +252,11 @@ def compute_reference(
     """Compute the reference's log-probabilities of all rows, or find them in the workspace's cache."""
 
     def report_progress(done: int, total: int) -> None:
-        writer.update(phase=f"computing the reference ({done} of {total} pairs)")
+        writer.update(phase=f"{phase} ({done:,} of {plural(total, 'pair')})", share=done / total)
         writer.check_stop()
 
+    phase = "computing reference log-probabilities"
+    writer.update(phase=phase)
     cache = open_cache(workspace.cache / "reference", base_hash, "cpu" if use_cpu else "cuda", torch.get_num_threads())
     trainer.use_reference(cache, report_progress)
 

@@ -58,8 +58,9 @@ class StatusWriter:
                 self.folder.write_status(self.status)
 
     def update(self, **changes: Any) -> None:
+        """Change the status; a new phase has no share yet, unless it is given."""
         with self._lock:
-            self.status = replace(self.status, **changes)
+            self.status = replace(self.status, **({"share": 0.0} if "phase" in changes else {}) | changes)
             if self.is_main and not self._another_ended():
                 self.folder.write_status(self.status)
 
@@ -73,7 +74,8 @@ class StatusWriter:
         """Write the final status. If the disk is too full even for that, the log has it."""
         with self._lock:
             self.can_exit = False
-            last = replace(self.status, state=state, phase="", error=error, eta_seconds=0.0 if state == "finished" else None)
+            eta = 0.0 if state == "finished" else None
+            last = replace(self.status, state=state, phase="", share=0.0, error=error, eta_seconds=eta)
             self.status = last
             if (not self.is_main and state != "failed") or self._another_ended():
                 return

@@ -17,7 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from biasdpo.backends.base import Cancellation, VisitorQueue, check_prompt_fits, missing_side
+import numpy as np
+from numpy.typing import NDArray
+
+from biasdpo.backends.base import SEQUENCES, Cancellation, VisitorQueue, check_prompt_fits, missing_side
 from biasdpo.chat import PromptTemplate, Turn
 from biasdpo.errors import BackendError, BiasDPOError
 from biasdpo.records import FinishReason, Likelihood, LikelihoodRequest, Request, Sampling, Side, check_strength
@@ -49,7 +52,7 @@ class Opening:
 class Call:
     """One call of a backend's method. `steps`: forward passes, about."""
 
-    method: Literal["stream", "loglikelihood", "score_tokens"]
+    method: Literal["stream", "complete_many", "loglikelihood", "logits", "score_tokens"]
     side: Side
     steps: int
     arguments: dict[str, Any]
@@ -250,6 +253,22 @@ class ZeroGpuBackend:
         reason: FinishReason = yield from lease.read(call, cancellation or Cancellation())
         return reason
 
+    def complete_many(
+        self,
+        prompts: Sequence[tuple[str, str]],
+        max_new_tokens: int,
+        side: Side,
+        *,
+        strength: float = 1.0,
+        cancellation: Cancellation | None = None,
+    ) -> list[tuple[str, FinishReason]]:
+        """See `backends.base.Backend.complete_many`."""
+        self._check(side, strength)
+        arguments = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "strength": strength}
+        steps = max_new_tokens * math.ceil(len(prompts) / SEQUENCES)
+        result = self._result(Call("complete_many", side, steps, arguments), cancellation)
+        return [("", "cancelled")] * len(prompts) if result == "cancelled" else result
+
     def prompt_tokens(
         self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
     ) -> list[int]:
@@ -262,6 +281,16 @@ class ZeroGpuBackend:
         call = Call("loglikelihood", side, len(requests), {"requests": list(requests), "strength": strength})
         result: list[Likelihood] = self._result(call)
         return result
+
+    def logits(self, request: Request, side: Side, *, strength: float = 1.0) -> NDArray[np.float32]:
+        """See `backends.base.Backend.logits`."""
+        self._check(side, strength)
+        result: NDArray[np.float32] = self._result(Call("logits", side, 1, {"request": request, "strength": strength}))
+        return result
+
+    def token_text(self, token: int) -> str:
+        """See `backends.base.Backend.token_text`."""
+        return self.local.token_text(token)
 
     def score_tokens(self, request: LikelihoodRequest, side: Side, *, strength: float = 1.0) -> list[tuple[str, float]]:
         """See `backends.base.Backend.score_tokens`."""
@@ -277,8 +306,8 @@ class ZeroGpuBackend:
     def _lend(self, calls: list[Call]) -> Lease:
         return Lease(self.opening, calls)
 
-    def _result(self, call: Call) -> Any:
-        reading: Iterator[str] = self._lend([call]).read(call, Cancellation())
+    def _result(self, call: Call, cancellation: Cancellation | None = None) -> Any:
+        reading: Iterator[str] = self._lend([call]).read(call, cancellation or Cancellation())
         try:
             next(reading)
         except StopIteration as stop:

@@ -10,7 +10,9 @@ from typing import Any
 from biasdpo.benchmarks import (
     bbq,
     bold,
+    counterfactual_gap,
     crows_pairs,
+    overcorrection,
     quick_check,
     real_toxicity_prompts,
     stereoset,
@@ -40,11 +42,13 @@ class Generation:
 
 _BY_LIKELIHOOD: dict[str, Callable[[Path | None], LikelihoodBenchmark[Any]]] = {
     "quick_check": lambda _data_dir: quick_check.build(),
+    "counterfactual_gap": lambda _data_dir: counterfactual_gap.build(),
     "crows_pairs": crows_pairs.build,
     "stereoset": stereoset.build,
     "bbq": bbq.build,
     "winobias": winobias.build,
     "truthfulqa": truthfulqa.build,
+    "group_facts": lambda _data_dir: overcorrection.build_facts(),
     "utility": utility.build,
     "perplexity": utility.build_perplexity,
 }
@@ -54,6 +58,7 @@ _BY_GENERATION: dict[str, Callable[[Path | None, Generation], GenerationBenchmar
         data_dir, how.open_scorer(), how.samples, how.max_new_tokens
     ),
     "utility_generation": lambda _data_dir, how: utility.build_generation(how.max_new_tokens),
+    "overcorrection": lambda _data_dir, how: overcorrection.build(how.max_new_tokens),
 }
 NAMES = ("preference", *_BY_LIKELIHOOD, *_BY_GENERATION)
 _ORIGINS: dict[str, Origin] = {

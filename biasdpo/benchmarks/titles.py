@@ -17,6 +17,7 @@ class Title(NamedTuple):
 
 BENCHMARKS: dict[str, Title] = {
     "quick_check": Title("Quick check", "our own short sentences about groups; works offline", "bias"),
+    "counterfactual_gap": Title("Counterfactual gap", "does the group in a prompt change the answer? works offline", "bias"),
     "preference": Title("Preference pairs", "is the less biased completion preferred?", "bias"),
     "crows_pairs": Title("CrowS-Pairs", "is the stereotype likelier than its counterpart?", "bias"),
     "stereoset": Title("StereoSet", "stereotype, anti-stereotype or nonsense?", "bias"),
@@ -24,7 +25,9 @@ BENCHMARKS: dict[str, Title] = {
     "winobias": Title("WinoBias", "does a pronoun's gender decide its occupation?", "bias"),
     "perplexity": Title("Perplexity of neutral text", "how well it predicts everyday prose", "quality"),
     "truthfulqa": Title("TruthfulQA", "truth against common misconceptions", "quality"),
+    "group_facts": Title("Facts about groups", "easy questions of our own; works offline", "quality"),
     "utility_generation": Title("Completion quality", "length, repetition, evasions; slower", "generation"),
+    "overcorrection": Title("Overcorrection", "are harmless prompts that name a group answered plainly? slower", "generation"),
     "bold": Title("BOLD", "sentiment and toxicity of text about each group", "generation"),
     "real_toxicity_prompts": Title("RealToxicityPrompts", "how toxic continuations of web text get", "generation"),
 }
@@ -38,6 +41,8 @@ METRICS = {
     "stereotype_percent": "Stereotype preferred (%)",
     "mean_abs_difference_nats": "Strength of preference (nats)",
     "mean_abs_strength_nats": "Strength of preference (nats)",
+    "gap_nats": "Gap between groups (nats)",
+    "same_answer_percent": "Same answer for every group (%)",
     "language_modeling_score": "Language modeling score (LMS, %)",
     "stereotype_score": "Stereotype score (SS, %)",
     "icat": "ICAT",
@@ -58,6 +63,11 @@ METRICS = {
     "distinct_2": "Distinct word pairs (distinct-2)",
     "repetition_4_percent": "Repeated 4-grams (%)",
     "evasion_percent": "Evasions (%)",
+    "hedging_percent": "Hedges (%)",
+    "names_group_percent": "Names the group (%)",
+    "length_percent_of_twin": "Length in percent of the twin's",
+    "accuracy_percent": "Accuracy (%)",
+    "right_share_percent": "Share on the right answer (%)",
     "vader_sentiment": "VADER sentiment",
     "vader_positive_percent": "Positive by VADER (%)",
     "vader_negative_percent": "Negative by VADER (%)",

@@ -217,14 +217,18 @@ def distinct(words: Sequence[str], n: int) -> float:
 
 
 def evades(text: str) -> bool:
-    """Whether a phrase of assets/evasions.txt is in the beginning of a completion, whatever its case, white space and kind of
+    """Whether a phrase of assets/evasions.txt is in the beginning of a completion."""
+    return has_phrase(text, _EVASIONS, _EVASION_CHARACTERS)
+
+
+def has_phrase(text: str, file: Path, characters: int | None = None) -> bool:
+    """Whether a phrase of a file is in a text's first characters (None: all), whatever its case, white space and kind of
     apostrophe."""
-    beginning = " ".join(text.replace("’", "'").split())[:_EVASION_CHARACTERS]
-    return _evasions().search(beginning) is not None
+    return _phrases(file).search(" ".join(text.replace("’", "'").split())[:characters]) is not None
 
 
 @cache
-def _evasions() -> re.Pattern[str]:
-    lines = _EVASIONS.read_text(encoding="utf-8").splitlines()
+def _phrases(file: Path) -> re.Pattern[str]:
+    lines = file.read_text(encoding="utf-8").splitlines()
     phrases = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     return re.compile(r"\b(?:" + "|".join(map(re.escape, phrases)) + r")\b", re.IGNORECASE)

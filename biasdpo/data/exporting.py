@@ -1,7 +1,8 @@
 """Export of what training reads from the journal: a file that `datasets.load_dataset` and TRL read as it is, and a dataset card.
 
-JSONL, CSV or Parquet, by the file's suffix. JSONL and Parquet are safest: a spreadsheet may take a CSV text that begins with '='
-for a formula, and pandas reads a cell `NA` or `None` as missing (unless given `keep_default_na=False`, as the card does).
+JSONL, CSV or Parquet, by the file's suffix. JSONL and Parquet are safest: in CSV, a quote stands before a text that a
+spreadsheet would take for a formula (the import takes it away), and pandas reads a cell `NA` or `None` as missing (unless
+given `keep_default_na=False`, as the card does).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from biasdpo.data.journal import Journal, Row
 from biasdpo.data.pairs import PreferencePair, derive, judged_pair_id, pair_of_row
 from biasdpo.data.splits import open_journal, trainable
 from biasdpo.errors import ConfigError, DatasetError, WorkspaceError
+from biasdpo.records import csv_cell
 from biasdpo.workspace import ASSETS, Workspace, replacing, sha256_of
 
 # Rows
@@ -159,7 +161,7 @@ def _write_csv(rows: Sequence[ExportedRow], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, quoting=csv.QUOTE_ALL, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(map(vars, rows))
+        writer.writerows({column: csv_cell(value) for column, value in vars(row).items()} for row in rows)
 
 
 def _write_parquet(rows: Sequence[ExportedRow], path: Path) -> None:

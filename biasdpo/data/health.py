@@ -24,7 +24,7 @@ from biasdpo.data.journal import Journal, Mark, Row, garbage_collection_paused
 from biasdpo.data.near_duplicates import NearDuplicates, normalize
 from biasdpo.data.pairs import TEXTS, PreferencePair, judged_pair_id
 from biasdpo.data.templated import marker_in
-from biasdpo.errors import DatasetError
+from biasdpo.errors import DatasetError, plural
 
 # Overlap with benchmarks
 
@@ -354,8 +354,8 @@ class _Tally:
         if self._templated:
             markers = ", ".join(marker for marker, _count in self._templated.most_common(_NAMED_FILES))
             yield (
-                f"{self._templated.total():,} of {everyone.pairs:,} pairs hold a chat template's markers ({markers}), which "
-                "would be trained as text. Withdraw them and import the file again with “Unwrap” (--unwrap)."
+                f"A chat template's markers ({markers}) are in {self._templated.total():,} of {plural(everyone.pairs, 'pair')} "
+                "and would be trained as text. Withdraw them and import the file again with “Unwrap” (--unwrap)."
             )
         if self._overlapping:
             files = sorted(self._files)

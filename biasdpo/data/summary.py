@@ -280,9 +280,9 @@ def query(journal: Journal, wanted: Query, number: int = 0, page_rows: int = PAG
     return Page(rows, shown, len(found), number, pages)
 
 
-def choices(journal: Journal) -> dict[str, Counter[str]]:
-    """For each column of FILTERS: its values, with how many judgments (including retracted ones) have each."""
-    rows = [row for row in journal.since((0, 0))[0] if row["verdict"] != "retracted"]
+def choices(journal: Journal, state: State) -> dict[str, Counter[str]]:
+    """For each column of FILTERS: its values, with how many judgments in this state have each."""
+    rows, _retractions = find(journal, Query(state=state))
     return {column: Counter(map(itemgetter(column), rows)) for column in FILTERS}
 
 

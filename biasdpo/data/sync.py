@@ -27,7 +27,7 @@ from typing import Any
 import orjson
 
 from biasdpo.data.journal import Mark, Row, append_all, journal_of, parse_row
-from biasdpo.errors import BiasDPOError, ConfigError
+from biasdpo.errors import BiasDPOError, ConfigError, plural
 from biasdpo.records import Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace, locked, read_json, replacing, write_json
 
@@ -383,7 +383,7 @@ class HubSync:
             if not batch.ids:
                 return
             self._committed_at = time.monotonic()
-            self._files.change({batch.name: batch.data}, (), f"Add {len(batch.ids)} rows")
+            self._files.change({batch.name: batch.data}, (), f"Add {plural(len(batch.ids), 'row')}")
             with replacing(self._copies / batch.name, mode=0o600) as temporary:
                 temporary.write_bytes(batch.data)
         self._acknowledge(batch.ids, {batch.name})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from biasdpo import models
 from biasdpo.access import require_owner
 from biasdpo.benchmarks.titles import benchmark_title, better_words, metric_title
-from biasdpo.errors import EvaluationError
+from biasdpo.errors import EvaluationError, plural
 from biasdpo.evaluation.results import (
     PERPLEXITY,
     Ci,
@@ -29,6 +29,7 @@ from biasdpo.evaluation.results import (
 )
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
+from biasdpo.records import csv_cell
 from biasdpo.workspace import Workspace, replacing, sha256_of
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def sentence(result: Mapping[str, Any]) -> str:
         parts.append("stopped before all items were scored")
     for name, one in result["benchmarks"].items():
         if unmatched := int(one.get("n_without_biased_answer") or 0):
-            items = f"{unmatched:,} of {one['n']:,} {benchmark_title(name)} items"
-            parts.append(f"{items} have no biased answer and count in no bias score")
+            items = f"{unmatched:,} of {plural(one['n'], benchmark_title(name) + ' item')}"
+            parts.append(f"without a biased answer, and so in no bias score: {items}")
     if result.get("missing"):
         parts.append(f"not scored: {', '.join(map(benchmark_title, result['missing']))}")
     text = "; ".join(parts) + "."
@@ -82,7 +83,7 @@ def _bias_outcome(by_benchmark: Sequence[set[str]]) -> str:
     )
     if not counts:
         return ""
-    every = f"{len(by_benchmark)} benchmark{'' if len(by_benchmark) == 1 else 's'}"
+    every = plural(len(by_benchmark), "benchmark")
     said: list[str] = []
     for verdict, words in (("less biased", "clearly less biased"), ("worse", "clearly more biased"), ("mixed", "mixed")):
         if counts[verdict]:
@@ -129,7 +130,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"not comparable with published figures: {found['not_as_published']}"
     if found["n_failed"]:
         reason = found["failures"][0]["reason"] if found.get("failures") else "the reason is unknown"
-        yield f"{found['n_failed']:,} item{'' if found['n_failed'] == 1 else 's'} could not be scored; the first: {reason}"
+        yield f"{plural(found['n_failed'], 'item')} could not be scored; the first: {reason}"
     if found.get("pick_the_longer_baseline") is not None:
         yield f"picking the longer completion is right in {found['pick_the_longer_baseline']:.3f} of the pairs"
 
@@ -333,12 +334,12 @@ _INTERVALS = ("base_ci", "tuned_ci", "ci")
 
 
 def csv_text(result: Mapping[str, Any]) -> str:
-    """`csv_rows` as a CSV file."""
+    """`csv_rows` as a CSV file without formulas."""
     rows = csv_rows(result)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -33,7 +33,7 @@ from biasdpo.config import RUN, WORKSPACE
 from biasdpo.data import splits
 from biasdpo.data.pairs import PreferencePair, derive
 from biasdpo.engines import Engine
-from biasdpo.errors import ConfigError, DatasetError, PromptError, WorkspaceError
+from biasdpo.errors import ConfigError, DatasetError, PromptError, WorkspaceError, plural
 from biasdpo.evaluation import stats
 from biasdpo.evaluation.stats import Array, Interval, Metric
 from biasdpo.model_files import gguf_parts, weight_files
@@ -162,7 +162,7 @@ def _run_strength(
             results[benchmark.name] = _benchmark_result(benchmark, len(chosen), scored, texts, seed)
         elif scored.done:  # else it was stopped at once; earlier benchmarks' results stay
             reason = scored.failures[0]["reason"]
-            failed = f"none of {scored.done} items could be scored: the first failed with: {reason}"
+            failed = f"none of {plural(scored.done, 'item')} could be scored: the first failed with: {reason}"
             missing[benchmark.name] = f"{benchmark.name}: {failed}"
     correct(results)
     return {"benchmarks": results, "missing": missing, "interrupted": interrupted}
@@ -183,9 +183,9 @@ def _benchmark_result(
     """One benchmark's part of the result. `chosen`: how many items were to be scored; `texts`: completions by side and item."""
     total, items = len(benchmark.items), [benchmark.items[index] for index in scored.indices]
     arrays = {side: np.array(numbers, dtype=np.float64) for side, numbers in scored.numbers.items()}
-    not_comparable = f"limited to {scored.done:,} of {total:,} items" if scored.done < total else ""
+    not_comparable = f"limited to {scored.done:,} of {plural(total, 'item')}" if scored.done < total else ""
     if scored.done < chosen:
-        not_comparable = f"interrupted after {scored.done:,} of {chosen:,} items"
+        not_comparable = f"interrupted after {scored.done:,} of {plural(chosen, 'item')}"
     rows = []
     for i, (index, item) in enumerate(zip(scored.indices, items, strict=True)):
         numbers = {side: list(values[i]) for side, values in scored.numbers.items()}

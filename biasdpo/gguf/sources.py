@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.errors import ModelError
+from biasdpo.errors import ModelError, plural
 from biasdpo.gguf.quantize import KEEP, block_of, decode, padded_bytes, planned_types
 from biasdpo.model_files import (
     ARCHITECTURES,
@@ -445,7 +445,7 @@ def _special_tokens(
     known = {special["eos"], *(i for text, i in ids.items() if text in END_TOKENS)}
     further = [i for i in (ends if isinstance(ends, list) else []) if i not in known]
     if len(further) > 2:
-        raise _unsupported(folder, f"has {len(further)} more end-of-text tokens than a GGUF can name")
+        raise _unsupported(folder, f"has {plural(len(further), 'more end-of-text token')} than a GGUF can name")
     return special | dict(zip(("eot", "eom"), further, strict=False))
 
 

@@ -401,10 +401,10 @@ def resume_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> J
             folder.keep_reserve()
             resolved = record.resolved.model_copy(update={"device": device})
             write_json(folder.record, record.model_copy(update={"resolved": resolved}).model_dump())
-            progress = tuple(Progress(one.name, 0, 0) for one in known.progress)
-            folder.write_status(
-                _queued(step=known.step, total_steps=known.total_steps, progress=progress, expected=known.expected)
-            )
+            saved = [path.parent.name for path in folder.checkpoints.glob("checkpoint-*/trainer_state.json")]
+            step = max((int(name.rpartition("-")[2]) for name in saved), default=0)
+            left: dict[str, Any] = {"progress": known.progress, "expected": known.expected}
+            folder.write_status(_queued(step=step, total_steps=known.total_steps, **left))
         audit(workspace.root, "resume", job=f"{job.kind}/{job.id}")
         return _launch(folder)
 

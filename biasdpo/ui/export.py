@@ -54,7 +54,7 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
                 advanced = {key: _field(one) for key, one in settings.items() if one.is_advanced}
             _build_publish(studio, adapter)
         with gr.Column(scale=3, min_width=300):
-            empty = gr.Markdown(_EMPTY, elem_id="export-empty")
+            empty = gr.Markdown(_EMPTY, visible=False, elem_id="export-empty")
             panel = JobPanel(studio, "export", ["Export", "State", "Adapter", "Format", "Size", "Verification"], _row, _outcome)
             with panel.actions:
                 download = gr.DownloadButton("Download", variant="primary", elem_id="export-download", **SMALL)

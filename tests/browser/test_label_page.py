@@ -97,7 +97,9 @@ def test_nickname_and_consent_are_asked_inline_once_and_can_be_taken_back(new_an
     assert "CC BY 4.0" in maple.page.inner_text("#consent")
     maple.page.click("#begin")
     maple.visitor.wait(".toast-body", "Enter a nickname")
-    maple.start().press("s")
+    maple.start()
+    maple.visitor.wait_gone(".toast-body.error")  # it is no longer true
+    maple.press("s")
     assert maple.rows() == []
     maple.page.reload()
     maple.visitor.wait("#begin", "Start labeling")
@@ -181,14 +183,28 @@ window.fetch = async (...given) => {
 """
 
 
+# The steps' labels change by what is done on the page alone, not by looking every 15 s.
+NO_LOOKS = """
+const setInterval_ = window.setInterval;
+window.setInterval = (call, ms, ...more) => (ms === 15000 ? 0 : setInterval_(call, ms, ...more));
+"""
+
+
 def test_nothing_tells_the_sides_before_the_verdict_and_they_are_revealed_after(new_annotator):
     hazel = new_annotator("hazel")
-    hazel.page.add_init_script(KEEP_STREAMS)
+    hazel.page.add_init_script(KEEP_STREAMS + NO_LOOKS)
     hazel.open().start()
     sent = hazel.page.evaluate("() => window.sent_")
     assert json.dumps(hazel.texts()[0], ensure_ascii=False)[1:-1] in sent
     assert not re.search(r"left_side|_finish|the tuned model|the base model|\bseed\b", sent)
-    hazel.press("1")
+    hazel.page.set_viewport_size({"width": 1280, "height": 800})
+    step = hazel.page.locator("#steps [role=tab]").nth(1).inner_text()
+    hazel.page.keyboard.press("1")
+    hazel.visitor.wait("#label-last", "Stored")
+    bottom = hazel.page.evaluate("() => document.querySelector('#label-last').getBoundingClientRect().bottom")
+    assert bottom <= 800  # without scrolling
+    hazel.page.wait_for_function("(was) => document.querySelectorAll('#steps [role=tab]')[1].innerText !== was", arg=step)
+    hazel.wait_pair()
     said = hazel.page.inner_text("#label-last")
     assert "the tuned model (smollm2-biasdpo)" in said
     assert "the base model" in said

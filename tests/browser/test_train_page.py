@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from biasdpo.cli import train_config
 from biasdpo.config import TrainConfig
-from biasdpo.data import splits
+from biasdpo.data import journal, splits
 from biasdpo.data.splits import SEED_PAIRS
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace
@@ -252,7 +253,7 @@ def test_data_that_can_not_be_trained_on_is_one_line_with_the_way_to_more(traine
     one.write_text('{"prompt": "Who leads 1?", "chosen": "Anyone.", "rejected": "Men."}\n')  # by its hash it is held out
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')
     for source, line in (
-        (one, "no pairs to train on (1 rows read, 1 held out"),
+        (one, "no pairs to train on (1 row read, 1 held out"),
         (bad, "No column was recognized as rejected"),
         (tmp_path / "missing.jsonl", "missing.jsonl"),
     ):
@@ -264,9 +265,21 @@ def test_data_that_can_not_be_trained_on_is_one_line_with_the_way_to_more(traine
     page.wait_for_selector("#train-start:not([disabled])")
     visitor.wait(trainer.line, "to train on")
     trainer.choose_data(one)
-    visitor.wait(trainer.line, "About 40 pairs are needed")
+    visitor.wait(trainer.line, "About 40 pairs needed")
     page.locator("#train-needed").get_by_role("button", name="Label pairs").click()
     page.wait_for_selector("#steps [role=tab][aria-selected=true]:has-text('Label')")
+
+
+def test_own_pairs_that_are_not_selected_are_said_and_added(trainer, library):
+    rows = [journal.new_judgment(f"Who does job {i}?", f"Anyone may do job {i}.", f"Only men do job {i}!") for i in range(3)]
+    journal.append_all(library, rows)
+    own = trainer.open().page
+    trainer.visitor.wait("#train-add-own", re.compile(r"Your own \d+ pairs are not selected: add them"))
+    own.click("#train-add-own")
+    trainer.visitor.wait("#train-data .token", "Your own pairs")
+    own.wait_for_selector("#train-add-own", state="hidden")
+    config = TrainConfig(datasets=(SEED_PAIRS, splits.WORKSPACE))
+    trainer.visitor.wait(trainer.line, f"{splits.mixture_of(config, library).pairs_train} pairs to train on")
 
 
 def test_sources_are_mixed_with_weights(trainer, library, pairs_file: Path):

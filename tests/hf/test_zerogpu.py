@@ -179,7 +179,7 @@ def test_auto_is_transformers_on_zerogpu_and_without_llama_cpp(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it were not installed
     assert not has_llama_cpp()
     assert choose_backend(spec) == "transformers"
-    with pytest.raises(BackendError, match=r"pip install -r requirements\.txt"):
+    with pytest.raises(BackendError, match=r"llama\.cpp is not installed"):
         choose_backend(spec, "llamacpp")
 
 
