@@ -126,7 +126,7 @@ def test_a_visitors_pair_ends_in_time(client):
 def test_pages_are_limited_by_address(client):
     address = {"X-Forwarded-For": "198.51.100.20"}
     told = [client.join(f"page-{i}", 1, **address)[1] for i in range(48)]
-    assert any("More than 40 pages were opened" in text for text in told)
+    assert any("opened more than 40 pages in a minute" in text for text in told)
     assert "session_hash has 1 to 64 characters: got 99" in client.join("s" * 99, 1)[1]
     assert client.join(None, 1)[0] == 400
 

@@ -337,7 +337,7 @@ def test_erased_on_the_hub_alone(hub: Hub, workspace: Workspace, tmp_path: Path)
     append_all(workspace, [by("kim", 1), by("lee", 1)])
     finish(started(workspace))
     done = run("dataset", "erase", "--annotator", "kim", "--sync", DATASET, "--yes", "--workspace", tmp_path / "laptop")
-    assert done.stdout == f"1 rows removed from {DATASET}\n"
+    assert done.stdout == f"1 row removed from {DATASET}\n"
     finish(started(workspace))  # a replica that has the row still does not bring it back
     assert on_hub(hub) == ["lee-1"]
 

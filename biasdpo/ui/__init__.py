@@ -98,10 +98,11 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
 
         demo.load(lambda: gr.Markdown(_VISITOR, visible=not is_owner()), None, banner, **QUICK)
         demo.load(follow_address, None, [tabs, *studio.requests.values()], **QUICK)
-        # At each event Gradio 6.31 tells every component that was an output before how far it is, and copies their values.
+        # At each message of an event Gradio 6.31 tells every component that was an output before how far it is. Not None, which
+        # would mean the outputs.
         for function in demo.fns.values():
             if function.show_progress == "hidden":
-                function.show_progress_on = [states]
+                function.show_progress_on = []
     demo.queue(api_open=False)  # whatever is asked waits in the queue, which is limited
     return demo
 

@@ -72,6 +72,49 @@ def test_a_finished_run_with_its_outcome_curves_and_answers(trainer):
     trainer.wait_head("second")  # the address names it
 
 
+def test_redrawn_charts_leave_nothing_behind(trainer):
+    page = trainer.open("first").page
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable")
+
+    def redraw(run_id: str) -> None:
+        trainer.visitor.wait("#train-loss .main-svg")  # returns no handle, which would keep the chart alive
+        page.evaluate("() => { for (const chart of document.querySelectorAll('.js-plotly-plot')) chart.dataset.old = 'yes'; }")
+        trainer.choose(run_id)
+        for curve in ("accuracy", "margin", "loss"):
+            trainer.visitor.wait(f"#train-{curve} .js-plotly-plot:not([data-old]) .main-svg")
+
+    def held(name: str) -> int:
+        """A count of the whole page, with what is in no document but still referenced."""
+        page.wait_for_timeout(1500)  # what is replaced is let go of a second later
+        devtools.send("HeapProfiler.collectGarbage")
+        return next(one["value"] for one in devtools.send("Performance.getMetrics")["metrics"] if one["name"] == name)
+
+    for run_id in ("too-hot", "first"):  # whose curves differ: a chart that stays the same is not drawn again
+        redraw(run_id)
+    nodes, listeners = held("Nodes"), held("JSEventListeners")
+    for run_id in ("too-hot", "first") * 5:
+        redraw(run_id)
+    chart = page.evaluate("() => document.querySelectorAll('#train-loss *').length")
+    assert held("Nodes") < nodes + chart
+    assert held("JSEventListeners") < listeners + chart
+
+
+def test_an_event_does_not_search_the_page_for_other_components(trainer):
+    """Gradio would look up each input of every earlier event, five times; see assets/page.js."""
+    page = trainer.open("first").page
+    trainer.visitor.wait("#train-probe-step", "after step 40")
+    page.wait_for_selector("#train-loss .main-svg")
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Profiler.enable")
+    devtools.send("Profiler.startPreciseCoverage", {"callCount": True, "detailed": False})
+    page.click("#train-probe-earlier")
+    trainer.visitor.wait("#train-probe-step", "after step 20")
+    scripts = devtools.send("Profiler.takePreciseCoverage")["result"]
+    tree = [function for script in scripts if "/assets/core-" in script["url"] for function in script["functions"]]
+    assert sum(function["ranges"][0]["count"] for function in tree) < 30_000  # calls; one search of the whole page: 400
+
+
 def test_notes_stay_with_their_run(trainer, library):
     page = trainer.open("second").page
     trainer.wait_head("second")
