@@ -1,21 +1,4 @@
-"""One tree of errors; every message says what, what was got, and the remedy. And how messages count.
-
-BiasDPOError            what a user can mend: exit status 2, one line
-├── ConfigError         a setting out of its range, settings that contradict each other
-├── ModelError          unknown or missing model, damaged model file
-├── AdapterError        unknown, damaged or foreign adapter
-├── PromptError         empty prompt, prompt longer than the context
-├── DatasetError        rows that are no preference pairs, too few rows
-├── BackendError        an engine that is missing, stopped, or can't do what was asked
-│   └── ProofError      the comparison could not be proven honest: nothing may be shown
-├── JobError            unknown job, job in the wrong state, damaged job folder
-├── RunError            a training run that can't go on
-├── ExportError         a GGUF that could not be written, or that was not proven equal
-├── PublishError         a run that can't be published, or a repository that the Hub did not take
-├── EvaluationError     unknown evaluation, evaluation in the wrong state, damaged result
-├── WorkspaceError      a folder that can't be written, a lock that can't be had
-└── RefusedError        not for whoever asks (a visitor)
-"""
+"""One tree of errors: a `BiasDPOError` is something the user can mend, one line, exit status 2. And how messages count."""
 
 
 class BiasDPOError(Exception):

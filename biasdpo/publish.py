@@ -112,7 +112,7 @@ def plan(run: str, config: PublishConfig, workspace: Workspace) -> Plan:
         raise PublishError(f"Run {job.id!r} is {job.state}: only a finished run with an adapter can be published")
     folder, missing = job.folder.adapter, list[str]()
     provenance, adapter_config = (read_json(folder / name) for name in (_PROVENANCE, _CONFIG))
-    weights_sha256 = models.adapter_sha256(models.from_run(workspace, job.id))
+    weights_sha256 = sha256_of(models.from_run(workspace, job.id).weights)
     if provenance.get("adapter_sha256", weights_sha256) != weights_sha256:
         raise PublishError(f"{folder / _WEIGHTS} was changed after the run ended: restore it from a backup, or train again")
     if isinstance(provenance.get("confounds"), dict):

@@ -120,7 +120,7 @@ def test_no_template_is_trained_on_or_taken_from_a_benchmark():
             assert f" {' '.join(six)} " not in trained, text
     if BENCHMARKS.is_dir():
         texts = (ASSETS / "neutral_texts.txt").read_text(encoding="utf-8").splitlines()
-        assert not load_overlap(BENCHMARKS).flags([*sentences, *texts]).any()
+        assert not load_overlap(BENCHMARKS).files_of([*sentences, *texts])
 
 
 def test_what_is_scored_by_default(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def test_everyday_prompts_name_no_group_and_are_not_those_of_the_utility_check()
 def test_nothing_is_taken_from_a_benchmark():
     texts = [row[column] for row in pairs_of("loaded") for column in TEXTS]
     texts += EVERYDAY.read_text(encoding="utf-8").splitlines()
-    assert not load_overlap(SHARED / "benchmarks").flags(texts).any()
+    assert not load_overlap(SHARED / "benchmarks").files_of(texts)
 
 
 def test_no_prompt_of_the_blind_reading_is_trained_on():

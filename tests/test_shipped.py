@@ -48,7 +48,7 @@ def test_it_names_its_parents_and_the_command_that_made_it(smollm2):
 
 def test_its_evaluation_is_of_these_weights_and_better_than_picking_the_longer(smollm2, session_workspace):
     adapter = models.find_adapter("", smollm2, session_workspace)
-    assert EVALUATION["provenance"]["adapter_sha256"] == models.adapter_sha256(adapter)
+    assert EVALUATION["provenance"]["adapter_sha256"] == sha256_of(adapter.weights)
     found = EVALUATION["benchmarks"]
     assert not any(benchmark["not_comparable"] or benchmark["n_failed"] for benchmark in found.values())
     preference, utility, written = found["preference"], found["utility"], found["utility_generation"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +11,12 @@ import pytest
 from biasdpo.data.journal import Journal, append, edit, undo, withdraw
 from biasdpo.data.pairs import PreferencePair, derive, pair_id_of, shown_pair_id
 from biasdpo.data.splits import trainable
-from biasdpo.data.summary import Agreement, Query, agreement, cell_counts, choices, counts, least_covered, query, stats, value_of
+from biasdpo.data.summary import Agreement, Query, agreement, cell_counts, choices, counts, query, stats, value_of
 from biasdpo.errors import ConfigError
+from biasdpo.prompts import Prompt, least_covered
 from biasdpo.records import Judgment, Verdict
 from biasdpo.workspace import Workspace
 from tests.judging import LONG, SHORT, say, standing, store
-
-
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    category: str = ""
-    target_group: str = ""
-
 
 # Coverage
 

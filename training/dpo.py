@@ -133,11 +133,10 @@ def check_unchanged(folder: JobFolder, config: TrainConfig, spec: ModelSpec, wri
 
 
 def base_sha256(spec: ModelSpec) -> str:
-    """SHA-256 of the base weights: of the GGUF or the safetensors file; of several, of their hashes in the order of names."""
-    if spec.gguf_path is not None:
-        return sha256_of(spec.gguf_path)
-    assert spec.hf_folder is not None
-    hashes = [sha256_of(file) for file in weight_files(spec.hf_folder)]
+    """SHA-256 of the weights that are trained (see `hf_copy`): of the safetensors file or the GGUF; of several files, of their
+    hashes in the order of names."""
+    files = weight_files(spec.hf_folder) if spec.hf_folder is not None else [spec.require_files().gguf_path]
+    hashes = [sha256_of(file) for file in files if file is not None]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

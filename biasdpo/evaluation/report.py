@@ -30,7 +30,7 @@ from biasdpo.evaluation.results import (
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
 from biasdpo.records import csv_cell
-from biasdpo.workspace import Workspace, replacing
+from biasdpo.workspace import Workspace, replacing, sha256_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -374,7 +374,7 @@ def add_to_card(result: Mapping[str, Any], workspace: Workspace, command: Sequen
             f"{name or 'The base model'} is no run's adapter in this workspace, so it has no card to write into: evaluate the "
             "adapter of a run"
         )
-    if models.adapter_sha256(adapter) != provenance.get("adapter_sha256"):
+    if sha256_of(adapter.weights) != provenance.get("adapter_sha256"):
         raise EvaluationError(f"Run {name!r} has another adapter now than the one that was evaluated: evaluate it again")
     if provenance.get("interrupted"):
         raise EvaluationError("An interrupted evaluation can't go into a card: resume the evaluation, then add it")

@@ -24,7 +24,7 @@ import psutil
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from biasdpo.backends.base import Backend, log_softmax
+from biasdpo.backends.base import Backend, kl_by_position
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.chat import PromptTemplate, Segment
 from biasdpo.config import ProofDepth
@@ -336,8 +336,6 @@ def tokenize_both(
 
 # Probabilities
 
-_KL_ROWS = 32  # positions whose probabilities over the whole vocabulary are in memory at a time
-
 
 def fixed_texts() -> list[LikelihoodRequest | TextRequest]:
     """assets/proof_texts.jsonl: completions that reject a stereotype, prose, code, numbers, other languages."""
@@ -389,15 +387,6 @@ def compare_logits(
 
 def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else 0.0
-
-
-def kl_by_position(reference: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL(reference || other) = sum p * (log p - log q), (T,), nats, of logits (T, V)."""
-    parts = [np.zeros(0)]
-    for begin in range(0, len(reference), _KL_ROWS):
-        p, q = log_softmax(reference[begin : begin + _KL_ROWS]), log_softmax(other[begin : begin + _KL_ROWS])
-        parts.append((np.exp(p) * (p - q)).sum(axis=-1))
-    return np.concatenate(parts)
 
 
 # Debiasing
