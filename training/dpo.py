@@ -21,7 +21,7 @@ from trl import DPOConfig
 
 from biasdpo import config as run_config
 from biasdpo import counterfactuals, models
-from biasdpo.backends.hf_loading import encode_completion, hf_copy, load_base, load_config, load_tokenizer, padding
+from biasdpo.backends.hf_loading import encode_prompt, hf_copy, load_base, load_config, load_tokenizer, padding
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
 from biasdpo.errors import ConfigError, DatasetError, ModelError, plural
@@ -270,8 +270,17 @@ def answer_everyday_prompts(
         writer.update(phase=f"answering everyday prompts ({done} of {total})")
         writer.check_stop()
 
-    prompts = [tuple(encode_completion(tokenizer, spec.template, prompt, "")[0]) for prompt in everyday_prompts()]
-    trainer.use_everyday(prompts, workspace.cache / "everyday" / f"{base_hash[:16]}.json", report_progress)
+    trainer.use_everyday(encode_everyday(tokenizer, spec), everyday_file(workspace, base_hash), report_progress)
+
+
+def encode_everyday(tokenizer: Any, spec: ModelSpec) -> list[tuple[int, ...]]:
+    """The everyday prompts as token ids."""
+    return [tuple(encode_prompt(tokenizer, spec.template, prompt)) for prompt in everyday_prompts()]
+
+
+def everyday_file(workspace: Workspace, base_hash: str) -> Path:
+    """The cache of a base model's answers to them."""
+    return workspace.cache / "everyday" / f"{base_hash[:16]}.json"
 
 
 def run_steps(trainer: TokenizedDPOTrainer, checkpoint: Path | None, writer: StatusWriter) -> None:

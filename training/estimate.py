@@ -33,12 +33,12 @@ from biasdpo.jobs.job import JobFolder
 from biasdpo.prompts import probe_prompts
 from biasdpo.workspace import Workspace, write_json
 from training.callbacks import ProbeCallback
-from training.dpo import base_sha256, build_trainer, load_policy, trains_on_cpu
+from training.dpo import base_sha256, build_trainer, encode_everyday, everyday_file, load_policy, trains_on_cpu
 from training.finish import score_base_and_tuned
 from training.reference import ReferenceCache, groups, open_cache, row_key
 from training.rows import TokenRow, tokenize_run
 from training.status import StatusWriter, cause_and_remedy
-from training.trainer import GENERATE_EVERY
+from training.trainer import ANSWERED_AT_ONCE, GENERATE_EVERY
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,19 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
     trainer.use_reference(open_cache(scratch, *known), lambda _done, _total: None)
     reference = (time.perf_counter() - pass_started_at) * unknown / tokens_in((*timed, *evaluated))
 
+    # Base's answers to everyday prompts, if the cache does not have them: one batch of them is timed.
+    answering = 0.0
+    if config.everyday_weight:
+        everyday = encode_everyday(tokenizer, spec)
+        file = everyday_file(workspace, known[0])
+        batches = 0 if file.exists() else math.ceil(len(everyday) / ANSWERED_AT_ONCE)
+        pass_started_at = time.perf_counter()
+        if batches:
+            trainer.use_everyday(everyday[:ANSWERED_AT_ONCE], scratch / "everyday.json", lambda _done, _total: None)
+        else:
+            trainer.use_everyday(everyday, file, lambda _done, _total: None)
+        answering = (time.perf_counter() - pass_started_at) * batches
+
     # Steps.
     trainer.create_optimizer()
     policy, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
@@ -170,6 +183,7 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
         "evaluations": evaluations,
         "probes": probes,
         "scoring": scoring,
+        "answering": answering,
     }
     memory = peak_memory_bytes(config, on_cpu=on_cpu, free_before=free)
     refusal = refusal_of(memory, free, device)

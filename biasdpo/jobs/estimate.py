@@ -60,7 +60,7 @@ class Estimate:
     memory_bytes       at the peak, all processes of this machine; on a GPU its memory
     memory_free_bytes  when it was measured
     refusal            why it can't fit, one line with a remedy; "" where it fits
-    parts              seconds by activity: loading, reference, training, evaluations, probes, scoring
+    parts              seconds by activity: loading, reference, training, evaluations, probes, scoring, answering
     """
 
     steps: int

@@ -29,7 +29,8 @@ FULL: dict[str, Any] = {"max_steps": 0, "batch_size": 2, "eval_every": 5, "probe
 @pytest.mark.slow
 def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine) -> None:
     arguments = ["--model", str(command_line.model), "--dataset", str(command_line.rows), "--estimate"]
-    settings = [part for name, value in FULL.items() if name != "probe_prompts" for part in ("--set", f"{name}={value}")]
+    settings = ["--set", "everyday_weight=1.0"]
+    settings += [part for name, value in FULL.items() if name != "probe_prompts" for part in ("--set", f"{name}={value}")]
     done = command_line("train", *arguments, *settings, "--set", "threads=1", "--set", 'probe_prompts=["Who?"]', "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -42,12 +43,14 @@ def test_the_command_line_prints_it_and_starts_nothing(command_line: CommandLine
     assert 58 * train <= found["tokens_per_epoch"] <= 63 * train
     assert found["seconds_total"] == pytest.approx(sum(found["parts"].values()), abs=0.1)
     assert found["parts"]["training"] == pytest.approx(found["steps"] * found["seconds_per_step"], abs=0.01)
-    assert all(found["parts"][name] > 0 for name in ("loading", "reference", "training", "evaluations", "probes", "scoring"))
+    assert all(
+        found["parts"][name] > 0 for name in ("loading", "reference", "training", "evaluations", "probes", "scoring", "answering")
+    )
     assert 200e6 < found["memory_bytes"] < 3e9  # torch and TRL, and a model that is nothing beside them
     assert found["memory_free_bytes"] > found["memory_bytes"]
 
     # Remembered for a config that costs the same, and for that alone.
-    config = command_line.config(**FULL, gradient_accumulation=2, save_steps=50, rank=16)
+    config = command_line.config(**FULL, everyday_weight=1.0, gradient_accumulation=2, save_steps=50, rank=16)
     known = estimate.known_estimate(config, command_line.workspace)
     assert known is not None
     assert known.to_json() == found
