@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.backends.base import Backend, Cancellation, log_softmax
+from biasdpo.backends.base import SEQUENCES, Backend, Cancellation, log_softmax
 from biasdpo.data.importing import rows_of
 from biasdpo.data.journal import BadLine
 from biasdpo.errors import ConfigError, PromptError
 from biasdpo.evaluation import stats
-from biasdpo.records import LikelihoodRequest, Sampling, Side, check_strength
+from biasdpo.records import LikelihoodRequest, Side, check_strength
 from biasdpo.workspace import ASSETS
 
 FAIRNESS_PROMPT = (ASSETS / "fairness_prompt.txt").read_text(encoding="utf-8").strip()
@@ -219,18 +219,6 @@ def measure_row(backend: Backend, arm: Arm, prompt: SlotPrompt, number: int) -> 
     return Row(number, arm.name, gap, tuple(moved)), cells
 
 
-def complete(backend: Backend, arm: Arm, cell: Cell, sampling: Sampling, cancellation: Cancellation) -> Cell:
-    """The cell with its completion."""
-    prompt, system = phrase(arm, backend, cell.asked)
-    stream = backend.stream(prompt, sampling, arm.side, system=system, strength=arm.strength, cancellation=cancellation)
-    text = ""
-    while True:
-        try:
-            text += next(stream)
-        except StopIteration as stop:
-            return replace(cell, completion=text, finish_reason=stop.value)
-
-
 def run_grid(
     backend: Backend,
     arms: Sequence[Arm],
@@ -239,21 +227,40 @@ def run_grid(
     max_new_tokens: int = 48,
     cancellation: Cancellation | None = None,
 ) -> Iterator[Row | Cell]:
-    """Each arm's rows and finished cells, greedy, prompt by prompt. Setting `cancellation` ends it after the cell that is being
-    computed; what was yielded stays valid. The backend must have the arms' adapter."""
+    """Each arm's rows and finished cells, a block of prompts at a time; greedy completions are decoded together. `cancellation`
+    ends it, and what was yielded stays valid. The backend must have the arms' adapter."""
     cancellation = cancellation or Cancellation()
-    sampling = Sampling(max_new_tokens=max(max_new_tokens, 1), temperature=0.0, repetition_penalty=1.0)
-    for number, prompt in enumerate(prompts):
+    for block in _blocks(prompts):
         for arm in arms:
-            if cancellation.is_set():
-                return
-            row, cells = measure_row(backend, arm, prompt, number)
-            yield row
-            for cell in cells:
-                done = complete(backend, arm, cell, sampling, cancellation) if max_new_tokens else cell
-                if done.finish_reason == "cancelled":
+            cells: list[Cell] = []
+            for number in block:
+                if cancellation.is_set():
                     return
-                yield done
+                row, more = measure_row(backend, arm, prompts[number], number)
+                yield row
+                cells += more
+            if not max_new_tokens:
+                yield from cells
+                continue
+            asked = [phrase(arm, backend, cell.asked) for cell in cells]
+            written = backend.complete_many(asked, max_new_tokens, arm.side, strength=arm.strength, cancellation=cancellation)
+            for cell, (text, reason) in zip(cells, written, strict=True):
+                if reason != "cancelled":
+                    yield replace(cell, completion=text, finish_reason=reason)
+
+
+def _blocks(prompts: Sequence[SlotPrompt]) -> Iterator[list[int]]:
+    """Numbers of prompts whose cells fill a batch."""
+    block: list[int] = []
+    cells = 0
+    for number, prompt in enumerate(prompts):
+        if block and cells + len(prompt.groups) > SEQUENCES:
+            yield block
+            block, cells = [], 0
+        block.append(number)
+        cells += len(prompt.groups)
+    if block:
+        yield block
 
 
 def summarize(arms: Sequence[Arm], rows: Sequence[Row]) -> dict[str, Any]:

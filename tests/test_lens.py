@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from biasdpo import lens
-from biasdpo.backends.base import Cancellation, log_softmax
+from biasdpo.backends.base import SEQUENCES, Cancellation, log_softmax
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.errors import ConfigError, PromptError
@@ -111,7 +111,7 @@ def test_rows_and_cells_are_what_the_backend_computes(backend):
     for cell in cells:
         arm = next(arm for arm in arms if arm.name == cell.arm)
         greedy = Sampling(max_new_tokens=6, temperature=0.0, repetition_penalty=1.0)
-        assert cell.completion == "".join(backend.stream(cell.asked, greedy, arm.side, strength=arm.strength))
+        assert cell.completion == "".join(backend.stream(cell.asked, greedy, arm.side, strength=arm.strength))  # not near a tie
         assert [p for _, p in cell.top] == sorted((p for _, p in cell.top), reverse=True)
     assert rows[0].gap != rows[1].gap
 
@@ -139,15 +139,28 @@ def test_the_prompt_arm_is_base_with_that_system_prompt_token_for_token(backend)
 
 def test_a_canceled_grid_keeps_the_cells_that_are_done(backend):
     cancellation = Cancellation()
-    found = []
-    for one in lens.run_grid(
-        backend, lens.parse_arms(["base", "tuned"]), [PROMPT, SAME], max_new_tokens=2, cancellation=cancellation
-    ):
+    many = lens.slot_prompt("A {group}.", [f"{n} people" for n in range(SEQUENCES)])
+    arms, found = lens.parse_arms(["base", "tuned"]), []
+    for one in lens.run_grid(backend, arms, [PROMPT, many, SAME], max_new_tokens=2, cancellation=cancellation):
         found.append(one)
-        if len(found) == 3:  # a row and two cells
+        if isinstance(one, lens.Cell):
             cancellation.set()
-    assert len(found) == 3
-    assert lens.to_json(lens.parse_arms(["base", "tuned"]), [PROMPT, SAME], found)["arms"].keys() == {"base"}
+    assert [type(one).__name__ for one in found] == ["Row", "Cell", "Cell"]
+    assert lens.to_json(arms, [PROMPT, many, SAME], found)["arms"].keys() == {"base"}
+
+
+def test_completions_are_the_same_alone_and_together(backend):
+    asked = [(f"Say {n} of them{' please' * n}.", "") for n in range(SEQUENCES + 2)]
+    together = backend.complete_many(asked, 8, "tuned", strength=0.7)
+    greedy = Sampling(max_new_tokens=8, temperature=0.0, repetition_penalty=1.0)
+    alone = ["".join(backend.stream(prompt, greedy, "tuned", strength=0.7)) for prompt, _ in asked]
+    assert sum(a == b for a, (b, _) in zip(alone, together, strict=True)) >= len(asked) - 1  # one may have a near tie
+    assert backend.complete_many([], 8, "base") == []
+    canceled = Cancellation()
+    canceled.set()
+    assert {reason for _, reason in backend.complete_many(asked[:2], 8, "base", cancellation=canceled)} == {"cancelled"}
+    with pytest.raises(PromptError):
+        backend.complete_many([("x " * 2000, "")], 8, "base")
 
 
 def test_an_arm_is_summarized_over_the_prompts_that_it_shares_with_base():

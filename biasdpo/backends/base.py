@@ -26,6 +26,7 @@ CANARY = LikelihoodRequest(
     "Why are women worse than men at science?",
     "Women are not worse than men at science. This is a stereotype, and the evidence does not support it.",
 )
+SEQUENCES = 16  # completions that are decoded together
 NOISE_FACTOR = 10.0  # the tuned side must differ from base by more than this multiple of base's own noise
 
 
@@ -57,6 +58,22 @@ class Backend(Protocol):
         history    earlier turns of the conversation
         template   replaces the model's own; `chat.BARE` continues a text
         Raises PromptError if the rendered prompt leaves no token of the context.
+        """
+        ...
+
+    def complete_many(
+        self,
+        prompts: Sequence[tuple[str, str]],
+        max_new_tokens: int,
+        side: Side,
+        *,
+        strength: float = 1.0,
+        cancellation: Cancellation | None = None,
+    ) -> list[tuple[str, FinishReason]]:
+        """The greedy completion of each (prompt, system prompt), and why it stopped, several decoded together.
+
+        Batches are computed with other kernels than single tokens, so a completion may leave that of `stream` where two tokens
+        are about equally likely. Raises PromptError, before computing anything, if a prompt does not fit the context.
         """
         ...
 

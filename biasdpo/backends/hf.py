@@ -37,6 +37,7 @@ except ImportError as exc:
 
 from biasdpo.backends.base import (
     CANARY,
+    SEQUENCES,
     Cancellation,
     ShownText,
     VisitorQueue,
@@ -207,6 +208,42 @@ class TransformersBackend:
                 return (yield from self._generate(tokens, text, sampling, side, strength, cancellation))
             except CancelledError:
                 return "cancelled"
+
+    def complete_many(
+        self,
+        prompts: Sequence[tuple[str, str]],
+        max_new_tokens: int,
+        side: Side,
+        *,
+        strength: float = 1.0,
+        cancellation: Cancellation | None = None,
+    ) -> list[tuple[str, FinishReason]]:
+        """See `backends.base.Backend.complete_many`."""
+        cancellation = cancellation or Cancellation()
+        self._check(side, strength)
+        tokens = [self.prompt_tokens(prompt, system) for prompt, system in prompts]
+        for one in tokens:
+            check_prompt_fits(one, self.context_length)
+        done: list[tuple[str, FinishReason]] = []
+        with hf_loading.released_errors():
+            for start in range(0, len(tokens), SEQUENCES):
+                batch = tokens[start : start + SEQUENCES]
+                limit = min(max_new_tokens, self.context_length - max(map(len, batch)))
+                generate = partial(generate_greedily, prompts=batch, limit=limit, ends=self._ends, cancellation=cancellation)
+                for written in self._shared.compute(_row_strength(side, strength), generate):
+                    done.append(self._finished(written, limit))
+        return done
+
+    def _finished(self, tokens: Sequence[int], limit: int) -> tuple[str, FinishReason]:
+        """The text of a completion's tokens, and why it ended; one that neither ended nor reached the limit was canceled."""
+        text, shown = CompletionText(self._decode, self.template), ""
+        for count, token in enumerate(tokens, start=1):
+            ended, last = token in self._ends, count == limit
+            piece, stopped = text.add(None if ended else token, final=ended or last)
+            shown += piece
+            if ended or stopped:
+                return shown, "end_of_text"
+        return shown, "limit" if len(tokens) >= limit else "cancelled"
 
     def prompt_tokens(
         self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
@@ -682,6 +719,42 @@ class CompletionText:
         # The next window starts with the tokens just taken: some tokenizers decode a token differently at the beginning.
         self._window, self._known = self._window[self._known :], len(self._window) - self._known
         return text[len(before) :]
+
+
+def generate_greedily(
+    model: Any,
+    device: torch.device,
+    *,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    ends: frozenset[int],
+    cancellation: Cancellation,
+) -> list[list[int]]:
+    """The tokens written after each prompt, in one batch padded on the left: at most `limit`, up to one of `ends`, fewer if
+    canceled."""
+    end = min(ends)
+    width = max(map(len, prompts))
+    ids = _padded(([end] * (width - len(prompt)) + list(prompt) for prompt in prompts), width, device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+
+    def stops(ids: Any, _scores: Any, **_: Any) -> Any:
+        return torch.full((len(ids),), cancellation.is_set(), dtype=torch.bool, device=ids.device)
+
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=limit,
+        do_sample=False,
+        repetition_penalty=1.0,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=sorted(ends),
+        pad_token_id=end,
+        stopping_criteria=[stops],
+    )[:, width:].tolist()
+    first_ends = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in written]
+    return [row[: at + 1] for row, at in zip(written, first_ends, strict=True)]
 
 
 # Likelihood: rows of tokens that share their beginnings (see `prefixes`)

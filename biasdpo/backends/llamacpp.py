@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from biasdpo.backends.base import (
     CANARY,
+    SEQUENCES,
     Cancellation,
     ShownText,
     VisitorQueue,
@@ -192,6 +193,64 @@ class LlamaCppBackend:
                 context.watch(None)
                 llama_cpp.llama_sampler_free(sampler)
 
+    def complete_many(
+        self,
+        prompts: Sequence[tuple[str, str]],
+        max_new_tokens: int,
+        side: Side,
+        *,
+        strength: float = 1.0,
+        cancellation: Cancellation | None = None,
+    ) -> list[tuple[str, FinishReason]]:
+        """See `backends.base.Backend.complete_many`."""
+        cancellation = cancellation or Cancellation()
+        with self._context(side).lock:
+            if side not in self._contexts:
+                raise missing_side(side, closed=True)
+            tokens = [self.prompt_tokens(prompt, system) for prompt, system in prompts]
+            for one in tokens:
+                check_prompt_fits(one, self.context_length)
+            done: list[tuple[str, FinishReason]] = []
+            for start in range(0, len(tokens), SEQUENCES):
+                done += self._complete_together(tokens[start : start + SEQUENCES], max_new_tokens, side, strength, cancellation)
+            return done
+
+    def _complete_together(
+        self, prompts: list[list[int]], max_new_tokens: int, side: Side, strength: float, cancellation: Cancellation
+    ) -> list[tuple[str, FinishReason]]:
+        """At most SEQUENCES completions, in a context of their own."""
+        room = min(max(map(len, prompts)) + max_new_tokens, self.context_length)
+        context = Context(self._model, room * len(prompts), self._kv_cache, self._threads_of_a_side, len(prompts))
+        greedy = build_chain(Sampling(temperature=0.0, repetition_penalty=1.0), self._model.vocabulary_size, room)
+        rows = [_Row(ShownText(self.template)) for _ in prompts]
+        try:
+            _set_strength(context, side, strength)
+            context.watch(cancellation)
+            waiting = [
+                (token, position, i, position == len(prompt) - 1)
+                for i, prompt in enumerate(prompts)
+                for position, token in enumerate(prompt)
+            ]
+            while waiting:
+                now, waiting = waiting[:BATCH_TOKENS], waiting[BATCH_TOKENS:]
+                context.decode_rows(now)
+                for index, (_token, position, i, output) in enumerate(now):
+                    if not output:
+                        continue
+                    token = int(llama_cpp.llama_sampler_sample(greedy, context.pointer, index))
+                    row = rows[i]
+                    row.tokens += 1
+                    last = row.tokens == max_new_tokens or position + 1 == room
+                    ended = token == self.end_of_completion or self._model.ends_text(token)
+                    if not row.add(b"" if ended else self._model.piece(token), ended=ended, last=last):
+                        waiting.append((token, position + 1, i, True))
+        except AbortedError:
+            pass
+        finally:
+            llama_cpp.llama_sampler_free(greedy)
+            context.close()
+        return [(row.text, row.reason) for row in rows]
+
     def prompt_tokens(
         self, prompt: str, system: str = "", history: Sequence[Turn] = (), template: PromptTemplate | None = None
     ) -> list[int]:
@@ -312,6 +371,25 @@ def _usable_cores() -> int:
     return min(physical, available, int(asked) if asked.isdecimal() and int(asked) else physical)
 
 
+class _Row:
+    """One completion of several that are decoded together."""
+
+    def __init__(self, shown: ShownText) -> None:
+        self.text = ""
+        self.tokens = 0
+        self.reason: FinishReason = "cancelled"
+        self._shown = shown
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, piece: bytes, *, ended: bool, last: bool) -> bool:
+        """Add a token's bytes; return whether the completion is finished."""
+        text, stopped = self._shown.add(self._decoder.decode(piece, final=ended or last), final=ended or last)
+        self.text += text
+        if ended or stopped or last:
+            self.reason = "end_of_text" if ended or stopped else "limit"
+        return ended or stopped or last
+
+
 # llama.cpp objects
 
 
@@ -421,7 +499,7 @@ class Context:
     threads   called before each batch for the number of threads
     """
 
-    def __init__(self, model: Model, length: int, kv_cache: str, threads: Callable[[], int]) -> None:
+    def __init__(self, model: Model, length: int, kv_cache: str, threads: Callable[[], int], sequences: int = 1) -> None:
         self.lock = threading.Lock()  # one stream at a time
         self.strength = 0.0
         self.prompt: list[int] = []
@@ -432,6 +510,7 @@ class Context:
         self._threads = threads()
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = length
+        params.n_seq_max = sequences
         params.n_batch = params.n_ubatch = min(BATCH_TOKENS, length)
         params.n_outputs_max = min(_OUTPUTS_MAX, length)
         params.n_threads = params.n_threads_batch = self._threads
@@ -527,21 +606,25 @@ class Context:
 
         first_output   index of the first token whose logits are needed; default: the last token
         """
+        outputs_from = len(tokens) - 1 if first_output is None else first_output
+        self.decode_rows([(token, position + i, 0, i >= outputs_from) for i, token in enumerate(tokens)])
+
+    def decode_rows(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
+        """Compute a batch of (token, position, sequence, whether its logits are needed)."""
         threads = self._threads_wanted()
         if threads != self._threads:
             llama_cpp.llama_set_n_threads(self.pointer, threads, threads)
             self._threads = threads
-        count = len(tokens)
+        count = len(rows)
         batch = llama_cpp.llama_batch_init(count, 0, 1)
         try:
             batch.n_tokens = count
-            outputs_from = count - 1 if first_output is None else first_output
-            for i, token in enumerate(tokens):
+            for i, (token, position, sequence, output) in enumerate(rows):
                 batch.token[i] = token
-                batch.pos[i] = position + i
+                batch.pos[i] = position
                 batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = 0
-                batch.logits[i] = i >= outputs_from
+                batch.seq_id[i][0] = sequence
+                batch.logits[i] = output
             status = llama_cpp.llama_decode(self.pointer, batch)
         finally:
             llama_cpp.llama_batch_free(batch)
