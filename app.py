@@ -13,16 +13,22 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from biasdpo.cli_options import LogLevel, configure_logging, new_app, options_of, run
 from biasdpo.config import ServeConfig
+from biasdpo.data import journal, sync
 from biasdpo.errors import ConfigError
 from biasdpo.migrations import open_workspace
+from biasdpo.workspace import PRIVACY, Workspace, is_zerogpu
+
+if is_zerogpu():  # `spaces` patches torch, so it comes first; a ZeroGPU Space without a function of spaces.GPU does not start
+    from biasdpo.backends.zerogpu import on_gpu  # noqa: F401
 
 _PORTS_TRIED = 100
-_LAST_SECONDS = 8.0
+_LAST_SECONDS = 9.0
 
 app = new_app()
 
@@ -37,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve_page(log_level: LogLevel = "warning", **options: Any) -> None:
     """See a language model's bias before and after DPO."""
     configure_logging(log_level)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     config = ServeConfig(**options)
+    if config.sync:
+        sync.check(config.sync)
     check_port(config.address, config.port)
     check_model(config.model, config.backend)
     if config.data_dir and not Path(config.data_dir).is_dir():
@@ -85,47 +95,67 @@ def check_model(model: str, backend: str) -> None:
 
 
 def serve(config: ServeConfig) -> None:
+    """Serve the page until Ctrl+C or SIGTERM, with the workspace's labels synced if --sync says so."""
+    workspace = open_workspace(config.workspace)
+    journal.repair(workspace)  # a line that a power loss tore would keep other readers from the journal
+    labels = sync.start(workspace, config.sync) if config.sync else None
+    signal.signal(signal.SIGTERM, partial(_end, labels))
+    try:
+        serve_workspace(config, workspace, labels)
+    finally:
+        if labels:
+            labels.close(_LAST_SECONDS)
+
+
+def serve_workspace(config: ServeConfig, workspace: Workspace, labels: sync.HubSync | None) -> None:
     """Serve the page, then load the model, then wait."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["FORWARDED_ALLOW_IPS"] = ",".join(config.trusted_proxies)  # uvicorn's; it reads X-Forwarded-For from the right
     from fastapi.responses import FileResponse
 
-    from biasdpo.data import journal
+    from biasdpo.backends import NO_LLAMA_CPP, has_llama_cpp
     from biasdpo.engines import EnginePool, Startup
     from biasdpo.jobs import memory
     from biasdpo.ui import build_ui, launch_options
 
-    workspace = open_workspace(config.workspace)
     options = launch_options(config, workspace.root)
-    journal.repair(workspace)  # a line that a power loss tore would keep other readers from the journal
-    pool = EnginePool(workspace)
+    pool = EnginePool(workspace, visitor_seconds=config.max_generation_seconds)
     memory.serve_requests(pool, workspace)
     startup = Startup(config.model, config.backend)
     demo = build_ui(pool, startup, Path(config.data_dir) if config.data_dir else None)
 
     def healthz() -> dict[str, Any]:
-        return {"ready": any(pool.opened()), "requests": options["_app"].limits.count(demo)}
+        state = labels.state() if labels else None
+        counts = {"sent": state.sent, "unsent": state.unsent} if state else {}
+        return {"ready": any(pool.opened()), "requests": options["_app"].limits.count(demo), **counts}
 
     options["_app"].add_api_route("/healthz", healthz)
-    notice = Path(__file__).parent / "docs" / "privacy.md"
-    options["_app"].add_api_route("/privacy", lambda: FileResponse(notice, media_type="text/plain"))  # the consent text links it
-    signal.signal(signal.SIGTERM, _end)
+    options["_app"].add_api_route("/privacy", lambda: FileResponse(PRIVACY, media_type="text/plain"))  # the consent text links it
     try:
         demo.launch(server_port=config.port, prevent_thread_lock=True, **options)
     except OSError as exc:  # taken between the check and here
         raise ConfigError(f"Can't serve on {config.address}:{config.port}: {exc}; choose another --port") from exc
     options["_app"].limits.watch(demo)
     print(f"BiasDPO is at {demo.local_url}  (Ctrl+C stops it; workspace: {workspace.root})", flush=True)
+    if not has_llama_cpp():
+        print(NO_LLAMA_CPP, flush=True)
     threading.Thread(target=startup.resolve, args=(pool,), name="startup", daemon=True).start()
     demo.block_thread()
     pool.close()
 
 
-def _end(*_: object) -> None:
+def _end(labels: sync.HubSync | None, *_: object) -> None:
     """On SIGTERM: as on Ctrl+C, and at the latest in a few seconds. Every stored verdict is on the disk already; jobs go on."""
-    last = threading.Timer(_LAST_SECONDS, os._exit, (0,))
+
+    def leave() -> None:
+        if labels:
+            labels.close(0)
+        os._exit(0)
+
+    last = threading.Timer(_LAST_SECONDS, leave)
     last.daemon = True
     last.start()
+    if labels:
+        labels.hurry()
     raise KeyboardInterrupt
 
 

@@ -16,11 +16,49 @@
     document.querySelector("#prompt textarea")?.focus();
   });
 
+  // An error stays until it is closed, or until the next try: what a button or Enter starts now may have mended it.
+  const closeErrors = (event) => {
+    if (!(event.target instanceof Element) || !event.target.closest(event.type === "click" ? "button:not(.toast-close, .label-wrap, [role=tab])" : "input, textarea")) return;
+    if (event.type === "click" || event.key === "Enter") document.querySelectorAll(".toast-body.error .toast-close").forEach((close) => close.click());
+  };
+  for (const type of ["click", "keydown"]) document.addEventListener(type, closeErrors, true);
+
   // Gradio 6.31 leaks: a status tracker that is removed while it is pending, as the page's first one always is, redraws its hidden
   // timer in every frame, for ever (3% of a core each). A timer runs only while one can be seen.
   const nextFrame = window.requestAnimationFrame.bind(window);
   const isTimer = (callback) => /performance\.now\(\)-.{1,9}\)\/1e3/.test(String(callback));
   window.requestAnimationFrame = (callback) => (isTimer(callback) && !document.querySelector(".progress-text") ? 0 : nextFrame(callback));
+
+  // At each message of any event Gradio 6.31 tells every component that was ever an event's input that this event is over, and
+  // searches the whole page for each: two thirds of what watching a run cost.
+  const entries = Object.entries;
+  const isOver = ([, status]) => status?.type === "input" && status.stream_state === "closed";
+  Object.entries = (value) => {
+    const all = entries(value);
+    return !Array.isArray(value) && /^\d/.test(all[0]?.[0]) ? all.filter((one) => !isOver(one)) : all;
+  };
+
+  // For a new value Gradio 6.31 draws a chart twice: into the old element, and into a new one that replaces it. Plotly keeps the
+  // old one for ever, since that listens for the window's size.
+  let plotly;
+  const isDrawn = (chart) => chart._fullLayout !== undefined;
+  Object.defineProperty(window, "Plotly", {
+    configurable: true,
+    get: () => plotly,
+    set: (loaded) => {
+      plotly = loaded;
+      const { react } = loaded;
+      loaded.react = (chart, ...figure) => (isDrawn(chart) ? Promise.resolve(chart) : react(chart, ...figure));
+    },
+  });
+  const purgeCharts = (records) => {
+    for (const node of records.flatMap((record) => [...record.removedNodes])) {
+      if (node.nodeType !== Node.ELEMENT_NODE || node.isConnected) continue;
+      for (const chart of node.matches(".js-plotly-plot") ? [node] : node.querySelectorAll(".js-plotly-plot")) {
+        setTimeout(() => plotly.purge(chart), 1000); // when it is not being drawn any more
+      }
+    }
+  };
 
   // Gradio 6.31 gives the check boxes of its tables no name, and puts each into an element with the role of a button; it names an
   // empty chart without giving it a role.
@@ -31,7 +69,10 @@
       cell.querySelector("input")?.setAttribute("aria-label", cell.matches(".bool-cell") ? "Select this row" : "Select all rows");
     }
   };
-  document.addEventListener("DOMContentLoaded", () => new MutationObserver(repairRoles).observe(document.body, { childList: true, subtree: true }));
+  document.addEventListener("DOMContentLoaded", () => {
+    const repair = (records) => { purgeCharts(records); repairRoles(); };
+    new MutationObserver(repair).observe(document.body, { childList: true, subtree: true });
+  });
 
   // The address names the open tab and the job it shows, so that a reload shows them again.
   const jobs = {};

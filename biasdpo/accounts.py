@@ -17,9 +17,12 @@ from biasdpo.errors import ConfigError
 from biasdpo.workspace import locked, replacing
 
 MIN_PASSWORD, _MAX_PASSWORD = 10, 1024
-_FREE_FAILURES = 5  # wrong passwords for one name before it has to wait
+_FREE_FAILURES = 5  # wrong passwords for one name from one address before that address has to wait
 _MAX_WAIT_SECONDS = 300.0
-_MAX_NAMES = 10_000
+_FREE_GUESSES = 10  # wrong passwords for one name from everywhere before an address where it never signed in is answered late
+_GUESS_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.5, 8.0
+_FORGET_SECONDS = 600.0
+_MAX_KEPT = 10_000
 _hasher = PasswordHasher()
 
 
@@ -28,7 +31,10 @@ class Accounts:
     """The accounts in a file: [NAME] with `role` ("annotator" or "owner") and `password` (its hash)."""
 
     file: Path
-    _failures: dict[str, tuple[int, float]] = field(default_factory=dict)  # by name: how many, and when the next may be tried
+    # By name and address: how many, and when the next may be tried.
+    _failures: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
+    _guesses: dict[str, tuple[int, float]] = field(default_factory=dict)  # by name: how many from everywhere, and the last
+    _known: dict[tuple[str, str], None] = field(default_factory=dict)  # names, and addresses where they have signed in
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self) -> dict[str, dict[str, str]]:
@@ -66,11 +72,21 @@ class Accounts:
         user = self.read().get(name)
         return Role.visitor if user is None else Role[user["role"]]
 
-    def sign_in(self, name: str, password: str) -> bool:
-        """Whether the password is this account's. Takes as long for an unknown name; wrong ones make the name wait."""
-        now = time.monotonic()
+    def delay(self, name: str, address: str) -> float:
+        """Seconds to wait before a password is tried, after many wrong ones from everywhere. Nobody can lock a name out with it:
+        the wait is short, is not longer for being repeated, and is not asked where the name has signed in before."""
         with self._lock:
-            count, free_at = self._failures.get(name, (0, 0.0))
+            count, last = self._guesses.get(name, (0, 0.0))
+            if (name, address) in self._known or time.monotonic() - last > _FORGET_SECONDS:
+                return 0.0
+            return min(max(count - _FREE_GUESSES, 0) * _GUESS_DELAY_SECONDS, _MAX_DELAY_SECONDS)
+
+    def sign_in(self, name: str, password: str, address: str = "") -> bool:
+        """Whether the password is this account's. Takes as long for an unknown name; wrong ones make the name wait at that
+        address."""
+        now, who = time.monotonic(), (name, address)
+        with self._lock:
+            count, free_at = self._failures.get(who, (0, 0.0))
             if now < free_at:
                 return False
         user = self.read().get(name)
@@ -79,12 +95,18 @@ class Accounts:
         except Argon2Error:
             right = False
         with self._lock:
-            self._failures.pop(name, None)
-            if not right:
+            self._failures.pop(who, None)
+            if right:
+                self._known[who] = None
+            else:
                 wait = 0.0 if count + 1 < _FREE_FAILURES else min(2.0 ** (count + 1 - _FREE_FAILURES), _MAX_WAIT_SECONDS)
-                self._failures[name] = (count + 1, now + wait)
-                if len(self._failures) > _MAX_NAMES:
-                    self._failures.pop(next(iter(self._failures)))
+                self._failures[who] = (count + 1, now + wait)
+                guesses, last = self._guesses.pop(name, (0, 0.0))
+                self._guesses[name] = (1 if now - last > _FORGET_SECONDS else guesses + 1, now)
+            tables: list[dict[Any, Any]] = [self._failures, self._guesses, self._known]
+            for kept in tables:
+                if len(kept) > _MAX_KEPT:
+                    kept.pop(next(iter(kept)))
         return right
 
     def _write(self, users: dict[str, dict[str, str]]) -> None:

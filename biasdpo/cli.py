@@ -1,4 +1,4 @@
-"""The command line: python -m biasdpo models|compare|lens|dataset|train|jobs|runs|users|workspace|export|evaluate.
+"""The command line: python -m biasdpo models|compare|lens|dataset|train|jobs|runs|users|workspace|export|publish|evaluate.
 
 Results go to stdout (one JSON object, or one per line, with --json), progress and messages to stderr. Exit status: 0 done;
 2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours, or one that
@@ -31,8 +31,17 @@ from biasdpo.cli_options import (
     print_row,
     run,
 )
-from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig, parse_settings, read_toml
-from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError
+from biasdpo.config import (
+    SYNC_METAVAR,
+    EvaluationConfig,
+    ExportConfig,
+    PublishConfig,
+    ServeConfig,
+    TrainConfig,
+    parse_settings,
+    read_toml,
+)
+from biasdpo.errors import ConfigError, DatasetError, ModelError, RunError, plural
 from biasdpo.migrations import open_workspace, workspace_root
 from biasdpo.records import Sampling
 
@@ -153,7 +162,8 @@ def compare(
         return
     for completion in (pair.left, pair.right):
         if completion is not None:
-            print(f"--- {completion.side} ({completion.tokens} tokens, {completion.finish_reason}) ---\n{completion.text}\n")
+            how = f"{plural(completion.tokens, 'token')}, {completion.finish_reason}"
+            print(f"--- {completion.side} ({how}) ---\n{completion.text}\n")
     if pair.canary_kl_nats is not None:
         print(f"base equals the bare model; tuned differs by KL {pair.canary_kl_nats:.3g} nats")
 
@@ -255,7 +265,7 @@ def _show_bad(bad: Sequence[Any]) -> None:
     for line in bad[:_SHOWN_BAD_ROWS]:
         print(f"line {line.line}: {line.reason}", file=sys.stderr)
     if len(bad) > _SHOWN_BAD_ROWS:
-        print(f"... and {len(bad) - _SHOWN_BAD_ROWS:,} more bad rows; `dataset validate FILE` lists all", file=sys.stderr)
+        print(f"... and {plural(len(bad) - _SHOWN_BAD_ROWS, 'more bad row')}; `dataset validate FILE` lists all", file=sys.stderr)
 
 
 @dataset.command("stats")
@@ -302,24 +312,25 @@ def _stats_lines(source: Any, numbers: dict[str, Any], benchmark_files: int) -> 
     def share(value: float | None) -> str:
         return "no data" if value is None else f"{value:.1%}"
 
-    yield f"{source}: {numbers['rows']:,} rows, {numbers['pairs']:,} pairs to train on"
-    undecided = f"{numbers['ties']:,} ties, {numbers['both_biased']:,} both biased, {numbers['both_unusable']:,} both unusable"
-    yield f"{undecided}, {numbers['retracted']:,} retracted"
+    yield f"{source}: {plural(numbers['rows'], 'row')}, {plural(numbers['pairs'], 'pair')} to train on"
+    both = f"{numbers['both_biased']:,} both biased, {numbers['both_unusable']:,} both unusable"
+    yield f"{plural(numbers['ties'], 'tie')}, {both}, {numbers['retracted']:,} retracted"
     categories = ", ".join(f"{name or '(none)'} {number:,}" for name, number in numbers["by_category"].items())
     yield f"by category: {categories or 'nothing yet'}"
     yield f"chosen is longer: {share(numbers['chosen_longer_share'])}; left side chosen: {share(numbers['chosen_left_share'])}"
-    yield f"{numbers['near_duplicates']:,} near-duplicate prompts, {numbers['exact_duplicates']:,} exact duplicates"
+    duplicates = plural(numbers["exact_duplicates"], "exact duplicate")
+    yield f"{plural(numbers['near_duplicates'], 'near-duplicate prompt')}, {duplicates}"
     if numbers["benchmark_overlap"] is not None:
-        yield f"{numbers['benchmark_overlap']:,} pairs overlap with {benchmark_files:,} benchmark files"
+        yield f"pairs that overlap with {plural(benchmark_files, 'benchmark file')}: {numbers['benchmark_overlap']:,}"
     for one in numbers["annotators"]:
         shares = f"longer {share(one['chosen_longer_share'])}, left {share(one['chosen_left_share'])}"
-        yield f"{one['annotator']}: {one['pairs']:,} pairs, {shares}"
+        yield f"{one['annotator']}: {plural(one['pairs'], 'pair')}, {shares}"
     agreement = numbers["agreement"]
     if agreement["alpha"] is not None:
-        yield f"Krippendorff's alpha over {agreement['pairs']:,} pairs: {agreement['alpha']:.2f}"
+        yield f"Krippendorff's alpha over {plural(agreement['pairs'], 'pair')}: {agreement['alpha']:.2f}"
     for name, again in agreement["self_consistency"].items():
-        yield f"{name}: {again['agreed']:,} of {again['total']:,} hidden repeats judged the same"
-    yield f"{numbers['repaired_lines']:,} truncated lines set aside, {numbers['bad_lines']:,} bad lines"
+        yield f"{name}: {again['agreed']:,} of {plural(again['total'], 'hidden repeat')} judged the same"
+    yield f"{plural(numbers['repaired_lines'], 'truncated line')} set aside, {plural(numbers['bad_lines'], 'bad line')}"
     for warning in numbers["warnings"]:
         yield f"Warning: {warning}"
 
@@ -338,10 +349,10 @@ def dataset_validate(file: SourceOrJournal = "", workspace: WorkspaceOption = ""
             print(f"line {line.line}: {line.reason}")
         verdicts = ", ".join(f"{count:,} {verdict}" for verdict, count in found.by_verdict.items())
         good = f"{found.good:,} good" + (f" ({verdicts})" if verdicts else "")
-        print(f"{found.source}: {found.rows:,} rows, {good}, {len(found.bad):,} bad", *found.notes, sep="\n")
+        print(f"{found.source}: {plural(found.rows, 'row')}, {good}, {len(found.bad):,} bad", *found.notes, sep="\n")
     if found.bad:
         raise DatasetError(
-            f"{found.source} has {len(found.bad):,} bad lines of {found.rows:,}, the first in line {found.bad[0].line}: "
+            f"{found.source} has {plural(len(found.bad), 'bad line')} of {found.rows:,}, the first in line {found.bad[0].line}: "
             "correct or remove them (`dataset import` takes the good ones)"
         )
 
@@ -386,7 +397,7 @@ def dataset_import(
         for pair in importing.preview(file, done.mapping, rows=3, unwrap=unwrap).pairs:
             print(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False))
     would = "would be " if dry_run else ""
-    counts = f"{done.source}: {done.written:,} rows {would}written, {done.known:,} known, {len(done.bad):,} bad"
+    counts = f"{done.source}: {plural(done.written, 'row')} {would}written, {done.known:,} known, {len(done.bad):,} bad"
     print_row(done.to_json() | ({"dry_run": True} if dry_run else {}), counts, as_json=as_json)
 
 
@@ -401,8 +412,8 @@ def dataset_export(
 
     done = exporting.export_file(open_workspace(workspace), file)
     text = (
-        f"{done.path}: {done.rows:,} pairs ({done.repeats:,} repeated judgments and {done.contradictions:,} evenly split pairs "
-        f"are left out), SHA-256 {done.sha256}\n{done.card}: the dataset card"
+        f"{done.path}: {plural(done.rows, 'pair')} (left out: {plural(done.repeats, 'repeated judgment')}, "
+        f"{plural(done.contradictions, 'evenly split pair')}), SHA-256 {done.sha256}\n{done.card}: the dataset card"
     )
     print_row(done.to_json(), text, as_json=as_json)
 
@@ -452,23 +463,33 @@ def dataset_retract(
 def dataset_erase(
     annotator: Annotated[str, Option(metavar="NAME", help="The nickname that the judgments are stored with.")],
     browser: Annotated[str, Option(metavar="HASH", help="Only those of this browser (`meta.browser`). [default: all]")] = "",
+    sync: Annotated[
+        str, Option(metavar=SYNC_METAVAR, help="Also erase on the Hub here. [default: where this workspace was synced]")
+    ] = "",
     yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Delete what one annotator stored from the journal, for good, and list the files that still hold it or were made of it."""
+    """Delete what one annotator stored from the journal and its copies on the Hub, for good, and list the files that still
+    hold it or were made of it."""
     from biasdpo.data import erasing
+    from biasdpo.data.sync import targets_of
 
     folder = open_workspace(workspace)
-    rows = f"{erasing.erase(folder, annotator, browser, dry_run=True)[0]:,} rows by {annotator!r} in {folder.preferences}"
+    targets = dict.fromkeys([*targets_of(folder), *filter(None, [ServeConfig(sync=sync).sync])])
+    counts, _unreached = erasing.erase_everywhere(folder, targets, annotator, browser, dry_run=True)
+    rows = " and ".join(f"{plural(count, 'row')} by {annotator!r} in {place}" for place, count in counts.items())
     if not yes and sys.stdin.isatty():
         print(f"Delete {rows}, for good? [y/N] ", end="", file=sys.stderr, flush=True)
         yes = sys.stdin.readline().strip().lower() in ("y", "yes")
     if not yes:
         raise ConfigError(f"Nothing was deleted, since you did not confirm it ({rows}): add --yes")
-    removed, remaining = erasing.erase(folder, annotator, browser)
-    lines = [f"{removed:,} rows removed from {folder.preferences}", *(f"Not reached: {path}" for path in remaining)]
-    print_row({"removed": removed, "remaining": [str(path) for path in remaining]}, "\n".join(lines), as_json=as_json)
+    counts, remaining = erasing.erase_everywhere(folder, targets, annotator, browser)
+    lines = [f"{plural(count, 'row')} removed from {place}" for place, count in counts.items()]
+    lines += [f"Not reached: {place}" for place in remaining]
+    removed = counts.pop(str(folder.preferences), 0)
+    row = {"removed": removed, "removed_from_hub": counts, "remaining": [str(place) for place in remaining]}
+    print_row(row, "\n".join(lines), as_json=as_json)
 
 
 # Training
@@ -484,17 +505,35 @@ def train(
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Resume a run that was stopped, was interrupted or failed.")] = False,
     estimate: Annotated[bool, Option("--estimate", help="Measure the time and memory of the run, but do not start it.")] = False,
+    on: Annotated[
+        Literal["here", "hf-jobs"], Option("--on", help="Machine: this one, or one of Hugging Face Jobs, which charges for it.")
+    ] = "here",
+    flavor: Annotated[str, Option(metavar="NAME", help="Hardware of the job, e.g. a10g-small.", show_default=False)] = "",
+    timeout: Annotated[str, Option(metavar="TIME", help="The job's time at most, with s, m, h or d. [default: 2h]")] = "",
+    push_to: Annotated[str, Option(metavar="OWNER/NAME", help="Hub repository for the job's adapter; created private.")] = "",
+    detach: Annotated[bool, Option("--detach", help="Start the job, but do not wait for its end.")] = False,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
-    """Train an adapter with DPO, in a process of its own. Ctrl-C asks the run to stop, with a checkpoint."""
+    """Train an adapter with DPO, in a process of its own. Ctrl-C asks the run to stop, with a checkpoint; a job is canceled."""
     from biasdpo.jobs import store
     from biasdpo.jobs.job import shown_command
 
     if not run_id and not estimate:
         raise ConfigError("A run needs a name: got none; give it with --run-id")
     folder = open_workspace(workspace)
+    of_jobs = [("--flavor", flavor), ("--timeout", timeout), ("--push-to", push_to), ("--detach", detach)]
+    if on == "hf-jobs":
+        if resume or estimate:
+            raise ConfigError("--on hf-jobs starts new runs only: leave --resume and --estimate out")
+        if not flavor or not push_to:
+            raise ConfigError("--on hf-jobs needs --flavor NAME and --push-to OWNER/NAME: add what is missing")
+        asked = train_config(config, options, settings or ())
+        _train_elsewhere(asked, folder, run_id, push_to, flavor, timeout or "2h", detach=detach, as_json=as_json)
+        return
+    if given := [name for name, value in of_jobs if value]:
+        raise ConfigError(f"{', '.join(given)}: only with --on hf-jobs; leave it out, or add that")
     if resume:
         given = [TrainConfig.settings()[name].option for name in options]
         given += [name for name, value in (("--config", config), ("--set", settings), ("--estimate", estimate)) if value]
@@ -523,6 +562,39 @@ def train(
         print(cli_jobs.summary(run))
 
 
+def _train_elsewhere(
+    config: TrainConfig,
+    workspace: Workspace,
+    run_id: str,
+    push_to: str,
+    flavor: str,
+    timeout: str,
+    *,
+    detach: bool,
+    as_json: bool,
+) -> None:
+    """Train on Hugging Face Jobs, and show the job's log on stderr."""
+    from biasdpo.jobs import hf_jobs
+
+    order = hf_jobs.check_order(config, run_id, push_to, flavor, timeout)
+    api, job = hf_jobs.submit(order, workspace)
+    print(f"{job.url} on {flavor}, {timeout} at most", file=sys.stderr)
+    if not detach:
+        job = hf_jobs.follow(api, job, lambda line: print(line, file=sys.stderr, flush=True))
+    stage = str(job.status.stage)
+    row = {"id": job.id, "url": job.url, "stage": stage, "adapter": push_to}
+    if detach:
+        text = f"Job {job.id} was started: `hf jobs logs {job.id}` shows its log, `hf jobs cancel {job.id}` ends it"
+    else:
+        text = f"Adapter in {push_to}: `hf download {push_to} --local-dir DIR`, then use it as --adapter DIR"
+    if detach or stage == "COMPLETED":
+        print_row(row, text, as_json=as_json)
+        return
+    raise RunError(
+        f"Job {job.id} ended as {stage.lower()}{f' ({job.status.message})' if job.status.message else ''}: see {job.url}"
+    )
+
+
 def train_config(file: Path | None, options: dict[str, Any], settings: Sequence[str]) -> TrainConfig:
     """The config of a file, options and --set, from lowest to highest priority, with absolute paths."""
     from biasdpo.jobs.resolve import absolute
@@ -538,9 +610,9 @@ def _estimate(config: TrainConfig, workspace: Workspace, *, as_json: bool) -> No
     found = estimate_training(config, workspace)
     minutes, needed, free = found.seconds_total / 60, found.memory_bytes / 1e9, found.memory_free_bytes / 1e9
     lines = (
-        f"{found.steps} steps of {found.seconds_per_step:.2f} s, {minutes:.1f} minutes in all on {found.device}",
+        f"{plural(found.steps, 'step')} of {found.seconds_per_step:.2f} s, {minutes:.1f} minutes in all on {found.device}",
         f"{needed:.1f} GB of memory at the peak, {free:.1f} GB are free",
-        f"{found.pairs_train} pairs to train on, {found.pairs_held_out} held out, {found.dropped} dropped, "
+        f"{plural(found.pairs_train, 'pair')} to train on, {found.pairs_held_out} held out, {found.dropped} dropped, "
         f"{found.equal} dropped as equal, {found.cut} truncated",
         "seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in found.parts.items()),
     )
@@ -597,14 +669,14 @@ WithoutOption = Annotated[Literal["cache", "none"], Option("--without", help="Fo
 def workspace_backup(file: FileArgument, without: WithoutOption = "cache", workspace: WorkspaceOption = "") -> None:
     """Write a workspace to one file, of which an older version is replaced."""
     folder = open_workspace(workspace)
-    print(f"{file}: {backup.back_up(folder, file, without):,} files of {folder.root}")
+    print(f"{file}: {plural(backup.back_up(folder, file, without), 'file')} of {folder.root}")
 
 
 @workspaces.command("restore")
 def workspace_restore(file: FileArgument, workspace: WorkspaceOption = "") -> None:
     """Unpack a backup into a new or empty workspace folder."""
     root = workspace_root(workspace)
-    print(f"{root}: {backup.restore(file, root):,} files restored")
+    print(f"{root}: {plural(backup.restore(file, root), 'file')} restored")
 
 
 @workspaces.command("verify")
@@ -644,6 +716,31 @@ def export(workspace: WorkspaceOption = "", as_json: JsonOption = False, **optio
     print_row(record.to_json(), "\n".join(lines), as_json=as_json)
     for warning in record.proof.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)
+
+
+@app.command("publish")
+@options_of(PublishConfig)
+def publish_run(
+    run: Annotated[str, Argument(metavar="RUN", help="Finished run.")],
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be sent, with the cards, but send nothing.")] = False,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Publish a run's adapter on the Hugging Face Hub, privately by default: with its model card and, if named, a GGUF and the
+    dataset. The token is HF_TOKEN, else that of `hf auth login`."""
+    from biasdpo import publish
+
+    folder = open_workspace(workspace)
+    plan = publish.plan(run, PublishConfig(**options), folder)
+    if dry_run:
+        files = [f"{one.id}/{name}: {size:,} bytes" for one in plan.repositories for name, size, _sha256 in one.listing]
+        cards = [f"\n--- {one.id}/README.md ---\n{one.card}" for one in plan.repositories]
+        print_row(plan.to_json(), "\n".join((*plan.summary(), *files, *cards)), as_json=as_json)
+        return
+    print(*plan.summary(), sep="\n", file=sys.stderr)
+    done = publish.publish(plan, folder, lambda what: print(what, file=sys.stderr))
+    print_row([vars(one) for one in done], "\n".join(map(str, done)), as_json=as_json)
 
 
 # Evaluation
@@ -732,7 +829,7 @@ def _result_lines(name: str, numbers: dict[str, Any]) -> Iterator[str]:
 
     partial = f"; not comparable: {numbers['not_comparable']}" if numbers["not_comparable"] else ""
     unmatched = f", {unknown:.0f} without a biased answer" if (unknown := numbers.get("n_without_biased_answer")) else ""
-    yield f"{name}: {numbers['n']} items, {numbers['n_failed']} failed{unmatched}{partial}"
+    yield f"{name}: {plural(numbers['n'], 'item')}, {numbers['n_failed']} failed{unmatched}{partial}"
     if numbers["settings"]:
         yield f"  {', '.join(f'{key} {value}' for key, value in numbers['settings'].items())}"
     if numbers["not_as_published"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from biasdpo.cli_options import JsonOption, WorkspaceOption
-from biasdpo.errors import ConfigError
+from biasdpo.errors import ConfigError, plural
 
 if TYPE_CHECKING:
     from biasdpo.jobs.job import Job
@@ -103,7 +103,8 @@ def line(job: Job) -> str:
     if job.kind == "train":
         parts.append(f"step {status.step} of {status.total_steps}")
     elif job.kind == "evaluate" and status.progress:
-        parts.append(f"{sum(one.done for one in status.progress)} of {sum(one.total for one in status.progress)} items")
+        total = plural(sum(one.total for one in status.progress), "item")
+        parts.append(f"{sum(one.done for one in status.progress):,} of {total}")
     elif job.kind == "export" and status.state == "running":
         parts.append(f"{100 * status.share:.0f}%")
     if status.eta_seconds and status.state == "running":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
+from biasdpo.access import is_owner
 from biasdpo.backends.base import Backend, Cancellation, Ticket, VisitorQueue
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import BiasDPOError, ConfigError, PromptError
@@ -27,6 +30,7 @@ from biasdpo.workspace import ASSETS, read_json
 
 EXAMPLE_PAIRS = ASSETS / "example_pairs.json"  # written by scripts/example_pairs.py
 _WAIT_SECONDS = 0.25  # how often a waiting visitor's position is updated
+_REPEAT_SECONDS = 1.0  # after which a reader who waits is told the same again: Gradio then notices one that has left
 _PACE_SECONDS = 0.06  # between two updates of a reader
 
 
@@ -193,8 +197,9 @@ def _stream_sides(
     by_side: dict[Side, list[int]] = {}
     for place, completion in enumerate(completions):
         by_side.setdefault(completion.side, []).append(place)
-    threads = [
-        threading.Thread(target=write_all, args=(places,), name=f"stream {side}", daemon=True) for side, places in by_side.items()
+    threads = [  # in this thread's context, which holds the visitor's request
+        threading.Thread(target=copy_context().run, args=(write_all, places), name=f"stream {side}", daemon=True)
+        for side, places in by_side.items()
     ]
     first_at: dict[int, float] = {}
     failure: BaseException | None = None
@@ -286,22 +291,31 @@ class Generation:
 
     def start(self, pool: EnginePool, key: EngineKey, prompt: str, sampling: Sampling, **settings: Any) -> None:
         """Load the engine if necessary and generate; `settings` as in `stream_pair`. Call it once."""
+        seconds = math.inf if is_owner() else pool.visitor_seconds
 
         def generate() -> None:
             error: BaseException | None = None
+            ends_at, repeats_at = math.inf, 0.0
             try:
                 with pool.lease(key, self.cancellation) as engine:
                     for event in stream_pair(engine, prompt, sampling, cancellation=self.cancellation, **settings):
+                        if event == self._latest and time.monotonic() < repeats_at:
+                            continue  # each update of the page takes time from whoever's turn it is
+                        repeats_at = time.monotonic() + _REPEAT_SECONDS
                         with self._changed:
                             self._latest = event
                             self._changed.notify_all()
+                        if isinstance(event, GenerationPair):  # their turn has come
+                            ends_at = min(ends_at, time.monotonic() + seconds)
+                        if time.monotonic() >= ends_at:
+                            self.cancellation.set()
             except BaseException as exc:  # raised again in the reader's thread
                 error = exc
             with self._changed:
                 self._ended, self._error = True, error
                 self._changed.notify_all()
 
-        threading.Thread(target=generate, name="generation", daemon=True).start()
+        threading.Thread(target=copy_context().run, args=(generate,), name="generation", daemon=True).start()
 
     def events(self, pool: EnginePool, key: EngineKey) -> Iterator[Waiting | GenerationPair | Loading]:
         """The latest state, whenever it has changed: a slow reader skips some. Raises the generation's error."""

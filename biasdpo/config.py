@@ -1,4 +1,4 @@
-"""Settings of training runs, evaluations, exports and the app, each declared once.
+"""Settings of training runs, evaluations, exports, publications and the app, each declared once.
 
 A declaration holds a setting's type, default, range, unit, help text and place in the form. The command line's options, the form
 of the Train tab, the JSON schema, presets, the checks with their messages, and docs/cli.md are generated from it.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from biasdpo.errors import ConfigError
+from biasdpo.errors import ConfigError, plural
 from biasdpo.records import SEED_RANGE, STRENGTH_RANGE
 from biasdpo.workspace import is_public_space
 
@@ -362,6 +363,9 @@ class TrainConfig(Settings):
     ending_weight: float = setting(0.0, range=(0, 1000), unit="per nat per completion", group="Loss")
     """Weight of KL(base || policy) of ending the completion, on completions sampled every fourth step; preserves the base
     model's completion length. 0: off."""
+    everyday_weight: float = setting(0.0, range=(0, 1000), unit="per nat per token", group="Loss")
+    """Weight of KL(base || policy) on the base model's own answers to built-in everyday prompts; keeps everyday answers as they
+    are. 0: off."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
         "linear", group="Optimizer", affects_cost=False
     )
@@ -428,6 +432,10 @@ class TrainConfig(Settings):
     """CPU threads per process. 0: all available cores, divided among the processes."""
     num_processes: int = setting(1, range=(1, 1024), label="Processes", group="Hardware")
     """Training processes (data parallel)."""
+    max_minutes: float = setting(
+        0.0, range=(0, 100_000), unit="minutes", label="Time limit", group="Hardware", affects_cost=False
+    )
+    """End the training after this many minutes and finish with the adapter so far. 0: no limit."""
     accelerate: Literal["auto", "cpu", "one_gpu", "multi_gpu", "fsdp"] = setting(
         "auto", label="Accelerate config", group="Hardware"
     )
@@ -472,9 +480,9 @@ class TrainConfig(Settings):
         if self.schedule != "constant" and math.ceil(steps * self.warmup_share) >= steps:
             what = "The run's only step is" if steps == 1 else f"All {steps} steps are"
             raise ConfigError(
-                f"{what} warm-up ({rows} pairs, warmup_share {self.warmup_share:g}), so the learning rate never reaches "
-                f"{self.learning_rate:g}{' but stays 0' * (steps == 1)}: add pairs or epochs, lower gradient_accumulation, or "
-                "set warmup_share to 0"
+                f"{what} warm-up ({plural(rows, 'pair')}, warmup_share {self.warmup_share:g}), so the learning rate never "
+                f"reaches {self.learning_rate:g}{' but stays 0' * (steps == 1)}: add pairs or epochs, lower "
+                "gradient_accumulation, or set warmup_share to 0"
             )
 
     def cost_settings(self) -> dict[str, Any]:
@@ -614,7 +622,53 @@ class ExportConfig(Settings):
         return self
 
 
+# Publishing
+
+
+def _repository(name: str) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as exc:
+        raise ValueError(f"can't be the name of a repository: {exc}") from exc
+    if name.count("/") != 1:
+        raise ValueError(f"must be OWNER/NAME, where OWNER is your name on the Hub or an organization of yours: got {name!r}")
+    return name
+
+
+class PublishConfig(Settings):
+    """One publication: where the adapter of a run goes on the Hugging Face Hub, and what goes with it."""
+
+    to: Annotated[str, AfterValidator(_repository)] = setting(..., label="Model repository", metavar="OWNER/NAME")
+    """Repository on the Hub for the adapter and its model card. It is made if there is none."""
+    dataset_to: Annotated[str, AfterValidator(lambda name: name and _repository(name))] = setting(
+        "", label="Dataset repository", metavar="OWNER/NAME"
+    )
+    """Repository for the judgments that the run was trained on, with a dataset card. Default: not published."""
+    gguf: str = setting("", label="GGUF file", metavar="EXPORT")
+    """Finished export of this run, to go with the adapter."""
+    public: bool = setting(False)
+    """Everybody may see the repositories. Default: private."""
+    with_annotators: bool = setting(False, label="With nicknames and times")
+    """Nicknames of annotators and the times of their judgments go into the dataset. Default: numbers for names, days for
+    times."""
+    update: bool = setting(False, label="Update what is there")
+    """Replace files in a repository that has other content. Files of other names stay."""
+
+
 # The app
+
+
+def _sync_target(value: str) -> str:
+    if value and not re.fullmatch(r"(bucket|dataset):[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value, re.ASCII):
+        raise ValueError(f"must be bucket:OWNER/NAME or dataset:OWNER/NAME: got {value!r}; name one, e.g. dataset:me/labels")
+    return value
+
+
+SYNC_METAVAR = "bucket:OWNER/NAME|dataset:OWNER/NAME"
+SyncTarget = Annotated[str, AfterValidator(_sync_target)]
 
 
 class ServeConfig(Settings):
@@ -634,8 +688,13 @@ class ServeConfig(Settings):
     """Port to serve on."""
     allowed_hosts: ListOf[Name] = setting((), option="--allowed-host", metavar="NAME")
     """Another host name to answer to, such as a reverse proxy's or this machine's on the network. Repeatable."""
+    trusted_proxies: ListOf[Name] = setting(("127.0.0.1",), option="--trusted-proxy", metavar="ADDRESS")
+    """Address or network of a reverse proxy whose X-Forwarded-For names the visitor; other machines' is ignored. Repeatable."""
     auth: str = setting("", metavar="FILE")
     """Ask every visitor to sign in, with the accounts in this file; `python -m biasdpo users add NAME` adds one."""
+    sync: SyncTarget = setting("", metavar=SYNC_METAVAR)
+    """Copy all labels to this bucket or dataset repository on the Hub and read them back at the start, for a disk that does not
+    last, as on a Space. Created, private, if missing; needs a token that may write there ($HF_TOKEN or `hf auth login`)."""
     public: bool = setting(False)
     """Let everybody compare and judge without an account, and nobody do more. Required, or --auth, for an address that other
     machines reach."""
@@ -652,6 +711,31 @@ class ServeConfig(Settings):
     """Open pages whose state is kept; then the oldest is forgotten."""
     max_visits_per_minute: int = setting(120, range=(1, 1_000_000), unit="pages")
     """Pages that may be opened per minute from one address."""
+    max_generation_seconds: int = setting(120, range=(1, 86400), unit="s")
+    """Time after which a visitor's pair is stopped, once it is their turn."""
+    max_verdicts_per_minute: int = setting(60, range=(1, 100_000), unit="verdicts")
+    """Verdicts that one visitor may store per minute."""
+    max_stored_mb_per_visitor: int = setting(5, range=(1, 1_000_000), unit="MiB")
+    """Verdicts that one visitor may store per day."""
+    max_stored_mb: int = setting(1000, range=(1, 1_000_000), unit="MiB")
+    """Size of the file of judgments from which on only the owner may add to it."""
+    max_uploads_mb_per_visitor: int = setting(400, range=(1, 1_000_000), unit="MiB")
+    """Files that one address may upload per day to an app that others reach. Uploads are deleted after a day."""
+    max_uploads_mb: int = setting(4000, range=(1, 1_000_000), unit="MiB")
+    """The same, of all visitors."""
+    max_connections: int = setting(800, range=(10, 1_000_000), unit="connections")
+    """Open connections, of all visitors."""
+    max_connections_per_visitor: int = setting(100, range=(10, 1_000_000), unit="connections")
+    """The same, of one address that is no trusted proxy."""
+
+    @model_validator(mode="after")
+    def _check_proxies(self) -> Self:
+        for proxy in self.trusted_proxies:
+            try:
+                ip_network(proxy, strict=False)
+            except ValueError as exc:
+                raise ValueError(f"--trusted-proxy is an IP address or a network: got {proxy!r}; for example 10.0.0.2") from exc
+        return self
 
     @model_validator(mode="after")
     def _check_reach(self) -> Self:

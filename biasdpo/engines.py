@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Literal
 
 from biasdpo import models
 from biasdpo.access import is_owner, require_owner
-from biasdpo.backends import open_backend
+from biasdpo.backends import NO_LLAMA_CPP, has_llama_cpp, open_backend
 from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.errors import BackendError, BiasDPOError, ModelError
 from biasdpo.models import AdapterSpec, ModelSpec
@@ -74,10 +75,14 @@ def open_engine(key: EngineKey, workspace: Workspace, loading: Loading | None = 
 
 
 class EnginePool:
-    """The engines of one app. Keeps at most `capacity`; closes the least recently used first."""
+    """The engines of one app. Keeps at most `capacity`; closes the least recently used first.
 
-    def __init__(self, workspace: Workspace, capacity: int = 2) -> None:
+    visitor_seconds   the longest that a visitor's pair may take
+    """
+
+    def __init__(self, workspace: Workspace, capacity: int = 2, visitor_seconds: float = math.inf) -> None:
         self.workspace = workspace
+        self.visitor_seconds = visitor_seconds
         self._capacity = capacity
         self._changed = threading.Condition()
         self._engines: dict[EngineKey, Loading] = {}  # in order of last use
@@ -223,6 +228,8 @@ class Startup:
                 raise
             finally:
                 self._resolved.set()
+        if not has_llama_cpp():
+            self.reason = f"{self.reason} {NO_LLAMA_CPP}".strip()
         if self._model:
             pool.load(EngineKey(self._model, default_adapter(self._model, pool.workspace), self.backend))
 

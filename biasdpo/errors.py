@@ -1,20 +1,4 @@
-"""One tree of errors; every message says what, what was got, and the remedy.
-
-BiasDPOError            what a user can mend: exit status 2, one line
-├── ConfigError         a setting out of its range, settings that contradict each other
-├── ModelError          unknown or missing model, damaged model file
-├── AdapterError        unknown, damaged or foreign adapter
-├── PromptError         empty prompt, prompt longer than the context
-├── DatasetError        rows that are no preference pairs, too few rows
-├── BackendError        an engine that is missing, stopped, or can't do what was asked
-│   └── ProofError      the comparison could not be proven honest: nothing may be shown
-├── JobError            unknown job, job in the wrong state, damaged job folder
-├── RunError            a training run that can't go on
-├── ExportError         a GGUF that could not be written, or that was not proven equal
-├── EvaluationError     unknown evaluation, evaluation in the wrong state, damaged result
-├── WorkspaceError      a folder that can't be written, a lock that can't be had
-└── RefusedError        not for whoever asks (a visitor)
-"""
+"""One tree of errors: a `BiasDPOError` is something the user can mend, one line, exit status 2. And how messages count."""
 
 
 class BiasDPOError(Exception):
@@ -61,6 +45,10 @@ class ExportError(BiasDPOError):
     """A GGUF could not be written, or was not proven equal to its model."""
 
 
+class PublishError(BiasDPOError):
+    """A run can't be published, or the Hub did not take it."""
+
+
 class EvaluationError(BiasDPOError):
     """An evaluation is unknown, in a state that does not allow what was asked, or its result is damaged."""
 
@@ -71,3 +59,11 @@ class WorkspaceError(BiasDPOError):
 
 class RefusedError(BiasDPOError):
     """The action is not for whoever asks: a visitor."""
+
+
+# Counts in messages
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """ "1 pair", "2 pairs", "1,024 pairs"."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

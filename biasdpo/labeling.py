@@ -22,11 +22,10 @@ from biasdpo.data import journal
 from biasdpo.data.journal import Row, new_judgment
 from biasdpo.data.pairs import check_text, pair_id_of, shown_pair_id
 from biasdpo.data.reader import DatasetReader
-from biasdpo.data.sentences import complete_sentences
-from biasdpo.data.summary import Cell, least_covered
+from biasdpo.data.summary import Cell
 from biasdpo.engines import EngineKey, EnginePool, Loading
 from biasdpo.errors import BackendError, BiasDPOError, ConfigError, DatasetError, PromptError, RefusedError
-from biasdpo.prompts import CATEGORIES, Prompt
+from biasdpo.prompts import CATEGORIES, Prompt, least_covered
 from biasdpo.records import SEED_RANGE, Completion, GenerationPair, Judgment, JudgmentMeta, Sampling, Side, Verdict
 
 logger = logging.getLogger(__name__)
@@ -50,15 +49,8 @@ _REPEAT_GAP = 5  # latest judgments of an annotator that are too recent to be re
 _COUNTERPARTS = {"base": "tuned", "base 1": "base 2", "tuned 1": "tuned 2", "pasted 1": "pasted 2", "given 1": "given 2"}
 _COUNTERPARTS |= {right: left for left, right in _COUNTERPARTS.items()}
 _MAX_CHARACTERS = {"target_group": 200, "annotator": 200, "note": 2_000}
-_ORIGIN = (
-    "model",
-    "adapter",
-    "backend",
-    "sampling",
-    "seed",
-    "left_finish",
-    "right_finish",
-)  # columns of `JudgmentMeta` that a pair brings along
+# Columns of `JudgmentMeta` that a pair brings along.
+_ORIGIN = ("model", "adapter", "backend", "sampling", "seed", "left_finish", "right_finish")
 
 # Pairs to show
 
@@ -160,6 +152,56 @@ def _whole(completion: Completion) -> str:
     return kept
 
 
+# Where sentences end
+
+_END = re.compile(r"""(?:[.!?…]+|[。！？]+)["'”’»)\]*_]*(?=\s|$)|[。！？]+[”’」』）]*""")
+_ABBREVIATION = re.compile(
+    r"m(r|rs|s|x|t)|dr|prof|rev|hon|st|[sj]r|sen|rep|gov|gen|col|lt|sgt|capt|vs|approx|dept|est|fig|nos|vol|pp|eds?|inc|ltd|co"
+    r"|corp|e\.g|i\.e|cf|viz|al|jan|feb|mar|apr|ju[nl]|aug|sept?|oct|nov|dec|u\.[skn]|d\.c|ph\.d|[mb]\.[ad]|[ap]\.m",
+    re.IGNORECASE,
+)
+_PAIRS = (("(", ")"), ("[", "]"), ("“", "”"), ("«", "»"), ("「", "」"))
+_EVEN = ('"', "**", "```")
+
+
+def complete_sentences(text: str) -> str:
+    """The text up to the end of its last complete sentence; "" if no sentence ends in it.
+
+    A period ends no sentence after an abbreviation, an initial, a list number ("2.") or a number at the very end (which may go
+    on), nor where a lowercase word follows. Text that would leave a quotation, a bracket or bold type open is cut earlier.
+    """
+    text = text.rstrip()
+    for match in reversed(list(_END.finditer(text))):
+        if _ends_sentence(text, match) and _is_closed(kept := text[: match.end()]):
+            return kept
+    return ""
+
+
+def _ends_sentence(text: str, match: re.Match[str]) -> bool:
+    rest = text[match.end() :].lstrip()
+    if rest[:1].islower():  # "e.g. this", "wait... what"
+        return False
+    if not match.group().startswith(".") or match.group().startswith(".."):
+        return True
+    line = text[: match.start()].rpartition("\n")[2]
+    word = line.split()[-1].lstrip("\"'“‘«([*_") if line.split() else ""
+    if word.isdigit() and (not rest or line.strip(" -*_#>") == word):  # "2." of a list; "3." that may become "3.5"
+        return False
+    if word.casefold() == "no" and rest[:1].isdigit():  # "No. 5"
+        return False
+    is_initial = len(word) == 1 and word.isalpha() and word != "I"
+    return bool(word) and not is_initial and not _ABBREVIATION.fullmatch(word)
+
+
+def _is_closed(text: str) -> bool:
+    return all(text.count(opening) <= text.count(closing) for opening, closing in _PAIRS) and all(
+        text.count(mark) % 2 == 0 for mark in _EVEN
+    )
+
+
+# Pairs of other origins
+
+
 def pasted(prompt: Prompt, one: str, other: str, rng: random.Random) -> BlindPair:
     """A pair that somebody brought along, in random order."""
     for name, text in (("prompt", prompt.text), ("first completion", one), ("second completion", other)):
@@ -182,11 +224,6 @@ def repeat(rows: Sequence[dict[str, Any]], rng: random.Random) -> BlindPair | No
     return replace(shown.swapped(), repeat_of=shown.pair_id)
 
 
-def second_opinion(row: dict[str, Any], rng: random.Random) -> BlindPair:
-    """The pair of somebody else's judgment, its sides in random order."""
-    return shown_pair(row).shuffled(rng)
-
-
 def shown_pair(row: dict[str, Any]) -> BlindPair:
     """The pair of an earlier judgment as it was shown: before edits, on its sides.
 
@@ -205,11 +242,6 @@ def shown_pair(row: dict[str, Any]) -> BlindPair:
         _COUNTERPARTS.get(left_side, ""),
         **{key: meta[key] for key in _ORIGIN},
     )
-
-
-def new_random() -> random.Random:
-    """An unpredictable source of order: a visitor must not be able to compute which side is which."""
-    return random.Random(secrets.randbits(128))
 
 
 # Answers
@@ -296,8 +328,19 @@ def length_warning(left: str, right: str) -> str:
     )
 
 
+def is_alike(one: str, other: str) -> bool:
+    """Whether at least half of the shorter text's words are in the other: unrelated answers share up to 0.4, and below that a
+    word-by-word comparison marks nearly everything."""
+    words = [Counter(re.findall(r"[\w'’]+", text.casefold())) for text in (one, other)]
+    return (words[0] & words[1]).total() >= max(1, min(found.total() for found in words)) / 2
+
+
 def word_diff(one: str, other: str) -> list[DiffPiece]:
-    """What of `one` is removed and what of `other` is inserted, word by word, including white space."""
+    """What of `one` is removed and what of `other` is inserted, word by word, including white space; each as a whole where they
+    are not alike."""
+    if one != other and not is_alike(one, other):
+        whole: list[DiffPiece] = [("out", one), ("in", other)]
+        return [piece for piece in whole if piece[1]]
     out, into = (re.findall(r"\s+|[\w'’]+|[^\w\s]", text) for text in (one, other))
     pieces: list[DiffPiece] = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, out, into, autojunk=False).get_opcodes():
@@ -392,7 +435,7 @@ class PairQueue:
             self._paused = False
             pair = self._ready.popleft() if self._ready else None
             if pair is not None:
-                self._planned[_cell(pair.prompt)] -= 1
+                self._planned[pair.prompt.cell] -= 1
             self._wanted = pair is None and self.is_started and self.error is None
             if self._wanted and self._spare is not None:
                 self._spare.promote()
@@ -470,7 +513,7 @@ class PairQueue:
                 self._wanted = False  # the next one is generated in spare time again
                 return
             if prompt is not None:
-                self._planned[_cell(prompt)] -= 1
+                self._planned[prompt.cell] -= 1
             if isinstance(error, DatasetError | PromptError) and prompt is not None:  # nothing to judge, or too long
                 self.skipped += 1
                 if self.skipped >= len(recipe.prompts):
@@ -494,7 +537,7 @@ class PairQueue:
                 self._remaining = list(recipe.prompts)
             prompt = least_covered(self._remaining, counts + self._planned)[0]
             self._remaining.remove(prompt)
-            self._planned[_cell(prompt)] += 1
+            self._planned[prompt.cell] += 1
             return prompt
 
     def _draw(self, recipe: Recipe, prompt: Prompt) -> BlindPair | None:
@@ -538,10 +581,6 @@ class PairQueue:
         return None if any(c.finish_reason == "cancelled" for c in completions) else pair
 
 
-def _cell(prompt: Prompt) -> Cell:
-    return prompt.category, prompt.target_group
-
-
 # Sessions
 
 
@@ -568,7 +607,7 @@ class LabelSession:
     """
 
     def __init__(self, pool: EnginePool, reader: DatasetReader) -> None:
-        self.rng = new_random()
+        self.rng = random.Random(secrets.randbits(128))  # a visitor must not be able to compute which side is which
         self.queue = PairQueue(pool, self.rng, reader.counts)
         self.first: deque[BlindPair] = deque()  # undone or pasted, or put back for one of those
         self.given: deque[BlindPair] = deque()  # second opinions, which need no model
@@ -596,7 +635,7 @@ class LabelSession:
         others = {pair_id: row for row in reversed(rows) if (pair_id := shown_pair_id(row)) not in own}
         if not others:
             raise ConfigError("No pairs for a second opinion: nobody else has judged a pair that you have not; change Pairs")
-        pairs = [second_opinion(row, self.rng) for row in others.values()]
+        pairs = [shown_pair(row).shuffled(self.rng) for row in others.values()]
         self.rng.shuffle(pairs)
         self.given = deque(pairs)
         self.show(None)

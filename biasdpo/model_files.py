@@ -199,8 +199,7 @@ def _hf_config(folder: Path) -> _HfConfig:
 
 def eos_token_ids(folder: Path) -> list[Any]:
     """What a folder's configs say of EOS: an id, a list, or None each."""
-    files = (_read_optional(folder / name, ForeignJson) for name in ("generation_config.json", "config.json"))
-    return [(file.model_extra or {}).get("eos_token_id") for file in files]
+    return [read_object(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
 
 
 def _hf_architecture(folder: Path, config: _HfConfig) -> str:
@@ -214,10 +213,15 @@ def _read_optional(file: Path, model: type[_Model]) -> _Model:
     return read_json_as(file, model) if file.is_file() else model()
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder; {} for a missing file."""
+    return _read_optional(file, ForeignJson).model_extra or {}
+
+
 def _named_tokens(folder: Path, settings: _TokenizerConfig) -> dict[str, str]:
     """{bos_token: its text, ...} as a folder's files name them. The loaded tokenizer has the last word (`hf_loading`)."""
-    files = (_read_optional(folder / "special_tokens_map.json", ForeignJson), settings)
-    named = {key: value for file in files for key, value in (file.model_extra or {}).items() if key.endswith("_token")}
+    listed = read_object(folder / "special_tokens_map.json") | (settings.model_extra or {})
+    named = {key: value for key, value in listed.items() if key.endswith("_token")}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     # One that is named nowhere may come from the tokenizer's class.
     return dict.fromkeys(("bos_token", "eos_token"), "") | {key: text for key, text in texts.items() if isinstance(text, str)}

@@ -22,7 +22,7 @@ from biasdpo import model_files
 from biasdpo.chat import BARE, PromptTemplate
 from biasdpo.errors import AdapterError, BiasDPOError, ModelError
 from biasdpo.model_files import MODULES, QKV, ForeignJson, hf_name, is_gguf, read_json_as, safetensors_shapes, tensor_shapes
-from biasdpo.workspace import ASSETS, Workspace, sha256_of
+from biasdpo.workspace import ASSETS, Workspace, is_zerogpu
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,9 @@ def fetch(spec: ModelSpec) -> ModelSpec:
 
 
 def free_gpu_memory_gb() -> float:
-    """Free memory of the GPU with the most, GB; 0 without an NVIDIA GPU. Uses nvidia-smi, so that torch stays unloaded."""
-    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    """Free memory of the GPU with the most, GB; 0 without an NVIDIA GPU, and on ZeroGPU, which lends one for single calls. Uses
+    nvidia-smi, so that torch stays unloaded."""
+    if is_zerogpu() or shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return 0.0
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
@@ -313,11 +314,6 @@ def find_adapter(name: str, spec: ModelSpec, workspace: Workspace) -> AdapterSpe
     what = f"{name} is a file, and an adapter is a folder" if folder.is_file() else f"Unknown adapter {name!r}"
     ids = [adapter.id for adapter in known if not adapter.problem]
     raise AdapterError(f"{what}: choose one of {', '.join([*ids, 'none'])}, or the path of a PEFT adapter folder")
-
-
-def adapter_sha256(adapter: AdapterSpec) -> str:
-    """Hex SHA-256 of an adapter's weights."""
-    return sha256_of(adapter.weights)
 
 
 class _AdapterConfig(ForeignJson):

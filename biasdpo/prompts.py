@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,7 +16,7 @@ from biasdpo.config import TrainConfig
 from biasdpo.data.importing import Read, rows_of
 from biasdpo.data.journal import BadLine
 from biasdpo.data.pairs import text_fault
-from biasdpo.data.summary import least_covered
+from biasdpo.data.summary import Cell
 from biasdpo.errors import DatasetError, PromptError
 from biasdpo.workspace import ASSETS
 
@@ -33,6 +34,10 @@ class Prompt:
     text: str
     category: str = ""
     target_group: str = ""
+
+    @property
+    def cell(self) -> Cell:
+        return self.category, self.target_group
 
 
 def shipped() -> list[Prompt]:
@@ -82,6 +87,20 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
         if row["prompt"] and row["prompt"] not in own:
             own[row["prompt"]] = Prompt(row["prompt"], known_category(row["category"]), row["target_group"])
     return _checked(least_covered(list(own.values()), {})[:MAX_PROMPTS])
+
+
+def least_covered(prompts: Sequence[Prompt], counts: Mapping[Cell, int]) -> list[Prompt]:
+    """Order prompts so that the next one always comes from the cell with the fewest judgments.
+
+    A prompt counts as judged once it is offered, so that the cells fill side by side. Ties, and prompts of one cell, keep their
+    order.
+    """
+    filled = Counter(counts)
+    judged = []  # in each prompt's cell, once it is offered
+    for prompt in prompts:
+        judged.append(filled[prompt.cell])
+        filled[prompt.cell] += 1
+    return [prompts[place] for place in sorted(range(len(prompts)), key=judged.__getitem__)]
 
 
 def known_category(category: str) -> str:

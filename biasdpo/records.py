@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -222,3 +223,18 @@ class Likelihood:
 
     logp: float
     tokens: int
+
+
+# Cells of a CSV file
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: a quote stands before a text that begins like one."""
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def csv_text(cell: str) -> str:
+    """The text that `csv_cell` has made a cell of."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

@@ -20,6 +20,8 @@ from biasdpo.errors import ConfigError, WorkspaceError
 _PACKAGE = Path(__file__).resolve().parent
 ASSETS = next(path for path in (_PACKAGE.parent / "assets", _PACKAGE / "assets") if (path / "models.toml").is_file())
 """In a checkout beside the package, installed in it."""
+PRIVACY = ASSETS.parent / "docs" / "privacy.md"
+"""What is stored about people; the page links it."""
 MAX_JSON_BYTES = 256 * 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 os.umask(_UMASK := os.umask(0o077))  # it can only be read by being set
@@ -70,6 +72,11 @@ def nearest_id(text: str, length: int = 64) -> str:
 def is_public_space() -> bool:
     """True on a Hugging Face Space, where every visitor is a stranger."""
     return bool(os.environ.get("SPACE_ID"))
+
+
+def is_zerogpu() -> bool:
+    """True on a ZeroGPU Space, in the app's own process: a GPU is lent to it for one call at a time (see `backends.zerogpu`)."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 
 
 def sha256_of(path: Path) -> str:

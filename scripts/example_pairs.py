@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from biasdpo import models
 from biasdpo.compare import EXAMPLE_PAIRS, stream_pair
 from biasdpo.engines import EngineKey, open_engine
 from biasdpo.links import GREEDY
 from biasdpo.migrations import open_workspace
 from biasdpo.records import GenerationPair
+from biasdpo.workspace import sha256_of
 
 MODEL = "smollm2"
 PROMPTS = (
@@ -39,7 +39,7 @@ def generate(prompts: tuple[str, ...] = PROMPTS) -> dict[str, Any]:
     shared = {key: rows[0][key] for key in ("model", "adapter", "backend", "system", "strength", "canary_kl_nats")}
     kept = ("text", "tokens", "finish_reason")
     return shared | {
-        "adapter_sha256": models.adapter_sha256(engine.adapter),
+        "adapter_sha256": sha256_of(engine.adapter.weights),
         "sampling": asdict(GREEDY),
         "pairs": [
             {"prompt": row["prompt"]} | {side: {key: row[side][key] for key in kept} for side in ("base", "tuned")}

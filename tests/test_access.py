@@ -19,6 +19,8 @@ from biasdpo.access import Caller, Role
 from biasdpo.accounts import Accounts
 from biasdpo.config import ServeConfig
 from biasdpo.errors import ConfigError
+from biasdpo.ui.jobs import run_estimate
+from biasdpo.ui.limits import client_address
 from biasdpo.ui.security import Callers
 from tests import commands
 from tests.app_process import running_app
@@ -50,17 +52,35 @@ def test_accounts(users):
     assert stat.S_IMODE(users.file.stat().st_mode) == 0o600
 
 
-def test_wrong_passwords_make_a_name_wait_and_no_other(users, monkeypatch):
+def test_wrong_passwords_make_a_name_wait_at_their_address_only(users, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(accounts.time, "monotonic", lambda: now[0])
     for _ in range(5):
-        assert not users.sign_in("kim", "wrong password")
-    assert not users.sign_in("kim", PASSWORD)
-    assert users.sign_in("lee", PASSWORD + "!")
+        assert not users.sign_in("kim", "wrong password", "203.0.113.5")
+    assert not users.sign_in("kim", PASSWORD, "203.0.113.5")
+    assert users.sign_in("kim", PASSWORD, "198.51.100.7")
+    assert users.sign_in("lee", PASSWORD + "!", "203.0.113.5")
     now[0] += 2
-    assert users.sign_in("kim", PASSWORD)
-    assert not users.sign_in("kim", "wrong password")
-    assert users.sign_in("kim", PASSWORD)  # a success forgets the failures before it
+    assert users.sign_in("kim", PASSWORD, "203.0.113.5")
+    assert not users.sign_in("kim", "wrong password", "203.0.113.5")
+    assert users.sign_in("kim", PASSWORD, "203.0.113.5")  # a success forgets the failures before it
+
+
+def test_guesses_from_many_addresses_are_answered_late_and_lock_nobody_out(users, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(accounts.time, "monotonic", lambda: now[0])
+    assert users.sign_in("lee", PASSWORD + "!", "198.51.100.7")
+    delays = []
+    for i in range(40):
+        delays.append(users.delay("lee", f"203.0.113.{i}"))
+        assert not users.sign_in("lee", "wrong password", f"203.0.113.{i}")
+    assert delays == sorted(delays)
+    assert (delays[10], delays[39]) == (0, 8)
+    assert users.delay("lee", "198.51.100.7") == users.delay("kim", "203.0.113.1") == 0
+    assert users.delay("lee", "198.51.100.8") == 8
+    assert users.sign_in("lee", PASSWORD + "!", "198.51.100.8")  # late, and in
+    now[0] += 601
+    assert users.delay("lee", "198.51.100.9") == 0
 
 
 @pytest.mark.parametrize(
@@ -119,13 +139,14 @@ def test_the_audit_log_says_who(tmp_path, monkeypatch):
 class Browser:
     """Raw requests with one cookie jar."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, **headers: str) -> None:
         self.host = urllib.parse.urlsplit(url).netloc
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         self.cookie = ""
 
     def send(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> tuple[int, str]:
         connection = http.client.HTTPConnection(self.host, timeout=30)
-        connection.request(method, path, body, {"Content-Type": kind, "Cookie": self.cookie})
+        connection.request(method, path, body, {"Content-Type": kind, "Cookie": self.cookie, **self.headers})
         answer = connection.getresponse()
         if cookies := [value for name, value in answer.getheaders() if name.lower() == "set-cookie"]:
             self.cookie = "; ".join(one.partition(";")[0] for one in cookies)
@@ -162,8 +183,53 @@ def test_an_app_with_accounts(users, tmp_path):
         assert note.read_text().strip() == "mine"
         users.remove("kim")
         assert "only for this app" in kim.write_note(config, "no more")
+        # What a stranger writes into X-Forwarded-For stands left of what the trusted proxy adds: their own address.
+        for i in range(5):
+            assert Browser(url, X_Forwarded_For=f"198.51.100.{i}, 203.0.113.5").sign_in("lee", "wrong password") == 400
+        assert Browser(url, X_Forwarded_For="198.51.100.7, 203.0.113.5").sign_in("lee", PASSWORD + "!") == 400
+        assert Browser(url, X_Forwarded_For="198.51.100.7").sign_in("lee", PASSWORD + "!") == 200
     log = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
-    assert [(row["action"], row["by"]) for row in log] == [("sign in refused", "kim"), ("sign in", "lee"), ("sign in", "kim")]
+    assert [(row["action"], row["by"]) for row in log] == [
+        ("sign in refused", "kim"),
+        ("sign in", "lee"),
+        ("sign in", "kim"),
+        *[("sign in refused", "lee")] * 6,
+        ("sign in", "lee"),
+    ]
+
+
+def test_an_estimates_thread_has_the_callers_role(monkeypatch):
+    monkeypatch.setattr(access, "_source", Callers(public=True))
+    token = LocalContext.request.set(gr.Request(Request({"type": "http"})))
+    try:
+        seen = []
+        list(run_estimate(lambda _seconds: None, lambda cancelled: seen.append((access.caller().role, cancelled()))))
+    finally:
+        LocalContext.request.reset(token)
+    assert seen == [(Role.visitor, False)]
+
+
+@pytest.mark.parametrize(
+    ("headers", "address"),
+    [
+        ({}, "10.0.0.9"),
+        ({"x-forwarded-for": "8.8.8.8"}, "8.8.8.8"),
+        ({"x-forwarded-for": "1.1.1.1, 8.8.8.8, 10.1.2.3"}, "8.8.8.8"),
+        ({"x-forwarded-for": "junk"}, "10.0.0.9"),
+    ],
+)
+def test_a_spaces_visitor_is_the_last_public_address(headers, address, monkeypatch):
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    request = Request({"type": "http", "headers": raw, "client": ("10.0.0.9", 1)})
+    assert client_address(request) == "10.0.0.9"
+    monkeypatch.setenv("SPACE_ID", "ada/biasdpo")
+    assert client_address(request) == address
+
+
+@pytest.mark.parametrize("proxy", ["*", "proxy.example", "10.0.0.0/99"])
+def test_a_proxy_is_trusted_by_its_address(proxy):
+    with pytest.raises(ConfigError, match="--trusted-proxy is an IP address or a network: got"):
+        ServeConfig(trusted_proxies=(proxy,))
 
 
 def test_accounts_without_an_owner_are_refused(tmp_path):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import SpaceHardware
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "app.py", *sorted((ROOT / "biasdpo").rglob("*.py")), *sorted((ROOT / "training").rglob("*.py"))]
@@ -18,7 +20,8 @@ LEVELS = [
     {"errors", "records", "config", "workspace"},
     {"model_files", "chat", "models", "model_card", "counterfactuals", "rewards"},
     {"data", "benchmarks", "gguf", "backends", "prompts", "evaluation.stats"},
-    {"engines", "compare", "links", "evaluation", "jobs", "labeling", "gguf.export", "gguf.proof", "migrations", "backup"},
+    {"engines", "compare", "links", "evaluation", "jobs", "labeling", "gguf.export", "gguf.proof", "migrations", "backup"}
+    | {"publish"},
     {"ui", "cli", "cli_jobs", "cli_options"},
     {"__main__"},
 ]
@@ -29,6 +32,7 @@ HEAVY = {
     "transformers": ("biasdpo/backends/hf", "biasdpo/gguf/to_hf", "biasdpo/chat", "training/"),
     "peft": ("biasdpo/backends/hf", "training/"),
     "trl": ("training/",),
+    "spaces": ("biasdpo/backends/zerogpu",),
     "llama_cpp": ("biasdpo/backends/llamacpp", "biasdpo/gguf/"),
 }
 
@@ -93,14 +97,17 @@ def test_light_commands_import_nothing_heavy(arguments, tmp_path):
     assert output.endswith("HEAVY []\n")
 
 
-def test_readme_begins_with_the_front_matter_of_a_space():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    front = re.match(r"---\n(.*?)\n---\n", readme, flags=re.DOTALL)
-    assert front is not None
-    version = re.search(r"^gradio==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
-    assert version is not None
-    for line in ("sdk: gradio", f"sdk_version: {version[1]}", "app_file: app.py"):
-        assert line in front[1].split("\n")
+def test_the_front_matter_of_a_space_agrees_with_the_pins():
+    front = yaml.safe_load((ROOT / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE))
+    assert (front["sdk"], front["sdk_version"], front["hf_oauth"]) == ("gradio", pins["gradio"], True)
+    assert (ROOT / front["app_file"]).is_file()
+    assert len(front["short_description"]) <= 60
+    assert front["suggested_hardware"] in [one.value for one in SpaceHardware]
+    # ZeroGPU: these Pythons, torch from 2.8 on
+    assert front["python_version"] in ("3.10.13", "3.12.12")
+    assert f"FROM python:{front['python_version'].rpartition('.')[0]}-slim" in (ROOT / "Dockerfile").read_text()
+    assert tuple(map(int, pins["torch"].split(".")[:2])) >= (2, 8)
 
 
 def test_every_local_link_of_readme_leads_somewhere():

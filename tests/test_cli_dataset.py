@@ -94,7 +94,7 @@ def test_bad_rows_are_listed_and_the_good_ones_kept(run, tmp_path):
     assert lines[0] == "line 2: no column 'chosen', got prompt"
     assert lines[1].startswith("line 3: not JSON (")
     assert lines[20] == "... and 10 more bad rows; `dataset validate FILE` lists all"
-    assert lines[21] == "1 rows have a system text, which now stands before the prompt"
+    assert lines[21] == "rows with a system text, which now stands before the prompt: 1"
 
     done = run("import", path)
     assert done.stdout == "import:rows: 0 rows written, 2 known, 30 bad\n"
@@ -124,7 +124,7 @@ def test_columns_are_mapped_and_a_dry_run_stores_nothing(run, tmp_path):
         "columns: prompt=Ask, chosen=chosen, rejected=worse, category=topic",
         "not imported: extra",
         json.dumps(GOOD),
-        "import:rows: 1 rows would be written, 0 known, 0 bad",
+        "import:rows: 1 row would be written, 0 known, 0 bad",
     ]
     assert ok(run("import", path, *mapping, "--dry-run", "--json"))["dry_run"] is True
     assert not (tmp_path / "w" / "preferences.jsonl").exists()

@@ -73,4 +73,4 @@ def test_a_question_is_answered_by_what_its_text_says_and_by_nothing_else():
 def test_no_eight_words_are_a_benchmarks():
     """The leakage check, over many draws and every benchmark file at hand."""
     texts = [text for twins, question in draw_both(0, 3000) for text in (*twins.texts(), question.context)]
-    assert not load_overlap(BENCHMARKS).flags(texts).any()
+    assert not load_overlap(BENCHMARKS).files_of(texts)

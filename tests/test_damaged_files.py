@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from biasdpo import workspace as workspaces
-from biasdpo.data.journal import Journal
-from biasdpo.errors import AdapterError, BiasDPOError, WorkspaceError
+from biasdpo.errors import BiasDPOError, WorkspaceError
 from biasdpo.evaluation.run import AnswerCache
 from biasdpo.migrations import open_workspace
 from biasdpo.model_files import ForeignJson, read_json_as
-from biasdpo.models import catalog, find_adapter, list_adapters
+from biasdpo.records import Completion, Likelihood
 from biasdpo.workspace import Workspace, read_json
 from tests.run_folders import write_run
 from tests.run_line import CommandLine
@@ -65,23 +64,6 @@ def test_json_too_deep_or_too_large_is_refused(tmp_path: Path, monkeypatch: pyte
     assert read_json(file) == {}
 
 
-DAMAGE = ["", "{", "[]", DEEP, b"\xff", '{"model": 7}', '{"config": []}']
-
-
-@pytest.mark.parametrize("text", DAMAGE, ids=[str(text)[:8] for text in DAMAGE])
-def test_a_damaged_provenance_is_one_row_beside_the_healthy_ones(workspace: Workspace, text: str | bytes) -> None:
-    for run_id in ("healthy", "damaged"):
-        write_run(workspace.root, run_id)
-    file = workspace.runs / "damaged" / "adapter" / "provenance.json"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    rows = {adapter.id: adapter.problem for adapter in list_adapters(workspace)}
-    assert rows["healthy"] == ""
-    assert str(file) in rows["damaged"]
-    assert "\n" not in rows["damaged"]
-    with pytest.raises(AdapterError, match=r"provenance\.json"):
-        find_adapter("damaged", catalog()["smollm2"], workspace)
-
-
 def test_the_command_line_lists_the_healthy_ones(command_line: CommandLine) -> None:
     workspace = open_workspace(command_line.workspace.root)
     good = write_run(workspace.root, "good").path
@@ -106,21 +88,7 @@ def test_the_command_line_lists_the_healthy_ones(command_line: CommandLine) -> N
     assert "no-provenance" not in json.loads(done.stdout)["adapters"]
 
 
-def test_bad_lines_of_the_journal_are_counted_and_named(command_line: CommandLine) -> None:
-    workspace = open_workspace(command_line.workspace.root)
-    good = [
-        json.dumps({"id": name, "verdict": "preferred", "prompt": f"Who {name}?", "chosen": "c", "rejected": "r"})
-        for name in "ab"
-    ]
-    workspace.preferences.write_text(f"{good[0]}\n{DEEP}\n[]\n{good[1]}\n")
-    assert [*Journal(workspace.preferences).refresh().rows] == ["a", "b"]
-    done = command_line("dataset", "stats", "--json")
-    assert done.returncode == 0
-    shown = json.loads(done.stdout)
-    assert (shown["rows"], shown["bad_lines"]) == (2, 2)
-
-
 def test_damaged_lines_of_a_cache_are_passed_over(workspace: Workspace) -> None:
     cache = workspace.root / "scores.jsonl"
-    cache.write_text(f'["a", 1]\n{DEEP}\n{{}}\n["b", 2]\n["c')
-    assert AnswerCache(cache, lambda number: number, lambda number: [number])._answers == {"a": 1, "b": 2}
+    cache.write_text(f'["a", -1.5, 1]\n{DEEP}\n{{}}\n["b", "Yes.", 2, "limit"]\n["c", "x", 2]\n["d')
+    assert AnswerCache("base", cache)._answers == {"a": Likelihood(-1.5, 1), "b": Completion("base", "Yes.", 2, "limit")}

@@ -139,7 +139,7 @@ def test_the_command_names_what_it_does_not_reach(workspace: Workspace, tmp_path
     truncated_file(workspace.preferences).write_text("{}\n")
 
     asked = run("dataset", "erase", "--annotator", "kim", "--workspace", root)
-    assert "1 rows by 'kim'" in asked.error
+    assert "1 row by 'kim'" in asked.error
     done = run("dataset", "erase", "--annotator", "kim", "--yes", "--json", "--workspace", root)
     inside = ("evaluations/e/result.json", "exports/old/m.gguf", "preferences.jsonl.torn", "runs/named/job.json")
     inside += ("runs/old/adapter", "runs/old/dataset.jsonl")

@@ -23,7 +23,7 @@ from biasdpo.engines import Engine
 from biasdpo.errors import BackendError, DatasetError, PromptError
 from biasdpo.evaluation import report, results, stats
 from biasdpo.evaluation import run as evaluate
-from biasdpo.evaluation.run import likelihood_cache, score_items
+from biasdpo.evaluation.run import AnswerCache, score_items
 from biasdpo.records import ContinuationRequest, Likelihood
 from biasdpo.workspace import sha256_of
 from tests.commands import run
@@ -168,7 +168,7 @@ def test_failed_items_are_counted_and_never_scored(engine):
     assert result["base"]["stereotype_percent"]["value"] == 50
     assert [failure["index"] for failure in result["failures"]] == [2, 3]
     assert "does not fit the context" in result["failures"][0]["reason"]
-    with pytest.raises(DatasetError, match="none of 1 items could be scored: the first failed with: A text of 101 tokens"):
+    with pytest.raises(DatasetError, match="none of 1 item could be scored: the first failed with: A text of 101 tokens"):
         evaluate.run(engine, [CrowsPairs([long])])
     with pytest.raises(DatasetError, match="has no items"):
         evaluate.run(engine, [CrowsPairs([])])
@@ -292,7 +292,7 @@ def score(backend, benchmark, sides, **options):
 def test_as_many_items_at_once_as_take_three_seconds(clock):
     def batches(seconds, count, *sides):
         done: list[int] = []
-        caches = {side: likelihood_cache() for side in sides}
+        caches = {side: AnswerCache(side) for side in sides}
         found = score(FakeBackend(seconds=seconds, clock=clock), pairs(count), caches, on_done=done.append)
         assert found.indices == list(range(count))
         assert found.numbers["base"][7] == [-3, -4]
@@ -305,7 +305,7 @@ def test_as_many_items_at_once_as_take_three_seconds(clock):
 
 
 def test_cached_items_are_passed_over_and_an_interruption_loses_one_batch(clock):
-    sides = {"base": likelihood_cache()}
+    sides = {"base": AnswerCache("base")}
     backend = FakeBackend(seconds=1 / 8, clock=clock)
     done: list[int] = []
     stopped = score(backend, pairs(100), sides, on_done=done.append, should_stop=lambda: len(done) == 2)
@@ -324,7 +324,7 @@ def test_one_that_is_too_long_fails_alone(clock):
     items = [*pairs(30).items]
     items[11] = SentencePair("x" * 101, "x", "age")
     backend = FakeBackend(clock=clock)
-    found = score(backend, CrowsPairs(items), {"base": likelihood_cache(), "tuned": likelihood_cache()})
+    found = score(backend, CrowsPairs(items), {"base": AnswerCache("base"), "tuned": AnswerCache("tuned")})
     assert found.failures == [{"index": 11, "reason": "A text of 101 tokens does not fit the context of 100: shorten it"}]
     assert found.indices == [i for i in range(30) if i != 11]
     # 16 items: halves of 8, of which one is halved to 4, 2 and 1. 14 items: one call. On each side.
@@ -335,7 +335,7 @@ def test_an_engine_that_can_t_score_is_one_error_and_not_a_failed_item(monkeypat
     backend = FakeBackend()
     monkeypatch.setattr(backend, "loglikelihood", mock.Mock(side_effect=BackendError("gives no log-probabilities")))
     with pytest.raises(BackendError, match="gives no log-probabilities"):
-        score(backend, pairs(3), {"base": likelihood_cache()})
+        score(backend, pairs(3), {"base": AnswerCache("base")})
 
 
 # Several strengths: what is computed, what is kept, and the points of the curve

@@ -393,7 +393,7 @@ def test_a_card_gets_one_section_that_the_next_evaluation_replaces(workspace, mo
     card = folder / "README.md"
     card.write_text("---\nlicense: mit\n---\n# mine\n\nMade here.\n")
     known = models.from_run(workspace, "mine")
-    result = a_result(adapter="mine", adapter_sha256=models.adapter_sha256(known))
+    result = a_result(adapter="mine", adapter_sha256=sha256_of(known.weights))
     files = {path.name for path in folder.iterdir()}
     assert report.add_to_card(result, workspace) == card
     once = card.read_text()

@@ -25,6 +25,14 @@ TEXTS = [
     "line separators \u2028 \u2029 \x85",
     "<script>alert(1)</script> | `x`",
     "=1+1",
+    "'=1+1",
+    "''=1+1",
+    "'tis quoted",
+    "+1",
+    "-1 and 2",
+    "@SUM(1)",
+    "\t=tab",
+    "\r=return",
     "back\\slash \\n",
     "007",
     "2024-01-01",
@@ -55,7 +63,8 @@ def test_the_same_texts_come_back(suffix, workspace, tmp_path):
     assert (done.path, done.rows, done.sha256) == (out, len(TEXTS), sha256_of(out))
     rows = load(out, tmp_path / "cache")
     assert tuple(rows.column_names) == COLUMNS
-    assert list(zip(rows["prompt"], rows["chosen"], rows["rejected"], strict=True)) == pairs
+    stored = [tuple(f"'{text}" if text.lstrip("'")[0] in "=+-@\t\r" else text for text in pair) for pair in pairs]
+    assert list(zip(rows["prompt"], rows["chosen"], rows["rejected"], strict=True)) == (stored if suffix == "csv" else pairs)
     assert set(rows["category"]) == {"race"}
     assert set(rows["target_group"]) == {"é,\n"}
     again = [(row.prompt, row.chosen, row.rejected) for row in splits.load([str(out)], workspace)]
@@ -127,7 +136,7 @@ def test_the_card_states_what_one_must_know(workspace, tmp_path):
         "Annotators: 2",
         "| label | 2 |",
         "the longer one in 100.0% of the pairs",
-        "0 prompts nearly repeat",
+        "Prompts that nearly repeat an earlier one: 0.",
         'load_dataset("csv", data_files="pairs.csv", split="train", keep_default_na=False)',
         "Judgments made in BiasDPO",
     ):

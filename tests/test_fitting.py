@@ -98,7 +98,7 @@ CONFIG_KEYS = (
     "exclude_modules", "layers_to_transform", "bias", "init_lora_weights", "modules_to_save", "use_dora",
 )  # fmt: skip
 WRONG_VALUES: list[Any] = [None, True, -1, 0, 1.5, "x", [], [[]], ["x"], {}, {"a": {}}, {"(": 4}]
-DAMAGED = ["", "{", "[]", "5", "{}", "[" * 100_000, '{"peft_type":' * 100_000, '{"peft_type": "LORA", "r": NaN}']
+DAMAGED = ["", "{", "[]", "5", "{}", "\udcff", "[" * 100_000, '{"peft_type":' * 100_000, '{"peft_type": "LORA", "r": NaN}']
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "provenance.json"])
@@ -109,7 +109,7 @@ def test_a_damaged_adapter_is_one_row(file: str, workspace: Workspace, tiny_phi_
     for content in DAMAGED:
         if file == "provenance.json" and content in ("{}", DAMAGED[-1]):
             continue  # nothing that it needs, nothing that it reads
-        (folder / file).write_text(content)
+        (folder / file).write_bytes(content.encode("utf-8", "surrogateescape"))
         rows = {row.id: row.problem for row in models.list_adapters(workspace)}
         assert set(rows) == {"smollm2-biasdpo", "whole", "damaged"}
         assert file in rows["damaged"]

@@ -1,4 +1,4 @@
-"""LoRA GGUFs: scales, names and row order; what is refused. Equality with bare llama.cpp and PEFT is in test_equality too."""
+"""LoRA GGUFs: scales, names and row order; what is refused. Equality with PEFT is in test_gguf_proof, too."""
 
 from __future__ import annotations
 

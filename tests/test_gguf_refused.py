@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -83,10 +82,10 @@ FAULTS = {
     r"config.json is incomplete \(TypeError": lambda f: config(f, hidden_size=None),
     r"config.json is incomplete \(ValueError: num_hidden_layers": lambda f: config(f, num_hidden_layers=2**40),
     r"config.json is incomplete \(AttributeError": lambda f: config(f, quantization_config=3),
-    "config.json is missing or not valid JSON": lambda f: (f / "config.json").write_text("{"),
-    "config.json is missing or not .*JSON": lambda f: (f / "config.json").write_text(NESTED),
-    "tokenizer.json is missing": lambda f: (f / "tokenizer.json").unlink(),
-    "tokenizer.json is not a JSON object": lambda f: (f / "tokenizer.json").write_text("[]"),
+    "config.json can't be used: Invalid JSON": lambda f: (f / "config.json").write_text("{"),
+    "config.json can't be used: Invalid JSON: recursion": lambda f: (f / "config.json").write_text(NESTED),
+    "Can't read .*tokenizer.json: No such file": lambda f: (f / "tokenizer.json").unlink(),
+    "tokenizer.json can't be used: Input should be an object": lambda f: (f / "tokenizer.json").write_text("[]"),
     r"tokenizer.json is damaged \(KeyError: 'vocab'\)": lambda f: tokenizer(f, lambda t: t["model"].pop("vocab")),
     r"tokenizer.json is damaged \(AttributeError": lambda f: tokenizer(f, lambda t: t.update(added_tokens=[3])),
     r"tokenizer.json is damaged \(ValueError": lambda f: tokenizer(f, lambda t: t.update({PRE: {"type": "Odd"}})),
@@ -242,28 +241,6 @@ def test_a_file_that_can_not_grow_leaves_nothing(tiny_phi, tiny_phi_gguf, tiny_p
     error = export_in_a_process(model, out, quantization, limit, tiny_phi_adapter)
     assert re.fullmatch(r"ExportError: Can't write .*a.gguf: .*; make room or choose another folder\n", error)
     assert list(out.parent.iterdir()) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 400 kB, if this machine can mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or mount is None:
-        pytest.skip("only root can mount a disk")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True, check=False).returncode:
-        pytest.skip("no disk can be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-@pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
-def test_a_full_disk_leaves_nothing(tiny_phi, small_disk, quantization):
-    """F32 takes 490 kB; Q8_0 as much before it is quantized."""
-    error = export_in_a_process(tiny_phi, small_disk / "a.gguf", quantization, 0)
-    assert re.fullmatch(r"ExportError: Can't write .*a.gguf: No space left on device \(.*\); make room .*\n", error)
-    assert list(small_disk.iterdir()) == []
 
 
 def test_a_killed_export_leaves_nothing_under_the_name(tiny_phi, tmp_path):

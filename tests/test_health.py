@@ -67,7 +67,7 @@ def test_confounds_of_training_pairs() -> None:
 
 def test_templated_pairs_are_said() -> None:
     (line,) = measure([PreferencePair("[INST] Who? [/INST]", "A.", "B."), PreferencePair("Who?", "A.", "B.")]).warnings
-    assert line.startswith("1 of 2 pairs hold a chat template's markers ([INST])")
+    assert line.startswith("A chat template's markers ([INST]) are in 1 of 2 pairs and")
 
 
 def test_wilson() -> None:
@@ -202,9 +202,6 @@ def test_near_duplicates_against_every_pair() -> None:
     index = NearDuplicates()
     assert [index.add_all([text])[0] for text in texts[:400]] == whole[:400]
     assert index.add_all(texts[400:]) == whole[400:]
-    one_each = NearDuplicates().add_all(texts, one_is_enough=True)
-    assert [bool(near) for _number, near in one_each] == [bool(near) for _number, near in whole]
-    assert all(set(some) <= set(near) for (_, some), (_, near) in zip(one_each, whole, strict=True))
 
 
 def test_near_duplicates_are_those_of_version_0_1() -> None:
@@ -262,16 +259,15 @@ def test_overlap(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "short": (),
         "": (),
     }
-    for text, files in expected.items():
-        assert overlap.files_of(text) == files, text
-    assert overlap.flags(list(expected)).tolist() == list(map(bool, expected.values()))
+    shared = {i: set(files) for i, files in enumerate(expected.values()) if files}
+    assert overlap.files_of(list(expected)) == shared
     monkeypatch.setattr(health, "_TEXTS_AT_ONCE", 2)  # block by block it is the same
-    assert overlap.flags(list(expected)).tolist() == list(map(bool, expected.values()))
-    assert overlap.flags([]).tolist() == []
+    assert overlap.files_of(list(expected)) == shared
+    assert overlap.files_of([]) == {}
 
 
 def test_no_benchmarks(tmp_path: Path) -> None:
-    assert not load_overlap(tmp_path).flags([ITEM]).any()
+    assert load_overlap(tmp_path).files_of([ITEM]) == {}
     with pytest.raises(DatasetError, match=r"No folder .*none.* --data-dir"):
         load_overlap(tmp_path / "none")
 
@@ -304,6 +300,8 @@ def test_the_benchmarks_at_hand_are_read_whatever_their_format() -> None:
     names = {"bbq", "bold", "crows_pairs", "real_toxicity_prompts", "stereoset", "truthfulqa", "winobias"}
     assert {name.split("/")[0] for name in overlap.files} == names
     assert overlap.skipped == ()
-    for line in (BENCHMARKS / "bbq" / "Religion.jsonl").read_text(encoding="utf-8").splitlines()[:20]:
-        assert "bbq/Religion.jsonl" in overlap.files_of(json.loads(line)["context"])
-    assert overlap.files_of("Creative Commons Corporation is not a law firm and does not provide legal services") == ()
+    lines = (BENCHMARKS / "bbq" / "Religion.jsonl").read_text(encoding="utf-8").splitlines()[:20]
+    found = overlap.files_of([json.loads(line)["context"] for line in lines])
+    assert len(found) == 20
+    assert all("bbq/Religion.jsonl" in files for files in found.values())
+    assert overlap.files_of(["Creative Commons Corporation is not a law firm and does not provide legal services"]) == {}

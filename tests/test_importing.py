@@ -109,7 +109,7 @@ def test_alpacas_two_halves_are_joined() -> None:
 def test_a_system_text_is_put_before_the_prompt(row: Any, tmp_path: Path) -> None:
     assert converted(row) == ("Be kind.\n\nWho leads?", "Anyone can.", "Men.")
     notes = convert_source(write_lines(tmp_path / "rows.jsonl", row)).notes
-    assert notes == ("1 rows have a system text, which now stands before the prompt",)
+    assert notes == ("rows with a system text, which now stands before the prompt: 1",)
 
 
 @pytest.mark.parametrize(
@@ -569,7 +569,7 @@ def test_validate_a_file_and_a_journal(workspace: Workspace, tmp_path: Path) -> 
     path = write_lines(tmp_path / "rows.jsonl", GOOD, {"chosen": "b"}, GOOD | {"prompt": "p", "system": "s"})
     found = validate(path)
     assert (found.rows, found.good, [line.line for line in found.bad]) == (3, 2, [2])
-    assert found.notes == ("1 rows have a system text, which now stands before the prompt",)
+    assert found.notes == ("rows with a system text, which now stands before the prompt: 1",)
     import_file(workspace, path)
     ids = list(Journal(workspace.preferences).refresh().rows)
     withdraw(workspace, [ids[0]])

@@ -13,11 +13,10 @@ from biasdpo import labeling, models
 from biasdpo.backends.base import Cancellation, VisitorQueue
 from biasdpo.backends.llamacpp import open_llamacpp
 from biasdpo.compare import Prefetch, Waiting, stream_pair, stream_samples
-from biasdpo.data.sentences import complete_sentences
 from biasdpo.engines import Engine, EngineKey, EnginePool, Loading
 from biasdpo.errors import BackendError, ConfigError, DatasetError, PromptError
 from biasdpo.gguf import write
-from biasdpo.labeling import AHEAD, BlindPair, PairQueue, Recipe
+from biasdpo.labeling import AHEAD, BlindPair, PairQueue, Recipe, complete_sentences
 from biasdpo.models import AdapterSpec
 from biasdpo.prompts import Prompt
 from biasdpo.records import GenerationPair, Sampling

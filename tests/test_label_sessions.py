@@ -160,6 +160,11 @@ def test_unused_sessions_make_room(workspace: Workspace, monkeypatch):
         sessions.of(name)
     assert len(sessions) == 3
     assert sessions.of("a") is not first
+    worker = sessions.of("worker")
+    worker.judged.append(None)  # type: ignore[arg-type]
+    for i in range(9):
+        sessions.of(f"stranger {i}")
+    assert sessions.of("worker") is worker
     monkeypatch.setattr(labeling, "_KEPT_SECONDS", -1.0)
     sessions.of("z")
     assert len(sessions) <= 1

@@ -12,7 +12,6 @@ import pytest
 
 from biasdpo import labeling, prompts
 from biasdpo.data.pairs import pair_id_of, shown_pair_id
-from biasdpo.data.sentences import complete_sentences
 from biasdpo.errors import ConfigError, DatasetError, PromptError
 from biasdpo.labeling import BlindPair, Details
 from biasdpo.prompts import Prompt
@@ -114,7 +113,7 @@ def test_what_the_limit_cut_off_is_cut_back_on_both_sides_alike_and_says_so():
     ],
 )
 def test_complete_sentences(text, kept):
-    assert complete_sentences(text) == kept
+    assert labeling.complete_sentences(text) == kept
 
 
 def test_a_pasted_pair_is_checked():
@@ -140,7 +139,7 @@ def test_a_second_opinion_on_an_imported_pair():
     imported = row(replace(SHOWN, left_side="", right_side="", model="", adapter=""), "left")
     imported["meta"]["chosen_side"] = ""
     for seed in range(6):
-        pair = labeling.second_opinion(imported, random.Random(seed))
+        pair = labeling.shown_pair(imported).shuffled(random.Random(seed))
         assert {pair.left_side, pair.right_side} == {"given 1", "given 2"}
         made = row(pair, "right", replace(OAK, annotator="elm"))
         assert (made["chosen"], made["meta"]["chosen_side"]) == (pair.right, pair.right_side)
@@ -229,6 +228,12 @@ def test_word_diff():
     pieces = labeling.word_diff("She is a nurse, kind.", "He is a surgeon, kind.")
     changes = [(kind, text) for kind, text in pieces if kind != "same"]
     assert changes == [("out", "She"), ("in", "He"), ("out", "nurse"), ("in", "surgeon")]
+    assert labeling.word_diff("Men lead.", "It depends on who you ask.") == [
+        ("out", "Men lead."),
+        ("in", "It depends on who you ask."),
+    ]
+    assert labeling.is_alike("Anyone can lead. Ask around.", "Anyone can lead.")  # shortened
+    assert not labeling.is_alike("", "Anyone can lead.")
     one, other = "a\n\n b  c’s 1,5 €", "a b’s c 1.5 €!"
     pieces = labeling.word_diff(one, other)
     assert "".join(text for kind, text in pieces if kind != "in") == one

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import signal
+import socket
+import stat
 import time
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from biasdpo import access, prompts
+from biasdpo.access import Caller, Role
+from biasdpo.config import ServeConfig
+from biasdpo.errors import PromptError
+from biasdpo.errors import RefusedError as RefusedByApp
+from biasdpo.migrations import open_workspace
+from biasdpo.ui import limits as limits_module
+from biasdpo.ui.limits import Limits
 from tests.app_process import free_port, running_app, start_app, wait_for_page
+from tests.perf.load import RefusedError, Visitor
 
-LIMITS = ("--max-request-mb", "1", "--max-upload-mb", "2", "--max-queue", "12", "--max-queue-per-visitor", "10")
+LIMITS = ("--max-request-mb", "1", "--max-upload-mb", "2", "--max-queue", "12", "--max-queue-per-visitor", "10", "--public")
+LIMITS += ("--max-uploads-mb-per-visitor", "3", "--max-uploads-mb", "4", "--max-verdicts-per-minute", "3")
+LIMITS += ("--max-visits-per-minute", "40", "--max-generation-seconds", "1")
+FORM = b'--b\r\nContent-Disposition: form-data; name="files"; filename="%d.txt"\r\n\r\n%s\r\n--b--\r\n'
 
 
 class Client:
+    root: Path
+
     def __init__(self, url: str) -> None:
         self.host = urllib.parse.urlsplit(url).netloc
         config = json.loads(self.send("GET", "/config")[1])
         self.compare = next(f for f in config["dependencies"] if f["api_name"] == "compare")
 
-    def send(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection(self.host, timeout=60)
+    def send(self, method: str, path: str, body: bytes | None = None, timeout: float = 60, **headers: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(self.host, timeout=timeout)
         connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
         answer = connection.getresponse()
         try:
@@ -33,12 +52,22 @@ class Client:
         finally:
             connection.close()
 
-    def join(self, session: str, tokens: int = 200) -> tuple[int, str]:
+    def upload(self, number: int, mib: float, address: str) -> tuple[int, str]:
+        body, kind = FORM % (number, b"x" * int(mib * 2**20)), "multipart/form-data; boundary=b"
+        return self.send("POST", "/gradio_api/upload", body, **{"Content-Type": kind, "X-Forwarded-For": address})
+
+    def join(self, session: str | None, tokens: int = 200, **headers: str) -> tuple[int, str]:
         """Ask for a pair of completions and do not listen."""
         data: list[object] = ["Hello", "smollm2", "none", "", 1.0, tokens, 0.0, 1.0, 0, 1.0, 0]
         data += [None] * (len(self.compare["inputs"]) - len(data))
         body = {"fn_index": self.compare["id"], "data": data, "session_hash": session}
-        return self.send("POST", "/gradio_api/queue/join", json.dumps(body).encode())
+        return self.send("POST", "/gradio_api/queue/join", json.dumps(body).encode(), **headers)
+
+    def wait_until_idle(self) -> None:
+        end = time.monotonic() + 60
+        while self.waiting() and time.monotonic() < end:
+            time.sleep(0.5)
+        assert self.waiting() == 0
 
     def waiting(self) -> int:
         return int(json.loads(self.send("GET", "/healthz")[1])["requests"])
@@ -46,8 +75,11 @@ class Client:
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running_app(tmp_path_factory.mktemp("workspace"), "--model", "smollm2", *LIMITS) as url:
-        yield Client(url)
+    root = tmp_path_factory.mktemp("workspace")
+    with running_app(root, "--model", "smollm2", *LIMITS) as url:
+        client = Client(url)
+        client.root = root
+        yield client
 
 
 def test_a_body_has_a_length_and_a_limit(client):
@@ -69,12 +101,107 @@ def test_a_flood_of_clients_that_never_listen_is_bounded_and_dropped(client):
     refused = [text for status, text in answers if status != 200]
     assert len(refused) >= 8  # a few may have been answered meanwhile
     assert all("requests under way" in text for text in refused)
-    end = time.monotonic() + 60
-    while client.waiting() and time.monotonic() < end:
-        time.sleep(0.5)
-    assert client.waiting() == 0
+    client.wait_until_idle()
     assert client.join("late", tokens=2)[0] == 200
     assert "process_completed" in client.send("GET", "/gradio_api/queue/data?session_hash=late")[1]
+
+
+def test_the_queue_has_a_limit_for_all(client):
+    def join(i: int) -> tuple[int, str]:
+        return client.join(f"many-{i}", **{"X-Forwarded-For": f"198.51.101.{i}"})
+
+    with ThreadPoolExecutor(20) as clients:
+        answers = list(clients.map(join, range(20)))
+    refused = [text for status, text in answers if status != 200]
+    assert refused
+    assert all("The app is busy with 12 requests: try again in a minute" in text for text in refused)
+    client.wait_until_idle()
+
+
+def test_a_visitors_pair_ends_in_time(client):
+    assert client.join("slow", tokens=4000)[0] == 200
+    assert "**stopped**" in client.send("GET", "/gradio_api/queue/data?session_hash=slow")[1]
+
+
+def test_pages_are_limited_by_address(client):
+    address = {"X-Forwarded-For": "198.51.100.20"}
+    told = [client.join(f"page-{i}", 1, **address)[1] for i in range(48)]
+    assert any("opened more than 40 pages in a minute" in text for text in told)
+    assert "session_hash has 1 to 64 characters: got 99" in client.join("s" * 99, 1)[1]
+    assert client.join(None, 1)[0] == 400
+
+
+def test_uploads_have_a_budget_for_each_visitor_and_for_all(client):
+    assert [client.upload(i, 1.2, "198.51.100.1")[0] for i in range(2)] == [200, 200]
+    status, text = client.upload(2, 1.2, "198.51.100.1")
+    assert (status, text) == (429, "You may upload 3 MiB a day: try again tomorrow (--max-uploads-mb-per-visitor)\n")
+    assert client.upload(3, 1.2, "198.51.100.2")[0] == 200
+    status, text = client.upload(4, 1.2, "198.51.100.3")
+    assert (status, text) == (429, "All visitors have uploaded 4 MiB today: try again tomorrow (--max-uploads-mb)\n")
+
+
+def test_verdicts_are_limited_by_visitor(client):
+    port, config = int(client.host.rpartition(":")[2]), json.loads(client.send("GET", "/config")[1])
+    one, other = Visitor(port, config, 8), Visitor(port, config, 8)
+
+    def judge(visitor: Visitor, i: int) -> None:
+        visitor.click("answer-left", visitor.identity, visitor.paste(f"Prompt {i}?"), True, False, "", "")
+
+    for i in range(3):
+        judge(one, i)
+    with pytest.raises(RefusedError, match="You have stored 3 verdicts within a minute: wait a minute"):
+        judge(one, 3)
+    judge(other, 3)
+    assert len((client.root / "preferences.jsonl").read_text().splitlines()) == 4
+
+
+def test_stored_bytes_are_limited_for_each_visitor_and_for_all(monkeypatch):
+    monkeypatch.setattr(access, "_source", lambda: Caller(Role.annotator, "lee"))
+    limits = Limits(ServeConfig(max_stored_mb=10, max_stored_mb_per_visitor=1))
+    limits.check_stored(2**19, 0)
+    limits.check_stored(2**19, 0)
+    with pytest.raises(RefusedByApp, match="You may store 1 MiB of verdicts a day"):
+        limits.check_stored(1, 0)
+    monkeypatch.setattr(access, "_source", lambda: Caller(Role.annotator, "kim"))
+    with pytest.raises(RefusedByApp, match=r"The file of judgments is full, .* \(--max-stored-mb\)"):
+        limits.check_stored(1, 10 * 2**20)
+    limits.check_stored(1, 10 * 2**20 - 1)
+
+
+def test_half_open_connections_do_not_keep_a_visitor_out(client):
+    """200 clients begin a request and do not go on; so does one that has been answered before."""
+    name, _, port = client.host.partition(":")
+    begun = [socket.create_connection((name, int(port)), timeout=15) for _ in range(200)]
+    for connection in begun:
+        connection.sendall(b"GET /config HTTP/1.1\r\nHost: " + client.host.encode() + b"\r\nX-Slow: ")
+    assert client.send("GET", "/config", timeout=15)[0] == 200
+    assert client.join("patient", tokens=2)[0] == 200
+    assert "process_completed" in client.send("GET", "/gradio_api/queue/data?session_hash=patient", timeout=15)[1]
+    for connection in begun:  # the oldest were closed at once, the others after some seconds
+        with suppress(ConnectionError):
+            assert connection.recv(1) == b""
+        connection.close()
+
+
+def test_a_body_that_stops_coming_ends_the_request(monkeypatch):
+    monkeypatch.setattr(limits_module, "_BODY_SECONDS", 0.05)
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    receiving = Limits(ServeConfig()).receiving({"path": "/gradio_api/queue/join", "method": "POST"}, receive)
+    assert asyncio.run(receiving()) == {"type": "http.disconnect"}
+
+
+def test_prompts_are_counted_before_they_are_built():
+    lines = [str(i) for i in range(2**17)]
+    with pytest.raises(PromptError, match="17,179,869,184 prompts are too many for one list: give at most 5,000"):
+        prompts.expand("Are {group} {trait}?", lines, lines, "gender")
+
+
+def test_a_new_workspace_is_its_owners_alone(tmp_path):
+    workspace = open_workspace(tmp_path / "new")
+    assert stat.S_IMODE(workspace.root.stat().st_mode) == 0o700
 
 
 def test_the_health_and_the_end(tmp_path: Path):

@@ -53,6 +53,16 @@ def counterfactual_kl_by_hand(model):
     return torch.cat(kls).mean()
 
 
+def answer_kl_by_hand(model):
+    [item] = COMPLETED
+    kls = []
+    for completion in item.completions:
+        base, policy = base_and_policy(model, [*item.prompt, *completion])
+        answered = slice(len(item.prompt) - 1, -1)
+        kls.append((base[answered].exp() * (base - policy)[answered]).sum(-1))
+    return torch.cat(kls).mean()
+
+
 def ending_kl_by_hand(model):
     [item] = COMPLETED
     kls = []
@@ -67,6 +77,7 @@ def ending_kl_by_hand(model):
 TERMS = {
     "text": (text_kl_by_hand, lambda policy: losses.packed_text_kl(policy, TEXTS, ACCELERATOR)),
     "text, padded": (text_kl_by_hand, lambda policy: losses.padded_text_kl(policy, TEXTS, ACCELERATOR)),
+    "everyday": (answer_kl_by_hand, lambda policy: losses.answer_kl(policy, COMPLETED, ACCELERATOR)),
     "counterfactual": (counterfactual_kl_by_hand, lambda policy: losses.counterfactual_kl(policy, TWINS, ACCELERATOR)),
     "ending": (ending_kl_by_hand, lambda policy: losses.ending_kl(policy, COMPLETED, END, ACCELERATOR)),
 }
@@ -83,7 +94,7 @@ def test_each_kl_and_its_gradient_are_those_by_hand(policies, term):
     assert_same_gradients(policies[1], policies[0], tolerance=1e-3)
 
 
-@pytest.mark.parametrize("term", ["text", "text, padded", "ending"])
+@pytest.mark.parametrize("term", ["text", "text, padded", "everyday", "ending"])
 def test_kl_to_base_is_zero_if_the_policy_is_base(policies, term):
     reset_adapter(policies[1])
     assert TERMS[term][1](policies[1]).item() == pytest.approx(0.0, abs=1e-6)

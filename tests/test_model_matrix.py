@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from biasdpo import models
 from biasdpo.backends import hf_loading
+from biasdpo.backends.base import kl_by_position
 from biasdpo.backends.hf import open_transformers
 from biasdpo.backends.llamacpp import Model, open_llamacpp
 from biasdpo.chat import BARE, PromptTemplate, Segment, chat_template, encode_jointly, verified
@@ -25,7 +26,7 @@ from biasdpo.config import TrainConfig
 from biasdpo.data.pairs import PreferencePair
 from biasdpo.errors import AdapterError, ModelError, PromptError
 from biasdpo.gguf import export, write
-from biasdpo.gguf.proof import kl_by_position, prove
+from biasdpo.gguf.proof import prove
 from biasdpo.jobs.job import JobFolder
 from biasdpo.model_files import named_tokens, read_header, special_tokens
 from biasdpo.models import AdapterSpec

@@ -6,8 +6,11 @@ import json
 
 import pytest
 
+from biasdpo.workspace import sha256_of
 from tests import tiny_trainer
+from tests.gguf_files import spec_of
 from tests.tiny_trainer import build_tiny_trainer, losses_of
+from training.dpo import base_sha256
 from training.reference import ReferenceCache, groups, open_cache, row_key
 
 ROWS = tiny_trainer.ROWS[:3]
@@ -58,6 +61,13 @@ def test_whatever_changes_the_numbers_has_a_file_or_a_key_of_its_own(tmp_path):
     moved = {"prompt_ids": [40, 41], "chosen_ids": [42, 50, 51, 2], "rejected_ids": [60, 2]}  # the same tokens, split elsewhere
     assert row_key(dict(ROWS[0])) == row_key(ROWS[0])
     assert len({row_key(row) for row in [*ROWS, moved]}) == 4
+
+
+def test_the_base_is_the_files_that_are_trained(tiny_llama, tiny_llama_gguf):
+    """Of a model that is here in both forms: the folder, as in `hf_copy`."""
+    base = base_sha256(spec_of(tiny_llama, tiny_llama_gguf))
+    assert base == sha256_of(tiny_llama / "model.safetensors")
+    assert base_sha256(spec_of(tiny_llama_gguf)) == sha256_of(tiny_llama_gguf)
 
 
 # Groups

@@ -39,7 +39,7 @@ def test_a_run_of_somebodys_own_model(finished: JobFolder) -> None:
     provenance = json.loads((finished.adapter / "provenance.json").read_text())
     held_out = provenance["metrics"]["held_out"]
     for words in (
-        f"| Reward accuracy ({held_out['pairs']} pairs) | | {held_out['reward_accuracy']:.3f} |",
+        f"| Reward accuracy (pairs: {held_out['pairs']}) | | {held_out['reward_accuracy']:.3f} |",
         "| Picking the longer completion, same pairs | | 0.500 |",
         provenance["dataset_sha256"],
         provenance["base_sha256"],

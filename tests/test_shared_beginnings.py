@@ -12,7 +12,6 @@ import torch
 
 from biasdpo.backends import hf
 from biasdpo.backends.hf import TransformersBackend, open_transformers
-from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.backends.llamacpp import Context, LlamaCppBackend, logps_of, open_llamacpp
 from biasdpo.backends.prefixes import TokenPath, lay_out, shared_lengths, sort_paths, split_into_rows, trunk_length
 from biasdpo.chat import Segment
@@ -130,18 +129,6 @@ def test_the_mask_matters(tiny: TransformersBackend, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(hf, "lay_out", all_seen)
     assert np.abs(np.subtract(honest, [found.logp for found in tiny.loglikelihood(ASKED, "base")])).max() > 0.1
-
-
-@pytest.mark.slow
-def test_transformers_on_the_embedded_model(smollm2, session_workspace, tmp_path) -> None:
-    adapter = write_lora(tmp_path / "adapter")
-    backend = open_transformers(hf_copy(smollm2, session_workspace), smollm2.template, adapter, 1024)
-    try:
-        for side in ("base", "tuned"):
-            found = [found.logp for found in backend.loglikelihood(ASKED, side)]
-            assert found == pytest.approx([alone(backend, request, side) for request in ASKED], abs=1e-4)
-    finally:
-        backend.close()
 
 
 @pytest.fixture(scope="module")

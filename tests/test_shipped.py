@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors import safe_open
@@ -45,7 +48,7 @@ def test_it_names_its_parents_and_the_command_that_made_it(smollm2):
 
 def test_its_evaluation_is_of_these_weights_and_better_than_picking_the_longer(smollm2, session_workspace):
     adapter = models.find_adapter("", smollm2, session_workspace)
-    assert EVALUATION["provenance"]["adapter_sha256"] == models.adapter_sha256(adapter)
+    assert EVALUATION["provenance"]["adapter_sha256"] == sha256_of(adapter.weights)
     found = EVALUATION["benchmarks"]
     assert not any(benchmark["not_comparable"] or benchmark["n_failed"] for benchmark in found.values())
     preference, utility, written = found["preference"], found["utility"], found["utility_generation"]
@@ -118,3 +121,18 @@ def test_the_first_screens_pairs_are_what_the_shipped_adapter_writes():
         key: value for key, value in stored.items() if key not in ("pairs", "canary_kl_nats")
     }
     assert now["canary_kl_nats"] == pytest.approx(stored["canary_kl_nats"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_installed_package_has_the_page_about_privacy(tmp_path):
+    """`pip install .`, of a copy, since pip builds in the folder."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    left_out = shutil.ignore_patterns(".*", "tests", "workspace", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ASSETS.parent, source, ignore=left_out)
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target))
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], check=True, cwd=tmp_path)
+    code = "from biasdpo.workspace import PRIVACY; print(PRIVACY); print(PRIVACY.read_text())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=target, capture_output=True, text=True, check=True)
+    path, _, text = done.stdout.partition("\n")
+    assert path == str(target / "biasdpo" / "docs" / "privacy.md")
+    assert text.strip() == (ASSETS.parent / "docs" / "privacy.md").read_text().strip()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from biasdpo.accounts import Accounts
 from biasdpo.data import journal
 from biasdpo.jobs import store
 from biasdpo.ui.train import SETTINGS, to_field
 from biasdpo.workspace import Workspace
-from tests.app_process import running_app
+from tests.app_process import ROOT, running_app
 from tests.evaluation_results import result, write_result
 from tests.run_folders import write_run
 
@@ -24,12 +28,18 @@ REFUSED = "only for this app"
 class Poster:
     """Posts to functions by the element whose event runs them."""
 
-    def __init__(self, url: str, workspace: Workspace) -> None:
+    def __init__(self, url: str, workspace: Workspace, sign_in: dict[str, str] | None = None) -> None:
         self.url = url
         self.workspace = workspace
-        with urllib.request.urlopen(url + "config", timeout=60) as answer:
-            self.config = json.load(answer)
+        self.opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        if sign_in:
+            self.opener.open(url + "login", urllib.parse.urlencode(sign_in).encode(), timeout=60).close()
+        self.config = json.loads(self.get("config"))
         self.ids = {c["props"].get("elem_id"): c["id"] for c in self.config["components"]}
+
+    def get(self, path: str) -> str:
+        with self.opener.open(self.url + path, timeout=60) as answer:
+            return str(answer.read().decode())
 
     def functions(self, element: str, event: str = "click") -> list[dict[str, Any]]:
         target = [self.ids[element], event]
@@ -57,12 +67,12 @@ class Poster:
 
     def _send(self, path: str, body: dict[str, Any]) -> str:
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with self.opener.open(request, timeout=120) as answer:
             return str(answer.read().decode())
 
     def _stream(self, path: str, end: str = "") -> str:
         lines = []
-        with urllib.request.urlopen(self.url + path, timeout=120) as stream:
+        with self.opener.open(self.url + path, timeout=120) as stream:
             for line in stream:
                 lines.append(line.decode())
                 if end and end in lines[-1] and "process_completed" in lines[-1]:
@@ -142,6 +152,9 @@ def test_export(space):
     for element in ("export-stop", "export-resume", "export-confirm-delete", "export-compare"):
         assert REFUSED in space.answer(element, ["x"]), element
     assert store.list_jobs(space.workspace, "export") == []
+    form = ["first", "ana/m", "", "", False, False, False]
+    assert REFUSED in space.answer("publish-preview", form)
+    assert REFUSED in space.answer("publish-send", [None, *form])
 
 
 # Endpoints by the element and event that call them. The owner's refuse a visitor; the others show something, ask before
@@ -151,9 +164,10 @@ OWNER = set(
     bulk-go.click dataset-go.click dataset-save.click evaluate-confirm-delete.click evaluate-resume.click
     evaluate-stop.click export-adapter.change export-button.click export-compare.click export-confirm-delete.click
     export-name.submit export-resume.click export-stop.click import-button.click import-column-category.input
-    import-file.upload import-seed.click import-undo.click measure-card.click measure-estimate.click measure-start.click
-    train-confirm-delete.click train-estimate.click train-import.upload train-model.input train-note.blur train-resume.click
-    train-retry.click train-start.click train-stop.click train-upload.upload train-zip.click
+    import-examples.click import-file.upload import-seed.click import-undo.click measure-card.click measure-estimate.click
+    measure-start.click publish-preview.click publish-send.click train-add-own.click train-confirm-delete.click
+    train-estimate.click train-import.upload train-model.input train-note.blur train-resume.click train-retry.click
+    train-start.click train-stop.click train-upload.upload train-zip.click
     """.split()  # noqa: SIM905
 )
 VISITOR = set(
@@ -161,20 +175,21 @@ VISITOR = set(
     adapter.input agree-here.click answer-both-biased.click answer-both-unusable.click answer-left.click answer-right.click
     answer-skip.click answer-tie.click ask-both.click base-tokens.select begin.click bulk-cancel.click bulk-tag.click
     bulk-withdraw.click change-nickname.click coverage.collapse coverage.expand dataset-cancel.click dataset-charts.expand
-    dataset-close.click dataset-edit.click dataset-filter-annotator.change dataset-next.click dataset-previous.click
-    dataset-table.select dataset-withdraw.click editing.input evaluate-delete.click evaluate-jobs.select evaluate-keep.click
-    evaluate-log-box.collapse evaluate-log-box.expand examples-gender.click examples-race.click examples-religion.click
-    export-delete.click export-jobs.select export-keep.click export-log-box.collapse export-log-box.expand generate.click
-    history.input import-path.submit imports.input label-left-text.change label-settings.expand measure-adapters.change
-    measure-by-group.input measure-by-strength.input measure-flip-benchmark.input measure-flip-try.click
-    measure-flip-way.input measure-flips.select measure-model.input measure-next.click measure-others.input
-    measure-try.click mine.collapse mine.expand model.input my-judgments.select next-dataset.click next-label.click
-    next-measure.click next-train.click paste-button.click prompt-kind.change prompt.blur regenerate.click
-    send-to-label.click share.click stop.click train-accelerate.change train-cancel.click train-compare.expand
-    train-delete.click train-jobs.select train-keep.click train-log-box.collapse train-log-box.expand train-picked.change
-    train-preset.input train-probe-earlier.click train-probe-later.click train-to-compare.click train-to-export.click
-    train-to-measure.click tuned-tokens.select undo-verdict.click undo.click verdict-both-biased.click
-    verdict-both-unusable.click verdict-left.click verdict-right.click verdict-tie.click view.input withdraw.click
+    dataset-close.click dataset-edit.click dataset-filter-annotator.change dataset-filter-state.change dataset-next.click
+    dataset-previous.click dataset-table.select dataset-train.click dataset-withdraw.click editing.input
+    evaluate-delete.click evaluate-jobs.select evaluate-keep.click evaluate-log-box.collapse evaluate-log-box.expand
+    examples-gender.click examples-race.click examples-religion.click export-delete.click export-jobs.select
+    export-keep.click export-log-box.collapse export-log-box.expand generate.click history.input import-path.submit
+    imports.input label-left-text.change label-settings.expand measure-adapters.change measure-by-group.input
+    measure-by-strength.input measure-flip-benchmark.input measure-flip-try.click measure-flip-way.input
+    measure-flips.select measure-model.input measure-next.click measure-others.input measure-try.click mine.collapse
+    mine.expand model.input my-judgments.select next-dataset.click next-label.click next-measure.click next-train.click
+    paste-button.click prompt-kind.change prompt.blur publish-box.expand regenerate.click send-to-label.click share.click
+    stop.click train-accelerate.change train-cancel.click train-compare.expand train-delete.click train-jobs.select
+    train-keep.click train-log-box.collapse train-log-box.expand train-picked.change train-preset.input
+    train-probe-earlier.click train-probe-later.click train-to-compare.click train-to-export.click train-to-measure.click
+    tuned-tokens.select undo-verdict.click undo.click verdict-both-biased.click verdict-both-unusable.click
+    verdict-left.click verdict-right.click verdict-tie.click view.input withdraw.click
     """.split()  # noqa: SIM905
 )
 
@@ -207,3 +222,63 @@ def test_every_endpoint_has_a_role_and_keeps_it(space):
     assert after == before
     assert not wrong
     assert found == OWNER | VISITOR
+
+
+@pytest.mark.slow
+def test_a_space_without_llama_cpp_runs_the_model_with_transformers(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['llama_cpp'] = None\n")  # as if it were not installed
+    environment = {"SPACE_ID": "someone/biasdpo", "PYTHONPATH": str(tmp_path)}
+    with running_app(tmp_path, "--model", "smollm2", **environment) as url:
+        told = Poster(url, Workspace(tmp_path)).call("compare", ["Hello", "smollm2", "none", "", 1.0, 4, 0.0, 1.0, 0, 1.0, 0])
+        assert "cut at 4 tokens" in told
+    assert "llama.cpp is not installed here, so transformers runs the models." in (tmp_path / "app.log").read_text()
+    assert any((tmp_path / "cache" / "hf").glob("SmolLM2*"))  # the transformers copy of the model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["visitor", "annotator"])
+def test_no_answer_names_a_folder_of_the_machine(role, tiny_llama_gguf, tmp_path_factory):
+    """Every endpoint, page and file that somebody other than the owner gets; jobs, results and models are full of paths."""
+    home = tmp_path_factory.mktemp("home")
+    workspace = Workspace(home / "work space")
+    pairs, benchmarks = home / "secret" / "pairs.jsonl", tmp_path_factory.mktemp("benchmarks")
+    (write_run(workspace.root, "first").path / "note.txt").write_text(f"from {pairs}")
+    error = f"Can't read {pairs}: restore it; see {workspace.root / 'runs' / 'broken' / 'log.txt'} and /etc/biasdpo/x.toml"
+    write_run(workspace.root, "broken", "failed", status={"error": error}, model=str(tiny_llama_gguf), datasets=(str(pairs),))
+    model = home / "models" / "tiny.gguf"
+    model.parent.mkdir()
+    model.symlink_to(tiny_llama_gguf)
+    known = {"model": str(model), "adapter": str(home / "adapters" / "mine"), "pairs_source": f"pairs of {pairs}"}
+    write_result(workspace.root, "strong", result(8, benchmarks=("crows_pairs",), **known))
+    write_result(workspace.root, "damaged", {"benchmarks": str(pairs)})
+    journal.append(workspace, journal.new_judgment("Whose judgment is it?", "Anyone's.", "Nobody's."))
+    users = Accounts(home / "users.toml")
+    users.add("kim", "correct horse", "owner")
+    users.add("lee", "correct horse", "annotator")
+    who = ("--public",) if role == "visitor" else ("--auth", str(users.file))
+    signed_in = None if role == "visitor" else {"username": "lee", "password": "correct horse"}
+    flags = ("--model", str(model), "--data-dir", str(benchmarks), *who)
+    with running_app(workspace.root, *flags, HOME=str(home)) as url:
+        client = Poster(url, workspace, signed_in)
+        elements = {c["id"]: c["props"].get("elem_id") for c in client.config["components"]}
+        values = {c["id"]: c["props"].get("value") for c in client.config["components"]}
+        answers = {path: client.get(path) for path in ("", "config", "healthz", "gradio_api/info")}
+        chosen = {"train-selected": "broken", "evaluate-selected": "strong", "measure-others": ["strong"]}
+        chosen |= {"model": str(model), "measure-model": str(pairs)}
+        values |= {one: chosen[name] for one, name in elements.items() if name in chosen}
+        for function in (one for one in client.config["dependencies"] if one["backend_fn"]):
+            key = key_of(function, elements)
+            given = [values[component] for component in function["inputs"]]
+            redraws = key.startswith("page.") and given and given[0] == ""  # when a file of a job changes
+            for seen in ("broken", "strong", "damaged") if redraws else ("",):
+                told = client.post(function, [f"{seen}\n1", *given[1:]] if seen else given)
+                answers[f"{key} {function['id']} {seen}"] = told
+        files = set(re.findall(r"/gradio_api/(file=[^\"\\]+)", "".join(answers.values())))
+        assert {Path(file).suffix for file in files} >= {".md", ".json", ".csv"}
+        answers |= {file: client.get("gradio_api/" + urllib.parse.quote(file, safe="=/")) for file in files}
+    folders = [home, workspace.root, tiny_llama_gguf.parent, benchmarks, ROOT, Path("/etc/biasdpo")]
+    told = [f"{name}: …{text[max(0, at - 200) : at + 200]}…" for name, text in answers.items()
+            for folder in folders if (at := text.replace("\\", "").find(f"{folder}")) >= 0]  # fmt: skip
+    assert not told
+    assert any("pairs.jsonl: restore it; see runs/broken/log.txt" in text.replace("\\", "") for text in answers.values())
+    assert str(home) in (workspace.root / "runs" / "broken" / "status.json").read_text()

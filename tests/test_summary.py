@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +11,12 @@ import pytest
 from biasdpo.data.journal import Journal, append, edit, undo, withdraw
 from biasdpo.data.pairs import PreferencePair, derive, pair_id_of, shown_pair_id
 from biasdpo.data.splits import trainable
-from biasdpo.data.summary import Agreement, Query, agreement, cell_counts, choices, counts, least_covered, query, stats, value_of
+from biasdpo.data.summary import Agreement, Query, agreement, cell_counts, choices, counts, query, stats, value_of
 from biasdpo.errors import ConfigError
+from biasdpo.prompts import Prompt, least_covered
 from biasdpo.records import Judgment, Verdict
 from biasdpo.workspace import Workspace
 from tests.judging import LONG, SHORT, say, standing, store
-
-
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    category: str = ""
-    target_group: str = ""
-
 
 # Coverage
 
@@ -149,8 +142,10 @@ def test_pages_show_the_newest_first(judged: Journal) -> None:
 
 
 def test_filters(judged: Journal) -> None:
-    assert choices(judged)["category"] == {"gender": 4, "race": 3, "": 4}
-    assert choices(judged)["verdict"] == {"preferred": 10, "tie": 1}
+    assert choices(judged, "all")["category"] == {"gender": 4, "race": 3, "": 4}
+    assert choices(judged, "standing")["category"] == {"gender": 3, "race": 3, "": 4}
+    assert choices(judged, "retracted")["verdict"] == {"preferred": 1}
+    assert choices(judged, "standing")["verdict"] == {"preferred": 9, "tie": 1}
     assert shown(judged, Query(category="race")) == ["Prompt 7?", "Prompt 4?", "Prompt 1?"]
     assert shown(judged, Query(category="", annotator="ada")) == ["A tie?", "Prompt 8?", "Prompt 2?"]
     assert shown(judged, Query(verdict="tie")) == shown(judged, Query(source="compare")) == ["A tie?"]

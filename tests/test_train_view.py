@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import zipfile
+from dataclasses import replace
 
+import psutil
 import pytest
 
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Job
 from biasdpo.jobs.outcome import accuracy_text, held_out_metrics, outcome, pack_run, pairs_needed, run_table
-from biasdpo.ui import charts, train
+from biasdpo.ui import charts, jobs, train
 from biasdpo.ui.charts import moving_mean, points, thinned, training_chart
+from biasdpo.ui.components import escape
 from biasdpo.workspace import Workspace, read_json, write_json
 from tests.run_folders import metrics, probe, write_run
 
@@ -131,11 +135,29 @@ def test_the_probe_that_is_shown_follows_the_latest_until_one_looks_back():
 
 
 def test_words_that_only_one_side_has_are_marked():
-    left, right = train.diff_sides("Men lead best.", "All people lead well.")
-    assert "".join(text for text, _ in left) == "Men lead best."
-    assert "".join(text for text, _ in right) == "All people lead well."
+    base, tuned = "Men lead best at work.", "All people lead well at work."
+    left, right = train.diff_sides(base, tuned)
+    assert ("".join(text for text, _ in left), "".join(text for text, _ in right)) == (base, tuned)
     assert [text for text, label in right if label == "new" and text.strip()] == ["All people", "well"]
+    assert train.diff_sides("Men lead best.", tuned) == ([("Men lead best.", None)], [(tuned, None)])  # nearly all would be
     assert train.diff_sides("a" * 5000, "b") == ([("a" * 5000, None)], [("b", None)])
+
+
+# The head
+
+
+def test_a_run_shows_what_it_does_before_its_first_step(workspace):
+    me = {"pid": os.getpid(), "pid_created": psutil.Process().create_time()}
+    status = me | {"phase": "computing reference log-probabilities (30 of 120 pairs)", "share": 0.25}
+    write_run(workspace.root, "new", "running", steps=0, total=0, status=status)
+    job = find(workspace, "new")
+    assert escape("computing reference log-probabilities (30 of 120 pairs)") in jobs.head(job)
+    assert 'value="0.250"' in jobs.head(job)
+    assert jobs.state_word(job) == "Running"  # 25% of the run it isn't
+    job.folder.write_status(replace(job.status, phase="loading the model", share=0.0, step=20, total_steps=80))
+    resumed = jobs.head(find(workspace, "new"))
+    assert "step 20 of 80 · loading the model" in resumed
+    assert 'value="0.250"' in resumed
 
 
 # Curves

@@ -9,6 +9,7 @@ from biasdpo.config import TrainConfig
 from biasdpo.errors import ConfigError
 from tests.tiny_trainer import ROWS, TEXTS, build_tiny_trainer, losses_of, save_neox
 from training import losses
+from training.packing import Branches
 from training.reference import ReferenceCache
 from training.trainer import Round, rounds
 
@@ -120,10 +121,11 @@ def test_checkpoints_resume_to_the_same_losses(tiny_llama, tmp_path):
     [
         ({}, {}),
         ({"text_kl": 2.0, "texts": TEXTS}, {"text_kl": 2.0}),
+        ({"everyday": 2.0, "answers": [Branches((5, 6), ((40, 41, 2),)), Branches((7,), ((42,),))]}, {"everyday_kl": 2.0}),
         ({"counterfactual": 2.0, "question": 0.5}, {"counterfactual_kl": 2.0, "question_loss": 0.5}),
         ({"ending": 3.0}, {"ending_kl": 3.0}),
     ],
-    ids=["none", "text", "counterfactual", "ending"],
+    ids=["none", "text", "everyday", "counterfactual", "ending"],
 )
 def test_the_loss_is_trls_plus_the_weighted_terms(tiny_llama, tmp_path, monkeypatch, terms, names):
     monkeypatch.setattr(losses, "MAX_NEW_TOKENS", 12)
@@ -138,6 +140,27 @@ def test_the_loss_is_trls_plus_the_weighted_terms(tiny_llama, tmp_path, monkeypa
         for step, expected in ((3, plain), (4, loss)):
             ours.state.global_step = step
             assert first_loss(ours, ROWS[:2]).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_base_answers_everyday_prompts_once(tiny_llama, tmp_path, monkeypatch):
+    """Greedy, as base alone would; the next run finds the answers, and other prompts are answered anew."""
+    monkeypatch.setattr(losses, "MAX_NEW_TOKENS", 6)
+    prompts, file, asked = [(5, 6, 7), (8, 9)], tmp_path / "cache" / "everyday.json", []
+    one, two = (build_tiny_trainer(tiny_llama, tmp_path, ROWS, trained=0.05, terms={"everyday": 1.0, "end": 2}) for _ in range(2))
+    one.use_everyday(prompts, file, lambda done, total: asked.append((done, total)))
+    two.use_everyday(prompts, file, lambda *_: pytest.fail("answered again"))
+    assert one._terms.answers == two._terms.answers
+    base = one.model.get_base_model().eval()
+    for answer, prompt in zip(one._terms.answers, prompts, strict=True):
+        with one.model.disable_adapter():
+            written = base.generate(
+                input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=2
+            )
+        assert (answer.prompt, answer.completions) == (prompt, (tuple(written[0, len(prompt) :].tolist()),))
+    one.use_everyday(prompts[:1], file, lambda done, total: asked.append((done, total)))
+    assert asked == [(0, 2), (0, 1)]
+    assert one.train().training_loss > 0
+    assert one.state.log_history[0]["everyday_kl"] > 0
 
 
 def test_draws_depend_on_step_and_batch_alone(tiny_llama, tmp_path, monkeypatch):

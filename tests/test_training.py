@@ -166,6 +166,14 @@ def test_early_stopping_ends_the_training(line: CommandLine) -> None:
     assert (folder.read_status().state, folder.read_metrics()) == ("finished", metrics)
 
 
+def test_a_time_limit_ends_the_training_with_an_evaluated_adapter(line: CommandLine) -> None:
+    folder = line.train_here("timed", **SETTINGS | {"max_minutes": 1e-4})
+    status = folder.read_status()
+    assert (status.state, status.step, status.best_step) == ("finished", 1, 1)
+    assert "max_minutes ended the training at step 1 of 8" in status.notes
+    assert adapter_bytes(folder)
+
+
 # Resuming
 
 

@@ -24,7 +24,7 @@ from biasdpo.backends.base import ShownText
 from biasdpo.backends.hf_loading import encode_prompt, end_tokens
 from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
-from biasdpo.errors import RunError
+from biasdpo.errors import RunError, plural
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import replacing
 from training.status import StatusWriter, StoppedError
@@ -40,9 +40,10 @@ _SUMMARY = ("loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/a
 
 @dataclass(eq=False)
 class FolderCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Keeps the run's folder up to date, and ends the training when a stop is requested."""
+    """Keeps the run's folder up to date, and ends the training when a stop is requested or its time is up."""
 
     writer: StatusWriter
+    max_minutes: float = 0.0
     started_at: float = 0.0
     started_step: int = 0
     step_started_at: float = 0.0
@@ -67,6 +68,9 @@ class FolderCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
             control.should_save = True  # whatever save_steps is: a stop or a fault while scoring must not lose the training
         if self.writer.stop_requested():
             save_and_stop(control)
+        elif state.global_step < state.max_steps and self.writer.is_late(self.max_minutes):
+            self.writer.note(f"max_minutes ended the training at step {state.global_step:,} of {state.max_steps:,}")
+            control.should_training_stop = control.should_save = True
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_kwargs: Any) -> None:
         line = metrics_line(state.global_step, logs or {})
@@ -174,7 +178,7 @@ class BestCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
             self.trainer.evaluate()  # which a stop had prevented
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
-        if state.global_step >= state.max_steps and not self.writer.stopping:
+        if (state.global_step >= state.max_steps or control.should_training_stop) and not self.writer.stopping:
             control.should_evaluate = True
 
     def on_prediction_step(self, _args: Any, _state: Any, _control: Any, **_kwargs: Any) -> None:
@@ -229,7 +233,10 @@ def choose_step(folder: JobFolder, config: TrainConfig, last_step: int) -> tuple
         return last_step, f"step {last_step}, the last, as the run's `keep` asks"
     last, step = found[-1], f"step {best.step}"
     if best.step == last_step:
-        return best.step, f"{step}, the last, held-out reward accuracy {best.accuracy:.2f}, the best of {len(found)} evaluations"
+        return (
+            best.step,
+            f"{step}, the last, held-out reward accuracy {best.accuracy:.2f}, the best of {plural(len(found), 'evaluation')}",
+        )
     if last.step == last_step and not best.is_better_than(last):
         return (
             last_step,

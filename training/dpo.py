@@ -21,10 +21,10 @@ from trl import DPOConfig
 
 from biasdpo import config as run_config
 from biasdpo import counterfactuals, models
-from biasdpo.backends.hf_loading import hf_copy, load_base, load_config, load_tokenizer, padding
+from biasdpo.backends.hf_loading import encode_completion, hf_copy, load_base, load_config, load_tokenizer, padding
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
-from biasdpo.errors import ConfigError, DatasetError, ModelError
+from biasdpo.errors import ConfigError, DatasetError, ModelError, plural
 from biasdpo.jobs.job import JobFolder
 from biasdpo.model_files import weight_files
 from biasdpo.models import ModelSpec
@@ -33,7 +33,7 @@ from training import callbacks
 from training.finish import bake, held_out_metrics, write_adapter
 from training.reference import open_cache
 from training.resume import RestoreUnlogged, checkpoint_step, prepare_resume
-from training.rows import RunRows, TokenRow, tokenize_run
+from training.rows import RunRows, TokenRow, everyday_prompts, tokenize_run
 from training.status import StatusWriter, StoppedError
 from training.trainer import ExtraTerms, TokenizedDPOTrainer
 
@@ -64,6 +64,8 @@ def train(folder: JobFolder, writer: StatusWriter) -> None:
     model = load_policy(model_folder, config, use_cpu=on_cpu)
     trainer = build_trainer(config, folder, model, tokenizer, rows, writer, use_cpu=on_cpu)
     compute_reference(trainer, workspace, origin["base_sha256"], writer, use_cpu=on_cpu)
+    if config.everyday_weight:
+        answer_everyday_prompts(trainer, workspace, spec, tokenizer, origin["base_sha256"], writer)
 
     checkpoint = prepare_resume(folder, writer, config.keep, sharded=config.accelerate == "fsdp")
     trainer.add_callback(RestoreUnlogged(trainer, checkpoint))
@@ -131,27 +133,25 @@ def check_unchanged(folder: JobFolder, config: TrainConfig, spec: ModelSpec, wri
 
 
 def base_sha256(spec: ModelSpec) -> str:
-    """SHA-256 of the base weights: of the GGUF or the safetensors file; of several, of their hashes in the order of names."""
-    if spec.gguf_path is not None:
-        return sha256_of(spec.gguf_path)
-    assert spec.hf_folder is not None
-    hashes = [sha256_of(file) for file in weight_files(spec.hf_folder)]
+    """SHA-256 of the weights that are trained (see `hf_copy`): of the safetensors file or the GGUF; of several files, of their
+    hashes in the order of names."""
+    files = weight_files(spec.hf_folder) if spec.hf_folder is not None else [spec.require_files().gguf_path]
+    hashes = [sha256_of(file) for file in files if file is not None]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def note_counts(rows: RunRows, config: TrainConfig, writer: StatusWriter) -> None:
-    count = len(rows.train.rows)
-    writer.note(f"{count} pair{'' if count == 1 else 's'} to train on, {len(rows.held_out.rows)} held out")
+    writer.note(f"{plural(len(rows.train.rows), 'pair')} to train on, {len(rows.held_out.rows)} held out")
     if len(rows.used) < len(rows.train.rows):
-        writer.note(f"{config.max_steps} steps see {len(rows.used)} of them")
+        writer.note(f"seen in {plural(config.max_steps, 'step')}: {len(rows.used):,} of them")
     for name, tokenized in (("training", rows.train), ("held-out", rows.held_out)):
         if tokenized.dropped or tokenized.cut:
             writer.note(
-                f"max_length {config.max_length}: {tokenized.dropped} {name} pairs dropped (prompt too long), {tokenized.cut} "
-                "with a completion cut"
+                f"max_length {config.max_length}: {plural(tokenized.dropped, name + ' pair')} dropped (prompt too long), "
+                f"{tokenized.cut} with a completion cut"
             )
         if tokenized.equal:
-            writer.note(f"{tokenized.equal} {name} pairs dropped: within max_length, both completions are the same")
+            writer.note(f"{plural(tokenized.equal, name + ' pair')} dropped: within max_length, both completions are the same")
 
 
 # The model and its trainer
@@ -219,6 +219,7 @@ def build_trainer(
         text_kl=config.text_kl_weight,
         counterfactual=config.counterfactual_weight,
         question=config.question_weight,
+        everyday=config.everyday_weight,
         ending=config.ending_weight,
         texts=rows.anchors,
         end=rows.end,
@@ -235,7 +236,7 @@ def build_trainer(
         eval_dataset=_dataset(rows.held_out.rows) if evaluates else None,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[callbacks.FolderCallback(writer)],
+        callbacks=[callbacks.FolderCallback(writer, config.max_minutes)],
     )
     trainer.remove_callback(PrinterCallback)  # `FolderCallback` logs instead
     return trainer
@@ -251,11 +252,26 @@ def compute_reference(
     """Compute the reference's log-probabilities of all rows, or find them in the workspace's cache."""
 
     def report_progress(done: int, total: int) -> None:
-        writer.update(phase=f"computing the reference ({done} of {total} pairs)")
+        writer.update(phase=f"{phase} ({done:,} of {plural(total, 'pair')})", share=done / total)
         writer.check_stop()
 
+    phase = "computing reference log-probabilities"
+    writer.update(phase=phase)
     cache = open_cache(workspace.cache / "reference", base_hash, "cpu" if use_cpu else "cuda", torch.get_num_threads())
     trainer.use_reference(cache, report_progress)
+
+
+def answer_everyday_prompts(
+    trainer: TokenizedDPOTrainer, workspace: Workspace, spec: ModelSpec, tokenizer: Any, base_hash: str, writer: StatusWriter
+) -> None:
+    """Let base answer the everyday prompts, or find its answers in the workspace's cache."""
+
+    def report_progress(done: int, total: int) -> None:
+        writer.update(phase=f"answering everyday prompts ({done} of {total})")
+        writer.check_stop()
+
+    prompts = [tuple(encode_completion(tokenizer, spec.template, prompt, "")[0]) for prompt in everyday_prompts()]
+    trainer.use_everyday(prompts, workspace.cache / "everyday" / f"{base_hash[:16]}.json", report_progress)
 
 
 def run_steps(trainer: TokenizedDPOTrainer, checkpoint: Path | None, writer: StatusWriter) -> None:

@@ -120,23 +120,27 @@ def measure(config: TrainConfig, workspace: Workspace, scratch: Path, started_at
     def collated(dataset: Any, first: int, count: int) -> Any:
         return trainer.data_collator([dataset[first + i] for i in range(count)])
 
-    def batch(batch_rows: Sequence[TokenRow]) -> None:
+    def median_batch() -> None:
         """Forward and backward, of which a step has `gradient_accumulation`."""
         policy.train()
-        trainer.training_step(policy, collated(trainer.train_dataset, timed.index(batch_rows[0]), len(batch_rows)))
+        trainer.training_step(policy, collated(trainer.train_dataset, 0, len(median_rows)))
+
+    def longest_batch() -> None:
+        policy.train()
+        trainer.training_step(policy, collated(trainer.train_dataset, len(median_rows), len(longest_rows)))
 
     def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
     trainer.state.global_step = 1  # a step in which the policy generates nothing
-    longest = Timed(tokens_in(longest_rows), seconds_of(lambda: batch(longest_rows), 1, 1))
-    median = Timed(tokens_in(median_rows), seconds_of(lambda: batch(median_rows), 0, TIMED_BATCHES))
+    longest = Timed(tokens_in(longest_rows), seconds_of(longest_batch, 1, 1))
+    median = Timed(tokens_in(median_rows), seconds_of(median_batch, 0, TIMED_BATCHES))
     steps = config.steps_for(len(rows.used))
     per_batch = linear(tokens_in(rows.used) / len(rows.used) * min(config.batch_size, len(rows.used)), median, longest)
     if config.ending_weight:
         trainer.state.global_step = GENERATE_EVERY
-        per_batch += max(0.0, seconds_of(lambda: batch(median_rows), 0, 1) - median.seconds) / GENERATE_EVERY
+        per_batch += max(0.0, seconds_of(median_batch, 0, 1) - median.seconds) / GENERATE_EVERY
     per_step = config.gradient_accumulation * per_batch + seconds_of(update, 1, 1)
 
     # Evaluations, probes, and the scoring at the end.

@@ -2,6 +2,7 @@
 
 text KL             mean over the tokens of plain texts of KL(base || policy): DPO holds the policy near its reference only on the
                     pairs' completions, and an unanchored run gets more perplexed everywhere else
+everyday KL         the same over the tokens of base's own answers to everyday prompts, after these: what needs no debiasing stays
 counterfactual KL   mean over the tokens that two texts about two groups share, after their first difference, of KL(average of
                     base on both || policy): what is said of a group should not depend on which group it is
 question loss       mean of softplus(MARGIN - lead), lead = log p(right answer) - log p(wrong answer)
@@ -41,6 +42,19 @@ def packed_text_kl(model: Any, texts: Sequence[Sequence[int]], accelerator: Any)
 
     def hidden() -> Any:
         return model(packing=packing)[0]
+
+    with accelerator.autocast():
+        return kl_of_tokens(*without_and_with_adapter(peft_model, hidden), head).mean()
+
+
+def answer_kl(model: Any, answers: Sequence[Branches], accelerator: Any) -> torch.Tensor:
+    """The everyday KL on prompts with answers, mean over the answers' tokens."""
+    peft_model = accelerator.unwrap_model(model)
+    packing = pack(answers, accelerator.device)
+    head = peft_model.get_base_model().get_output_embeddings()
+
+    def hidden() -> Any:
+        return model(packing=packing)[0][packing.sources]
 
     with accelerator.autocast():
         return kl_of_tokens(*without_and_with_adapter(peft_model, hidden), head).mean()

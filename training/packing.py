@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl.trainer.utils import FusedCausalLMOutput
 
+from biasdpo.backends.prefixes import common_length
 from biasdpo.model_files import ARCHITECTURES
 
 ATTENTION = "packed_or_sdpa"
@@ -95,11 +96,7 @@ def pack(batch: Sequence[Branches], device: torch.device | str = "cpu") -> Packi
 
 def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
     """Number of tokens with which all prompts begin. 0 for a single prompt: nothing would be saved."""
-    if len(prompts) < 2:
-        return 0
-    shortest, longest = min(prompts), max(prompts)  # what these two share, all between them share
-    same = [a == b for a, b in zip(shortest, longest, strict=False)]
-    return same.index(False) if False in same else len(same)
+    return common_length(min(prompts), max(prompts)) if len(prompts) > 1 else 0  # what these share, all between them share
 
 
 def _mask(shared: int, prompt: int, completions: Sequence[int]) -> torch.Tensor:

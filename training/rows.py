@@ -12,6 +12,9 @@ from biasdpo.chat import PromptTemplate
 from biasdpo.config import TrainConfig
 from biasdpo.data.pairs import PreferencePair, looks_alike
 from biasdpo.errors import DatasetError
+from biasdpo.workspace import ASSETS
+
+EVERYDAY_PROMPTS = ASSETS / "everyday_prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ def rows_used(rows: Sequence[TokenRow], config: TrainConfig) -> tuple[TokenRow, 
     if not config.max_steps or needed >= len(rows):
         return tuple(rows)
     return tuple(rows[i] for i in sorted(random.Random(config.seed).sample(range(len(rows)), needed)))
+
+
+def everyday_prompts() -> list[str]:
+    """The built-in prompts of the everyday KL."""
+    return [line for line in EVERYDAY_PROMPTS.read_text(encoding="utf-8").splitlines() if line]
 
 
 def anchor_texts(pairs: Sequence[PreferencePair], tokenizer: Any, config: TrainConfig) -> list[list[int]]:

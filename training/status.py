@@ -58,8 +58,9 @@ class StatusWriter:
                 self.folder.write_status(self.status)
 
     def update(self, **changes: Any) -> None:
+        """Change the status; a new phase has no share yet, unless it is given."""
         with self._lock:
-            self.status = replace(self.status, **changes)
+            self.status = replace(self.status, **({"share": 0.0} if "phase" in changes else {}) | changes)
             if self.is_main and not self._another_ended():
                 self.folder.write_status(self.status)
 
@@ -73,7 +74,8 @@ class StatusWriter:
         """Write the final status. If the disk is too full even for that, the log has it."""
         with self._lock:
             self.can_exit = False
-            last = replace(self.status, state=state, phase="", error=error, eta_seconds=0.0 if state == "finished" else None)
+            eta = 0.0 if state == "finished" else None
+            last = replace(self.status, state=state, phase="", share=0.0, error=error, eta_seconds=eta)
             self.status = last
             if (not self.is_main and state != "failed") or self._another_ended():
                 return
@@ -105,15 +107,24 @@ class StatusWriter:
 
     def stop_requested(self) -> bool:
         """Whether to stop. Several processes must ask at the same point: they agree on what the main one sees."""
-        if self.processes == 1:
-            self.stopping = self.folder.stop_request.exists()
-            return self.stopping
-        distributed = sys.modules.get("torch.distributed")  # until it is initialized, no process may leave the others alone
-        if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            seen = [self.folder.stop_request.exists()]
-            distributed.broadcast_object_list(seen, src=0)
-            self.stopping = seen[0]
+        self.stopping = self._agreed(self.folder.stop_request.exists(), before=self.stopping)
         return self.stopping
+
+    def is_late(self, max_minutes: float) -> bool:
+        """Whether the run's process has had its time (0: unlimited). Several processes must ask at the same point."""
+        seconds = time.time() - self.status.pid_created
+        return max_minutes > 0 and self._agreed(seconds >= 60 * max_minutes, before=False)
+
+    def _agreed(self, seen: bool, *, before: bool) -> bool:
+        """What the main process sees; `before` as long as the processes can't talk, since none may leave the others alone."""
+        if self.processes == 1:
+            return seen
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            return before
+        values = [seen]
+        distributed.broadcast_object_list(values, src=0)
+        return bool(values[0])
 
     def forbid_exit(self) -> None:
         """The first step begins: from now on a stop saves a checkpoint first."""

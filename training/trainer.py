@@ -12,10 +12,12 @@ What differs from TRL 1.16, whose losses, metrics and loop are used:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,16 @@ from trl import DPOTrainer
 from biasdpo import rewards
 from biasdpo.counterfactuals import Counterfactuals
 from biasdpo.errors import ConfigError
+from biasdpo.workspace import read_json, write_json
 from training import losses
-from training.packing import add_packed_forward, unpad, why_not_packed
+from training.packing import Branches, add_packed_forward, unpad, why_not_packed
 from training.reference import Group, Logps, ReferenceCache, groups, row_key
 from training.resume import save_unlogged
 
 logger = logging.getLogger(__name__)
 
 GENERATE_EVERY = 4  # steps between those in which the policy completes the batch's prompts, which takes as long as a step
+ANSWERED_AT_ONCE = 32  # everyday prompts
 _GROUPS_PER_SAVE = 16
 _DRAWN_PER_PAIR = 2  # twins, and questions, that a step draws for each of its pairs
 
@@ -46,21 +50,25 @@ class ExtraTerms:
     text_kl          of the KL to base on `texts`, of which each step draws a batch, by seed and step
     counterfactual   of the counterfactual KL, on twice as many twins as the batch has pairs
     question         of the question loss, on as many questions
+    everyday         of the everyday KL, on half as many of `answers` as the batch has pairs
     ending           of the ending KL, on what the policy writes in every fourth step to the batch's prompts
     texts            token ids of plain texts
+    answers          everyday prompts with base's answers, token ids
     end              the token that ends a completion
     """
 
     text_kl: float = 0.0
     counterfactual: float = 0.0
     question: float = 0.0
+    everyday: float = 0.0
     ending: float = 0.0
     texts: Sequence[list[int]] = ()
+    answers: Sequence[Branches] = ()
     end: int = 0
 
     @property
     def need_packing(self) -> bool:
-        return bool(self.counterfactual or self.question or self.ending)
+        return bool(self.counterfactual or self.question or self.everyday or self.ending)
 
 
 class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
@@ -86,8 +94,8 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         self.is_packed = not reason
         if reason and self._terms.need_packing:
             raise ConfigError(
-                "counterfactual_weight, question_weight and ending_weight can't be used with this model: "
-                f"{reason}; set all three to 0"
+                "counterfactual_weight, question_weight, everyday_weight and ending_weight can't be used with this model: "
+                f"{reason}; set them to 0"
             )
         if reason:
             note(f"The model is trained TRL's own way, about half as fast: {reason}")
@@ -97,6 +105,30 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     def _is_sharded(self) -> bool:
         whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         return self.accelerator.distributed_type not in whole
+
+    def use_everyday(self, prompts: Sequence[tuple[int, ...]], file: Path, on_progress: Callable[[int, int], None]) -> None:
+        """Let base answer everyday prompts (token ids), or find its answers in `file`, which is written for the next run.
+
+        on_progress   called with (prompts answered, prompts in all)
+        """
+        key = hashlib.sha256(json.dumps([prompts, losses.MAX_NEW_TOKENS]).encode()).hexdigest()
+        known = read_json(file) if file.exists() else {}
+        if known.get("key") != key:
+            answers: list[Branches] = []
+            self.model.to(self.accelerator.device)
+            for start in range(0, len(prompts), ANSWERED_AT_ONCE):
+                on_progress(start, len(prompts))
+                with self.model.disable_adapter():
+                    batch = prompts[start : start + ANSWERED_AT_ONCE]
+                    answers += losses.generate(self.model, batch, self._terms.end, self.accelerator)
+            # An answer below the limit was ended by base, which is part of it.
+            texts = [one.completions[0] for one in answers]
+            known = {"key": key, "answers": [[*ids, self._terms.end][: losses.MAX_NEW_TOKENS] for ids in texts]}
+            if self.accelerator.is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, known)
+        pairs = zip(prompts, known["answers"], strict=True)
+        self._terms = replace(self._terms, answers=[Branches(prompt, (tuple(ids),)) for prompt, ids in pairs])
 
     # The reference
 
@@ -206,6 +238,10 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         if terms.text_kl:
             text_kl = losses.packed_text_kl if self.is_packed else losses.padded_text_kl
             add("text_kl", terms.text_kl, text_kl(model, self._draw_texts(batch), self.accelerator))
+        if terms.everyday:
+            count = min(max(1, self.args.per_device_train_batch_size // 2), len(terms.answers))
+            drawn = random.Random(f"everyday-{batch}-{self.accelerator.process_index}").sample(terms.answers, count)
+            add("everyday_kl", terms.everyday, losses.answer_kl(model, drawn, self.accelerator))
         if self._templates is not None:
             draw = random.Random(f"counterfactuals-{batch}-{self.accelerator.process_index}")
             count = _DRAWN_PER_PAIR * self.args.per_device_train_batch_size

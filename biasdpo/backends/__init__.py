@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from biasdpo.backends.base import Backend
 from biasdpo.config import BACKENDS, BackendName
 from biasdpo.errors import BackendError, ConfigError
 from biasdpo.models import AdapterSpec, ModelSpec, free_gpu_memory_gb
-from biasdpo.workspace import Workspace
+from biasdpo.workspace import Workspace, is_zerogpu
 
 Progress = Callable[[float, str], None]
 """Called with the completed share (0 to 1) and the current activity."""
 
 
+NO_LLAMA_CPP = "llama.cpp is not installed here, so transformers runs the models."
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed; pip compiles it, so a Space may have none."""
+    return find_spec("llama_cpp") is not None
+
+
+def require_llama_cpp(remedy: str = "") -> None:
+    """Raise BackendError without llama.cpp. `remedy`: what else helps than installing it."""
+    if not has_llama_cpp():
+        raise BackendError(f"llama.cpp is not installed: `pip install -r requirements.txt`{remedy}")
+
+
 def choose_backend(spec: ModelSpec, name: str = "auto") -> BackendName:
-    """Resolve a backend's name for this model; "auto" is transformers on a GPU with room, else llama.cpp on a GGUF."""
+    """Resolve a backend's name for this model; "auto" is transformers on a GPU with room, on a ZeroGPU Space and without
+    llama.cpp, else llama.cpp on a GGUF."""
     if name == "auto":
+        if is_zerogpu() or not has_llama_cpp():
+            return "transformers"
         if spec.hf_folder is not None:
             fits = free_gpu_memory_gb() >= spec.memory_gb.get("transformers", 0.0) > 0
             return "transformers" if fits or spec.gguf_path is None else "llamacpp"
@@ -25,6 +43,10 @@ def choose_backend(spec: ModelSpec, name: str = "auto") -> BackendName:
         raise ConfigError(f"Unknown backend {name!r}: choose one of auto, {', '.join(BACKENDS)}")
     if name == "llamacpp" and spec.gguf_path is None:
         raise BackendError(f"{spec.title} has no GGUF file here, which llamacpp needs: use --backend transformers")
+    if name == "llamacpp":
+        require_llama_cpp(", or use --backend transformers")
+    if name in ("transformers-8bit", "transformers-4bit") and is_zerogpu():
+        raise BackendError(f"{name} does not run on ZeroGPU: use --backend transformers")
     return next(known for known in BACKENDS if known == name)
 
 
@@ -54,5 +76,9 @@ def open_backend(
     on_progress(0.0, "preparing the transformers copy of the model")
     folder = hf_copy(spec, workspace)
     adapter_folder = None if adapter is None else adapter.folder
+    if is_zerogpu():
+        from biasdpo.backends.zerogpu import open_zerogpu
+
+        return open_zerogpu(folder, spec.template, adapter_folder, spec.context_length, on_progress=on_progress)
     bits: Bits | None = 8 if chosen == "transformers-8bit" else 4 if chosen == "transformers-4bit" else None
     return open_transformers(folder, spec.template, adapter_folder, spec.context_length, bits=bits, on_progress=on_progress)

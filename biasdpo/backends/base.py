@@ -27,6 +27,7 @@ CANARY = LikelihoodRequest(
     "Women are not worse than men at science. This is a stereotype, and the evidence does not support it.",
 )
 SEQUENCES = 16  # completions that are decoded together
+_KL_ROWS = 32  # positions whose probabilities over the whole vocabulary are in memory at a time
 NOISE_FACTOR = 10.0  # the tuned side must differ from base by more than this multiple of base's own noise
 
 
@@ -227,8 +228,16 @@ def prove(
 
 def kl_divergence(reference: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     """KL(reference || other) in nats, mean over positions; both are logits of shape (T, V)."""
-    p, q = log_softmax(reference), log_softmax(other)
-    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+    return float(kl_by_position(reference, other).mean())
+
+
+def kl_by_position(reference: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[np.float64]:
+    """KL(reference || other) = sum p * (log p - log q), (T,), nats, of logits (T, V)."""
+    parts = [np.zeros(0)]
+    for begin in range(0, len(reference), _KL_ROWS):
+        p, q = log_softmax(reference[begin : begin + _KL_ROWS]), log_softmax(other[begin : begin + _KL_ROWS])
+        parts.append((np.exp(p) * (p - q)).sum(axis=-1))
+    return np.concatenate(parts)
 
 
 def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:

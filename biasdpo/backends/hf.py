@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,9 @@ from biasdpo.records import (
 _BATCH_TOKENS = {"cpu": 384, "gpu": 32768}
 
 
+_opening = threading.Lock()  # while they build a model, transformers and accelerate change torch for all threads
+
+
 def open_transformers(
     folder: Path,
     template: PromptTemplate,
@@ -93,7 +96,7 @@ def open_transformers(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    with hf_loading.released_errors(), hf_loading.foreign_errors():
+    with _opening, hf_loading.released_errors(), hf_loading.foreign_errors():
         on_progress(0.0, "reading the tokenizer")
         tokenizer = hf_loading.load_tokenizer(folder)
         shared = SharedModel(folder, hf_loading.choose_placement(folder, device, context_length, bits), bits, on_progress)
@@ -137,7 +140,7 @@ class TransformersBackend:
         self._shared = shared
         self._tokenizer = tokenizer
         self._tokenizer_lock = threading.Lock()  # `tokenizers` forbids concurrent use while truncation or padding is set
-        self._pairing = Pairing()
+        self._pairing = Pairing[BatchRow, Batch]()
         self._end = hf_loading.end_of_completion(tokenizer, self.template)
         self._ends = hf_loading.end_tokens(shared.model, tokenizer, self.template)
 
@@ -634,14 +637,23 @@ class Batch:
         self._rows, self._cache = [], None
 
 
-class Pairing:
+class _OfSide(Protocol):
+    @property
+    def side(self) -> Side: ...
+
+
+_Row = TypeVar("_Row", bound=_OfSide)
+_Shared = TypeVar("_Shared")
+
+
+class Pairing(Generic[_Row, _Shared]):
     """Puts the two sides of a pair into one batch: the first to arrive waits briefly for the other."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[tuple[list[int], BatchRow, Future[Batch]]] = []
+        self._waiting: list[tuple[list[int], _Row, Future[_Shared]]] = []
 
-    def batch_of(self, prompt: list[int], row: BatchRow, start: Callable[[list[BatchRow]], Batch]) -> Batch:
+    def batch_of(self, prompt: list[int], row: _Row, start: Callable[[list[_Row]], _Shared]) -> _Shared:
         """The batch for a row: shared with the other side's row of the same prompt, base first; alone if none arrives in time.
         `start` creates a batch of rows."""
         with self._lock:
@@ -651,7 +663,7 @@ class Pairing:
                     self._waiting.remove(waiting)
                     batch.set_result(start([row, other] if row.side == "base" else [other, row]))
                     return batch.result()
-            mine = (prompt, row, Future[Batch]())
+            mine = (prompt, row, Future[_Shared]())
             self._waiting.append(mine)
         with suppress(TimeoutError):
             return mine[2].result(PAIRING_SECONDS)

@@ -35,7 +35,7 @@ import numpy as np
 from biasdpo import prompts
 from biasdpo.benchmarks.base import GenerationBenchmark, LikelihoodBenchmark, limited
 from biasdpo.benchmarks.real_toxicity_prompts import ORIGIN, web_text
-from biasdpo.benchmarks.rows import load_items, read_rows
+from biasdpo.benchmarks.rows import Row, load_items, read_rows
 from biasdpo.benchmarks.toxicity import TOXIC
 from biasdpo.errors import DatasetError
 from biasdpo.evaluation.stats import Array, Better, Metric, ratio
@@ -93,7 +93,7 @@ def _perplexity(means: Array) -> Array:
 def build(data_dir: Path | None) -> Utility:
     """The neutral texts in DATA_DIR, or from the Hub. Raises DatasetError for rows in another format."""
     if data_dir is not None and (data_dir / _FILE).is_file():
-        return Utility(load_texts(data_dir), sha256_of(data_dir / _FILE))
+        return Utility([_text(row) for row in read_rows(data_dir / _FILE, ORIGIN)], sha256_of(data_dir / _FILE))
     texts, sha256 = load_items(ORIGIN, data_dir, web_text)
     found = [text for text in texts if text.toxicity is not None and text.toxicity < TOXIC]
     if not found:
@@ -110,18 +110,11 @@ def build_perplexity(data_dir: Path | None) -> Utility:
     return Utility(_OWN_TEXTS.read_text(encoding="utf-8").splitlines(), sha256_of(_OWN_TEXTS), f"assets/{_OWN_TEXTS.name}")
 
 
-def load_texts(data_dir: Path) -> list[str]:
-    """The texts of DATA_DIR/real_toxicity_prompts/nontoxic.jsonl. Raises DatasetError for a missing or different file."""
-    path = data_dir / _FILE
-    if not path.is_file():
-        raise DatasetError(f"No file {path}: get it with {ORIGIN.download}")
-    texts = []
-    for row in read_rows(path, ORIGIN):
-        prompt = row.get("prompt")
-        if not isinstance(prompt, dict) or not isinstance(prompt.get("text"), str):
-            raise row.error("no prompt.text")
-        texts.append(prompt["text"])
-    return texts
+def _text(row: Row) -> str:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, dict) or not isinstance(prompt.get("text"), str):
+        raise row.error("no prompt.text")
+    return str(prompt["text"])
 
 
 # Completions

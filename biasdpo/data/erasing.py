@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import orjson
 
 from biasdpo.access import audit, require_owner
+from biasdpo.data import sync
 from biasdpo.data.journal import Row, opened, parse_row, sync_folder, truncated_file
 from biasdpo.data.pairs import TEXTS, pair_id_of
 from biasdpo.errors import DatasetError, WorkspaceError
@@ -29,10 +30,6 @@ def erase(workspace: Workspace, annotator: str, browser: str = "", *, dry_run: b
     The journal is replaced under its lock: a kill leaves the old file or the new one. Other lines stay byte for byte; rows by
     which the annotator withdrew judgments of others lose only the name, since without them those would count again.
     """
-
-    def is_by(row: Row) -> bool:
-        return bool(row["annotator"] == annotator and browser in ("", row["meta"]["browser"]))
-
     require_owner("Erasing")
     path = workspace.preferences.resolve()  # a link stays one
     with opened(workspace.preferences) as (file, _repaired):
@@ -40,12 +37,8 @@ def erase(workspace: Workspace, annotator: str, browser: str = "", *, dry_run: b
             left.unlink()
         lines = path.read_bytes().split(b"\n")
         rows = [_row(line) for line in lines]
-        erased = [row for row in rows if row["verdict"] != "retracted" and is_by(row)]
-        ids = {row["id"] for row in erased}
-        kept = []
-        for line, row in zip(lines, rows, strict=True):
-            if not {row["id"], row["retracts"]} & ids:
-                kept.append(orjson.dumps(row | {"annotator": ""}) if is_by(row) else line)
+        erased = [row for row in rows if row["verdict"] != "retracted" and _is_by(row, annotator, browser)]
+        kept = [line for line in _replaced(lines, annotator, browser) if line is not None]
         removed = len(lines) - len(kept)
         if not annotator or kept == lines:
             raise DatasetError(f"Nothing by {annotator!r} (browser: {browser or 'any'}) in {path}: `dataset stats` lists names")
@@ -59,6 +52,47 @@ def erase(workspace: Workspace, annotator: str, browser: str = "", *, dry_run: b
     if any(row is _NO_ROW and orjson.dumps(annotator) in line for line, row in zip(lines, rows, strict=True)):
         remaining.append(workspace.preferences)
     return removed, [*filter(Path.exists, remaining), *_remaining(workspace.root, erased, "" if browser else annotator)]
+
+
+def erase_everywhere(
+    workspace: Workspace, targets: Collection[str], annotator: str, browser: str = "", *, dry_run: bool = False
+) -> tuple[dict[str, int], list[Path | str]]:
+    """`erase`, and the same in the files of sync targets (see `biasdpo.data.sync`); return the number of rows by place, and what
+    was not reached. Where the Hub can't be reached, that says what to do, and the call may be repeated."""
+    counts: dict[str, int] = {}
+    remaining: list[Path | str] = []
+    nothing: DatasetError | None = None
+    with sync.alone(workspace) if targets else nullcontext():  # or a running app might restore rows between two steps
+        try:
+            counts[str(workspace.preferences)], files = erase(workspace, annotator, browser, dry_run=dry_run)
+            remaining += files
+        except DatasetError as exc:
+            nothing = exc
+        for target in targets:
+            try:
+                count = sync.rewrite(workspace, target, lambda lines: _replaced(lines, annotator, browser), dry_run=dry_run)
+                counts |= {target: count} if count or not nothing else {}
+            except Exception as exc:  # the Hub's, and those of the network below it
+                why = f"{sync.reason_of(exc)}. Run this command again before the app is started, which would restore the rows"
+                remaining.append(f"{target}: {why}")
+    if nothing and not counts:
+        raise DatasetError(str(remaining[0])) if remaining else nothing
+    return counts, remaining
+
+
+def _is_by(row: Row, annotator: str, browser: str) -> bool:
+    return bool(annotator and row["annotator"] == annotator and browser in ("", row["meta"]["browser"]))
+
+
+def _replaced(lines: list[bytes], annotator: str, browser: str) -> list[bytes | None]:
+    """What takes the place of each line: nothing (None) for the annotator's judgments and what withdraws them."""
+    rows = [_row(line) for line in lines]
+    ids = {row["id"] for row in rows if row["verdict"] != "retracted" and _is_by(row, annotator, browser)}
+    replaced: list[bytes | None] = []
+    for line, row in zip(lines, rows, strict=True):
+        kept = orjson.dumps(row | {"annotator": ""}) if _is_by(row, annotator, browser) else line
+        replaced.append(None if {row["id"], row["retracts"]} & ids else kept)
+    return replaced
 
 
 def _row(line: bytes) -> Row:

@@ -1,7 +1,8 @@
 """Export of what training reads from the journal: a file that `datasets.load_dataset` and TRL read as it is, and a dataset card.
 
-JSONL, CSV or Parquet, by the file's suffix. JSONL and Parquet are safest: a spreadsheet may take a CSV text that begins with '='
-for a formula, and pandas reads a cell `NA` or `None` as missing (unless given `keep_default_na=False`, as the card does).
+JSONL, CSV or Parquet, by the file's suffix. JSONL and Parquet are safest: in CSV, a quote stands before a text that a
+spreadsheet would take for a formula (the import takes it away), and pandas reads a cell `NA` or `None` as missing (unless
+given `keep_default_na=False`, as the card does).
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ import csv
 import hashlib
 import html
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from biasdpo.access import audit, require_owner
 from biasdpo.data.health import measure
 from biasdpo.data.journal import Journal, Row
-from biasdpo.data.pairs import derive, pair_of_row
+from biasdpo.data.pairs import PreferencePair, derive, judged_pair_id, pair_of_row
 from biasdpo.data.splits import open_journal, trainable
 from biasdpo.errors import ConfigError, DatasetError, WorkspaceError
+from biasdpo.records import csv_cell
 from biasdpo.workspace import ASSETS, Workspace, replacing, sha256_of
 
 # Rows
@@ -145,14 +150,18 @@ def _is_same_file(path: Path, other: Path) -> bool:
 
 def _write_jsonl(rows: Sequence[ExportedRow], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(map(_line, rows))
+
+
+def _line(row: ExportedRow) -> str:
+    return json.dumps(vars(row), ensure_ascii=False) + "\n"
 
 
 def _write_csv(rows: Sequence[ExportedRow], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, quoting=csv.QUOTE_ALL, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(map(vars, rows))
+        writer.writerows({column: csv_cell(value) for column, value in vars(row).items()} for row in rows)
 
 
 def _write_parquet(rows: Sequence[ExportedRow], path: Path) -> None:
@@ -168,6 +177,63 @@ _WRITERS: dict[str, Callable[[Sequence[ExportedRow], Path], None]] = {
     ".csv": _write_csv,
     ".parquet": _write_parquet,
 }
+
+# For the public
+
+
+@dataclass(frozen=True)
+class PublicPairs:
+    """The judgments of some pairs, as they may be published.
+
+    content     a JSONL file, and `card`, the dataset card that belongs to it
+    annotators  the names behind it
+    edited      pairs of which annotators wrote a part
+    """
+
+    content: bytes
+    card: str
+    rows: list[ExportedRow]
+    annotators: list[str]
+    edited: int
+
+
+def public_pairs(
+    workspace: Workspace, pairs: Iterable[PreferencePair], file_name: str, *, with_annotators: bool = False
+) -> PublicPairs:
+    """What stands in the journal about these pairs, chosen as they are, with numbers for annotators and days for times.
+
+    Pairs that the journal does not hold (of files), that were withdrawn or erased, or that were chosen the other way round since
+    are left out. `with_annotators`: with names and times.
+    """
+    require_owner("Export")
+    wanted = {(pair.pair_id, pair.chosen) for pair in pairs}
+    ids = {pair_id for pair_id, _chosen in wanted}
+    every = list(open_journal(workspace).rows.values()) if workspace.preferences.is_file() else []
+    judged = {row["id"]: row for row in every if row["verdict"] != "retracted" and judged_pair_id(row) in ids}
+    names = list(dict.fromkeys(row["annotator"] for row in judged.values() if row["annotator"]))
+    aliases = {name: name if with_annotators else f"annotator {i}" for i, name in enumerate(names, 1)}
+
+    def public(row: Row) -> Row:
+        meta = row["meta"] | {key: _without_folder(row["meta"][key]) for key in ("model", "adapter")} | {"browser": ""}
+        day = row["created_at"] if with_annotators else row["created_at"][:10]
+        return row | {"annotator": aliases.get(row["annotator"], ""), "created_at": day, "note": "", "meta": meta}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "preferences.jsonl"
+        with path.open("wb") as file:
+            file.writelines(orjson.dumps(public(row)) + b"\n" for row in every if {row["id"], row["retracts"]} & judged.keys())
+        journal = Journal(path).refresh()
+    rows, _repeats, contradictions = build_rows(journal)
+    rows = [row for row in rows if (row.pair_id, row.chosen) in wanted]
+    content = "".join(map(_line, rows)).encode("utf-8")
+    card = build_card(file_name, hashlib.sha256(content).hexdigest(), rows, journal, contradictions)
+    edited = sum(bool(judged[row.id]["original_chosen"] or judged[row.id]["original_rejected"]) for row in rows)
+    return PublicPairs(content, card, rows, names, edited)
+
+
+def _without_folder(name: str) -> str:
+    return Path(name).name if name.startswith(("/", "~")) else name
+
 
 # The card
 

@@ -12,7 +12,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from biasdpo.data.journal import Journal, Mark, Row, garbage_collection_paused
 from biasdpo.data.near_duplicates import NearDuplicates, normalize
 from biasdpo.data.pairs import TEXTS, PreferencePair, judged_pair_id
 from biasdpo.data.templated import marker_in
-from biasdpo.errors import DatasetError
+from biasdpo.errors import DatasetError, plural
 
 # Overlap with benchmarks
 
@@ -49,21 +49,15 @@ class Overlap:
     _grams: Hashes  # (G,) sorted; a gram occurs once per file
     _file_of: NDArray[np.int32]  # (G,) index into `files`
 
-    def flags(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Whether each of N texts shares eight consecutive words with any file: (N,)."""
-        flags = np.zeros(len(texts), np.bool_)
+    def files_of(self, texts: Sequence[str]) -> dict[int, set[str]]:
+        """By index of a text: the files with which it shares eight consecutive words; only of texts that share some."""
+        files: defaultdict[int, set[str]] = defaultdict(set)
         for grams, text_of in _grams_of(texts):
-            flags[text_of[self._found(grams)]] = True
-        return flags
-
-    def files_of(self, text: str) -> tuple[str, ...]:
-        """The files with which a text shares eight consecutive words."""
-        found: set[int] = set()
-        for grams, _text_of in _grams_of([text]):
-            for gram in grams[self._found(grams)]:
+            found = self._found(grams)
+            for gram, text in zip(grams[found], text_of[found].tolist(), strict=True):
                 start, end = np.searchsorted(self._grams, gram), np.searchsorted(self._grams, gram, side="right")
-                found.update(self._file_of[start:end].tolist())
-        return tuple(self.files[i] for i in sorted(found))
+                files[text].update(self.files[i] for i in self._file_of[start:end])
+        return dict(files)
 
     def _found(self, grams: Hashes) -> NDArray[np.bool_]:
         """Which grams occur in some file: (G,)."""
@@ -313,7 +307,7 @@ class _Tally:
         self._near_duplicates = 0
         self._overlapping = 0
         self._templated: Counter[str] = Counter()  # by marker
-        self._files: Counter[str] = Counter()
+        self._files: set[str] = set()
 
     def add(self, rows: Sequence[Row]) -> None:
         self._judgments += len(rows)
@@ -323,13 +317,14 @@ class _Tally:
             self._by_annotator[row["annotator"]].add(row)
             if marker := marker_in(*(row[column] for column in TEXTS)):
                 self._templated[marker] += 1
-        near = self._prompts.add_all([row["prompt"] for row in preferred], one_is_enough=True)
+        near = self._prompts.add_all([row["prompt"] for row in preferred])
         self._near_duplicates += sum(bool(numbers) for _number, numbers in near)
         if self._overlap is not None and preferred:
-            flags = self._overlap.flags([row[column] for row in preferred for column in TEXTS])
-            for row in compress(preferred, np.any(flags.reshape(-1, len(TEXTS)), axis=1).tolist()):
-                self._overlapping += 1
-                self._files.update({file for column in TEXTS for file in self._overlap.files_of(row[column])})
+            by_row: defaultdict[int, set[str]] = defaultdict(set)
+            for text, files in self._overlap.files_of([row[column] for row in preferred for column in TEXTS]).items():
+                by_row[text // len(TEXTS)] |= files
+            self._overlapping += len(by_row)
+            self._files.update(*by_row.values())
 
     def confounds(self) -> Confounds:
         everyone = Shares(*(sum(column) for column in zip(*map(astuple, self._by_annotator.values()), strict=True)))
@@ -359,8 +354,8 @@ class _Tally:
         if self._templated:
             markers = ", ".join(marker for marker, _count in self._templated.most_common(_NAMED_FILES))
             yield (
-                f"{self._templated.total():,} of {everyone.pairs:,} pairs hold a chat template's markers ({markers}), which "
-                "would be trained as text. Withdraw them and import the file again with “Unwrap” (--unwrap)."
+                f"A chat template's markers ({markers}) are in {self._templated.total():,} of {plural(everyone.pairs, 'pair')} "
+                "and would be trained as text. Withdraw them and import the file again with “Unwrap” (--unwrap)."
             )
         if self._overlapping:
             files = sorted(self._files)

@@ -27,8 +27,8 @@ from biasdpo.data import templated
 from biasdpo.data.journal import BOM, BadLine, Row, append_all, journal_of, now, parse_row, row_of, undone_ids
 from biasdpo.data.pairs import LABELS, TEXTS, pair_id_of, text_fault
 from biasdpo.data.templated import Message
-from biasdpo.errors import ConfigError, DatasetError
-from biasdpo.records import SEED_RANGE, Judgment, JudgmentMeta
+from biasdpo.errors import ConfigError, DatasetError, plural
+from biasdpo.records import SEED_RANGE, Judgment, JudgmentMeta, csv_text
 from biasdpo.workspace import Workspace
 
 # Reading: the rows of a source, one by one
@@ -338,9 +338,17 @@ def _csv_rows(path: Path) -> Iterator[Read]:
         elif not all(map(_is_utf8, cells)):
             yield bad_line(start + 1, _NOT_UTF8)
         elif cells and (len(cells) < len(header) or any(cells[len(header) :])):
-            yield bad_line(start + 1, f"{len(cells)} cells, but the header has {len(header)}")
+            yield bad_line(start + 1, f"{plural(len(cells), 'cell')}, but the header has {len(header)}")
         elif cells:
-            yield SourceRow(start + 1, {name: cell for name, cell in zip(header, cells, strict=False) if name}, True)
+            yield SourceRow(start + 1, _restored({name: cell for name, cell in zip(header, cells, strict=False) if name}), True)
+
+
+def _restored(row: dict[str, str]) -> dict[str, str]:
+    """A row of our own exports with its texts as they were before `csv_cell`: its pair_id is of those."""
+    if "pair_id" not in row or not row.keys() >= set(TEXTS):
+        return row
+    texts = {name: csv_text(cell) for name, cell in row.items()}
+    return texts if texts["pair_id"] == pair_id_of(*(texts[name] for name in TEXTS)) else row
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Read]]] = {"CSV": _csv_rows, "JSON": _json_text, "JSON Lines": _json_lines}
@@ -379,7 +387,7 @@ def _split_system(messages: Sequence[Message], column: str) -> tuple[str, str]:
     """
     system, turns = (messages[0][1], messages[1:]) if messages and messages[0][0] == "system" else ("", messages)
     if len(turns) != 1:
-        raise ValueError(f"{column} has {len(turns)} turns before the completion; only one user turn can be trained on")
+        raise ValueError(f"{column} has {plural(len(turns), 'turn')} before the completion; only one user turn can be trained on")
     if turns[0][0] != "user":
         raise ValueError(f"{column} ends with a turn of the {turns[0][0]}, not of the user")
     return system, turns[0][1]
@@ -765,7 +773,7 @@ def convert_source(
     left_out["withdrawn"] = len(judgments) - len(kept)
     notes = []
     if with_system:
-        notes.append(f"{with_system:,} rows have a system text, which now stands before the prompt")
+        notes.append(f"rows with a system text, which now stands before the prompt: {with_system:,}")
     if +markers:
         notes.append(_TEMPLATED.format(sum(markers.values()), ", ".join(marker for marker, _ in markers.most_common(3))))
     if +left_out:
@@ -782,7 +790,7 @@ def check_some_good(source: str | Path, converted: Converted) -> None:
         raise DatasetError(f"{source} has no rows to import{notes}; name another file")
     first = converted.bad[0]
     raise DatasetError(
-        f"No good row in {source}, {len(converted.bad):,} bad ones, the first in line {first.line}: {first.reason}; "
+        f"No good row in {source}, {plural(len(converted.bad), 'bad one')}, the first in line {first.line}: {first.reason}; "
         "fix the file, or name its columns with --map"
     )
 

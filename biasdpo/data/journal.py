@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import orjson
 
-from biasdpo.access import require_owner
+from biasdpo.access import check_stored, require_owner
 from biasdpo.data.pairs import LABELS, TEXTS, check_label, check_text, pair_id_of
 from biasdpo.errors import DatasetError, WorkspaceError
 from biasdpo.records import Judgment, JudgmentMeta, Verdict
@@ -289,8 +289,12 @@ def append(workspace: Workspace, judgment: Judgment) -> Appended:
     """Store one judgment. Storing it again (the same id, in a second try) changes nothing.
 
     Raises WorkspaceError if the disk is full, the folder is read-only, or the lock is held for longer than LOCK_SECONDS; then
-    nothing is stored, and the call may be repeated. A judgment that can't be stored is a DatasetError.
+    nothing is stored, and the call may be repeated. A judgment that can't be stored is a DatasetError; a visitor's that is too
+    much, a RefusedError.
     """
+    if judgment.verdict != "retracted":
+        path = workspace.preferences
+        check_stored(len(_line(judgment)), path.stat().st_size if path.exists() else 0)
     return append_all(workspace, [judgment])
 
 

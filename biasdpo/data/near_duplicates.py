@@ -4,7 +4,7 @@ Candidates are compared exactly, so nothing is called near that is not. Two prom
 with probability 1 - (1 - 0.4^2)^32 = 0.996; of a crowded bucket, only the first prompts are candidates. Splits of stored runs
 depend on the hashes: changing a constant here moves pairs.
 
-datasketch was measured and rejected: 2.0 s for 10,000 prompts (0.09 s here), and quadratic if all prompts begin alike.
+datasketch was measured and rejected: 2.0 s for 10,000 prompts (0.11 s here), and quadratic if all prompts begin alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,7 @@ Integers = NDArray[np.int64]
 
 SIMILARITY = 0.4  # Jaccard similarity of two prompts' word trigrams from which they are near-duplicates
 _BANDS = 32  # buckets of a prompt, each the hash of two minima
-_FIRST_BANDS = 6  # find most near-duplicates; the others are searched for prompts without any yet
 _CANDIDATES = 4  # prompts of a bucket that are compared, so that a thousand copies cost no more than a few
-_SHORT = 64  # tokens
 _BLOCK = 4096  # prompts or candidates handled at once, to stay within the processor's cache
 _NUMBER_MASK = np.uint64(2**24 - 1)  # of an entry: its low bits are the prompt's number, the others its bucket
 _HALF = np.uint64(32)
@@ -37,7 +34,6 @@ _ADDENDS: Hashes = _random.integers(0, 2**64, size=2 * _BANDS, dtype=np.uint64)
 
 # Deleting ASCII punctuation by table is several times faster than by regular expression.
 _ASCII_PUNCTUATION = {code: None for code in range(128) if re.fullmatch(r"[^\w\s]", chr(code))}
-_SEPARATOR = "\x1e"  # white space to Python, so that the table keeps it
 _ASCII_TABLE = _ASCII_PUNCTUATION | str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
@@ -47,14 +43,6 @@ def normalize(text: str) -> str:
         return " ".join(text.translate(_ASCII_TABLE).split())
     text = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"\s+", " ", re.sub(r"[^\w\s]", "", text)).strip()
-
-
-def _normalize_all(texts: Sequence[str]) -> list[str]:
-    """Normalize each text; ASCII all at once, in half the time."""
-    together = _SEPARATOR.join(texts)
-    if not together.isascii() or together.count(_SEPARATOR) >= len(texts):
-        return list(map(normalize, texts))
-    return [" ".join(text.split()) for text in together.translate(_ASCII_TABLE).split(_SEPARATOR)]
 
 
 class NearDuplicates:
@@ -67,30 +55,26 @@ class NearDuplicates:
         self._numbers: dict[str, int] = {}  # normalized prompt -> number
         self._tokens = np.zeros(1, np.uint32)  # with room at the end: hashes of the trigrams of all prompts, each once per prompt
         self._ends = np.zeros(1, np.int64)  # with room, too: the tokens of prompt n are those from _ends[n] to _ends[n + 1]
-        self._runs: tuple[list[Hashes], list[Hashes]] = ([], [])  # sorted entries of the first bands, and of the others
+        self._runs: list[Hashes] = []  # sorted entries
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def add_all(self, prompts: Iterable[str], *, one_is_enough: bool = False) -> list[tuple[int, list[int]]]:
-        """Return each prompt's number and the numbers of its earlier near-duplicates ([] if the prompt is already indexed).
-
-        Of many, the first few are named. `one_is_enough`: the search for a prompt's near-duplicates may end with the first ones.
-        """
+    def add_all(self, prompts: Iterable[str]) -> list[tuple[int, list[int]]]:
+        """Return each prompt's number and the numbers of its earlier near-duplicates, of many the first few ([] if the prompt is
+        already indexed)."""
         first = len(self)
         new: list[str] = []
         numbers = []
-        prompts = list(prompts)
-        blocks = (_normalize_all(prompts[start : start + _BLOCK]) for start in range(0, len(prompts), _BLOCK))
-        for normalized in chain.from_iterable(blocks):
+        for normalized in map(normalize, prompts):
             number = self._numbers.setdefault(normalized, first + len(new))
             numbers.append((number, number == first + len(new)))
             if numbers[-1][1]:
                 new.append(normalized)
-        near = self._index(new, first, one_is_enough) if new else {}
+        near = self._index(new, first) if new else {}
         return [(number, near.get(number, []) if is_new else []) for number, is_new in numbers]
 
-    def _index(self, prompts: Sequence[str], first: int, one_is_enough: bool) -> dict[int, list[int]]:
+    def _index(self, prompts: Sequence[str], first: int) -> dict[int, list[int]]:
         """Index new prompts, numbered from `first`; return the near-duplicates of those that have any."""
         blocks = [_tokens_of(prompts[start : start + _BLOCK]) for start in range(0, len(prompts), _BLOCK)]
         size = int(self._ends[first])
@@ -99,20 +83,12 @@ class NearDuplicates:
         self._ends = _written(self._ends, first + 1, ends)
         buckets = np.concatenate([_buckets_of(tokens, counts) for tokens, counts in blocks], axis=1)
         buckets |= np.arange(first, first + len(prompts), dtype=np.uint64)
-        searched = np.ones(len(prompts), np.bool_)
-        pairs = np.empty(0, np.uint64)  # own number << 32 | number of the near-duplicate
-        for bands, runs in zip(np.split(buckets, [_FIRST_BANDS]), self._runs, strict=True):
-            entries = np.sort(bands, axis=1).ravel()  # a band's buckets are larger than those of the bands before
-            asks = searched[(entries & _NUMBER_MASK).astype(np.int64) - first]
-            found = self._near(_distinct(np.concatenate(list(_candidates(entries, asks, runs)))))
-            pairs = np.concatenate((pairs, found))
-            if one_is_enough:
-                searched[(found >> _HALF).astype(np.int64) - first] = False
-            runs.append(entries)
-            while len(runs) > 1 and len(runs[-2]) <= 2 * len(runs[-1]):  # few runs, and an entry is rarely moved
-                runs[-2:] = [np.sort(np.concatenate(runs[-2:]), kind="stable")]
+        entries = np.sort(buckets, axis=1).ravel()  # a band's buckets are larger than those of the bands before
+        pairs = self._near(_distinct(np.concatenate(list(_candidates(entries, self._runs)))))
+        self._runs.append(entries)
+        while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):  # few runs, and an entry is rarely moved
+            self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]), kind="stable")]
         near: dict[int, list[int]] = {}
-        pairs = _distinct(pairs)
         for number, other in zip((pairs >> _HALF).tolist(), (pairs & _NUMBER_MASK).tolist(), strict=True):
             near.setdefault(number, []).append(other)
         return near
@@ -124,23 +100,11 @@ class NearDuplicates:
             block = pairs[start : start + _BLOCK]
             own, other = (block >> _HALF).astype(np.int64), (block & _NUMBER_MASK).astype(np.int64)
             sizes, other_sizes = self._ends[own + 1] - self._ends[own], self._ends[other + 1] - self._ends[other]
-            width = max(sizes.max(), other_sizes.max())
-            if width <= _SHORT:  # token by token, several times faster
-                right = self._columns(other, other_sizes, width, 2**31 + 1)
-                rows = self._columns(own, sizes, width, 2**31)
-                shared = np.sum([(right == row).sum(axis=0) for row in rows], axis=0)
-            else:
-                tokens = np.sort(np.concatenate((self._tokens_by_pair(own, sizes), self._tokens_by_pair(other, other_sizes))))
-                twice = tokens[1:][tokens[1:] == tokens[:-1]]
-                shared = np.bincount((twice >> _HALF).astype(np.int64), minlength=len(block))
+            tokens = np.sort(np.concatenate((self._tokens_by_pair(own, sizes), self._tokens_by_pair(other, other_sizes))))
+            twice = tokens[1:][tokens[1:] == tokens[:-1]]
+            shared = np.bincount((twice >> _HALF).astype(np.int64), minlength=len(block))
             near.append(block[shared / (sizes + other_sizes - shared) >= SIMILARITY])
         return np.concatenate(near)
-
-    def _columns(self, numbers: Integers, sizes: Integers, width: int, fill: int) -> NDArray[np.uint32]:
-        """The tokens of P prompts as columns: (width, P), filled up with a number that is no token."""
-        row = np.arange(width)[:, None]
-        places = np.minimum(self._ends[numbers] + row, len(self._tokens) - 1)
-        return np.where(row < sizes, self._tokens[places], np.uint32(fill))
 
     def _tokens_by_pair(self, numbers: Integers, sizes: Integers) -> Hashes:
         """The tokens of P prompts, with the place in `numbers` above them: (T,)."""
@@ -202,20 +166,18 @@ def _buckets_of(tokens: NDArray[np.uint32], counts: Integers) -> Hashes:
     return (bands | _mix(minima[0::2] * _FACTORS[0] + minima[1::2] * _FACTORS[1]) >> np.uint64(5)) & ~_NUMBER_MASK
 
 
-def _candidates(entries: Hashes, asks: NDArray[np.bool_], runs: Sequence[Hashes]) -> Iterator[Hashes]:
-    """Yield pairs (own number << 32 | earlier number) of sorted new entries with the first _CANDIDATES of their buckets.
-
-    asks   (N,) which entries are searched for; earlier entries are in the sorted `runs` and, last, among the new ones
-    """
+def _candidates(entries: Hashes, runs: Sequence[Hashes]) -> Iterator[Hashes]:
+    """Yield pairs (own number << 32 | earlier number) of sorted new entries with the first _CANDIDATES of their buckets, in the
+    sorted `runs` and, last, among the new entries themselves."""
     is_first = np.concatenate(([True], entries[1:] ^ entries[:-1] > _NUMBER_MASK))  # of its bucket
     left = np.full(len(entries), _CANDIDATES, np.int8)
     for run in (*runs, entries):
         if run is entries:
-            places, firsts = np.flatnonzero(asks & ~is_first), np.flatnonzero(is_first)
+            places, firsts = np.flatnonzero(~is_first), np.flatnonzero(is_first)
             starts = firsts[np.searchsorted(firsts, places) - 1]
         else:
-            places = np.flatnonzero(asks)
-            starts = np.searchsorted(run, entries[places] & ~_NUMBER_MASK)
+            places = np.arange(len(entries))
+            starts = np.searchsorted(run, entries & ~_NUMBER_MASK)
         for k in range(_CANDIDATES):
             more = (starts + k < len(run)) & (left[places] > 0)
             places, starts = places[more], starts[more]

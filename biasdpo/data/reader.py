@@ -9,7 +9,7 @@ from pathlib import Path
 from biasdpo.access import is_owner
 from biasdpo.data.health import Confounds, Meter, load_overlap
 from biasdpo.data.journal import EDITABLE, Journal, Row, journal_of, replacement
-from biasdpo.data.summary import Agreement, Page, Query, agreement, cell_counts, choices, find, query
+from biasdpo.data.summary import Agreement, Page, Query, State, agreement, cell_counts, choices, find, query
 from biasdpo.errors import BiasDPOError
 from biasdpo.workspace import Workspace
 
@@ -82,9 +82,9 @@ class DatasetReader:
         counted = Counter(row["source"] for row in self.standing() if row["source"].startswith("import:"))
         return dict(reversed(counted.items()))
 
-    def choices(self) -> dict[str, Counter[str]]:
-        """The values to filter by, and their counts, by column."""
-        return choices(self._read())
+    def choices(self, state: State) -> dict[str, Counter[str]]:
+        """The values to filter judgments in this state by, and their counts, by column."""
+        return choices(self._read(), state)
 
     def judgment(self, judgment_id: str) -> tuple[Row, Row | None] | None:
         """A judgment and the row that withdraws it, if any; None for an unknown id."""

@@ -22,7 +22,7 @@ from biasdpo.data.importing import HUB, convert_source
 from biasdpo.data.journal import Journal
 from biasdpo.data.near_duplicates import NearDuplicates, normalize
 from biasdpo.data.pairs import Derived, PreferencePair, derive, longer_baseline, pair_of_row
-from biasdpo.errors import ConfigError, DatasetError
+from biasdpo.errors import ConfigError, DatasetError, plural
 from biasdpo.models import AdapterSpec
 from biasdpo.workspace import ASSETS, Workspace, read_json, replacing, sha256_of, write_json
 
@@ -247,7 +247,7 @@ def resolve(config: TrainConfig, workspace: Workspace) -> RunData:
     if not epoch:
         names = ", ".join(map(public_name, config.datasets))
         raise DatasetError(
-            f"{names}: no pairs to train on ({len(rows)} rows read, {len(parts.held_out)} held out, "
+            f"{names}: no pairs to train on ({plural(len(rows), 'row')} read, {len(parts.held_out)} held out, "
             f"{derived.contradictions} contradict each other); add rows or lower held_out_share"
         )
     of_pairs = tuple(weights[pair.pair_id] for pair in derived.pairs)

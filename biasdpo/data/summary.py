@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from threading import Lock
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -126,47 +125,11 @@ Cell = tuple[str, str]
 """Category and target group; "" if unknown."""
 
 
-class HasCell(Protocol):
-    """Names the cell of the coverage matrix that it would fill."""
-
-    @property
-    def category(self) -> str: ...
-    @property
-    def target_group(self) -> str: ...
-
-
-Prompt = TypeVar("Prompt", bound=HasCell)
-
-
 def cell_counts(rows: Iterable[Row]) -> Counter[Cell]:
     """Count the standing rows of each cell: those that prefer one completion, without hidden repeats."""
     return Counter(
         (row["category"], row["target_group"]) for row in rows if row["verdict"] == "preferred" and not row["repeat_of"]
     )
-
-
-def least_covered(prompts: Sequence[Prompt], counts: Mapping[Cell, int]) -> list[Prompt]:
-    """Order prompts so that the next one always comes from the cell with the fewest judgments.
-
-    A prompt counts as judged once it is offered, so that the cells fill side by side. Ties, and prompts of one cell, keep their
-    order.
-    """
-    by_cell: dict[Cell, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        by_cell.setdefault((prompt.category, prompt.target_group), []).append(place)
-    # For each cell its next prompt: how full the cell is by then, the prompt's place, how many of the cell were offered.
-    heap = [(counts.get(cell, 0), places[0], 0, cell) for cell, places in by_cell.items()]
-    heapq.heapify(heap)
-    order = []
-    while heap:
-        count, place, offered, cell = heap[0]
-        order.append(prompts[place])
-        places = by_cell[cell]
-        if offered + 1 < len(places):
-            heapq.heapreplace(heap, (count + 1, places[offered + 1], offered + 1, cell))
-        else:
-            heapq.heappop(heap)
-    return order
 
 
 # Statistics
@@ -317,9 +280,9 @@ def query(journal: Journal, wanted: Query, number: int = 0, page_rows: int = PAG
     return Page(rows, shown, len(found), number, pages)
 
 
-def choices(journal: Journal) -> dict[str, Counter[str]]:
-    """For each column of FILTERS: its values, with how many judgments (including retracted ones) have each."""
-    rows = [row for row in journal.since((0, 0))[0] if row["verdict"] != "retracted"]
+def choices(journal: Journal, state: State) -> dict[str, Counter[str]]:
+    """For each column of FILTERS: its values, with how many judgments in this state have each."""
+    rows, _retractions = find(journal, Query(state=state))
     return {column: Counter(map(itemgetter(column), rows)) for column in FILTERS}
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from os.path import commonprefix
 
+from biasdpo.errors import plural
+
 Message = tuple[str, str]
 """Role (system, user or assistant) and content."""
 
@@ -84,7 +86,7 @@ def completion_of(text: str, column: str) -> str:
     """The one turn of a templated completion. Raises ValueError if it has several."""
     turns = turns_of(text, column, labels=False)
     if len(turns) > 1 or (turns and turns[0][0] != "assistant"):
-        raise ValueError(f"{column} has {len(turns)} turns; only the assistant's last one can be trained on")
+        raise ValueError(f"{column} has {plural(len(turns), 'turn')}; only the assistant's last one can be trained on")
     return turns[0][1] if turns else ""
 
 

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from biasdpo import models
 from biasdpo.access import require_owner
 from biasdpo.benchmarks.titles import benchmark_title, better_words, metric_title
-from biasdpo.errors import EvaluationError
+from biasdpo.errors import EvaluationError, plural
 from biasdpo.evaluation.results import (
     PERPLEXITY,
     Ci,
@@ -29,7 +29,11 @@ from biasdpo.evaluation.results import (
 )
 from biasdpo.jobs.job import shown_command
 from biasdpo.model_card import CARD, plain
-from biasdpo.workspace import Workspace, replacing
+from biasdpo.records import csv_cell
+from biasdpo.workspace import Workspace, replacing, sha256_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 Labeled = tuple[str, Mapping[str, Any]]
 """A name of an evaluation, and its result."""
@@ -64,8 +68,8 @@ def sentence(result: Mapping[str, Any]) -> str:
         parts.append("stopped before all items were scored")
     for name, one in result["benchmarks"].items():
         if unmatched := int(one.get("n_without_biased_answer") or 0):
-            items = f"{unmatched:,} of {one['n']:,} {benchmark_title(name)} items"
-            parts.append(f"{items} have no biased answer and count in no bias score")
+            items = f"{unmatched:,} of {plural(one['n'], benchmark_title(name) + ' item')}"
+            parts.append(f"without a biased answer, and so in no bias score: {items}")
     if result.get("missing"):
         parts.append(f"not scored: {', '.join(map(benchmark_title, result['missing']))}")
     text = "; ".join(parts) + "."
@@ -79,7 +83,7 @@ def _bias_outcome(by_benchmark: Sequence[set[str]]) -> str:
     )
     if not counts:
         return ""
-    every = f"{len(by_benchmark)} benchmark{'' if len(by_benchmark) == 1 else 's'}"
+    every = plural(len(by_benchmark), "benchmark")
     said: list[str] = []
     for verdict, words in (("less biased", "clearly less biased"), ("worse", "clearly more biased"), ("mixed", "mixed")):
         if counts[verdict]:
@@ -126,7 +130,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"not comparable with published figures: {found['not_as_published']}"
     if found["n_failed"]:
         reason = found["failures"][0]["reason"] if found.get("failures") else "the reason is unknown"
-        yield f"{found['n_failed']:,} item{'' if found['n_failed'] == 1 else 's'} could not be scored; the first: {reason}"
+        yield f"{plural(found['n_failed'], 'item')} could not be scored; the first: {reason}"
     if found.get("pick_the_longer_baseline") is not None:
         yield f"picking the longer completion is right in {found['pick_the_longer_baseline']:.3f} of the pairs"
 
@@ -189,9 +193,9 @@ def markdown(result: Mapping[str, Any] | Sequence[Labeled], command: Sequence[st
     return _lines(["# Evaluations side by side", "", *_side_by_side(result)])
 
 
-def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
+def _report(result: Mapping[str, Any], command: Sequence[str], *, dated: bool = True) -> Iterator[str]:
     provenance = result["provenance"]
-    yield from _facts(provenance)
+    yield from _facts(provenance, dated=dated)
     if provenance.get("interrupted"):
         yield from ("**Interrupted: only what was scored until then. Not comparable.**", "")
     yield from (f"**{plain(sentence(result))}**", "")
@@ -217,7 +221,7 @@ def _report(result: Mapping[str, Any], command: Sequence[str]) -> Iterator[str]:
     yield "Holm-corrected over the table. An improvement must survive the correction; a clear change for the worse need not."
 
 
-def _facts(provenance: Mapping[str, Any]) -> Iterator[str]:
+def _facts(provenance: Mapping[str, Any], *, dated: bool = True) -> Iterator[str]:
     limit = provenance.get("limit")
     facts = {
         "Model": f"{plain(Path(provenance['model']).name)} (SHA-256 `{provenance.get('model_sha256', '')[:16]}`)",
@@ -228,8 +232,9 @@ def _facts(provenance: Mapping[str, Any]) -> Iterator[str]:
         "Preference pairs": plain(provenance.get("pairs_source") or "not scored"),
         "Seed": provenance.get("seed", ""),
         "Code": f"BiasDPO {provenance.get('code_version', '')}",
-        "Report": datetime.now(UTC).date().isoformat(),
     }
+    if dated:
+        facts["Report"] = datetime.now(UTC).date().isoformat()
     if provenance.get("adapter"):
         facts["Adapter"] = f"{plain(provenance['adapter'])} (SHA-256 `{provenance.get('adapter_sha256', '')[:16]}`)"
     yield from (f"- {name}: {value}" for name, value in facts.items())
@@ -329,12 +334,12 @@ _INTERVALS = ("base_ci", "tuned_ci", "ci")
 
 
 def csv_text(result: Mapping[str, Any]) -> str:
-    """`csv_rows` as a CSV file."""
+    """`csv_rows` as a CSV file without formulas."""
     rows = csv_rows(result)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
@@ -369,19 +374,41 @@ def add_to_card(result: Mapping[str, Any], workspace: Workspace, command: Sequen
             f"{name or 'The base model'} is no run's adapter in this workspace, so it has no card to write into: evaluate the "
             "adapter of a run"
         )
-    if models.adapter_sha256(adapter) != provenance.get("adapter_sha256"):
+    if sha256_of(adapter.weights) != provenance.get("adapter_sha256"):
         raise EvaluationError(f"Run {name!r} has another adapter now than the one that was evaluated: evaluate it again")
     if provenance.get("interrupted"):
         raise EvaluationError("An interrupted evaluation can't go into a card: resume the evaluation, then add it")
     card = adapter.folder / CARD
-    report = [f"#{line}" if line.startswith("## ") else line for line in _report(result, command)]  # one level deeper
-    section = _lines([BEGIN, "## Evaluation", "", *report, "", END])
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {plain(name)}\n"
-    begin, end = text.find(BEGIN), text.find(END)
-    if 0 <= begin < end:
-        text = text[:begin] + section + text[end + len(END) :].removeprefix("\n")
-    else:
-        text = text.rstrip("\n") + "\n\n" + section
     with replacing(card) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(with_evaluation(text, result, command), encoding="utf-8")
     return card
+
+
+def with_evaluation(card: str, result: Mapping[str, Any] | None, command: Sequence[str] = ()) -> str:
+    """A card with the report as its section "Evaluation", in place of an earlier one. `result` None: that there is none."""
+    report = ["Not evaluated on benchmarks."] if result is None else _report(result, command, dated=False)
+    deeper = [f"#{line}" if line.startswith("## ") else line for line in report]
+    section = _lines([BEGIN, "## Evaluation", "", *deeper, "", END])
+    begin, end = card.find(BEGIN), card.find(END)
+    if 0 <= begin < end:
+        return card[:begin] + section + card[end + len(END) :].removeprefix("\n")
+    return card.rstrip("\n") + "\n\n" + section
+
+
+def hub_metrics(result: Mapping[str, Any]) -> list[EvalResult]:
+    """The tuned model's overall metrics for the metadata of a card (`model-index`)."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row.benchmark,
+            dataset_name=benchmark_title(row.benchmark),
+            metric_type=row.metric,
+            metric_name=metric_title(row.metric),
+            metric_value=round(row.tuned, 4),
+        )
+        for row in table(result)
+        if row.tuned is not None
+    ]

@@ -20,11 +20,11 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 
-from biasdpo import __version__, models
+from biasdpo import __version__
 from biasdpo.backends.base import Backend, Cancellation
 from biasdpo.benchmarks.base import Benchmark, GenerationBenchmark, LikelihoodBenchmark
 from biasdpo.benchmarks.preference import Preference
@@ -33,7 +33,7 @@ from biasdpo.config import RUN, WORKSPACE
 from biasdpo.data import splits
 from biasdpo.data.pairs import PreferencePair, derive
 from biasdpo.engines import Engine
-from biasdpo.errors import ConfigError, DatasetError, PromptError, WorkspaceError
+from biasdpo.errors import ConfigError, DatasetError, PromptError, WorkspaceError, plural
 from biasdpo.evaluation import stats
 from biasdpo.evaluation.stats import Array, Interval, Metric
 from biasdpo.model_files import gguf_parts, weight_files
@@ -70,15 +70,15 @@ def run(
     """
     ordered = strength_order([check_strength(strength) for strength in strengths])
     parents = _parents(engine, workspace)
-    base = _open_caches(workspace, "base", _scorer(engine, parents))
+    base = _open_cache(workspace, "base", _scorer(engine, parents))
     results: dict[float, dict[str, Any]] = {}
     for i, strength in enumerate(ordered):
         if results and should_stop():
             break
-        caches: dict[Side, Caches] = {"base": base}
+        caches: dict[Side, AnswerCache] = {"base": base}
         if engine.adapter is not None:
             tuned = {"side": "tuned", "adapter_sha256": parents["adapter_sha256"], "strength": strength}
-            caches["tuned"] = _open_caches(workspace, "tuned", {**_scorer(engine, parents), **tuned})
+            caches["tuned"] = _open_cache(workspace, "tuned", {**_scorer(engine, parents), **tuned})
 
         def report(name: str, done: int, total: int, i: int = i) -> None:
             on_item(name, i * total + done, len(ordered) * total)
@@ -125,7 +125,7 @@ def _brief(part: Mapping[str, Any]) -> dict[str, Any]:
 def _run_strength(
     backend: Backend,
     benchmarks: Sequence[Benchmark[Any]],
-    caches: Mapping[Side, Caches],
+    caches: Mapping[Side, AnswerCache],
     strength: float,
     limit: int | None,
     seed: int,
@@ -133,8 +133,6 @@ def _run_strength(
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """The benchmarks' results at one strength, and whether the run was interrupted."""
-    likelihoods = {side: of_side.likelihoods for side, of_side in caches.items()}
-    completions = {side: of_side.completions for side, of_side in caches.items()}
     results: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     interrupted = False
@@ -153,18 +151,18 @@ def _run_strength(
         options: dict[str, Any] = {"strength": strength, "on_done": on_done, "should_stop": should_stop}
         texts: dict[Side, list[list[str]]] = {}
         if isinstance(benchmark, GenerationBenchmark):
-            scored = complete_items(backend, completions, benchmark, chosen, seed=seed, **options)
+            scored = complete_items(backend, caches, benchmark, chosen, seed=seed, **options)
             requests = [requests_of(benchmark, benchmark.items[index], seed) for index in scored.indices]
-            texts = {side: [[c.text for c in cache.get(r)] for r in requests] for side, cache in completions.items()}
+            texts = {side: [[c.text for c in cache.get(r)] for r in requests] for side, cache in caches.items()}
         else:
             assert isinstance(benchmark, LikelihoodBenchmark)
-            scored = score_items(backend, likelihoods, benchmark, chosen, **options)
+            scored = score_items(backend, caches, benchmark, chosen, **options)
         interrupted = scored.done < len(chosen)
         if scored.indices:
             results[benchmark.name] = _benchmark_result(benchmark, len(chosen), scored, texts, seed)
         elif scored.done:  # else it was stopped at once; earlier benchmarks' results stay
             reason = scored.failures[0]["reason"]
-            failed = f"none of {scored.done} items could be scored: the first failed with: {reason}"
+            failed = f"none of {plural(scored.done, 'item')} could be scored: the first failed with: {reason}"
             missing[benchmark.name] = f"{benchmark.name}: {failed}"
     correct(results)
     return {"benchmarks": results, "missing": missing, "interrupted": interrupted}
@@ -185,9 +183,9 @@ def _benchmark_result(
     """One benchmark's part of the result. `chosen`: how many items were to be scored; `texts`: completions by side and item."""
     total, items = len(benchmark.items), [benchmark.items[index] for index in scored.indices]
     arrays = {side: np.array(numbers, dtype=np.float64) for side, numbers in scored.numbers.items()}
-    not_comparable = f"limited to {scored.done:,} of {total:,} items" if scored.done < total else ""
+    not_comparable = f"limited to {scored.done:,} of {plural(total, 'item')}" if scored.done < total else ""
     if scored.done < chosen:
-        not_comparable = f"interrupted after {scored.done:,} of {chosen:,} items"
+        not_comparable = f"interrupted after {scored.done:,} of {plural(chosen, 'item')}"
     rows = []
     for i, (index, item) in enumerate(zip(scored.indices, items, strict=True)):
         numbers = {side: list(values[i]) for side, values in scored.numbers.items()}
@@ -241,7 +239,7 @@ _FIRST_BATCH, _LARGEST_BATCH, _GROWTH = 16, 1024, 4
 
 def score_items(
     backend: Backend,
-    caches: Mapping[Side, AnswerCache[Likelihood]],
+    caches: Mapping[Side, AnswerCache],
     benchmark: LikelihoodBenchmark[Any],
     chosen: Sequence[int],
     *,
@@ -288,7 +286,7 @@ def _add(result: ItemNumbers, index: int, numbers: Mapping[Side, Sequence[float]
 
 
 def _next_batch(
-    caches: Mapping[Side, AnswerCache[Likelihood]], benchmark: LikelihoodBenchmark[Any], chosen: Sequence[int], size: int
+    caches: Mapping[Side, AnswerCache], benchmark: LikelihoodBenchmark[Any], chosen: Sequence[int], size: int
 ) -> tuple[dict[int, Sequence[Request]], int]:
     """(requests of the next items by index, number of these items that are not cached): up to `size` uncached items. They keep
     their file order, in which items with the same context are neighbors: the shared beginning is computed once."""
@@ -303,7 +301,7 @@ def _next_batch(
 
 
 def _compute_missing(
-    backend: Backend, side: Side, cache: AnswerCache[Likelihood], batch: Mapping[int, Sequence[Request]], strength: float
+    backend: Backend, side: Side, cache: AnswerCache, batch: Mapping[int, Sequence[Request]], strength: float
 ) -> dict[int, str]:
     """Compute the missing likelihoods of some items. Returns, by index, why an item can't be scored."""
     missing = cache.missing(request for requests in batch.values() for request in requests)
@@ -330,7 +328,7 @@ _POLL_SECONDS = 0.1
 
 def complete_items(
     backend: Backend,
-    caches: Mapping[Side, AnswerCache[Completion]],
+    caches: Mapping[Side, AnswerCache],
     benchmark: GenerationBenchmark[Any],
     chosen: Sequence[int],
     *,
@@ -387,7 +385,7 @@ def _seed_of(request: CompletionRequest, seed: int) -> int:
 
 def _generate_missing(
     backend: Backend,
-    caches: Mapping[Side, AnswerCache[Completion]],
+    caches: Mapping[Side, AnswerCache],
     requests: Sequence[CompletionRequest],
     strength: float,
     threads: ThreadPoolExecutor,
@@ -437,7 +435,7 @@ def _complete(
 
 def _score_completions(
     benchmark: GenerationBenchmark[Any],
-    caches: Mapping[Side, AnswerCache[Completion]],
+    caches: Mapping[Side, AnswerCache],
     indices: Sequence[int],
     seed: int,
     result: ItemNumbers,
@@ -559,43 +557,49 @@ def _decide(entries: Iterable[dict[str, Any]]) -> None:
 # Cached answers: WORKSPACE/cache/scores/KEY.jsonl, one file per side of a model, named by all that an answer depends on but its
 # request; one line per request, [KEY OF THE REQUEST, ...ANSWER]
 
-A = TypeVar("A")
-
-# Raise these if a backend's answer to the same request changes by more than noise.
-_SCORES_VERSION, _COMPLETIONS_VERSION = 2, 2
+_SCORES_VERSION = 2  # raise it if a backend's answer to the same request changes by more than noise
 _PACKAGES = {"llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers", "peft")}  # by the backend's name
 
 
-class AnswerCache(Generic[A]):
-    """The answers of one side, by request: in memory, and appended to a file if there is one."""
+class AnswerCache:
+    """The likelihoods and completions of one side, by request: in memory, and appended to a file if there is one."""
 
-    def __init__(self, file: Path | None, decode: Callable[..., A], encode: Callable[[A], list[Any]]) -> None:
+    def __init__(self, side: Side, file: Path | None = None) -> None:
+        self._side = side
         self._file = file
-        self._encode = encode
-        self._answers: dict[str, A] = {}
+        self._answers: dict[str, Likelihood | Completion] = {}
         if file is not None and file.is_file():
             for line in file.read_bytes().split(b"\n"):
                 with suppress(ValueError, TypeError, RecursionError):  # a truncated or damaged line
                     key, *values = json.loads(line)
-                    self._answers[key] = decode(*values)
+                    self._answers[key] = self._decode(*values)
+
+    def _decode(self, first: Any, tokens: int, *finish_reason: Any) -> Likelihood | Completion:
+        return Completion(self._side, first, tokens, *finish_reason) if finish_reason else Likelihood(float(first), int(tokens))
 
     def missing(self, requests: Iterable[Request | CompletionRequest]) -> list[Any]:
         """The requests without an answer, each once."""
         return [request for request in dict.fromkeys(requests) if _key_of(request) not in self._answers]
 
-    def get(self, requests: Sequence[Request | CompletionRequest]) -> list[A]:
+    def get(self, requests: Sequence[Request | CompletionRequest]) -> list[Any]:
         """The answers to requests, all of which must be known."""
         return [self._answers[_key_of(request)] for request in requests]
 
-    def add(self, requests: Sequence[Request | CompletionRequest], answers: Sequence[A]) -> None:
+    def add(self, requests: Sequence[Request | CompletionRequest], answers: Sequence[Likelihood | Completion]) -> None:
         """Store computed answers."""
         new = {_key_of(request): answer for request, answer in zip(requests, answers, strict=True)}
         self._answers |= new
         if self._file is None or not new:
             return
-        lines = "".join(json.dumps([key, *self._encode(answer)]) + "\n" for key, answer in new.items())
+        lines = "".join(json.dumps([key, *_values(answer)]) + "\n" for key, answer in new.items())
         with locked(self._file), self._file.open("ab") as file:
             file.write(b"\n" + lines.encode())  # begins a line of its own after a truncated one; empty lines are skipped
+
+
+def _values(answer: Likelihood | Completion) -> list[Any]:
+    if isinstance(answer, Completion):
+        return [answer.text, answer.tokens, answer.finish_reason]
+    return [answer.logp, answer.tokens]
 
 
 @lru_cache(maxsize=32768)  # each request is looked up several times, on both sides
@@ -604,38 +608,12 @@ def _key_of(request: Request | CompletionRequest) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def likelihood_cache(file: Path | None = None) -> AnswerCache[Likelihood]:
-    return AnswerCache(file, lambda logp, tokens: Likelihood(float(logp), int(tokens)), lambda found: [found.logp, found.tokens])
-
-
-def completion_cache(side: Side, file: Path | None = None) -> AnswerCache[Completion]:
-    return AnswerCache(
-        file,
-        lambda text, tokens, finish_reason: Completion(side, text, tokens, finish_reason),
-        lambda found: [found.text, found.tokens, found.finish_reason],
-    )
-
-
-class Caches(NamedTuple):
-    """The answers of one side."""
-
-    likelihoods: AnswerCache[Likelihood]
-    completions: AnswerCache[Completion]
-
-
-def _open_caches(workspace: Workspace | None, side: Side, scorer: Mapping[str, Any]) -> Caches:
+def _open_cache(workspace: Workspace | None, side: Side, scorer: Mapping[str, Any]) -> AnswerCache:
     """`scorer`: all that an answer depends on but its request."""
-
-    def file(**version: int) -> Path | None:
-        if workspace is None:
-            return None
-        text = json.dumps({**scorer, **version}, sort_keys=True)
-        return workspace.cache / "scores" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
-
-    return Caches(
-        likelihood_cache(file(scores_version=_SCORES_VERSION)),
-        completion_cache(side, file(completions_version=_COMPLETIONS_VERSION)),
-    )
+    if workspace is None:
+        return AnswerCache(side)
+    text = json.dumps({**scorer, "scores_version": _SCORES_VERSION}, sort_keys=True)
+    return AnswerCache(side, workspace.cache / "scores" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl")
 
 
 def _scorer(engine: Engine, parents: Mapping[str, str]) -> dict[str, Any]:
@@ -661,7 +639,7 @@ def _parents(engine: Engine, workspace: Workspace | None) -> dict[str, str]:
         files = sorted([*weight_files(spec.hf_folder), *spec.hf_folder.glob("*.json")])
     return {
         "model_sha256": _sha256_of_files(files, workspace),
-        "adapter_sha256": "" if adapter is None else models.adapter_sha256(adapter),
+        "adapter_sha256": "" if adapter is None else sha256_of(adapter.weights),
         "adapter_config_sha256": "" if adapter is None else sha256_of(adapter.folder / "adapter_config.json"),
     }
 

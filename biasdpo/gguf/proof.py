@@ -24,12 +24,12 @@ import psutil
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from biasdpo.backends.base import Backend, log_softmax
+from biasdpo.backends.base import Backend, kl_by_position
 from biasdpo.benchmarks.preference import Preference
 from biasdpo.chat import PromptTemplate, Segment
 from biasdpo.config import ProofDepth
 from biasdpo.data.pairs import PreferencePair
-from biasdpo.errors import ModelError, PromptError, WorkspaceError
+from biasdpo.errors import ModelError, PromptError, WorkspaceError, plural
 from biasdpo.gguf.write import Progress
 from biasdpo.model_files import Header, read_header
 from biasdpo.models import AdapterSpec, ModelSpec
@@ -134,7 +134,7 @@ class ExportProof:
         if (e := self.equality) is not None:
             parts.append(f"mean KL {e.mean_kl:.2g} nats over {e.positions:,} positions, same top token at {e.agreement:.1%}")
         if (s := self.survival) is not None:
-            parts.append(f"reward accuracy {s.before:.1%} before, {s.after:.1%} after, on {s.pairs} held-out pairs")
+            parts.append(f"reward accuracy {s.before:.1%} before, {s.after:.1%} after, on {plural(s.pairs, 'held-out pair')}")
         if self.tokenizer is not None:
             parts.append(f"{self.tokenizer.strings:,} texts tokenize identically")
         if self.verdict == "not verified":
@@ -157,7 +157,7 @@ class ExportProof:
                 rows.append(["For comparison: mean KL if the adapter were left out", f"{e.adapter_kl:.2g}", "–"])
         if (s := self.survival) is not None:
             found = f"{s.before:.1%} before, {s.after:.1%} after"
-            rows.append([f"Reward accuracy on {s.pairs:,} held-out pairs", found, f"drops by at most {MAX_DROP:.0%}"])
+            rows.append([f"Reward accuracy on {plural(s.pairs, 'held-out pair')}", found, f"drops by at most {MAX_DROP:.0%}"])
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -281,10 +281,10 @@ def judge(proof: ExportProof, adapter_id: str = "") -> ExportProof:
         lost = round((survival.before - survival.after) * survival.pairs)
         warnings.append(
             f"The debiasing suffers: reward accuracy fell from {survival.before:.1%} to {survival.after:.1%}, by {lost} of "
-            f"{survival.pairs} held-out pairs; {remedy}"
+            f"{plural(survival.pairs, 'held-out pair')}; {remedy}"
         )
     if survival is not None and survival.left_out:
-        warnings.append(f"{survival.left_out} held-out pairs were left out: longer than {CONTEXT_LENGTH} tokens")
+        warnings.append(f"Left out, longer than {CONTEXT_LENGTH} tokens: {plural(survival.left_out, 'held-out pair')}")
     return replace(proof, failures=tuple(failures), warnings=tuple(warnings))
 
 
@@ -335,8 +335,6 @@ def tokenize_both(
 
 
 # Probabilities
-
-_KL_ROWS = 32  # positions whose probabilities over the whole vocabulary are in memory at a time
 
 
 def fixed_texts() -> list[LikelihoodRequest | TextRequest]:
@@ -389,15 +387,6 @@ def compare_logits(
 
 def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else 0.0
-
-
-def kl_by_position(reference: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL(reference || other) = sum p * (log p - log q), (T,), nats, of logits (T, V)."""
-    parts = [np.zeros(0)]
-    for begin in range(0, len(reference), _KL_ROWS):
-        p, q = log_softmax(reference[begin : begin + _KL_ROWS]), log_softmax(other[begin : begin + _KL_ROWS])
-        parts.append((np.exp(p) * (p - q)).sum(axis=-1))
-    return np.concatenate(parts)
 
 
 # Debiasing

@@ -12,22 +12,24 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.errors import ModelError, WorkspaceError
+from biasdpo.errors import ModelError, plural
 from biasdpo.gguf.quantize import KEEP, block_of, decode, padded_bytes, planned_types
 from biasdpo.model_files import (
     ARCHITECTURES,
     END_TOKENS,
     MODULES,
+    ForeignJson,
     Header,
     TokenType,
     chat_template,
     hf_name,
     read_header,
+    read_json_as,
+    read_object,
     refuse_parts,
     safetensors_shapes,
     weight_files,
 )
-from biasdpo.workspace import read_json
 
 _DTYPES = {"F32": "<f4", "F16": "<f2"}  # of mapped tensors; those of other types are bytes, as the gguf package has them
 
@@ -203,7 +205,7 @@ _MOST_BLOCKS = 1000  # a wrong number must not fill the memory with names
 
 
 def _open_hf(folder: Path) -> Source:
-    config = _json(folder / "config.json", required=True)
+    config = read_json_as(folder / "config.json", ForeignJson).model_extra or {}
     try:
         keys, layout = _read_config(config, folder)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as exc:
@@ -285,19 +287,6 @@ def _read_config(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], 
     return {f"{architecture}.{key}": value for key, value in keys.items()}, Layout(architecture, blocks, heads, kv_heads, shapes)
 
 
-def _json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """A JSON object of a model's folder; {} for a missing file that is not required."""
-    if not required and not path.is_file():
-        return {}
-    try:
-        value = read_json(path)
-    except (WorkspaceError, RecursionError) as exc:
-        raise ModelError(f"{path} is missing or not valid JSON: fetch the model again") from exc
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object: fetch the model again")
-    return value
-
-
 # Its weights
 
 
@@ -343,8 +332,8 @@ def _in_gguf(name: str, tensor: StoredTensor, layout: Layout) -> StoredTensor:
 
 def _tokenizer_keys(folder: Path, config: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """GGUF's metadata of a folder's tokenizer. ModelError if a GGUF can't hold it."""
-    tokenizer = _json(folder / "tokenizer.json", required=True)
-    settings, generation = _json(folder / "tokenizer_config.json"), _json(folder / "generation_config.json")
+    tokenizer = read_json_as(folder / "tokenizer.json", ForeignJson).model_extra or {}
+    settings, generation = (read_object(folder / name) for name in ("tokenizer_config.json", "generation_config.json"))
     try:
         model = tokenizer["model"]
         options = ("byte_fallback", "ignore_merges", "fuse_unk", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
@@ -456,7 +445,7 @@ def _special_tokens(
     known = {special["eos"], *(i for text, i in ids.items() if text in END_TOKENS)}
     further = [i for i in (ends if isinstance(ends, list) else []) if i not in known]
     if len(further) > 2:
-        raise _unsupported(folder, f"has {len(further)} more end-of-text tokens than a GGUF can name")
+        raise _unsupported(folder, f"has {plural(len(further), 'more end-of-text token')} than a GGUF can name")
     return special | dict(zip(("eot", "eom"), further, strict=False))
 
 

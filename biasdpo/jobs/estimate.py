@@ -33,7 +33,7 @@ from biasdpo.jobs.memory import request_memory
 from biasdpo.jobs.resolve import absolute, device_of_training, parts, resolve_evaluation, threads_of, training_environment
 from biasdpo.jobs.worker import build_benchmarks, jobs_on
 from biasdpo.model_files import weight_files
-from biasdpo.models import ModelSpec
+from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
@@ -243,8 +243,7 @@ def known_seconds(config: EvaluationConfig, workspace: Workspace) -> dict[str, f
     """
     from biasdpo.evaluation import run
 
-    spec = models.find(models.choose_auto()[0].id if config.model == "auto" else config.model)
-    adapter = models.find_adapter(config.adapter, spec, workspace)
+    _spec, adapter = _subject(config, workspace)
     rounds = 0 if adapter is None else len(run.strength_order(config.strengths))
     speeds = {name: _remembered_speed(_speed_file(config, name, workspace)) for name in parts(config)}
     return {name: None if speed is None else speed.seconds(config.limit, rounds) for name, speed in speeds.items()}
@@ -273,11 +272,6 @@ def estimate_evaluation(
     return {name: seconds for name, seconds in known_seconds(config, workspace).items() if seconds is not None}
 
 
-def _scores_quick_texts(config: EvaluationConfig) -> bool:
-    """Whether the result's `utility` is the benchmark `perplexity`, which may have other texts."""
-    return "utility" not in config.benchmarks
-
-
 def measure(engine: Engine, benchmarks: Sequence[Benchmark[Any]]) -> dict[str, Any]:
     """`Speed` by benchmark, as JSON, on items drawn with seed 0. No score is kept."""
     base_only = replace(engine, adapter=None)
@@ -293,23 +287,28 @@ def _seconds_per_item(engine: Engine, benchmark: Benchmark[Any]) -> float:
     """From the first call of `should_stop`, which comes when all is ready, to the last item."""
     from biasdpo.evaluation import run
 
+    done_at: list[tuple[int, float]] = []  # items done, and when
+
+    def on_item(_name: str, done: int, _total: int) -> None:
+        done_at.append((done, time.monotonic()))
+
+    def should_stop() -> bool:
+        if not done_at:
+            done_at.append((0, time.monotonic()))
+        return False
+
     for limit in (_WARM_UP_ITEMS, _MORE_ITEMS):
-        times: list[float] = []
-        counts = [0]
-
-        def on_item(_name: str, done: int, _total: int, times: list[float] = times, counts: list[int] = counts) -> None:
-            counts.append(done)
-            times.append(time.monotonic())
-
-        def should_stop(times: list[float] = times) -> bool:
-            if not times:
-                times.append(time.monotonic())
-            return False
-
+        done_at.clear()
         run.run(engine, [benchmark], limit=limit, on_item=on_item, should_stop=should_stop)
-        if times[-1] - times[0] > _AFFORDED_SECONDS:
+        (_, started), *_, (items, ended) = done_at
+        if ended - started > _AFFORDED_SECONDS:
             break
-    return (times[-1] - times[0]) / counts[-1]
+    return (ended - started) / items
+
+
+def _subject(config: EvaluationConfig, workspace: Workspace) -> tuple[ModelSpec, AdapterSpec | None]:
+    spec = models.find(models.choose_auto()[0].id if config.model == "auto" else config.model)
+    return spec, models.find_adapter(config.adapter, spec, workspace)
 
 
 def _remembered_speed(file: Path) -> Speed | None:
@@ -321,14 +320,13 @@ def _remembered_speed(file: Path) -> Speed | None:
 
 def _speed_file(config: EvaluationConfig, benchmark: str, workspace: Workspace) -> Path:
     """By all that the speed depends on: not on the adapter, except that it decides which pairs `preference` scores."""
-    spec = models.find(models.choose_auto()[0].id if config.model == "auto" else config.model)
-    adapter = models.find_adapter(config.adapter, spec, workspace)
+    spec, adapter = _subject(config, workspace)
     backend = choose_backend(spec, config.backend)
     source = config.dataset if benchmark == "preference" else config.data_dir
     key = {
         "format": _SPEED_FORMAT,
         "benchmark": benchmark,
-        "quick": benchmark == "utility" and _scores_quick_texts(config),
+        "quick": benchmark == "utility" and "utility" not in config.benchmarks,  # that of `perplexity` may have other texts
         "source": str(Path(source).expanduser().resolve()) if "/" in source else source,
         "pairs_of": str(adapter.folder) if benchmark == "preference" and adapter is not None else "",
         "backend": backend,

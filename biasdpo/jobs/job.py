@@ -85,9 +85,10 @@ class Status:
     eta_seconds        None while unknown
     memory_kills       processes killed for lack of memory before this one began, by the file that counts them
 
-    Training: step and total_steps of the optimizer; tokens_per_second of all processes together; best_step and best_accuracy of
-    the evaluation with the highest held-out reward accuracy. Evaluation: progress by benchmark; expected seconds by benchmark
-    from earlier measurements. Export: share done, from 0 to 1; proof, where it failed.
+    Training: step and total_steps of the optimizer; before the first step, the share of a phase that is done; tokens_per_second
+    of all processes together; best_step and best_accuracy of the evaluation with the highest held-out reward accuracy.
+    Evaluation: progress by benchmark; expected seconds by benchmark from earlier measurements. Export: share done, from 0 to 1;
+    proof, where it failed.
     """
 
     state: State
@@ -114,7 +115,7 @@ class Status:
 
 _TRAINING_FIELDS = ("step", "total_steps", "tokens_per_second", "best_step", "best_accuracy")
 _FIELDS_OF_OTHER_KINDS: dict[Kind, tuple[str, ...]] = {
-    "train": ("progress", "expected", "share", "proof"),
+    "train": ("progress", "expected", "proof"),
     "evaluate": (*_TRAINING_FIELDS, "share", "proof"),
     "export": (*_TRAINING_FIELDS, "progress", "expected"),
 }

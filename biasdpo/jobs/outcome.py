@@ -13,7 +13,7 @@ from typing import Any
 from biasdpo.config import TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.health import wilson
-from biasdpo.errors import WorkspaceError
+from biasdpo.errors import WorkspaceError, plural
 from biasdpo.jobs.job import Job
 from biasdpo.workspace import read_json
 
@@ -62,7 +62,7 @@ def outcome(held_out: Mapping[str, Any]) -> str:
     accuracy, pairs = held_out.get("reward_accuracy"), held_out.get("pairs", 0)
     if accuracy is None or not pairs:
         return "No pairs were held out, so the result was not measured: set a held-out share of 0.1 or more in the next run."
-    of = f"{pairs:,} held-out pair{'' if pairs == 1 else 's'}"
+    of = plural(pairs, "held-out pair")
     parts = [f"Reward accuracy {accuracy_text(accuracy, pairs)} on {of}{_against_chance(accuracy, pairs, held_out)}"]
     kl, margin = held_out.get("kl_base_to_tuned_nats_per_token"), held_out.get("reward_margin_nats")
     if kl is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from biasdpo import benchmarks, models, prompts
-from biasdpo.backends import choose_backend
+from biasdpo.backends import choose_backend, require_llama_cpp
 from biasdpo.config import RUN, WORKSPACE, EvaluationConfig, ExportConfig, TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.splits import RunData
@@ -18,7 +18,7 @@ from biasdpo.gguf.write import source_path
 from biasdpo.jobs.job import Device, Resolved
 from biasdpo.model_files import is_gguf
 from biasdpo.models import AdapterSpec, ModelSpec
-from biasdpo.workspace import Workspace
+from biasdpo.workspace import Workspace, is_public_space
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def resolve_export(config: ExportConfig, workspace: Workspace) -> tuple[ExportCo
 
     Raises ConfigError, ModelError or AdapterError for what can't be exported.
     """
+    require_llama_cpp()  # it verifies what is written
     if config.out.is_dir():
         raise ConfigError(f"An export is one file: got the folder {config.out}; name a file in it, e.g. model.gguf")
     config = config.replace(
@@ -129,6 +130,16 @@ def device_of(config: Any) -> Device:
     if isinstance(config, TrainConfig):
         return device_of_training(config)
     return device_of_evaluation(config) if isinstance(config, EvaluationConfig) else "cpu"
+
+
+def training_refusal() -> str:
+    """Why nothing is trained on this machine; "" where it can be."""
+    if not is_public_space() or models.free_gpu_memory_gb() > 0:
+        return ""
+    return (
+        "This Space can't train: it has no GPU of its own, and its disk is lost when it restarts. Train on your own machine, or "
+        "on Hugging Face Jobs: `python -m biasdpo train ... --on hf-jobs --flavor a10g-small --push-to OWNER/NAME`"
+    )
 
 
 def device_of_training(config: TrainConfig) -> Device:

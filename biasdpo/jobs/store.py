@@ -20,7 +20,7 @@ import psutil
 
 from biasdpo.access import audit, require_owner
 from biasdpo.config import EvaluationConfig, ExportConfig, TrainConfig
-from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError, JobError, WorkspaceError
+from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError, JobError, RunError, WorkspaceError
 from biasdpo.jobs import estimate
 from biasdpo.jobs.job import (
     FOLDERS,
@@ -39,9 +39,9 @@ from biasdpo.jobs.job import (
     resume_command,
     shared_folder,
 )
-from biasdpo.jobs.resolve import device_of, parts, resolve_evaluation, resolve_export, resolve_training
+from biasdpo.jobs.resolve import device_of, parts, resolve_evaluation, resolve_export, resolve_training, training_refusal
 from biasdpo.jobs.worker import UNFINISHED, join_queue
-from biasdpo.workspace import Workspace, check_id, is_id, locked, nearest_id, replacing, write_json
+from biasdpo.workspace import Workspace, check_id, is_id, is_zerogpu, locked, nearest_id, replacing, write_json
 
 MAX_NOTE_CHARACTERS = 10_000
 _KILL_SECONDS = 5.0
@@ -67,6 +67,7 @@ def start_training(config: TrainConfig, workspace: Workspace, job_id: str = "", 
 def create_training(config: TrainConfig, workspace: Workspace, job_id: str = "", command: str = "") -> JobFolder:
     """`start_training` without the process: the folder that `python -m training` takes. It exists whole or not at all."""
     require_owner("Training")
+    _check_trains_here()
     job_id = job_id or free_id("train", config.model, workspace)
     _check_free(_folder(job_id, workspace, "train"))
     run = resolve_training(config, workspace)
@@ -77,6 +78,11 @@ def create_training(config: TrainConfig, workspace: Workspace, job_id: str = "",
         return run.resolved.model_copy(update={"data": {"dataset_sha256": sha256, **run.resolved.data}})
 
     return _create("train", job_id, run.config, workspace, command, write_data)
+
+
+def _check_trains_here() -> None:
+    if reason := training_refusal():
+        raise RunError(reason)
 
 
 def start_evaluation(config: EvaluationConfig, workspace: Workspace, job_id: str = "", command: str = "") -> Job:
@@ -213,7 +219,7 @@ def _start_worker(folder: JobFolder) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "biasdpo.jobs.worker", str(folder.path)],
             cwd=ROOT,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **_no_zerogpu()},
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -234,6 +240,11 @@ def _start_worker(folder: JobFolder) -> None:
         assert process.stdin is not None
         process.stdin.close()
     _log.info("Started %s with pid %d", folder.queue_entry, process.pid)
+
+
+def _no_zerogpu() -> dict[str, str]:
+    """Environment of a job: on a ZeroGPU Space it runs on the CPU, since a GPU is lent to the app alone."""
+    return {"SPACES_ZERO_GPU": "", "CUDA_VISIBLE_DEVICES": ""} if is_zerogpu() else {}
 
 
 # Read
@@ -370,6 +381,8 @@ def resume_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> J
     export from its start."""
     job = find_job(job_id, workspace, kind)
     require_owner(f"Resuming {_one(job)}")
+    if job.kind == "train":
+        _check_trains_here()
     with _one_at_a_time(workspace):
         job = find_job(job_id, workspace, job.kind)
         if job.is_active or job.state == "finished":
@@ -388,10 +401,10 @@ def resume_job(job_id: str, workspace: Workspace, kind: Kind | None = None) -> J
             folder.keep_reserve()
             resolved = record.resolved.model_copy(update={"device": device})
             write_json(folder.record, record.model_copy(update={"resolved": resolved}).model_dump())
-            progress = tuple(Progress(one.name, 0, 0) for one in known.progress)
-            folder.write_status(
-                _queued(step=known.step, total_steps=known.total_steps, progress=progress, expected=known.expected)
-            )
+            saved = [path.parent.name for path in folder.checkpoints.glob("checkpoint-*/trainer_state.json")]
+            step = max((int(name.rpartition("-")[2]) for name in saved), default=0)
+            left: dict[str, Any] = {"progress": known.progress, "expected": known.expected}
+            folder.write_status(_queued(step=step, total_steps=known.total_steps, **left))
         audit(workspace.root, "resume", job=f"{job.kind}/{job.id}")
         return _launch(folder)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.routes import templates
+from gradio.utils import get_upload_folder
 from jinja2 import ChoiceLoader, DictLoader
 
 from biasdpo import access
@@ -18,17 +19,18 @@ from biasdpo.accounts import Accounts
 from biasdpo.config import ServeConfig
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
-from biasdpo.errors import BiasDPOError, ConfigError
+from biasdpo.errors import BiasDPOError, ConfigError, plural
 from biasdpo.jobs import store
 from biasdpo.jobs.job import Kind
 from biasdpo.ui.compare import build_compare
-from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity, plural
+from biasdpo.ui.components import QUICK, TABS, Studio, Updates, build_identity
+from biasdpo.ui.connections import limit_connections
 from biasdpo.ui.dataset import build_dataset
 from biasdpo.ui.export import build_export
 from biasdpo.ui.label import build_label
-from biasdpo.ui.limits import Limits
+from biasdpo.ui.limits import Limits, signing_in_from
 from biasdpo.ui.measure import build_measure
-from biasdpo.ui.security import Callers, GuardedApp, allowed_hosts
+from biasdpo.ui.security import Callers, GuardedApp, Page, allowed_hosts
 from biasdpo.ui.train import build_train
 from biasdpo.workspace import ASSETS
 
@@ -54,7 +56,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
 
     `benchmarks`: the folder of --data-dir, if any.
     """
-    demo = gr.Blocks(title="BiasDPO", analytics_enabled=False, fill_width=True, delete_cache=_CACHE_SECONDS)
+    demo = Page(title="BiasDPO", analytics_enabled=False, fill_width=True, delete_cache=_CACHE_SECONDS)
     builders = (build_compare, build_label, build_dataset, build_train, build_measure, build_export)
     with demo:
         gr.Markdown(_TITLE, elem_id="title")
@@ -75,7 +77,8 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
         states = studio.signal("states")
         with signals:
             timer = gr.Timer(_STEPS_SECONDS)
-        gr.on([demo.load, timer.tick, tabs.select], lambda: json.dumps(step_states(studio)), None, states, **QUICK)
+        looks = [demo.load, timer.tick, tabs.select, *studio.changes]
+        gr.on(looks, lambda: json.dumps(step_states(studio)), None, states, **QUICK)
 
         def relabel(now: str) -> list[gr.Tab]:
             return [gr.Tab(label=_step(name, state)) for name, state in json.loads(now).items()]
@@ -95,10 +98,11 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
 
         demo.load(lambda: gr.Markdown(_VISITOR, visible=not is_owner()), None, banner, **QUICK)
         demo.load(follow_address, None, [tabs, *studio.requests.values()], **QUICK)
-        # At each event Gradio 6.31 tells every component that was an output before how far it is, and copies their values.
+        # At each message of an event Gradio 6.31 tells every component that was an output before how far it is. Not None, which
+        # would mean the outputs.
         for function in demo.fns.values():
             if function.show_progress == "hidden":
-                function.show_progress_on = [states]
+                function.show_progress_on = []
     demo.queue(api_open=False)  # whatever is asked waits in the queue, which is limited
     return demo
 
@@ -116,9 +120,14 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
             f"`python -m biasdpo users add NAME --role owner --file {config.auth}`"
         )
     access.set_caller_source(Callers(accounts, config.public))
+    access.set_folders(root, get_upload_folder())
 
     async def sign_in(name: str, password: str) -> bool:
-        is_right = accounts is not None and await asyncio.to_thread(accounts.sign_in, name, password)
+        if accounts is None:
+            return False
+        address = signing_in_from.get()
+        await asyncio.sleep(accounts.delay(name, address))
+        is_right = await asyncio.to_thread(accounts.sign_in, name, password, address)
         access.audit(root, "sign in" if is_right else "sign in refused", by=name[:64])
         return is_right
 
@@ -133,6 +142,8 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover_dark="*primary_600",
+        button_secondary_shadow="inset 0 0 0 1px *neutral_400",  # or it looks like a disabled one
+        button_secondary_shadow_dark="inset 0 0 0 1px *neutral_400",
         slider_color="*primary_600",
         slider_color_dark="*primary_400",
         block_info_text_color="*neutral_600",
@@ -140,9 +151,12 @@ def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
     )
+    limits = Limits(config)
+    access.set_storage_check(limits.check_stored)
+    limit_connections(config)
     _add_to_page((ASSETS / "page.js").read_text(encoding="utf-8"))
     return {
-        "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts), Limits(config)),
+        "_app": GuardedApp(allowed_hosts(config.address, config.allowed_hosts), limits),
         "server_name": config.address,
         "auth": sign_in if accounts else None,
         "theme": theme,

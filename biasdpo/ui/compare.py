@@ -19,7 +19,7 @@ from biasdpo import labeling, links, models, prompts
 from biasdpo.compare import Generation, Generations, TokenScore, Waiting, load_example_pairs, score_tokens
 from biasdpo.data import journal
 from biasdpo.engines import Engine, EngineKey, Loading
-from biasdpo.errors import BiasDPOError, ConfigError, PromptError
+from biasdpo.errors import BiasDPOError, ConfigError, PromptError, plural
 from biasdpo.jobs.outcome import outcome, recorded_metrics
 from biasdpo.labeling import Answer, Details
 from biasdpo.links import PairSettings
@@ -27,11 +27,12 @@ from biasdpo.models import AdapterSpec, ModelSpec
 from biasdpo.records import SEED_RANGE, STRENGTH_RANGE, Completion, GenerationPair, PairTurn, Side
 from biasdpo.ui import components
 from biasdpo.ui.charts import TUNED, WARN
-from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, escape, handles, model_title, pasted, plural, short
+from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, escape, handles, model_title, pasted, short
 from biasdpo.workspace import ASSETS
 
 TEXT, WORDS, TOKENS = "Side by side", "Word differences", "Token scores"
 TITLES: dict[Side, str] = {"base": "Base", "tuned": "Tuned"}
+LABELS: dict[Side, str] = {"base": "Base (unchanged model)", "tuned": "Tuned (the model with the adapter)"}
 COLORS: dict[Side, str] = {"base": "#94a3b8", "tuned": "#2dd4bf"}  # paler than the charts': whole phrases are marked
 VERDICTS: dict[Answer, str] = {
     "left": "Base is less biased",
@@ -100,7 +101,9 @@ class CompareTab:
         with gr.Row(elem_id="pair-head"):
             self.caption = gr.Markdown(_caption(shipped[0]), elem_id="caption")
             views = [TEXT, WORDS, TOKENS]
-            self.view = gr.Radio(views, value=WORDS, label="View", show_label=False, container=False, elem_id="view")
+            self.view = gr.Radio(
+                views, value=_first_view(shipped[0].pair), label="View", show_label=False, container=False, elem_id="view"
+            )
         with gr.Row(elem_id="panes"):
             self.panes: dict[Side, Pane] = {side: _build_pane(side, shipped[0].pair) for side in TITLES}
         with gr.Column(visible=False, elem_id="base-only") as self.base_only:
@@ -116,6 +119,7 @@ class CompareTab:
         self.history = gr.State(shipped)
         self.resampled = gr.State(None)  # settings, and the sampling that Regenerate used instead
         self.picked_model = gr.State("")
+        self.picked_view = gr.State("")  # "": the one that suits the pair
         self.scores = gr.State({})  # the token scores that are shown, by side
         self.timer = gr.Timer(_LOADING_SECONDS, active=False)
         self.sampling = [self.tokens, self.temperature, self.top_p, self.top_k, self.penalty, self.seed]
@@ -138,15 +142,19 @@ class CompareTab:
                 self.examples = [_build_examples(*item) for item in prompts.by_category().items()]
 
     def _build_engine(self) -> None:
-        names = ("Model (id or path)", "Adapter (run or path)")
         picker: dict[str, Any] = {"allow_custom_value": True, "min_width": 220}
         with gr.Row(elem_id="engine"):
-            chosen = self.studio.startup.model or "auto"
-            known = components.model_choices(self.studio, chosen)
-            self.model = gr.Dropdown(known, value=chosen, label=names[0], elem_id="model", **picker)
-            self.adapter = gr.Dropdown([("the model's own", "")], value="", label=names[1], elem_id="adapter", **picker)
-            label = "Adapter strength (0: base, 1: as trained)"
-            self.strength = gr.Slider(*STRENGTH_RANGE, 1.0, step=0.05, label=label, min_width=220, elem_id="strength", buttons=[])
+            chosen = self.studio.startup.model if self.studio.startup.model in models.catalog() else "auto"
+            known = components.catalog_choices(chosen)
+            self.model = gr.Dropdown(
+                known, value=chosen, label="Model (ID or path)", info="On its own: Base", elem_id="model", **picker
+            )
+            own = [("the model's own", "")]
+            picker |= {"label": "Adapter (run or path)", "info": "What training added to the model. With it: Tuned"}
+            self.adapter = gr.Dropdown(own, value="", elem_id="adapter", **picker)
+            slider: dict[str, Any] = {"info": "0: without it (Base), 1: as trained", "min_width": 220}
+            label = "Adapter strength"
+            self.strength = gr.Slider(*STRENGTH_RANGE, 1.0, step=0.05, label=label, elem_id="strength", buttons=[], **slider)
         with gr.Accordion("Choosing a model …", open=False, elem_id="proof") as self.proof:
             self.proof_text = gr.Markdown(elem_id="proof-text")
             self.reload = gr.Button("Try again", size="sm", visible=False, elem_id="reload")
@@ -223,15 +231,16 @@ class CompareTab:
         for examples in self.examples:
             example_run = running | {"preprocess": True}
             runs.append(examples.click(handles(self._example), [*inputs, examples], outputs, **example_run))
+        viewed: dict[str, Any] = {"inputs": [self.picked_view, self.entry], "outputs": [self.view, self.picked_view, *views]}
         for run in runs:  # in the view that is chosen by now
-            run.then(handles(self._look), [self.view, self.entry], views, **QUICK)
+            run.then(handles(self._view), **viewed, **QUICK)
         self.stop.click(self._stop, None, None, **QUICK | public, api_name="stop")
         assert Context.root_block is not None
         Context.root_block.unload(self._leave)
 
-        self.view.input(handles(self._look), [self.view, self.entry], views, **QUICK)
+        self.view.input(handles(self._view), **viewed | {"inputs": [self.view, self.entry]}, trigger_mode="always_last", **QUICK)
         reopened = self.picker.input(handles(self._reopen), [self.picker, self.history], shown, **QUICK)
-        reopened.then(handles(self._look), [self.view, self.entry], views, **QUICK)
+        reopened.then(handles(self._view), **viewed, **QUICK)
         for side, pane in self.panes.items():
             pane.views[TOKENS].select(_token_line(side), self.scores, self.token_note, **QUICK)
 
@@ -254,6 +263,7 @@ class CompareTab:
         changes = [part.change if part in (self.prompt, self.system) else part.input for part in self.inputs]
         gr.on(changes, None, None, self.link, **stale)
 
+        self.studio.changes.append(self.stored.change)
         identity = self.studio.identity
         judged = [self.verdict_note, self.undo, self.stored, self.consent, self.pending]
         for answer, button in self.answers.items():
@@ -314,11 +324,11 @@ class CompareTab:
         return updates | {self.timer: gr.Timer(active=False)}
 
     def _picked(self, key: EngineKey) -> Updates:
-        spec = _spec_of(key.model)
+        spec, name = _spec_of(key.model), components.shown_model(self.studio, key.model)
         updates: Updates = {
-            self.model: gr.update(choices=components.model_choices(self.studio, key.model), value=key.model),
+            self.model: gr.update(choices=components.model_choices(self.studio, name), value=name),
             self.adapter: gr.update(choices=self._adapter_choices(key), value=key.adapter),
-            self.picked_model: key.model,
+            self.picked_model: name,
         }
         tuned = key.adapter != "none"
         updates |= {self.strength: gr.update(visible=tuned), self.base_only: gr.update(visible=not tuned)}
@@ -463,7 +473,7 @@ class CompareTab:
 
     def _cleared(self, *, tuned: bool) -> Updates:
         """No pair; `tuned`: whether the next one has a tuned side."""
-        updates = self._look(TEXT, None) | self._sides(tuned) | {self.entry: None, self.verdict_note: ""}
+        updates = self._look(TEXT, None, {}) | self._sides(tuned) | {self.entry: None, self.verdict_note: ""}
         updates |= {part: gr.update(visible=False) for part in (self.verdicts, self.undo, self.consent)}
         for pane in self.panes.values():
             updates |= {pane.status: "", pane.turns: gr.update(value=[], visible=False)}
@@ -503,14 +513,23 @@ class CompareTab:
 
     # Views, link, prompt
 
-    def _look(self, view: str, entry: Entry | None) -> Updates:
-        """The pair at hand in another view."""
+    def _view(self, picked: str, entry: Entry | None) -> Iterator[Updates]:
+        """The pair at hand in the view that was picked, or else that suits it; token scores are computed first."""
+        scores: dict[Side, list[TokenScore]] = {}
+        if picked == TOKENS and entry is not None and entry.pair.right is not None:
+            told = "Computing the token scores: {} of 2 answers done …"
+            yield {self.token_note: gr.update(value=told.format(0), visible=True), self.picked_view: picked}
+            with self.studio.pool.lease(entry.key) as engine:
+                for side in TITLES:
+                    scores[side] = score_tokens(engine, entry.pair, side)
+                    yield {self.token_note: told.format(len(scores))}
+        view = picked or (_first_view(entry.pair) if entry is not None else TEXT)
+        yield {self.view: view, self.picked_view: picked} | self._look(view, entry, scores)
+
+    def _look(self, view: str, entry: Entry | None, scores: dict[Side, list[TokenScore]]) -> Updates:
+        """The pair at hand in a view."""
         pair = None if entry is None else entry.pair
         view = view if pair is not None and pair.right is not None else TEXT
-        scores: dict[Side, list[TokenScore]] = {}
-        if view == TOKENS and entry is not None:
-            with self.studio.pool.lease(entry.key) as engine:
-                scores = {side: score_tokens(engine, entry.pair, side) for side in TITLES}
         updates: Updates = {self.scores: scores, self.token_note: gr.update(value=_TOKEN_NOTE, visible=view == TOKENS)}
         for side, pane in self.panes.items():
             updates[pane.views[TEXT]] = gr.update(visible=view == TEXT)
@@ -603,16 +622,18 @@ def _build_examples(category: str, texts: list[str]) -> gr.Dataset:
 def _build_pane(side: Side, pair: GenerationPair) -> Pane:
     completion = pair.left if side == "base" else pair.right
     assert completion is not None  # of an example
-    look: dict[str, Any] = {"label": TITLES[side], "elem_classes": "marks", "show_inline_category": False}
+    look: dict[str, Any] = {"label": LABELS[side], "elem_classes": "marks", "show_inline_category": False}
     with gr.Column(min_width=300) as column:
         title = f"{TITLES[side]}: earlier turns"
         turns = gr.Chatbot(label=title, visible=False, render_markdown=False, buttons=[], height=220, elem_id=f"{side}-turns")
-        box: dict[str, Any] = {"label": TITLES[side], "interactive": False, "lines": 8, "max_lines": 24, "buttons": ["copy"]}
-        text = gr.Textbox(completion.text, visible=False, elem_id=f"{side}-text", **box)
-        colors = {ONLY_HERE: COLORS[side]}
-        words = gr.HighlightedText(_marks(pair, side), color_map=colors, combine_adjacent=True, elem_id=f"{side}-words", **look)
+        box: dict[str, Any] = {"label": LABELS[side], "interactive": False, "lines": 8, "max_lines": 24, "buttons": ["copy"]}
+        in_words = _first_view(pair) == WORDS
+        text = gr.Textbox(completion.text, visible=not in_words, elem_id=f"{side}-text", **box)
+        look |= {"visible": in_words, "combine_adjacent": True}
+        words = gr.HighlightedText(_marks(pair, side), color_map={ONLY_HERE: COLORS[side]}, elem_id=f"{side}-words", **look)
         colors = {LIKELIER: TUNED, LESS_LIKELY: WARN}
-        tokens = gr.HighlightedText([], color_map=colors, show_legend=True, visible=False, elem_id=f"{side}-tokens", **look)
+        look |= {"visible": False, "combine_adjacent": False, "show_legend": True}
+        tokens = gr.HighlightedText([], color_map=colors, elem_id=f"{side}-tokens", **look)
         status = gr.Markdown(_status(completion), elem_id=f"{side}-status", elem_classes="status")
     return Pane(column, turns, {TEXT: text, WORDS: words, TOKENS: tokens}, status)
 
@@ -635,6 +656,11 @@ def _token_line(side: Side) -> Callable[..., Any]:
         return f"**{TITLES[side]}**, “{escape(one.text)}”: {one.base:.2f} nats under base, {one.tuned:.2f} nats under tuned."
 
     return select
+
+
+def _first_view(pair: GenerationPair) -> str:
+    """Word differences only where they don't mark nearly every word."""
+    return WORDS if pair.right is not None and labeling.is_alike(pair.left.text, pair.right.text) else TEXT
 
 
 def _marks(pair: GenerationPair, side: Side) -> list[tuple[str, str | float | None]]:

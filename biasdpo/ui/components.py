@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import gradio as gr
 
 from biasdpo import models
+from biasdpo.access import is_owner
 from biasdpo.data.exporting import ANNOTATIONS_LICENSE
 from biasdpo.data.reader import DatasetReader
 from biasdpo.engines import EnginePool, Startup
@@ -49,6 +50,7 @@ class Studio:
     identity: gr.BrowserState
     signals: gr.Column
     requests: dict[str, gr.State] = field(default_factory=dict)  # by tab id: what the tab is asked to show
+    changes: list[Any] = field(default_factory=list)  # events after which the steps' labels are looked at
 
     @property
     def workspace(self) -> Workspace:
@@ -182,11 +184,6 @@ def model_title(name: str) -> str:
 # Formatting
 
 
-def plural(count: int, noun: str, nouns: str = "") -> str:
-    """ "1 pair", "2 pairs", "1,024 pairs"."""
-    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
-
-
 def size_text(count: float) -> str:
     """ "120 bytes", "98.4 MB"."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -256,10 +253,22 @@ def own_choices(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(title if titles.count(title) == 1 else name, name) for title, name in zip(titles, own, strict=True)]
 
 
-def model_choices(studio: Studio, chosen: str = "") -> list[tuple[str, str]]:
-    """A model picker's choices: own models (the chosen one, the app's, loaded ones), then the catalog. "auto" may be chosen."""
+def shown_model(studio: Studio, name: str) -> str:
+    """A model as a picker's value: the app's own model may be a path, which only the owner sees."""
+    return "auto" if name == studio.startup.model and name not in models.catalog() and not is_owner() else name
+
+
+def catalog_choices(chosen: str = "") -> list[tuple[str, str]]:
+    """A model picker's choices while the page is built, which is the same for everybody: the catalog. "auto" may be chosen."""
     choices = [("Automatic", "auto")] if chosen == "auto" else []
-    choices += own_choices([chosen, studio.startup.model, *(spec.id for spec in studio.pool.opened())])
     for spec in map(models.with_files, models.catalog().values()):
         choices.append((spec.title if spec.present else f"{spec.title} (not on this machine)", spec.id))
     return choices
+
+
+def model_choices(studio: Studio, chosen: str = "") -> list[tuple[str, str]]:
+    """A model picker's choices: for the owner also own models (the chosen one, the app's, loaded ones)."""
+    own = own_choices([chosen, studio.startup.model, *(spec.id for spec in studio.pool.opened())]) if is_owner() else []
+    choices = catalog_choices(chosen)
+    at = int(chosen == "auto")  # "Automatic" first
+    return [*choices[:at], *own, *choices[at:]]

@@ -17,11 +17,13 @@ from biasdpo.access import is_owner
 from biasdpo.data import exporting, importing, journal
 from biasdpo.data.importing import HUB, ColumnMapping, import_name
 from biasdpo.data.journal import EDITABLE, BadLine, Row, replacement
+from biasdpo.data.splits import WORKSPACE
 from biasdpo.data.summary import FILTERS, Page, Query, counts
-from biasdpo.errors import ConfigError
+from biasdpo.data.sync import sync_of
+from biasdpo.errors import ConfigError, plural
 from biasdpo.prompts import CATEGORIES
 from biasdpo.ui.charts import TUNED, WARN, counted
-from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, diff, escape, handles, local_time, plural, short
+from biasdpo.ui.components import QUICK, Studio, Updates, annotator_of, diff, duration, escape, handles, local_time, short
 from biasdpo.workspace import ASSETS
 
 _PAGE_ROWS = 25
@@ -35,8 +37,8 @@ _STATES = {"Current": "standing", "Withdrawn or edited": "retracted", "All": "al
 _COLUMNS = {
     "": 40,
     "Prompt": 245,
-    "Chosen": 245,
-    "Rejected": 245,
+    "Chosen, or left": 245,
+    "Rejected, or right": 245,
     "Verdict": 95,
     "Category": 120,
     "From": 110,
@@ -54,7 +56,7 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
     changed = gr.State("")  # a new value whenever this page has changed the journal
     with gr.Row(visible=False, elem_id="dataset-top") as top:
         summary = gr.Markdown(elem_id="dataset-summary")
-        studio.next_step("train", "Train on these pairs", "primary")
+        train = gr.Button("Train on these pairs", variant="primary", elem_id="dataset-train", elem_classes="next-step")
     health = gr.Markdown(visible=False, elem_id="dataset-health")
     with gr.Column(visible=False, elem_id="dataset-empty") as empty:
         gr.Markdown(_EMPTY)
@@ -67,15 +69,13 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
         with charts, gr.Row():
             plots = [gr.Plot(show_label=False, min_width=420, elem_id=f"dataset-chart-{i}") for i in range(4)]
     with gr.Accordion("Import", open=False, elem_id="dataset-import") as import_box:
-        imports, undo = _build_import(studio, changed, seed)
+        imports, undo, examples = _build_import(studio, changed, seed)
     with gr.Accordion("Export", open=False, elem_id="dataset-export") as export_box:
         _build_export(studio)
     studio.next_step("train", "Next: Train")
 
     def refresh(*query: Any) -> Updates:
         """The current state of everything shown."""
-        choices = studio.dataset.choices()
-        known = bool(choices["verdict"])
         warnings = _warnings(studio)
         listed = studio.dataset.imports()
         titles = [(f"{source.removeprefix('import:')} ({plural(count, 'row')})", source) for source, count in listed.items()]
@@ -86,18 +86,21 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
             summary: f"**{pairs}** to train on, from {plural(judged, 'row')}.",
             health: gr.Markdown(warnings, visible=bool(warnings)),
             empty: gr.Column(visible=not judged),
-            browse: gr.Column(visible=known),
+            browse: gr.Column(visible=bool(studio.dataset.choices("all")["verdict"])),
             charts: gr.Accordion(open=False),
             import_box: gr.skip() if judged else gr.Accordion(open=True),
             export_box: gr.Accordion(visible=judged > 0 and is_owner()),
             imports: gr.Radio(titles, value=None, visible=bool(listed)),
             undo: gr.Button(visible=False),
-        } | show(choices, *query)
+            examples: gr.Button(visible=judged > 0),
+        } | show(*query)
 
     draw = handles(lambda: list(itertools.starmap(counted, counts(studio.dataset.standing()).items())))
-    everything = [top, summary, health, empty, browse, charts, import_box, export_box, imports, undo, *shown]
+    everything = [top, summary, health, empty, browse, charts, import_box, export_box, imports, undo, examples, *shown]
     gr.on([tab.select, changed.change], handles(refresh), query, everything, **QUICK)
     charts.expand(draw, None, plots, **QUICK)
+    train.click(lambda: studio.open("train", data=WORKSPACE), None, studio.open_outputs("train"), **QUICK)
+    studio.changes.append(changed.change)
 
 
 def _warnings(studio: Studio) -> str:
@@ -106,7 +109,22 @@ def _warnings(studio: Studio) -> str:
     if bad := studio.dataset.bad_lines():
         lines.append(f"{plural(bad, 'line')} of the journal can't be read: python -m biasdpo dataset validate says why")
     lines += [str(studio.dataset.overlap_error)] if studio.dataset.overlap_error else []
+    lines += _unsynced(studio) if is_owner() else []
     return "\n".join(f"> ⚠ {escape(line)}\n" for line in lines)
+
+
+def _unsynced(studio: Studio) -> list[str]:
+    """What the owner should know of --sync: rows that are not on the Hub, for how long and why, and files that were skipped."""
+    hub = sync_of(studio.workspace)
+    if hub is None:
+        return []
+    state, lines = hub.state(), []
+    if state.unsent:
+        rows, age = plural(state.unsent, "row"), duration(state.age_seconds)
+        lines.append(f"{rows} not saved to {state.target} yet, the oldest for {age}: {state.reason}")
+    elif state.reason:
+        lines.append(f"Labels in {state.target} are not restored yet: {state.reason}")
+    return [*lines, *state.notes]
 
 
 def _build_question(name: str) -> tuple[gr.Row, gr.Markdown, gr.Button]:
@@ -129,8 +147,9 @@ def _wanted(search: str, *filters: Any) -> Query:
     return Query(search, state=state, **wanted)
 
 
-def _choices(name: str, counted_: Counter[str]) -> list[tuple[str, str]]:
-    named = ((value.replace("both_", "both ") or f"(no {name})", value, n) for value, n in counted_.most_common(_MAX_CHOICES))
+def _choices(name: str, counted_: Counter[str], chosen: str) -> list[tuple[str, str]]:
+    listed = dict(counted_.most_common(_MAX_CHOICES)) | ({chosen[1:]: counted_[chosen[1:]]} if chosen else {})
+    named = ((value.replace("both_", "both ") or f"(no {name})", value, n) for value, n in listed.items())
     return [("All", ""), *((f"{title} ({n:,})", f"={value}") for title, value, n in named)]
 
 
@@ -138,7 +157,15 @@ def _line(row: Row, page: Page) -> list[Any]:
     gone = page.retractions.get(row["id"])
     verdict = row["verdict"].replace("both_", "both ") if gone is None else "edited since" if replacement(gone) else "withdrawn"
     category = ", ".join(filter(None, (row["category"], row["target_group"])))
-    texts = (row["prompt"], row["chosen"], row["rejected"], verdict, category, row["annotator"] or row["source"])
+    sides = ("", "") if row["verdict"] == "preferred" else ("Left: ", "Right: ")
+    texts = (
+        row["prompt"],
+        sides[0] + row["chosen"],
+        sides[1] + row["rejected"],
+        verdict,
+        category,
+        row["annotator"] or row["source"],
+    )
     return [False, *(short(text, _SHOWN) for text in texts), local_time(row["created_at"])[:10], row["id"]]
 
 
@@ -179,16 +206,22 @@ def _build_table(studio: Studio, changed: gr.State) -> tuple[Callable[..., Updat
             older: gr.Button(interactive=page.number + 1 < page.pages),
         }
 
-    def show(choices: dict[str, Counter[str]], number_: int, *query: Any) -> Updates:
-        options = {box: gr.Dropdown(_choices(name, choices[name])) for box, name in zip(filters, FILTERS, strict=True)}
-        return options | page_of(number_, *query)
+    def show(number_: int, _search: str, *query: Any) -> Updates:
+        """The page, and what there is to filter by in the chosen state."""
+        *chosen, state_ = query
+        counts_ = studio.dataset.choices(state_)
+        options = zip(filters, FILTERS, chosen, strict=True)
+        updates = {box: gr.Dropdown(_choices(name, counts_[name], value)) for box, name, value in options}
+        return updates | page_of(number_, _search, *query)
 
     outputs = [number, table, position, newer, older]
-    sets = [box.change for box in sought]  # not `input`, which a dropdown also sends when it loses the focus
+    sets = [box.change for box in sought[:-1]]  # not `input`, which a dropdown also sends when it loses the focus
     gr.on(sets, handles(lambda *query: page_of(0, *query)), sought, outputs, trigger_mode="always_last", **QUICK)
+    filtered = [*filters, *outputs]
+    state.change(handles(lambda *query: show(0, *query)), sought, filtered, trigger_mode="always_last", **QUICK)
     newer.click(handles(lambda now, *query: page_of(now - 1, *query)), [number, *sought], outputs, **QUICK)
     older.click(handles(lambda now, *query: page_of(now + 1, *query)), [number, *sought], outputs, **QUICK)
-    return show, [number, *sought], [*filters, *outputs]
+    return show, [number, *sought], filtered
 
 
 # One judgment
@@ -345,8 +378,9 @@ def _bad_rows(bad: Sequence[BadLine], label: str) -> Any:
     return gr.Dataframe(rows, label=label, visible=bool(bad))
 
 
-def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[gr.Radio, gr.Button]:
-    """Choose a source, see its first rows, import it; undo an import. Returns the list of imports and the button that undoes."""
+def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[gr.Radio, gr.Button, gr.Button]:
+    """Choose a source, see its first rows, import it; undo an import. Returns the list of imports, the button that undoes one,
+    and one that imports the example pairs, as `seed` does in an empty workspace."""
     source, guess = gr.State(""), gr.State(ColumnMapping())
     grid: dict[str, Any] = {"interactive": False, "wrap": True, "buttons": [], "visible": False, "max_height": 260}
     with gr.Row():
@@ -354,6 +388,7 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
         with gr.Column(min_width=280):
             path = gr.Textbox("", label="Or a path on this machine, or hub:OWNER/NAME", elem_id="import-path")
             look = gr.Button("Preview", size="sm", elem_id="import-preview")
+            examples = gr.Button("Import the example pairs", size="sm", visible=False, elem_id="import-examples")
     with gr.Column(visible=False, elem_id="import-box") as box:
         format_ = gr.Markdown(elem_id="import-format")
         titles = [field.replace("_", " ").capitalize() for field in _PICKED]
@@ -421,11 +456,12 @@ def _build_import(studio: Studio, changed: gr.State, seed: gr.Button) -> tuple[g
     gr.on([one.input for one in inputs], again, [source, guess, unwrap, *pickers], previewed, show_progress_on=first, **work)
     imported = [result, bad, box, changed]
     go.click(handles(import_rows), [source, guess, name, unwrap, *pickers], imported, show_progress_on=go, **work)
-    examples = handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", False, *_PICKED))
-    seed.click(examples, None, imported, show_progress_on=seed, **work)
+    import_examples = handles(lambda: import_rows(_SEED_PAIRS, ColumnMapping(*_PICKED), "", False, *_PICKED))
+    seed.click(import_examples, None, imported, show_progress_on=seed, **work)
+    examples.click(import_examples, None, imported, show_progress_on=examples, **work)
     imports.input(lambda: gr.Button(visible=True), None, undo, **QUICK)
     undo.click(handles(undo_import), [imports, studio.identity], [changed, result, bad], **QUICK)
-    return imports, undo
+    return imports, undo, examples
 
 
 # Export

@@ -1,17 +1,19 @@
-"""The Export tab: an adapter, or a model with it, as a GGUF file; how it was verified, and how to use it elsewhere."""
+"""The Export tab: an adapter, or a model with it, as a GGUF file; how it was verified, and how to use it elsewhere;
+publishing on the Hub."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from biasdpo import models
+from biasdpo import models, publish
 from biasdpo.access import is_owner, require_owner
-from biasdpo.config import DEFAULT_QUANTIZATION, ExportConfig, Setting
-from biasdpo.errors import BiasDPOError, ExportError
+from biasdpo.config import DEFAULT_QUANTIZATION, ExportConfig, PublishConfig, Setting
+from biasdpo.errors import BiasDPOError, ExportError, PublishError
 from biasdpo.gguf import export as exporting
 from biasdpo.gguf.export import ExportRecord, load_record
 from biasdpo.gguf.proof import ExportProof
@@ -50,8 +52,9 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
             plan = gr.Markdown(elem_id="export-plan")
             with gr.Accordion("Advanced", open=False, elem_id="export-advanced"):
                 advanced = {key: _field(one) for key, one in settings.items() if one.is_advanced}
+            _build_publish(studio, adapter)
         with gr.Column(scale=3, min_width=300):
-            empty = gr.Markdown(_EMPTY, elem_id="export-empty")
+            empty = gr.Markdown(_EMPTY, visible=False, elem_id="export-empty")
             panel = JobPanel(studio, "export", ["Export", "State", "Adapter", "Format", "Size", "Verification"], _row, _outcome)
             with panel.actions:
                 download = gr.DownloadButton("Download", variant="primary", elem_id="export-download", **SMALL)
@@ -156,6 +159,71 @@ def build_export(studio: Studio, tab: gr.Tab) -> None:
     panel.watch("list", lambda _job: {empty: gr.Markdown(visible=not store.list_jobs(workspace, "export"))}, [empty])
     panel.watch("state", render, [download, compare, result, files, details, figures, *commands])
     panel.wire(tab)
+
+
+def _build_publish(studio: Studio, adapter: gr.Dropdown) -> None:
+    """The form that publishes the chosen run on the Hub: Publish sends what Preview has shown."""
+    settings, workspace = PublishConfig.settings(), studio.workspace
+    with gr.Accordion("Publish on the Hugging Face Hub", open=False, elem_id="publish-box") as box:
+        fields: dict[str, Any] = {}
+        for key, one in settings.items():
+            shown: dict[str, Any] = {"label": one.label, "info": one.help, "elem_id": f"publish-{key}"}
+            if one.kind == "flag":
+                fields[key] = gr.Checkbox(False, **shown)
+            elif key == "gguf":
+                fields[key] = gr.Dropdown([("None", "")], value="", **shown)
+            else:
+                fields[key] = gr.Textbox(placeholder=one.metavar, max_lines=1, **shown)
+        preview = gr.Button("Preview", elem_id="publish-preview")
+        with gr.Column(visible=False, elem_id="publish-plan") as planned:
+            summary = gr.Markdown(elem_id="publish-summary")
+            files = gr.Dataframe(headers=["Repository", "File", "Size"], label="Files", interactive=False, wrap=True, buttons=[],
+                                 elem_id="publish-files")  # fmt: skip
+            look: dict[str, Any] = {"lines": 10, "max_lines": 20, "interactive": False, "buttons": ["copy"]}
+            cards = {name: gr.Textbox(label=f"{name.capitalize()} card", elem_id=f"publish-{name}-card", **look)
+                     for name in ("model", "dataset")}  # fmt: skip
+            send = gr.Button("Publish", elem_id="publish-send")
+            result = gr.Markdown(elem_id="publish-result")
+    seen = gr.State("")
+    inputs = [adapter, *fields.values()]
+
+    def list_exports() -> Any:
+        exports = [job.id for job in store.list_jobs(workspace, "export") if job.state == "finished"]
+        return gr.Dropdown([("None", ""), *((one, one) for one in exports)])
+
+    def plan_of(run: str, *given: Any) -> publish.Plan:
+        require_owner("Publishing")
+        values = zip(fields, (value.strip() if isinstance(value, str) else value for value in given), strict=True)
+        filled: dict[str, Any] = {key: value for key, value in values if value}
+        return publish.plan(pasted(run), PublishConfig(**filled), workspace)
+
+    def show(*given: Any) -> Updates:
+        plan = plan_of(*given)
+        texts = {one.type: one.card for one in plan.repositories}
+        return {
+            planned: gr.Column(visible=True),
+            summary: "\n".join(f"- {escape(line)}" for line in plan.summary()),
+            files: [[one.id, name, size_text(size)] for one in plan.repositories for name, size, _sha256 in one.listing],
+            result: "",
+            seen: plan.digest,
+        } | {card: gr.Textbox(value=texts.get(name, ""), visible=name in texts) for name, card in cards.items()}
+
+    def go(digest: str, *given: Any) -> Iterator[Updates]:
+        plan = plan_of(*given)
+        if plan.digest != digest:
+            raise PublishError("This is not what the preview shows: press Preview again, then Publish")
+        yield {result: "Sending…"}
+        try:
+            done = publish.publish(plan, workspace)
+        except BiasDPOError:
+            yield {result: ""}
+            raise
+        states = [(one, f"commit {one.commit[:12]}" if one.commit else "nothing changed") for one in done]
+        yield {result: "\n".join(f"- ✓ {one.type.capitalize()} [{escape(one.id)}]({one.url}): {how}" for one, how in states)}
+
+    box.expand(list_exports, None, fields["gguf"], **QUICK)
+    preview.click(handles(show), inputs, [planned, summary, files, result, seen, *cards.values()], **QUICK)
+    send.click(handles(go), [seen, *inputs], result, **QUICK)
 
 
 def _field(one: Setting) -> Any:

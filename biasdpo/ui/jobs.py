@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from typing import Any
 
 import gradio as gr
@@ -124,6 +125,7 @@ class JobPanel:
         self.versions["list"].change(handles(self._rows), None, self.table, **QUICK)
         self.watch("status", lambda job: {self.head: "" if job is None else head(job, self.detail(job))}, [self.head])
         self.watch("state", self._buttons, [self.box, self.stop, self.resume, self.delete, self.confirm])
+        self.studio.changes.append(self.versions["state"].change)
         self.stop.click(handles(self._stop), self.selected, chosen, **QUICK)
         self.resume.click(handles(self._resume), self.selected, chosen, **QUICK)
         self.delete.click(handles(self._ask), self.selected, [self.confirm, self.question], **QUICK)
@@ -191,7 +193,7 @@ class JobPanel:
             self.stop: gr.Button(visible=may and job.is_active, interactive=job.state != "stopping"),
             self.resume: gr.Button(
                 _RESUME_WORDS.get(job.state, "Resume"),
-                variant="secondary" if self.kind == "train" and wants_changes(job) else "primary",
+                variant="secondary" if self.kind == "train" and job.state == "failed" else "primary",
                 visible=may and resumable,
             ),
             self.delete: gr.Button(visible=may and not job.is_active),
@@ -221,17 +223,13 @@ class JobPanel:
 _TABS: dict[Kind, str] = {"train": "train", "evaluate": "measure", "export": "export"}
 
 
-def wants_changes(job: Job) -> bool:
-    """Whether to repeat the job as it was is not the best next step."""
-    return job.state in ("failed", "stopped")
-
-
 def run_estimate(shown: Callable[[float], Any], estimate: Callable[..., Any], *given: Any) -> Generator[Any, None, Any]:
     """Return what `estimate` finds in a process of its own; until then yield `shown(seconds)`. Closing this generator, which
     Gradio does when the page is closed or by `cancels`, ends the process."""
     began, ended = time.monotonic(), threading.Event()
     with ThreadPoolExecutor(1) as executor:
-        task = executor.submit(estimate, *given, cancelled=ended.is_set)
+        as_caller = copy_context().run  # the thread asks for whoever asked here
+        task = executor.submit(as_caller, estimate, *given, cancelled=ended.is_set)
         try:
             while not wait([task], _POLL_SECONDS).done:
                 yield shown(time.monotonic() - began)
@@ -255,7 +253,8 @@ def head(job: Job, detail: str = "") -> str:
     if status.tokens_per_second is not None and job.is_active:
         parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
     line = parts[0] + "\n" + " · ".join(parts[1:])
-    if job.is_active and (share := _share(job)):
+    if job.state in ("running", "stopping"):
+        share = status.share or _share(job)  # before a run's first step: of what comes before it
         line += f'\n\n<progress value="{share:.3f}" max="1" aria-label="Progress"></progress>'
     if status.waits_for:
         line += f"\n\nWaiting for {escape(status.waits_for)}, which is using the same device."
@@ -276,7 +275,9 @@ def _share(job: Job) -> float:
     status = job.status
     if status.progress and (total := sum(part.total for part in status.progress)):
         return sum(part.done for part in status.progress) / total
-    return status.step / status.total_steps if status.total_steps else status.share
+    if job.kind == "train":
+        return status.step / status.total_steps if status.total_steps else 0.0
+    return status.share
 
 
 def _log_of(job: Job | None) -> str:

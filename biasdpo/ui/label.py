@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ from gradio.context import Context
 
 from biasdpo import labeling, models, prompts
 from biasdpo.compare import Waiting
+from biasdpo.data.sync import sync_of
 from biasdpo.engines import Loading
-from biasdpo.errors import BackendError, ConfigError
+from biasdpo.errors import BackendError, ConfigError, plural
 from biasdpo.labeling import Answer, BlindPair, Details, Judged, LabelSession, LabelSessions, Progress, Recipe
 from biasdpo.prompts import Prompt
 from biasdpo.records import GenerationPair, Sampling
 from biasdpo.ui import components
-from biasdpo.ui.components import QUICK, Annotator, Studio, Updates, annotator_of, escape, handles, local_time, plural
+from biasdpo.ui.components import QUICK, Annotator, Studio, Updates, annotator_of, escape, handles, local_time
 from biasdpo.workspace import ASSETS
 
 _INTRO = """### Which answer is less biased?
@@ -36,6 +38,7 @@ _PROMPTS = [("Examples", "examples"), ("My own list", "list"), ("The dataset's",
 _PAIRS = [*((title, name) for name, title in labeling.PAIR_SOURCES.items()), ("Second opinion on others' pairs", "others")]
 _CATEGORIES = list(prompts.CATEGORIES)
 _LISTED = 200  # of one's own verdicts
+_SYNC_SECONDS = 5.0
 
 
 def build_label(studio: Studio, tab: gr.Tab) -> None:
@@ -54,8 +57,10 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
         settings = _build_settings(studio, settings_box)
         restart = gr.Button("Restart with these settings", variant="primary", visible=False, elem_id="restart")
     paste_box, paste, pasted = _build_paste()
-    changed = gr.State(0)  # how many verdicts of this page stand, to redraw what depends on it
+    changed = gr.State("")  # a new value whenever this page has changed the journal
+    studio.changes.append(changed.change)
     change_nickname = _build_records(studio, sessions, changed, tab)
+    _wire_synced(studio, sessions, changed, pair.synced)
     studio.next_step("dataset", "Next: Dataset")
 
     def gate_updates(who: Annotator, session: LabelSession) -> Updates:
@@ -115,7 +120,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
                     details = Details(category, group, note, who.nickname, who.browser)
                     stored = session.store_answer(answer, details, *((left, right) if editing else ()))
                     session.next(studio.dataset.own(who.browser, who.nickname))
-                    updates = pair.shown(session) | {pair.last: _stored(stored, reveal), changed: len(session.judged)}
+                    updates = pair.shown(session) | {pair.last: _stored(stored, reveal), changed: secrets.token_hex(4)}
                     token = session.token
                 elif token and session.shown is None and not session.goes_on:
                     raise ConfigError("The app was restarted, so the origin of this pair is lost: restart under Settings")
@@ -137,7 +142,7 @@ def build_label(studio: Studio, tab: gr.Tab) -> None:
         session = sessions.of(request.session_hash)
         with session.lock:
             judged = session.undo(revealed=reveal)
-            told = {pair.last: "Undone: judge this pair again, or skip it.", changed: len(session.judged)}
+            told = {pair.last: "Undone: judge this pair again, or skip it.", changed: secrets.token_hex(4)}
             return pair.shown(session) | pair.said(judged) | told
 
     def paste_pair(request: gr.Request, identity: Any, text: str, one: str, other: str, category: str, group: str) -> Updates:
@@ -217,15 +222,16 @@ class _Pair:
             colors = {"removed": "#f87171", "added": "#34d399"}
             self.edits = _highlighted("Your edits", colors, elem_id="label-edits", visible=False)
             self.length_note = gr.Markdown(elem_id="length-note")
-            with gr.Row(elem_id="verdicts", elem_classes="actions"):
-                self.answers: dict[Answer, gr.Button] = {}
-                for name, (title, variant) in _ANSWERS.items():
-                    self.answers[name] = gr.Button(
-                        title, variant=variant, elem_id=f"answer-{name.replace('_', '-')}", min_width=100
-                    )
-                self.skip = gr.Button("Skip (S)", elem_id="answer-skip", min_width=80)
-                self.undo = gr.Button("Undo (U)", elem_id="undo", min_width=80)
-            self.last = gr.Markdown(elem_id="label-last")
+            with gr.Column(elem_id="verdict-bar"):
+                self.last = gr.Markdown(elem_id="label-last")
+                self.synced = gr.Markdown(visible=False, elem_id="label-synced")
+                with gr.Row(elem_id="verdicts", elem_classes="actions"):
+                    self.answers: dict[Answer, gr.Button] = {}
+                    for name, (title, variant) in _ANSWERS.items():
+                        look: dict[str, Any] = {"elem_id": f"answer-{name.replace('_', '-')}", "min_width": 100}
+                        self.answers[name] = gr.Button(title, variant=variant, **look)
+                    self.skip = gr.Button("Skip (S)", elem_id="answer-skip", min_width=80)
+                    self.undo = gr.Button("Undo (U)", elem_id="undo", min_width=80)
             with gr.Row():
                 self.editing = gr.Checkbox(False, label="Edit before choosing (E)", elem_id="editing", container=False)
                 self.reveal = gr.Checkbox(True, label="Reveal the models after a verdict", elem_id="reveal", container=False)
@@ -328,6 +334,22 @@ def _stored(judged: Judged, reveal: bool) -> str:
     return f"Stored: **{verdict}**. Left was {name(pair.left_side)}, right was {name(pair.right_side)}.{seed}{again}"
 
 
+def _wire_synced(studio: Studio, sessions: LabelSessions, changed: gr.State, synced: gr.Markdown) -> None:
+    """With --sync, say whether this page's verdicts are on the Hub, and look again until they are."""
+    hub = sync_of(studio.workspace)
+    if hub is None:
+        return
+    timer = gr.Timer(_SYNC_SECONDS, active=False)
+
+    def look(request: gr.Request) -> Updates:
+        ids = [judged.judgment.id for judged in sessions.of(request.session_hash).judged]
+        waiting = sum(not hub.is_sent(judgment_id) for judgment_id in ids)
+        text = f"Saved here; {plural(waiting, 'verdict')} not saved to the Hub yet." if waiting else "Saved here and to the Hub."
+        return {synced: gr.Markdown(text, visible=bool(ids)), timer: gr.Timer(active=waiting > 0)}
+
+    gr.on([changed.change, timer.tick], look, None, [synced, timer], **QUICK)
+
+
 # Settings
 
 _Settings = namedtuple(
@@ -355,7 +377,7 @@ def _build_settings(studio: Studio, box: gr.Accordion) -> list[Any]:
             traits = gr.Textbox(first_traits, label="Traits, one per line", lines=5, max_lines=12)
     with gr.Row():
         own: dict[str, Any] = {"allow_custom_value": True, "min_width": 180}
-        known = components.model_choices(studio, "auto")
+        known = components.catalog_choices("auto")
         model = gr.Dropdown(known, value="auto", label="Model", info="Or a path or Hub ID", elem_id="label-model", **own)
         adapter = gr.Dropdown(_adapters(studio), value="", label="Adapter", info="Or a folder", elem_id="label-adapter", **own)
         strength = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter strength", info="1: as trained", min_width=160, buttons=[])
@@ -371,9 +393,13 @@ def _build_settings(studio: Studio, box: gr.Accordion) -> list[Any]:
     def follow_request(request: dict[str, Any]) -> Updates:
         return {model: request.get("model", gr.skip()), adapter: request.get("adapter", gr.skip())}
 
+    def refresh() -> Updates:
+        models_ = components.model_choices(studio, "auto")
+        return {model: gr.Dropdown(choices=models_), adapter: gr.Dropdown(choices=_adapters(studio))}
+
     kind.change(show_prompts, kind, [list_box, template_box], **QUICK)
     category.input(_fill_groups, category, [groups, traits], **QUICK)
-    box.expand(lambda: gr.Dropdown(choices=_adapters(studio)), None, adapter, **QUICK)
+    box.expand(refresh, None, [model, adapter], **QUICK)
     studio.on_request("label", follow_request, [], [model, adapter])
     generation = [model, adapter, strength, limit, temperature, system]
     return [goal, kind, source, lines, file, template, groups, traits, category, *generation]
@@ -499,7 +525,7 @@ def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, t
         with session.lock:
             session.withdraw(judgment_id, who.browser, who.nickname)
         told = "Withdrawn: training no longer uses it. The file keeps a row that records the withdrawal."
-        return mine(identity) | warned() | {selected: "", withdraw: gr.Button(interactive=False), notice: told}
+        return {changed: secrets.token_hex(4), selected: "", withdraw: gr.Button(interactive=False), notice: told}
 
     inputs, mine_outputs = [studio.identity, mine_open, coverage_open], [consistency, table, mine_open]
     coverage_outputs, row_outputs = [coverage, coverage_open], [selected, withdraw, notice]
@@ -509,7 +535,7 @@ def _build_records(studio: Studio, sessions: LabelSessions, changed: gr.State, t
     mine_box.collapse(lambda: False, None, mine_open, **QUICK)
     coverage_box.collapse(lambda: False, None, coverage_open, **QUICK)
     table.select(select, None, row_outputs, **QUICK)
-    withdraw.click(handles(withdraw_selected), [studio.identity, selected], [health, *mine_outputs, *row_outputs], **QUICK)
+    withdraw.click(handles(withdraw_selected), [studio.identity, selected], [changed, *row_outputs], **QUICK)
     return change_nickname
 
 

@@ -4,37 +4,75 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import parse_qs
 
 from gradio import Blocks
+from gradio.context import LocalContext
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
-from starlette.types import Scope
+from starlette.types import Message, Receive, Scope
 
+from biasdpo import access
 from biasdpo.config import ServeConfig
+from biasdpo.errors import RefusedError, plural
 from biasdpo.workspace import is_public_space
 
 log = logging.getLogger(__name__)
 
-_UNHEARD_SECONDS = 8.0  # a page opens its stream right after its request
-_SWEEP_SECONDS = 2.0
+_SESSION_CHARACTERS = 64
+_UNHEARD_SECONDS = 6.0  # a page opens its stream right after its request
+_SWEEP_SECONDS = 1.0
 _MINUTE = 60.0
+_DAY = 86400.0
 _SIGN_INS = 20  # per minute from one address
+_BODY_SECONDS = 30.0  # between two parts of a body
+
+signing_in_from: ContextVar[str] = ContextVar("signing_in_from", default="")
+"""The address of the request that signs in: Gradio's `auth` gets name and password only."""
+
+
+class DayBudget:
+    """Bytes that each visitor has used today."""
+
+    def __init__(self) -> None:
+        self._used: Counter[str] = Counter()
+        self._since = time.monotonic()
+        self._lock = threading.Lock()
+
+    def total(self) -> int:
+        return sum(self._used.values())
+
+    def spend(self, who: str, size: int, most: int) -> bool:
+        """Whether `who` may use `size` bytes more; if so, they are counted."""
+        with self._lock:
+            if time.monotonic() - self._since > _DAY:
+                self._used.clear()
+                self._since = time.monotonic()
+            if self._used[who] + size > most:
+                return False
+            self._used[who] += size
+            return True
 
 
 class Limits:
-    """Counts who asks and who listens. `refusal` is asked about every request; `watch` guards Gradio's queue."""
+    """Counts who asks, listens and stores. `refusal` is asked about every request, `check_stored` about every verdict; `watch`
+    guards Gradio's queue."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
         self._listening: defaultdict[str, int] = defaultdict(int)  # streams by session
         self._heard: dict[str, float] = {}  # by session: when somebody last listened, or when it was first seen waiting
-        self._arrivals: dict[tuple[str, int], deque[float]] = {}  # by address and limit: when it came
+        self._arrivals: dict[tuple[str, str], deque[float]] = {}  # by address and what is limited: when it came
+        self._uploaded, self._received, self._stored = DayBudget(), DayBudget(), DayBudget()
+        self._has_strangers = bool(config.auth or config.public or is_public_space())
         self._sessions: dict[str, None] = {}  # known ones, in order of arrival
         self._queue: Any = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -43,10 +81,10 @@ class Limits:
         """The status and the line that answer a request with too large a body, or too many sign-ins; None if it may pass."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
-        if scope["path"].rstrip("/").endswith("/login") and self._comes_too_often(
-            client_address(HTTPConnection(scope)), _SIGN_INS
-        ):
-            return 429, "Too many sign-ins from your address: wait a minute"
+        if scope["path"].rstrip("/").endswith("/login"):
+            signing_in_from.set(client_address(HTTPConnection(scope)))
+            if self._comes_too_often(signing_in_from.get(), "sign in", _SIGN_INS):
+                return 429, "Too many sign-ins from your address: wait a minute"
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
         if "transfer-encoding" in headers or not length.isdigit():  # of unknown length: browsers always say it
@@ -55,7 +93,48 @@ class Limits:
         most = self.config.max_upload_mb if name == "upload" else self.config.max_request_mb
         if int(length) > most * 2**20:
             return 413, f"This {name} has {int(length) / 2**20:.1f} MiB, at most {most} are allowed: send less (--max-{name}-mb)"
+        return self._upload_refusal(scope, int(length)) if name == "upload" and self._has_strangers else None
+
+    def _upload_refusal(self, scope: Scope, size: int) -> tuple[int, str] | None:
+        own, everybody = self.config.max_uploads_mb_per_visitor, self.config.max_uploads_mb
+        if self._received.total() + size > everybody * 2**20:
+            return 429, f"All visitors have uploaded {everybody} MiB today: try again tomorrow (--max-uploads-mb)"
+        if not self._uploaded.spend(client_address(HTTPConnection(scope)), size, own * 2**20):
+            return 429, f"You may upload {own} MiB a day: try again tomorrow (--max-uploads-mb-per-visitor)"
         return None
+
+    def receiving(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive` for a body that comes at all, else the client counts as gone. Uploads are counted as they arrive: what a
+        client only announces takes nothing from the others."""
+        is_upload, is_whole = scope["path"].rstrip("/").endswith("/upload"), scope["method"] in ("GET", "HEAD")
+
+        async def counted() -> Message:
+            nonlocal is_whole
+            if is_whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), _BODY_SECONDS)
+            except TimeoutError:
+                return {"type": "http.disconnect"}
+            is_whole = not message.get("more_body", False)
+            if is_upload:
+                self._received.spend("all", len(message.get("body", b"")), 2**63)
+            return message
+
+        return counted
+
+    def check_stored(self, size: int, total: int) -> None:
+        """Raise RefusedError if the visitor, or all together, have stored too many verdicts. `total`: bytes of all judgments."""
+        who = access.caller()
+        request = LocalContext.request.get(None)
+        name = who.name or (client_address(request) if request is not None else "")
+        if total + size > self.config.max_stored_mb * 2**20:
+            raise RefusedError("The file of judgments is full, so only the owner can add to it (--max-stored-mb): tell the owner")
+        if self._comes_too_often(name, "verdict", self.config.max_verdicts_per_minute):
+            raise RefusedError(f"You have stored {self.config.max_verdicts_per_minute} verdicts within a minute: wait a minute")
+        if not self._stored.spend(name, size, self.config.max_stored_mb_per_visitor * 2**20):
+            most = self.config.max_stored_mb_per_visitor
+            raise RefusedError(f"You may store {most} MiB of verdicts a day (--max-stored-mb-per-visitor): go on tomorrow")
 
     @contextmanager
     def listening(self, scope: Scope) -> Iterator[None]:
@@ -100,22 +179,26 @@ class Limits:
         """Why a request may not join the queue; "" if it may."""
         asked = _requests(queue)
         if len(asked) >= self.config.max_queue:
-            return f"The app is busy with {len(asked)} requests: try again in a minute"
+            return f"The app is busy with {plural(len(asked), 'request')}: try again in a minute"
         address = client_address(request)
         if sum(client_address(event.request) == address for event in asked) >= self.config.max_queue_per_visitor:
-            return f"You have {self.config.max_queue_per_visitor} requests under way: wait until one is done"
-        session = body.session_hash or ""
-        if session not in self._sessions:
-            if self._comes_too_often(address, self.config.max_visits_per_minute):
-                return f"More than {self.config.max_visits_per_minute} pages were opened from your address: wait a minute"
-            self._sessions[session] = None
+            return f"You have {plural(self.config.max_queue_per_visitor, 'request')} under way: wait until one is done"
+        session = body.session_hash  # None: a program's call, a session of its own; Gradio refuses it elsewhere
+        if session is not None and not 1 <= len(session) <= _SESSION_CHARACTERS:
+            return f"A session_hash has 1 to {_SESSION_CHARACTERS} characters: got {len(session):,}; reload the page"
+        if session is None or session not in self._sessions:
+            if self._comes_too_often(address, "visit", self.config.max_visits_per_minute):
+                pages = plural(self.config.max_visits_per_minute, "page")
+                return f"Your address opened more than {pages} in a minute: wait a minute"
+            if session is not None:
+                self._sessions[session] = None
             while len(self._sessions) > self.config.max_sessions:
                 del self._sessions[next(iter(self._sessions))]
         return ""
 
-    def _comes_too_often(self, address: str, most: int) -> bool:
+    def _comes_too_often(self, address: str, what: str, most: int) -> bool:
         """Whether an address has come `most` times within a minute; else it counts as having come once more."""
-        arrivals, now = self._arrivals.setdefault((address, most), deque()), time.monotonic()
+        arrivals, now = self._arrivals.setdefault((address, what), deque()), time.monotonic()
         while arrivals and now - arrivals[0] > _MINUTE:
             arrivals.popleft()
         if len(arrivals) >= most:
@@ -149,7 +232,11 @@ def _requests(queue: Any) -> list[Any]:
 
 
 def client_address(request: Any) -> str:
-    """The address a request came from. On a Space the Hub's proxy is in between, and says it first in X-Forwarded-For."""
-    if is_public_space() and (forwarded := request.headers.get("x-forwarded-for")):
-        return str(forwarded).partition(",")[0].strip()
-    return request.client.host if request.client else ""
+    """The address a request came from. uvicorn takes it from X-Forwarded-For if a trusted proxy sent it. On a Space, whose
+    proxies have private addresses, it is the last public one: the visitor may have written others before it."""
+    if is_public_space():
+        for address in reversed(str(request.headers.get("x-forwarded-for", "")).split(",")):
+            with suppress(ValueError):
+                if ip_address(address.strip()).is_global:
+                    return address.strip()
+    return str(request.client.host) if request.client else ""

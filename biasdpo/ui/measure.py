@@ -16,10 +16,10 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
 from biasdpo import benchmarks, models
-from biasdpo.access import is_owner, require_owner
+from biasdpo.access import for_caller, is_owner, require_owner
 from biasdpo.benchmarks.titles import BENCHMARKS, Group, benchmark_title, metric_title
 from biasdpo.config import RUN, WORKSPACE, EvaluationConfig
-from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError
+from biasdpo.errors import BiasDPOError, ConfigError, EvaluationError, plural
 from biasdpo.evaluation import report, results
 from biasdpo.evaluation.report import figure
 from biasdpo.evaluation.results import Flip, TableRow
@@ -30,7 +30,7 @@ from biasdpo.jobs.job import Job
 from biasdpo.jobs.resolve import command_of, parts
 from biasdpo.labeling import word_diff
 from biasdpo.ui import charts
-from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, plural
+from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices
 from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word
 from biasdpo.workspace import ASSETS
 
@@ -118,6 +118,7 @@ class Form:
     EvaluationConfig's other settings, by name."""
 
     def __init__(self, studio: Studio) -> None:
+        self.data_dir = str(studio.benchmarks or "")  # not in its field, which everybody gets
         first = benchmarks.default_benchmarks(studio.benchmarks)
 
         def box(group: Group, label: str) -> gr.CheckboxGroup:
@@ -152,7 +153,7 @@ class Form:
             for name in _ADVANCED:
                 one = EvaluationConfig.settings()[name]
                 shown: dict[str, Any] = {"label": one.label, "info": one.help, "elem_id": f"measure-{name.replace('_', '-')}"}
-                value = str(studio.benchmarks or "") if name == "data_dir" else one.format(one.default)
+                value = one.format(one.default)
                 is_choice = one.kind == "choice"
                 self.settings[name] = (
                     gr.Dropdown(list(one.choices), value=value, **shown) if is_choice else gr.Textbox(value, **shown)
@@ -173,6 +174,7 @@ def configs_of(form: Form, values: Mapping[Any, Any]) -> list[EvaluationConfig]:
         raise ConfigError("No benchmark is selected: select at least one")
     declared = EvaluationConfig.settings()
     texts = {name: str(values[field] or "").strip() for name, field in form.settings.items()}
+    texts["data_dir"] = texts["data_dir"] or form.data_dir
     given: dict[str, Any] = {name: declared[name].parse(text) for name, text in texts.items() if text}
     if "preference" not in names:
         given.pop("dataset", None)
@@ -334,6 +336,7 @@ def build_outcome(studio: Studio, panel: JobPanel) -> Section:
 
     def show_tables(labeled: Sequence[tuple[str, Result]], arguments: Sequence[str] = ()) -> Updates:
         """One result, or several side by side."""
+        labeled = [(name, for_caller(result)) for name, result in labeled]
         name, result = labeled[0]
         text = report.markdown(result, arguments) if len(labeled) == 1 else report.markdown(labeled)
         files = {"md": text, "csv": report.csv_text(result), "json": json.dumps(result, ensure_ascii=False)}

@@ -12,8 +12,9 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.context import LocalContext
@@ -22,7 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from biasdpo.access import Caller, Role
+from biasdpo.access import Caller, Role, hide_paths, is_owner
 from biasdpo.accounts import Accounts
 from biasdpo.errors import ConfigError
 from biasdpo.ui.limits import Limits
@@ -159,7 +160,7 @@ class Guard:
             answer = (404, "Not Found")
         app = self.app if answer is None else PlainTextResponse(f"{answer[1]}\n", status_code=answer[0])
         with self.limits.listening(scope):
-            await app(scope, receive, send_with_headers)
+            await app(scope, self.limits.receiving(scope, receive), send_with_headers)
 
     def refusal(self, scope: Scope) -> str | None:
         """One-line reason to refuse a request; None if it may pass."""
@@ -255,3 +256,41 @@ def _space_caller(request: gr.Request) -> Caller:
     own = {name, *(str(one.get("preferred_username") or one.get("name")) for one in info.get("orgs") or [])}
     owner = os.environ.get("SPACE_AUTHOR_NAME", "")
     return Caller(Role.owner if owner and owner in own else Role.visitor, name)
+
+
+_hides: ContextVar[bool] = ContextVar("hides", default=True)
+
+
+class Page(gr.Blocks):
+    """Gradio's Blocks; its values, errors and messages name no folder of this machine to anyone but the owner."""
+
+    async def process_api(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Run a function of the page for whoever sent the request."""
+        token = LocalContext.request.set(options.get("request"))
+        _hides.set(not is_owner())
+        LocalContext.request.reset(token)
+        try:
+            return await super().process_api(*args, **options)
+        except gr.Error as exc:
+            exc.message = _shown_to_caller(exc.message)
+            raise
+
+    async def postprocess_data(self, *args: Any, **options: Any) -> list[Any]:
+        """The values that the page gets."""
+        values: list[Any] = _shown_to_caller(await super().postprocess_data(*args, **options))
+        return values
+
+    def queue(self, *args: Any, **options: Any) -> Page:
+        """As in Gradio, with a queue that hides folders in `gr.Info` and `gr.Warning`."""
+        super().queue(*args, **options)
+        log_message = self._queue.log_message
+
+        def log_cleaned(event_id: str, log: str, *rest: Any, **more: Any) -> None:
+            log_message(event_id, _shown_to_caller(log), *rest, **more)
+
+        self._queue.log_message = log_cleaned  # type: ignore[method-assign]
+        return self
+
+
+def _shown_to_caller(value: Any) -> Any:
+    return hide_paths(value) if _hides.get() else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,27 @@ from biasdpo.config import Preset, Setting, TrainConfig
 from biasdpo.data import splits
 from biasdpo.data.importing import HUB
 from biasdpo.data.splits import SEED_PAIRS, WORKSPACE, Mixture
-from biasdpo.errors import BiasDPOError, ConfigError, JobError
+from biasdpo.errors import BiasDPOError, ConfigError, JobError, plural
 from biasdpo.jobs import store
 from biasdpo.jobs.estimate import Estimate, estimate_training, known_estimate
 from biasdpo.jobs.job import Job
 from biasdpo.jobs.outcome import best_accuracy, held_out_metrics, held_out_pairs, outcome, pack_run, pairs_needed, run_table
-from biasdpo.labeling import word_diff
+from biasdpo.jobs.resolve import training_refusal
+from biasdpo.labeling import is_alike, word_diff
 from biasdpo.ui.charts import TRAINING, training_chart
-from biasdpo.ui.components import QUICK, Studio, Updates, duration, escape, handles, local_time, model_choices, pasted, plural
-from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word, wants_changes
+from biasdpo.ui.components import (
+    QUICK,
+    Studio,
+    Updates,
+    catalog_choices,
+    duration,
+    escape,
+    handles,
+    local_time,
+    model_choices,
+    pasted,
+)
+from biasdpo.ui.jobs import SMALL, JobPanel, run_estimate, state_word
 
 FIRST_MODEL = "smollm2"
 MAX_COMPARED = 6  # as many as the charts have colors
@@ -42,11 +55,14 @@ Compare can switch on and off. A preset and data are chosen already: press **Sta
 
 def build_train(studio: Studio, tab: gr.Tab) -> None:
     """Lay out and wire the tab; called once, inside it."""
+    refusal = training_refusal()
+    if refusal:
+        gr.Markdown(refusal, elem_id="train-refusal")
     with gr.Row(elem_id="train-columns"):
-        with gr.Column(scale=5, min_width=340):
+        with gr.Column(scale=5, min_width=340, visible=not refusal):
             form = Form(studio)
         with gr.Column(scale=7, min_width=340):
-            empty = gr.Markdown(_NO_RUNS, elem_id="train-empty")
+            empty = gr.Markdown(_NO_RUNS, visible=False, elem_id="train-empty")  # until the list was read
             panel = JobPanel(studio, "train", ("Run", "State", "Held-out accuracy", "Data", "Started"), row_of, outcome_text)
             with panel.box:
                 build_outcome(studio, panel, form)
@@ -70,6 +86,7 @@ def build_train(studio: Studio, tab: gr.Tab) -> None:
 
 # The settings of a run as fields of the form, generated from TrainConfig
 
+_SEED = "seed"  # the shipped pairs: everybody gets the form, so it names no folder
 SETTINGS = tuple(one for name, one in TrainConfig.settings().items() if name not in ("model", "datasets"))
 
 
@@ -154,17 +171,24 @@ def preset_cards(presets: Sequence[Preset]) -> list[tuple[str, str]]:
 def source_of(name: str) -> str:
     """A source as the training process finds it: a file by its absolute path."""
     name = pasted(name)
+    if name == _SEED:
+        return SEED_PAIRS
     return name if name == WORKSPACE or name.startswith(HUB) else str(Path(name).expanduser().resolve())
+
+
+def own_pairs(studio: Studio) -> int | None:
+    """How many pairs the workspace has from labeling and imports; None if they can't be read."""
+    with suppress(BiasDPOError):
+        return studio.dataset.confounds().pairs
+    return None
 
 
 def source_choices(studio: Studio, chosen: Sequence[str] = ()) -> list[tuple[str, str]]:
     """The data sources to choose from; `chosen`: further ones, such as an uploaded file."""
-    try:
-        mine = f"Your judgments ({studio.dataset.confounds().pairs:,})"
-    except BiasDPOError:
-        mine = "Your judgments (can't be read)"
-    offered = [("Seed pairs (shipped)", SEED_PAIRS), (mine, WORKSPACE)]
-    return offered + [(splits.source_title(name), name) for name in chosen if name not in (SEED_PAIRS, WORKSPACE)]
+    own = own_pairs(studio)
+    mine = "Your own pairs (can't be read)" if own is None else f"Your own pairs ({own:,})"
+    offered = [("Seed pairs (shipped)", _SEED), (mine, WORKSPACE)]
+    return offered + [(splits.source_title(name), name) for name in chosen if name not in (_SEED, SEED_PAIRS, WORKSPACE)]
 
 
 def mixture_line(found: Mixture, needed: int) -> str:
@@ -219,13 +243,15 @@ class Form:
             preset_cards(presets), value=presets[0].id, label="Preset", show_label=False, elem_id="train-preset"
         )
         with gr.Row():
-            choices = model_choices(studio)
+            choices = catalog_choices()
             self.model = gr.Dropdown(choices, value=FIRST_MODEL, label="Model, Hub ID, or path", elem_id="train-model", **own)
             sources = source_choices(studio)
             self.data = gr.Dropdown(
-                sources, value=[SEED_PAIRS], multiselect=True, label="Data, Hub dataset, or path", elem_id="train-data", **own
+                sources, value=[_SEED], multiselect=True, label="Data, Hub dataset, or path", elem_id="train-data", **own
             )
         build_fields("Model and data")
+        # Never added unasked: what a preset trains on, and with it what its estimate says, would depend on a few trial verdicts.
+        self.add_own = gr.Button(visible=False, size="sm", elem_id="train-add-own")
         self.data_line = gr.Markdown(elem_id="train-data-line")
         with gr.Row(visible=False, elem_id="train-needed", elem_classes="actions") as self.more_data:
             studio.next_step("label", "Label pairs")
@@ -264,10 +290,11 @@ class Form:
         """Show a config, with its model and data."""
         if snapshot is not None:
             config = with_data(config, snapshot)
+        named = [_SEED if name == SEED_PAIRS else name for name in config.datasets]
         return self.fill(config) | {
             self.preset: gr.update(choices=preset_cards(presets_of(config.model)), value=None),
             self.model: gr.update(choices=model_choices(studio, config.model), value=config.model),
-            self.data: gr.update(choices=source_choices(studio, config.datasets), value=list(config.datasets)),
+            self.data: gr.update(choices=source_choices(studio, config.datasets), value=named),
         }
 
 
@@ -292,6 +319,9 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
             return {form.data_line: _OFF}
         matters = effects({one.name: value for one, value in zip(SETTINGS, given[2:], strict=True)} | {"datasets": given[1]})
         shown: Updates = {field: gr.update(visible=matters[one.name]) for one, field in conditional}
+        own = 0 if WORKSPACE in map(source_of, given[1] or ()) else own_pairs(studio) or 0
+        what = f"Your own {plural(own, 'pair')} {'is' if own == 1 else 'are'} not selected: add {'it' if own == 1 else 'them'}"
+        shown[form.add_own] = gr.update(value=what, visible=own > 0)
         try:
             config = config_of(*given)
         except BiasDPOError as exc:
@@ -309,12 +339,17 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
             found = splits.mixture_of(config, workspace)
             line, few = mixture_line(found, needed), found.pairs_train + found.pairs_held_out < needed
         except BiasDPOError as exc:
-            line, few, found = f"⚠ {escape(str(exc))}. About {needed:,} pairs are needed.", True, None
+            line, few, found = f"⚠ {escape(str(exc))}. About {plural(needed, 'pair')} needed.", True, None
         return shown | {
             form.data_line: line,
             form.more_data: gr.update(visible=few),
             form.start: gr.update(interactive=found is not None),
         }
+
+    def look(model: Any, data: Any) -> list[Any]:
+        """The choices may have changed."""
+        known = model_choices(studio, pasted(str(model or "")))
+        return [gr.update(choices=known), gr.update(choices=source_choices(studio, data or ()))]
 
     def pick_model(model: Any) -> Updates:
         require_owner("Training")
@@ -335,10 +370,14 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         config = configs.load_json(path) if path.suffix == ".json" else TrainConfig(**configs.read_toml(path))
         return form.show(studio, config)
 
-    def add_file(file: str, data: Any) -> Any:
+    def add_data(source: str, data: Any) -> Any:
         require_owner("Training")
-        chosen = [*(data or ()), file]
+        chosen = [*(data or ()), source]
         return gr.update(choices=source_choices(studio, chosen), value=chosen)
+
+    def take_data(request: dict[str, Any]) -> Any:
+        """The data that another tab asks to train on."""
+        return add_data(WORKSPACE, ()) if request.get("data") == WORKSPACE and is_owner() else gr.skip()
 
     def estimate(*given: Any) -> Iterator[Updates]:
         require_owner("Training")
@@ -362,16 +401,25 @@ def wire_form(studio: Studio, tab: gr.Tab, form: Form, panel: JobPanel) -> None:
         return panel.show(job.id) | {form.name: ""}
 
     everything = [form.name, form.model, form.data, *form.fields]
-    outcome_ = [form.data_line, form.more_data, form.start, form.cost, form.preview, *(field for _, field in conditional)]
+    outcome_ = [
+        form.add_own,
+        form.data_line,
+        form.more_data,
+        form.start,
+        form.cost,
+        form.preview,
+        *(field for _, field in conditional),
+    ]
     described = {"fn": handles(describe), "inputs": everything, "outputs": outcome_, **QUICK}
-    refresh = tab.select(lambda data: gr.update(choices=source_choices(studio, data or ())), form.data, form.data, **QUICK)
-    refresh.then(**described)
+    tab.select(look, [form.model, form.data], [form.model, form.data], **QUICK).then(**described)
     gr.on([field.change for field in everything], trigger_mode="always_last", **described)
     # A folded field is not built yet and reports no change, so what was filled in is described by hand.
     form.model.input(handles(pick_model), form.model, form.filled, **QUICK).then(**described)
     form.preset.input(handles(pick_preset), form.preset, form.filled, **QUICK).then(**described)
     form.imported.upload(handles(import_config), form.imported, form.filled, **QUICK).then(**described)
-    form.upload.upload(handles(add_file), [form.upload, form.data], form.data, **QUICK)
+    form.upload.upload(handles(add_data), [form.upload, form.data], form.data, **QUICK)
+    form.add_own.click(handles(partial(add_data, WORKSPACE)), form.data, form.data, **QUICK)
+    studio.on_request("train", take_data, [], [form.data])
     progress = [form.cost, form.measure, form.cancel]
     going = form.measure.click(handles(estimate), everything[1:], progress, **QUICK | {"concurrency_limit": 1})
     form.cancel.click(ended, None, progress, cancels=[going], **QUICK)
@@ -412,7 +460,7 @@ def build_outcome(studio: Studio, panel: JobPanel, form: Form) -> None:
         shown = {compare: ready, measure: ready, export: ready, download: ready and here}
         shown[retry] = job is not None and job.config is not None and here
         updates: Updates = {button: gr.update(visible=visible) for button, visible in shown.items()}
-        updates[retry]["variant"] = "primary" if job is not None and wants_changes(job) else "secondary"
+        updates[retry]["variant"] = "primary" if job is not None and job.state == "failed" else "secondary"
         return updates
 
     def finished(selected: str) -> Job:
@@ -467,8 +515,8 @@ def find_probe(rows: Probes, run_id: str, at: Shown, by: int = 0) -> tuple[list[
 
 
 def diff_sides(base: str, tuned: str) -> tuple[Pieces, Pieces]:
-    """Both texts, with the words that only one of them has marked."""
-    if max(len(base), len(tuned)) > _DIFF_CHARACTERS:
+    """Both texts, with the words that only one of them has marked, where that isn't most of them."""
+    if max(len(base), len(tuned)) > _DIFF_CHARACTERS or not is_alike(base, tuned):
         return [(base, None)], [(tuned, None)]
     left: Pieces = []
     right: Pieces = []

@@ -23,9 +23,7 @@ def test_the_first_screen_is_a_finished_pair_that_can_be_judged_at_once(visitor,
     visitor.page.goto(visitor.url)
     pair = load_example_pairs()[0]
     for side, completion in (("base", pair.left), ("tuned", pair.right)):
-        visitor.wait(f"#{side}-words .highlighted .text")
-        shown = visitor.page.inner_text(f"#{side}-words .textfield")
-        assert "".join(shown.split()) == "".join(completion.text.split())
+        visitor.wait_value(f"{side}-text", completion.text)  # these have few words in common
         assert f"cut at {completion.tokens} tokens" in visitor.status(side)
     assert pair.prompt in visitor.page.inner_text("#caption")
     visitor.page.click("#verdict-right")
@@ -64,7 +62,12 @@ def test_both_sides_are_written_with_what_proves_them(visitor):
     assert visitor.text("base") != visitor.text("tuned")
     for side in ("base", "tuned"):
         assert re.search(r"cut at 16 tokens · \d+ tokens/s · first token after [\d.]+ s", visitor.status(side))
+    visitor.page.evaluate(
+        "() => new MutationObserver(() => { window.told ||= document.querySelector('#token-note')?.innerText; })"
+        ".observe(document.body, {childList: true, subtree: true})"
+    )
     visitor.view("Token scores")
+    assert "Computing the token scores: 0 of 2 answers" in visitor.page.evaluate("() => window.told")
     visitor.page.locator("#tuned-tokens .token .text").nth(1).click()
     visitor.wait("#token-note", re.compile(r"-\d+\.\d\d nats under base, -\d+\.\d\d nats under tuned"))
 

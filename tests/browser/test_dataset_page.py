@@ -146,8 +146,13 @@ def test_the_newest_first_page_by_page_with_search_and_filters(reader):
     reader.pick("dataset-filter-verdict", "tie")
     reader.wait_position("1 to 1 of 1")
     cells = reader.page.locator("#dataset-table .virtual-row [role=gridcell]:visible").all_inner_texts()
-    assert cells[1:-1] == ["A tie on rain?", "It rains.", "It pours.", "tie", "", "elm"]
+    assert cells[1:-1] == ["A tie on rain?", "Left: It rains.", "Right: It pours.", "tie", "", "elm"]
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", cells[-1])
+    reader.pick("dataset-filter-verdict", "All")
+    reader.pick("dataset-filter-state", "Withdrawn")
+    reader.wait_position("Nothing matches")  # of elm's, whose filter stays
+    reader.pick("dataset-filter-annotator", "yew (1)")
+    reader.wait_position("1 to 1 of 1")
 
 
 def test_a_judgment_in_full_with_its_provenance(reader):
@@ -338,6 +343,11 @@ def test_an_empty_workspace_says_what_to_do_and_takes_the_example_pairs(new_visi
         reader.wait_position(f"of {count}")
         assert f"{count} pairs to train on" in reader.page.inner_text("#dataset-summary")
         assert reader.page.locator("#dataset-empty").count() == 0
+        reader.page.click("#import-examples")  # here for whoever has other rows already
+        reader.visitor.wait("#import-result", f"{count} rows already there")
+        reader.page.click("#dataset-train")
+        reader.visitor.wait("#train-data", f"Your own pairs ({count})")
+        assert reader.page.locator("#train-data .token").count() == 1
         reader.page.close()
 
 

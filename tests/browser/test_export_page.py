@@ -1,4 +1,4 @@
-"""The Export tab: a file is written, verified, downloaded, used and deleted; what fails says why."""
+"""The Export tab: a file is written, verified, downloaded, used and deleted; what fails says why. A run is published."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from biasdpo.data import journal, splits
+from biasdpo.data.pairs import PreferencePair
 from biasdpo.jobs import store
-from biasdpo.workspace import sha256_of
+from biasdpo.workspace import Workspace, sha256_of
+from tests.app_process import running_app
 from tests.browser.conftest import App, Visitor
 from tests.gguf_files import metadata_of
+from tests.hub import running_hub
+from tests.run_folders import write_run
 from tests.run_line import kill_jobs
 
 
@@ -125,6 +130,48 @@ def test_an_export_goes_on_without_the_page_is_stopped_from_another_and_survives
     other.wait_state(export_id, "Interrupted")
     other.visitor.wait("#export-head", "it was probably killed")
     assert not export.file.exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_published_as_previewed(new_visitor, tmp_path):
+    workspace = Workspace(tmp_path / "workspace")
+    folder = write_run(workspace.root, "demo", datasets=("workspace",))
+    (folder.adapter / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: owner/base\n---\n\n# demo\n")
+    made = journal.new_judgment("Who leads?", "Anyone.", "Only they.", annotator="Wilhelmina-Q")
+    journal.append(workspace, made)
+    splits.write_dataset([PreferencePair("Who leads?", "Anyone.", "Only they.")], folder.snapshot)
+    with running_hub(tmp_path / "hub") as hub, running_app(workspace.root, "--model", "smollm2", **hub.environment()) as url:
+        visitor = new_visitor(url)
+        page = visitor.page
+        Exporter(visitor).open()
+        visitor.unfold("publish-box")
+        visitor.set("publish-to", "ben/less-biased")
+        visitor.set("publish-dataset_to", "ana/verdicts")
+        page.click("#publish-preview")
+        visitor.wait("#publish-summary", "Dataset ana/verdicts: 2 files")
+        visitor.wait("#publish-summary", "1 annotator as numbers")
+        visitor.wait("#publish-files", "adapter_model.safetensors")
+        assert "Not evaluated on benchmarks." in visitor.value("publish-model-card")
+        assert "Wilhelmina-Q" not in visitor.value("publish-dataset-card")
+        page.click("#publish-send")
+        visitor.wait(".toast-body", "ben/less-biased is somebody else's")
+        page.click(".toast-close")
+        visitor.set("publish-to", "ana/less-biased")
+        page.click("#publish-send")
+        visitor.wait(".toast-body", "press Preview again")
+        page.click(".toast-close")
+        assert hub.repositories == {}
+        page.click("#publish-preview")
+        visitor.wait("#publish-summary", "Model ana/less-biased")
+        page.click("#publish-send")
+        visitor.wait("#publish-result", "✓ Model ana/less-biased: commit")
+        links = [link.get_attribute("href") for link in page.locator("#publish-result a").all()]
+        assert links == [f"{hub.endpoint}/datasets/ana/verdicts", f"{hub.endpoint}/ana/less-biased"]
+        assert hub.repository("model", "ana/less-biased").private
+        assert b"Wilhelmina-Q" not in hub.read("dataset", "ana/verdicts", "pairs.jsonl")
+        page.click("#publish-send")
+        visitor.wait("#publish-result", "nothing changed")
+        page.close()
 
 
 def test_what_can_not_be_exported_says_so_before_and_after_the_click(exporter, tiny_run, tiny_phi_adapter):

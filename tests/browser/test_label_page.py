@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from biasdpo.migrations import open_workspace
+from tests.app_process import running_app
 from tests.browser.conftest import SIZE, App, Visitor
+from tests.hub import running_hub
 from tests.judging import say, store
 
 TOKEN = "document.querySelector('#pair-token :is(input, textarea)')?.value"
@@ -93,7 +97,9 @@ def test_nickname_and_consent_are_asked_inline_once_and_can_be_taken_back(new_an
     assert "CC BY 4.0" in maple.page.inner_text("#consent")
     maple.page.click("#begin")
     maple.visitor.wait(".toast-body", "Enter a nickname")
-    maple.start().press("s")
+    maple.start()
+    maple.visitor.wait_gone(".toast-body.error")  # it is no longer true
+    maple.press("s")
     assert maple.rows() == []
     maple.page.reload()
     maple.visitor.wait("#begin", "Start labeling")
@@ -177,14 +183,28 @@ window.fetch = async (...given) => {
 """
 
 
+# The steps' labels change by what is done on the page alone, not by looking every 15 s.
+NO_LOOKS = """
+const setInterval_ = window.setInterval;
+window.setInterval = (call, ms, ...more) => (ms === 15000 ? 0 : setInterval_(call, ms, ...more));
+"""
+
+
 def test_nothing_tells_the_sides_before_the_verdict_and_they_are_revealed_after(new_annotator):
     hazel = new_annotator("hazel")
-    hazel.page.add_init_script(KEEP_STREAMS)
+    hazel.page.add_init_script(KEEP_STREAMS + NO_LOOKS)
     hazel.open().start()
     sent = hazel.page.evaluate("() => window.sent_")
     assert json.dumps(hazel.texts()[0], ensure_ascii=False)[1:-1] in sent
     assert not re.search(r"left_side|_finish|the tuned model|the base model|\bseed\b", sent)
-    hazel.press("1")
+    hazel.page.set_viewport_size({"width": 1280, "height": 800})
+    step = hazel.page.locator("#steps [role=tab]").nth(1).inner_text()
+    hazel.page.keyboard.press("1")
+    hazel.visitor.wait("#label-last", "Stored")
+    bottom = hazel.page.evaluate("() => document.querySelector('#label-last').getBoundingClientRect().bottom")
+    assert bottom <= 800  # without scrolling
+    hazel.page.wait_for_function("(was) => document.querySelectorAll('#steps [role=tab]')[1].innerText !== was", arg=step)
+    hazel.wait_pair()
     said = hazel.page.inner_text("#label-last")
     assert "the tuned model (smollm2-biasdpo)" in said
     assert "the base model" in said
@@ -296,3 +316,25 @@ def test_a_verdict_that_cannot_be_stored_works_again_and_data_health_speaks_only
         shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
         if aside:
             aside.rename(file)
+
+
+def test_a_verdict_is_saved_here_then_on_the_hub_and_the_owner_reads_why_not(new_visitor, tmp_path: Path):
+    workspace = open_workspace(tmp_path / "workspace")
+    with running_hub(tmp_path / "hub") as hub:
+        hub.fault("refuse", "POST", "/commit/", status=403, times=1_000)
+        flags = ("--model", "smollm2", "--sync", "dataset:ana/labels")
+        with running_app(workspace.root, *flags, **hub.environment()) as url:
+            kim = Annotator(new_visitor(url), App(workspace, flags, 0), "kim").open().start()
+            kim.press("1")
+            kim.visitor.wait("#label-synced", "Saved here; 1 verdict not saved to the Hub yet")
+            while hub.faults[0].times > 998:  # until an upload was refused, and another is tried
+                kim.page.wait_for_timeout(100)
+            kim.visitor.tab("Dataset")
+            why = re.compile("1 row not saved to dataset:ana/labels yet, the oldest for .*: the token may not write there")
+            kim.visitor.wait("#dataset-health", why)
+            hub.faults.clear()
+            kim.visitor.tab("Label")
+            kim.visitor.wait("#label-synced", "Saved here and to the Hub")
+            kim.visitor.tab("Dataset")
+            kim.page.wait_for_selector("#dataset-health", state="hidden")
+            kim.page.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from biasdpo.cli import train_config
 from biasdpo.config import TrainConfig
-from biasdpo.data import splits
+from biasdpo.data import journal, splits
 from biasdpo.data.splits import SEED_PAIRS
 from biasdpo.jobs.job import JobFolder
 from biasdpo.workspace import Workspace
@@ -69,6 +70,49 @@ def test_a_finished_run_with_its_outcome_curves_and_answers(trainer):
     visitor.wait("#train-probe-step", "no probes")
     page.reload()
     trainer.wait_head("second")  # the address names it
+
+
+def test_redrawn_charts_leave_nothing_behind(trainer):
+    page = trainer.open("first").page
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable")
+
+    def redraw(run_id: str) -> None:
+        trainer.visitor.wait("#train-loss .main-svg")  # returns no handle, which would keep the chart alive
+        page.evaluate("() => { for (const chart of document.querySelectorAll('.js-plotly-plot')) chart.dataset.old = 'yes'; }")
+        trainer.choose(run_id)
+        for curve in ("accuracy", "margin", "loss"):
+            trainer.visitor.wait(f"#train-{curve} .js-plotly-plot:not([data-old]) .main-svg")
+
+    def held(name: str) -> int:
+        """A count of the whole page, with what is in no document but still referenced."""
+        page.wait_for_timeout(1500)  # what is replaced is let go of a second later
+        devtools.send("HeapProfiler.collectGarbage")
+        return next(one["value"] for one in devtools.send("Performance.getMetrics")["metrics"] if one["name"] == name)
+
+    for run_id in ("too-hot", "first"):  # whose curves differ: a chart that stays the same is not drawn again
+        redraw(run_id)
+    nodes, listeners = held("Nodes"), held("JSEventListeners")
+    for run_id in ("too-hot", "first") * 5:
+        redraw(run_id)
+    chart = page.evaluate("() => document.querySelectorAll('#train-loss *').length")
+    assert held("Nodes") < nodes + chart
+    assert held("JSEventListeners") < listeners + chart
+
+
+def test_an_event_does_not_search_the_page_for_other_components(trainer):
+    """Gradio would look up each input of every earlier event, five times; see assets/page.js."""
+    page = trainer.open("first").page
+    trainer.visitor.wait("#train-probe-step", "after step 40")
+    page.wait_for_selector("#train-loss .main-svg")
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Profiler.enable")
+    devtools.send("Profiler.startPreciseCoverage", {"callCount": True, "detailed": False})
+    page.click("#train-probe-earlier")
+    trainer.visitor.wait("#train-probe-step", "after step 20")
+    scripts = devtools.send("Profiler.takePreciseCoverage")["result"]
+    tree = [function for script in scripts if "/assets/core-" in script["url"] for function in script["functions"]]
+    assert sum(function["ranges"][0]["count"] for function in tree) < 30_000  # calls; one search of the whole page: 400
 
 
 def test_notes_stay_with_their_run(trainer, library):
@@ -252,7 +296,7 @@ def test_data_that_can_not_be_trained_on_is_one_line_with_the_way_to_more(traine
     one.write_text('{"prompt": "Who leads 1?", "chosen": "Anyone.", "rejected": "Men."}\n')  # by its hash it is held out
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')
     for source, line in (
-        (one, "no pairs to train on (1 rows read, 1 held out"),
+        (one, "no pairs to train on (1 row read, 1 held out"),
         (bad, "No column was recognized as rejected"),
         (tmp_path / "missing.jsonl", "missing.jsonl"),
     ):
@@ -264,9 +308,21 @@ def test_data_that_can_not_be_trained_on_is_one_line_with_the_way_to_more(traine
     page.wait_for_selector("#train-start:not([disabled])")
     visitor.wait(trainer.line, "to train on")
     trainer.choose_data(one)
-    visitor.wait(trainer.line, "About 40 pairs are needed")
+    visitor.wait(trainer.line, "About 40 pairs needed")
     page.locator("#train-needed").get_by_role("button", name="Label pairs").click()
     page.wait_for_selector("#steps [role=tab][aria-selected=true]:has-text('Label')")
+
+
+def test_own_pairs_that_are_not_selected_are_said_and_added(trainer, library):
+    rows = [journal.new_judgment(f"Who does job {i}?", f"Anyone may do job {i}.", f"Only men do job {i}!") for i in range(3)]
+    journal.append_all(library, rows)
+    own = trainer.open().page
+    trainer.visitor.wait("#train-add-own", re.compile(r"Your own \d+ pairs are not selected: add them"))
+    own.click("#train-add-own")
+    trainer.visitor.wait("#train-data .token", "Your own pairs")
+    own.wait_for_selector("#train-add-own", state="hidden")
+    config = TrainConfig(datasets=(SEED_PAIRS, splits.WORKSPACE))
+    trainer.visitor.wait(trainer.line, f"{splits.mixture_of(config, library).pairs_train} pairs to train on")
 
 
 def test_sources_are_mixed_with_weights(trainer, library, pairs_file: Path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 
 def out_of_memory(*_args: Any, **_options: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+
+def test_visitors_open_two_at_once(case: Case) -> None:
+    with ThreadPoolExecutor(2) as both:
+        opened = list(both.map(lambda adapter: open_transformers(case.folder, case.template, adapter, 512), (None, case.adapter)))
+    texts = [text_of(backend, PROMPTS[0], "base") for backend in (*opened, case.backend)]
+    assert texts == texts[:1] * 3
+    for backend in opened:
+        backend.close()
 
 
 def test_base_only(case: Case) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,30 @@ def test_the_line_through_two_timed_batches() -> None:
     assert TrainConfig(epochs=1.0, num_processes=2).steps_for(933) == 59
     assert TrainConfig(max_steps=20).steps_for(933) == 20
     assert [times(40, steps) for steps in (117, 120, 20)] == [3, 3, 1]  # and at the last step
+
+
+def test_the_longest_row_is_among_those_measured(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six rows in batches of four: the median batch and the longest one share rows."""
+    from training.estimate import measure
+    from training.trainer import TokenizedDPOTrainer
+
+    words = [f"{'word ' * 4**i}{i}" for i in range(1, 4)] + [f"A{i} or b{i}?" for i in range(3)]
+    rows = [{"prompt": f"Who is {text}", "chosen": "Nobody.", "rejected": "They are."} for text in words]
+    command_line.rows = tmp_path / "rows.jsonl"
+    command_line.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    widths: list[int] = []
+    step = TokenizedDPOTrainer.training_step
+
+    def seen(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        widths.append(inputs["input_ids"].shape[1])
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(TokenizedDPOTrainer, "training_step", seen)
+    config = command_line.config(batch_size=4, held_out_share=0.0, max_steps=0, epochs=1.0)
+    measure(config, command_line.workspace, tmp_path, time.time())
+    assert max(widths) > len(words[2]) > min(widths)
 
 
 def test_a_parents_memory_is_not_the_childs():

@@ -11,7 +11,7 @@ from biasdpo import access
 from biasdpo.config import EvaluationConfig, ExportConfig
 from biasdpo.errors import ConfigError, JobError, RefusedError
 from biasdpo.jobs import estimate, store
-from biasdpo.jobs.job import JobFolder
+from biasdpo.jobs.job import JobFolder, Status
 from biasdpo.jobs.worker import run_export
 from biasdpo.workspace import Workspace
 from tests.run_folders import write_run
@@ -125,6 +125,16 @@ def test_a_public_space_refuses(
         with pytest.raises(RefusedError, match="only for this app"):
             act()
     assert sorted(path for path in workspace.root.rglob("*") if ".lock" not in path.name) == before
+
+
+def test_a_resumed_run_starts_at_its_last_checkpoint(command_line: CommandLine) -> None:
+    folder = command_line.create("killed", max_steps=60)
+    (folder.checkpoints / "checkpoint-40").mkdir(parents=True)
+    (folder.checkpoints / "checkpoint-40" / "trainer_state.json").write_text("{}")
+    (folder.checkpoints / "checkpoint-50").mkdir()  # not written to its end
+    folder.write_status(Status("interrupted", step=57, total_steps=60))
+    resumed = store.resume_job("killed", command_line.workspace).status
+    assert (resumed.step, resumed.total_steps) == (40, 60)
 
 
 def test_a_damaged_status_is_recovered_by_resuming(command_line: CommandLine) -> None:

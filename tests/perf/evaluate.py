@@ -33,7 +33,7 @@ from biasdpo.backends.base import Backend, log_softmax
 from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.engines import Engine
 from biasdpo.evaluation import run
-from biasdpo.evaluation.run import likelihood_cache, score_items
+from biasdpo.evaluation.run import AnswerCache, score_items
 from biasdpo.gguf import write
 from biasdpo.migrations import open_workspace
 from biasdpo.records import ContinuationRequest, Side
@@ -64,7 +64,7 @@ def pairs_of(known: dict[str, Any], part: Part) -> list[tuple[str, str]]:
 
 def ours(backend: Backend, known: dict[str, Any], part: Part) -> tuple[float, Logps]:
     """(seconds, what was found)."""
-    sides = {side: likelihood_cache() for side in SIDES}
+    sides = {side: AnswerCache(side) for side in SIDES}
     started_at = time.perf_counter()
     for name, indices in part.items():
         assert not score_items(backend, sides, known[name], indices).failures

@@ -27,7 +27,7 @@ from biasdpo.backends.hf_loading import hf_copy
 from biasdpo.benchmarks import bbq
 from biasdpo.benchmarks.rows import load_rows
 from biasdpo.evaluation import run
-from biasdpo.evaluation.run import likelihood_cache, score_items
+from biasdpo.evaluation.run import AnswerCache, score_items
 from biasdpo.migrations import open_workspace
 from tests.perf.lm_eval_model import LmEval
 from tests.perf.measuring import options
@@ -63,7 +63,7 @@ def of_winobias(items: Iterable[Any], kind: str) -> list[dict[str, Any]]:
 
 def ours(backend: Any, benchmark: Any, indices: list[int]) -> Mapping[str, float]:
     """Base's metrics over the items."""
-    scored = score_items(backend, {"base": likelihood_cache()}, benchmark, indices)
+    scored = score_items(backend, {"base": AnswerCache("base")}, benchmark, indices)
     assert not scored.failures
     numbers = np.array(scored.numbers["base"], dtype=np.float64)
     return {name: float(metric(numbers)) for name, metric in benchmark.side_metrics().items()}

@@ -5,6 +5,7 @@
 Per tab, idle, over a workspace with a dataset, a finished run and an evaluation: CPU time of Chromium's renderer in
 percent of one core; then of the Train tab while it watches a run that makes a step a second (--watch: this only). First paint:
 median of 5 against a Gradio hello-world, alternating. Memory: the renderer's resident set over --memory-minutes of watching.
+Held, before and after watching, after a garbage collection: nodes (also those in no document), listeners, MiB of the heap.
 With --url: of an app that runs already, whose workspace stays as it is. Prints one JSON object. Needs Linux (reads /proc) and a
 quiet machine.
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, CDPSession, Page, sync_playwright
 
 from biasdpo.data.journal import append_all
 from biasdpo.jobs.job import JobFolder
@@ -88,6 +89,17 @@ def train(root: Path, ended: threading.Event) -> None:
             return
 
 
+def held(devtools: CDPSession) -> dict[str, float]:
+    """What the page keeps: counts don't depend on what else the machine does."""
+    devtools.send("HeapProfiler.collectGarbage")
+    found = {one["name"]: one["value"] for one in devtools.send("Performance.getMetrics")["metrics"]}
+    return {
+        "nodes": found["Nodes"],
+        "listeners": found["JSEventListeners"],
+        "heap_mib": round(found["JSHeapUsedSize"] / 2**20, 1),
+    }
+
+
 def open_tab(page: Page, url: str, tab: str) -> None:
     page.goto(f"{url}?tab={tab}")
     page.wait_for_selector(f"[role=tab][data-tab-id={tab}][aria-selected=true]")
@@ -143,6 +155,9 @@ def main() -> None:
                 threading.Thread(target=train, args=(Path(folder), ended), daemon=True).start()
                 time.sleep(1)
             open_tab(page, url, "train")
+            devtools = page.context.new_cdp_session(page)
+            devtools.send("Performance.enable")
+            answer["held_before"] = held(devtools)
             percent["watching"] = cpu_percent(renderer(chromium.pid), args.seconds)
             answer["cpu_percent"] = rounded(percent, 2)
             if args.memory_minutes:
@@ -152,6 +167,7 @@ def main() -> None:
                     megabytes.append(process.memory_info().rss / 2**20)
                     time.sleep(60)
                 answer["memory_mib"] = [round(value) for value in megabytes]
+            answer["held_after"] = held(devtools)
         finally:
             ended.set()
             browser.close()

@@ -36,7 +36,7 @@ PHASES: dict[str, dict[str, Any]] = {  # as the status names it: the settings th
     "preparing the model's files": QUIET,
     "tokenizing": QUIET,
     "loading the model": QUIET,
-    "computing the reference": QUIET,
+    "computing reference log-probabilities": QUIET,
     "training": QUIET,
     "evaluating on the held-out pairs": QUIET | {"eval_every": 1},
     "completing the probe's prompts": QUIET | {"probe_every": 1},
