@@ -192,7 +192,8 @@ def test_long_prompts_are_decoded_by_fewer_together(tiny_llama_gguf, monkeypatch
 
 def test_a_models_own_generation_settings_do_not_change_greedy_completions(tiny_llama, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    (folder / "generation_config.json").write_text('{"no_repeat_ngram_size": 1, "min_new_tokens": 3}')
+    even = list(range(0, json.loads((folder / "config.json").read_text())["vocab_size"], 2))
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": even}))
     backend = open_transformers(folder, tiny_models.LLAMA_TEMPLATE, None, tiny_models.CONTEXT_LENGTH)
     greedy = Sampling(max_new_tokens=12, temperature=0.0, repetition_penalty=1.0)
     try:
