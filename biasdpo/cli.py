@@ -170,7 +170,14 @@ def compare(
 
 @app.command()
 def lens(
-    prompts: Annotated[Path, Option(metavar="FILE", help="JSONL with `prompt`, which has the slot {group} once, and `groups`.")],
+    prompts: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="JSONL with `prompt`, which has the slot {group} once, and `groups`. [default: 30 shipped prompts]",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[str, Option(metavar="ID|PATH|auto", help="Catalog id, Hub id, Hugging Face folder or .gguf.")] = "auto",
     arms: Annotated[
         str,
@@ -198,7 +205,7 @@ def lens(
     if max_new_tokens:
         Sampling(max_new_tokens=max_new_tokens)
     folder = open_workspace(workspace)
-    slots = grid.read_prompts(prompts)
+    slots = grid.read_prompts(prompts or grid.PROMPTS)
     if model == "auto":
         spec, reason = models.choose_auto()
         model = spec.id

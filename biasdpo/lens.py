@@ -29,6 +29,7 @@ from biasdpo.evaluation import stats
 from biasdpo.records import LikelihoodRequest, Side, check_strength
 from biasdpo.workspace import ASSETS
 
+PROMPTS = ASSETS / "lens_prompts.jsonl"
 FAIRNESS_PROMPT = (ASSETS / "fairness_prompt.txt").read_text(encoding="utf-8").strip()
 _SHOWN_TOKENS = 5  # the most likely first tokens of a cell, and the tokens that move most of a row
 _SLOT = re.compile(r"\{(group|they|them|their)\}")
