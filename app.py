@@ -21,6 +21,7 @@ from biasdpo.cli_options import LogLevel, configure_logging, new_app, options_of
 from biasdpo.config import ServeConfig
 from biasdpo.data import journal, sync
 from biasdpo.errors import ConfigError
+from biasdpo.hub import require_token
 from biasdpo.migrations import open_workspace
 from biasdpo.workspace import PRIVACY, Workspace, is_zerogpu
 
@@ -47,7 +48,7 @@ def serve_page(log_level: LogLevel = "warning", **options: Any) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     config = ServeConfig(**options)
     if config.sync:
-        sync.check(config.sync)
+        require_token(f"--sync {config.sync}")
     check_port(config.address, config.port)
     check_model(config.model, config.backend)
     if config.data_dir and not Path(config.data_dir).is_dir():
