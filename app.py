@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(app, arguments, "app.py", "python app.py")
 
 
-@app.command()
+@app.command(context_settings={"auto_envvar_prefix": "BIASDPO"})  # a Space gives no arguments, but has variables
 @options_of(ServeConfig)
 def serve_page(log_level: LogLevel = "warning", **options: Any) -> None:
     """See a language model's bias before and after DPO."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -265,13 +266,13 @@ def _check_paths(repository: Repository, job: Job, workspace: Workspace) -> None
                 raise PublishError(f"{name} would tell of {path}, a folder of this machine: correct the text, then publish again")
 
 
-def _contains(content: bytes | Path, words: bytes) -> bool:
+def _contains(content: bytes | Path, folder: bytes) -> bool:
     if isinstance(content, bytes):
-        return words in content
+        return re.search(rb"(?<![\w.-])" + re.escape(folder), content) is not None  # not as a part of a URL or another path
     if not content.stat().st_size:  # can't be mapped
         return False
     with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        return mapped.find(words) >= 0
+        return mapped.find(folder) >= 0
 
 
 # The Hub

@@ -142,6 +142,9 @@ def test_names_and_times_only_if_chosen_and_no_withdrawn_judgment(workspace):
 
 def test_a_text_that_tells_of_a_folder_here_is_refused(workspace, folder):
     card = folder.adapter / "README.md"
+    card.write_text(card.read_text() + f"\nSee https://example.org{workspace.root}.\n")  # no folder of this machine
+    (folder.adapter / "curves.png").write_bytes(b"")
+    assert run(workspace, "--to", "ana/m", "--dry-run").returncode == 0
     card.write_text(card.read_text() + f"\nTrained in {workspace.root}.\n")
     assert "README.md would tell of" in run(workspace, "--to", "ana/m", "--dry-run").error
 

@@ -372,10 +372,10 @@ def test_what_is_left_is_sent_at_sigterm(hub: Hub, workspace: Workspace) -> None
     assert "not saved" not in (workspace.root / "app.log").read_text()
 
 
-def test_the_app_starts_without_the_hub(workspace: Workspace) -> None:
+def test_the_app_starts_without_the_hub_and_a_variable_names_the_target_as_on_a_space(workspace: Workspace) -> None:
     offline = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_any", "NO_PROXY": "*"}
     append(workspace, judgment("kim", 1))
-    with running_app(workspace.root, "--sync", DATASET, **offline) as url:
+    with running_app(workspace.root, BIASDPO_SYNC=DATASET, **offline) as url:
         log = workspace.root / "app.log"
         wait_until(lambda: "Labels are kept here only, since dataset:ana/labels: the Hub can't be reached" in log.read_text())
         assert health(url)["unsent"] == 1

@@ -148,7 +148,7 @@ def test_a_stop_ends_the_lease(lent):
 
     base, tuned = (lent.stream(PROMPTS[0], replace(GREEDY, max_new_tokens=400), s, cancellation=cancellation) for s in SIDES)
     assert [reason for _, reason in read_together(stopped_at_the_first_piece(base), tuned)] == ["cancelled"] * 2
-    assert len(lent.score_tokens(LikelihoodRequest("a", "b"), "base")) == 1  # the process is free again
+    assert lent.score_tokens(LikelihoodRequest("a", "b"), "base")  # the process is free again
 
 
 def test_a_refused_gpu_is_one_line(lent, monkeypatch):
