@@ -32,7 +32,7 @@
   // At each message of any event Gradio 6.31 tells every component that was ever an event's input that this event is over, and
   // searches the whole page for each: two thirds of what watching a run cost.
   const entries = Object.entries;
-  const isOver = ([, status]) => status?.type === "input" && status.stream_state === "closed";
+  const isOver = ([id, status]) => status?.type === "input" && status.stream_state === "closed" && `${status.component_id}` === id;
   Object.entries = (value) => {
     const all = entries(value);
     return !Array.isArray(value) && /^\d/.test(all[0]?.[0]) ? all.filter((one) => !isOver(one)) : all;

@@ -17,6 +17,7 @@ from biasdpo.errors import ConfigError
 from biasdpo.workspace import locked, replacing
 
 MIN_PASSWORD, _MAX_PASSWORD = 10, 1024
+_MAX_NAME = 64
 _FREE_FAILURES = 5  # wrong passwords for one name from one address before that address has to wait
 _MAX_WAIT_SECONDS = 300.0
 _FREE_GUESSES = 10  # wrong passwords for one name from everywhere before an address where it never signed in is answered late
@@ -52,8 +53,8 @@ class Accounts:
 
     def add(self, name: str, password: str, role: str) -> None:
         """Add an account, or give one a new password and role. ConfigError for a name or password that it can't have."""
-        if not name.isidentifier() or not name.isascii() or len(name) > 64:
-            raise ConfigError(f"An account's name is 1 to 64 letters, digits or '_', no digit first: got {name!r}")
+        if not name.isidentifier() or not name.isascii() or len(name) > _MAX_NAME:
+            raise ConfigError(f"An account's name is 1 to {_MAX_NAME} letters, digits or '_', no digit first: got {name!r}")
         if not MIN_PASSWORD <= len(password) <= _MAX_PASSWORD:
             raise ConfigError(f"A password has {MIN_PASSWORD} to {_MAX_PASSWORD} characters: got {len(password)}; choose another")
         with locked(self.file):
@@ -84,6 +85,7 @@ class Accounts:
     def sign_in(self, name: str, password: str, address: str = "") -> bool:
         """Whether the password is this account's. Takes as long for an unknown name; wrong ones make the name wait at that
         address."""
+        name = name[: _MAX_NAME + 1]  # a longer one is nobody's, but would be remembered
         now, who = time.monotonic(), (name, address)
         with self._lock:
             count, free_at = self._failures.get(who, (0, 0.0))

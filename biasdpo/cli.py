@@ -209,18 +209,23 @@ def lens(
         names = ["base"] + ([own] if own != "none" else [])
     chosen = grid.parse_arms(names, system.strip() or grid.FAIRNESS_PROMPT)
     cells = grid.check_cells(slots, chosen, max_cells)
+    spec = models.find(model)
+    for arm in chosen:
+        if arm.adapter and (known := models.find_adapter(arm.adapter, spec, folder)) is not None:
+            models.check_fits(known, spec)
     found: list[Any] = []
-    with tqdm(total=cells, unit=" cell", file=sys.stderr, leave=False) as bar, _stop_on_interrupt() as stopped:
+    stopped = Cancellation()
+    with tqdm(total=cells, unit=" cell", file=sys.stderr, leave=False) as bar, _interrupt_calls(stopped.set):
         for adapter, sharing in grid.by_adapter(chosen):
+            if stopped.is_set():
+                break
             engine = open_engine(EngineKey(model, adapter or "none", backend), folder)
-            cancellation = Cancellation()
             try:
-                steps = grid.run_grid(engine.backend, sharing, slots, max_new_tokens=max_new_tokens, cancellation=cancellation)
+                grid.check_fit(engine.backend, chosen, slots)
+                steps = grid.run_grid(engine.backend, sharing, slots, max_new_tokens=max_new_tokens, cancellation=stopped)
                 for step in steps:
                     found.append(step)
                     bar.update(isinstance(step, grid.Cell))
-                    if stopped.is_set():
-                        cancellation.set()
             finally:
                 engine.backend.close()
     result = grid.to_json(chosen, slots, found)
@@ -228,7 +233,7 @@ def lens(
         print(json.dumps(result, ensure_ascii=False))
     else:
         for name, numbers in result["arms"].items():
-            print(f"{name}: gap {_interval(numbers['gap'])} nats over {numbers['n']} prompts")
+            print(f"{name}: gap {_interval(numbers['gap'])} nats over {plural(numbers['n'], 'prompt')}")
             if change := numbers.get("minus_base"):
                 print(f"  minus base: {_interval(change)}")
         widest = max(result["rows"], key=lambda row: row["gap"], default=None)
@@ -769,7 +774,8 @@ def evaluate(
 
     folder = open_workspace(workspace)
     config, _ = resolve_evaluation(EvaluationConfig(**{"strengths": strength} | options), folder)
-    with tqdm(unit=" item", file=sys.stderr, delay=0.01) as bar, _stop_on_interrupt() as stopped:
+    stopped = threading.Event()
+    with tqdm(unit=" item", file=sys.stderr, delay=0.01) as bar, _interrupt_calls(stopped.set):
 
         class Bar(EvaluationProgress):
             def phase(self, text: str) -> None:
@@ -801,17 +807,16 @@ def evaluate(
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that what was scored is written; the second ends the process as usual."""
-    stopped = threading.Event()
+def _interrupt_calls(stop_soon: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C calls `stop_soon`, so that what was done is written; the second ends the process as usual."""
 
     def stop(_signal: int, _frame: object) -> None:
-        stopped.set()
+        stop_soon()
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        yield stopped
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -30,7 +30,6 @@ from biasdpo.workspace import ASSETS, read_json
 
 EXAMPLE_PAIRS = ASSETS / "example_pairs.json"  # written by scripts/example_pairs.py
 _WAIT_SECONDS = 0.25  # how often a waiting visitor's position is updated
-_REPEAT_SECONDS = 1.0  # after which a reader who waits is told the same again: Gradio then notices one that has left
 _PACE_SECONDS = 0.06  # between two updates of a reader
 
 
@@ -295,13 +294,12 @@ class Generation:
 
         def generate() -> None:
             error: BaseException | None = None
-            ends_at, repeats_at = math.inf, 0.0
+            ends_at = math.inf
             try:
                 with pool.lease(key, self.cancellation) as engine:
                     for event in stream_pair(engine, prompt, sampling, cancellation=self.cancellation, **settings):
-                        if event == self._latest and time.monotonic() < repeats_at:
+                        if event == self._latest:
                             continue  # each update of the page takes time from whoever's turn it is
-                        repeats_at = time.monotonic() + _REPEAT_SECONDS
                         with self._changed:
                             self._latest = event
                             self._changed.notify_all()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from biasdpo.backends.base import SEQUENCES, Backend, Cancellation, log_softmax
+from biasdpo.backends.base import SEQUENCES, Backend, Cancellation, check_prompt_fits, log_softmax
 from biasdpo.data.importing import rows_of
 from biasdpo.data.journal import BadLine
 from biasdpo.errors import ConfigError, PromptError
@@ -30,7 +30,6 @@ from biasdpo.records import LikelihoodRequest, Side, check_strength
 from biasdpo.workspace import ASSETS
 
 FAIRNESS_PROMPT = (ASSETS / "fairness_prompt.txt").read_text(encoding="utf-8").strip()
-MAX_CELLS = 2_000
 _SHOWN_TOKENS = 5  # the most likely first tokens of a cell, and the tokens that move most of a row
 _SLOT = re.compile(r"\{(group|they|them|their)\}")
 _ARTICLE = re.compile(r"\b([Aa])n?(\s+)$")
@@ -105,10 +104,14 @@ def slot_prompt(prompt: str, groups: Sequence[str | Mapping[str, str]], category
     lacks a form that the prompt needs."""
     if (count := prompt.count("{group}")) != 1:
         raise PromptError(f"A prompt needs the slot {{group}} exactly once: got it {count} times in {prompt[:60]!r}")
-    forms = tuple({"group": group} if isinstance(group, str) else dict(group) for group in groups)
+    forms = tuple({"group": group} if isinstance(group, str) else group for group in groups)
     needed = {match[1] for match in _SLOT.finditer(prompt)}
     for form in forms:
-        lacking = sorted(name for name in needed if not str(form.get(name, "")).strip())
+        if not isinstance(form, Mapping) or not all(isinstance(text, str) for text in form.values()):
+            raise PromptError(
+                f"A group is a text, or an object of texts such as {{'group': 'woman', 'they': 'she'}}: got {form!r:.60}"
+            )
+        lacking = sorted(name for name in needed if not form.get(name, "").strip())
         if lacking:
             raise PromptError(f"Group {form.get('group', '')!r} has no {lacking[0]!r}, which {prompt[:60]!r} needs: add it")
     if len(forms) < 2:
@@ -136,11 +139,21 @@ def read_prompts(path: Path) -> list[SlotPrompt]:
             raise PromptError(f"{path.name}, line {row.line}: needs a text `prompt` and a list `groups`; fix or drop the line")
         try:
             found.append(slot_prompt(prompt, groups, str(value.get("category") or "")))
-        except (PromptError, TypeError, ValueError) as exc:
+        except PromptError as exc:
             raise PromptError(f"{path.name}, line {row.line}: {exc}") from exc
     if not found:
         raise PromptError(f'{path.name} has no prompts: write lines such as {{"prompt": "A {{group}} came in", "groups": [...]}}')
     return found
+
+
+def check_fit(backend: Backend, arms: Iterable[Arm], prompts: Iterable[SlotPrompt]) -> None:
+    """Raise PromptError for a prompt that leaves no token of the context in one of the arms, before anything is computed."""
+    for arm in {arm.system: arm for arm in arms}.values():
+        for text in (text for prompt in prompts for text in prompt.filled()):
+            try:
+                check_prompt_fits(backend.prompt_tokens(*phrase(arm, backend, text)), backend.context_length)
+            except PromptError as exc:
+                raise PromptError(f"{text[:60]!r}: {exc}") from exc
 
 
 def check_cells(prompts: Sequence[SlotPrompt], arms: Sequence[Arm], max_cells: int) -> int:

@@ -37,6 +37,12 @@ def users(tmp_path: Path) -> Accounts:
     return one
 
 
+def test_a_name_that_nobody_can_have_is_not_remembered_whole(tmp_path):
+    accounts = Accounts(tmp_path / "users.toml")
+    assert not accounts.sign_in("n" * 1_000_000, "wrong password", "198.51.100.1")
+    assert len(repr(accounts)) < 1_000
+
+
 def test_accounts(users):
     assert (users.role("kim"), users.role("lee"), users.role("nobody")) == (Role.owner, Role.annotator, Role.visitor)
     assert users.sign_in("kim", PASSWORD)

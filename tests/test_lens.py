@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from biasdpo import lens
+from biasdpo.backends import llamacpp
 from biasdpo.backends.base import SEQUENCES, Cancellation, log_softmax
 from biasdpo.backends.hf import open_transformers
-from biasdpo.backends.llamacpp import open_llamacpp
+from biasdpo.backends.llamacpp import Context, open_llamacpp
 from biasdpo.errors import ConfigError, PromptError
 from biasdpo.gguf import write
 from biasdpo.models import AdapterSpec
@@ -70,6 +72,8 @@ def test_a_filled_prompt_is_grammatical():
         ("The {group}", ["a"], "at least two groups"),
         ("The {group} and {their} dog", ["a", "b"], "has no 'their'"),
         ("The {group}", ["a", " "], "has no 'group'"),
+        ("The {group}", ["a", 5], "A group is a text, or an object of texts .*: got 5"),
+        ("The {group}", ["a", {"group": 5}], "A group is a text, or an object of texts"),
     ],
 )
 def test_a_bad_prompt_is_one_line(prompt, groups, message, tmp_path):
@@ -161,6 +165,41 @@ def test_completions_are_the_same_alone_and_together(backend):
     assert {reason for _, reason in backend.complete_many(asked[:2], 8, "base", cancellation=canceled)} == {"cancelled"}
     with pytest.raises(PromptError):
         backend.complete_many([("x " * 2000, "")], 8, "base")
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_anything_is_computed(backend):
+    long = lens.slot_prompt("A {group} " + "and more " * 2000, ["nurse", "cook"])
+    with pytest.raises(PromptError, match=r"^'A nurse and more .*the context holds"):
+        lens.check_fit(backend, lens.parse_arms(["base", "prompt"]), [PROMPT, long])
+    lens.check_fit(backend, lens.parse_arms(["base"]), [PROMPT])
+
+
+def test_long_prompts_are_decoded_by_fewer_together(tiny_llama_gguf, monkeypatch):
+    backend = open_llamacpp(tiny_llama_gguf, tiny_models.LLAMA_TEMPLATE, None, tiny_models.CONTEXT_LENGTH, threads=1)
+    rooms = []
+    monkeypatch.setattr(llamacpp, "Context", lambda *args: rooms.append(args[1]) or Context(*args))
+    try:
+        monkeypatch.setattr(llamacpp, "_TOGETHER_TOKENS", 100)
+        asked = [("Say it." * n, "") for n in (1, 1, 1, 9, 1)]
+        assert [text for text, _ in backend.complete_many(asked, 4, "base")] == [
+            backend.complete_many([one], 4, "base")[0][0] for one in asked
+        ]
+    finally:
+        backend.close()
+    assert max(rooms) <= 100
+    assert 1 < len(rooms) - len(asked) < len(asked)
+
+
+def test_a_models_own_generation_settings_do_not_change_greedy_completions(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    even = list(range(0, json.loads((folder / "config.json").read_text())["vocab_size"], 2))
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": even}))
+    backend = open_transformers(folder, tiny_models.LLAMA_TEMPLATE, None, tiny_models.CONTEXT_LENGTH)
+    greedy = Sampling(max_new_tokens=12, temperature=0.0, repetition_penalty=1.0)
+    try:
+        assert backend.complete_many([("Hello?", "")], 12, "base")[0][0] == "".join(backend.stream("Hello?", greedy, "base"))
+    finally:
+        backend.close()
 
 
 def test_an_arm_is_summarized_over_the_prompts_that_it_shares_with_base():

@@ -8,15 +8,20 @@ import json
 import signal
 import socket
 import stat
+import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
+import uvicorn
+import uvicorn.protocols.http.auto as uvicorn_http
+from starlette.responses import PlainTextResponse
 
 from biasdpo import access, prompts
 from biasdpo.access import Caller, Role
@@ -25,7 +30,9 @@ from biasdpo.errors import PromptError
 from biasdpo.errors import RefusedError as RefusedByApp
 from biasdpo.migrations import open_workspace
 from biasdpo.ui import limits as limits_module
+from biasdpo.ui.connections import LimitedProtocol, limit_connections
 from biasdpo.ui.limits import Limits
+from biasdpo.ui.security import Page
 from tests.app_process import free_port, running_app, start_app, wait_for_page
 from tests.perf.load import RefusedError, Visitor
 
@@ -95,6 +102,14 @@ def test_developers_pages_are_closed(client):
         assert client.send("GET", path)[0] == 404, path
 
 
+def test_what_takes_memory_or_disk_uncounted_is_closed(client):
+    body = json.dumps({"session_hash": "new", "component_id": 1, "fn_name": "ls", "data": None}).encode()
+    assert client.send("POST", "/gradio_api/component_server", body) == (404, "Not Found\n")
+    recording = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert client.send("POST", "/gradio_api/process_recording/", FORM % (1, b"x"), **recording)[0] == 404
+    assert client.send("GET", "/gradio_api/deep_link?session_hash=new")[0] == 404
+
+
 def test_a_flood_of_clients_that_never_listen_is_bounded_and_dropped(client):
     with ThreadPoolExecutor(20) as clients:
         answers = list(clients.map(client.join, [f"flood-{i}" for i in range(20)]))
@@ -129,6 +144,61 @@ def test_pages_are_limited_by_address(client):
     assert any("opened more than 40 pages in a minute" in text for text in told)
     assert "session_hash has 1 to 64 characters: got 99" in client.join("s" * 99, 1)[1]
     assert client.join(None, 1)[0] == 400
+
+
+def _scope(path: str, method: str = "GET", length: int = 0) -> dict[str, Any]:
+    headers = [(b"content-length", str(length).encode())]
+    return {"type": "http", "path": path, "method": method, "headers": headers, "client": ("198.51.100.9", 1)}
+
+
+def test_a_page_that_only_says_that_it_lives_is_a_visit():
+    """When it leaves, Gradio makes a state for it."""
+    limits = Limits(ServeConfig(max_visits_per_minute=2))
+    answers = [limits.refusal(_scope(f"/gradio_api/heartbeat/page-{i}")) for i in (0, 1, 0, 2)]
+    assert answers == [None, None, None, (429, "Your address opened more than 2 pages in a minute: wait a minute")]
+
+
+def test_an_ipv6_visitor_counts_by_network():
+    counted_as = limits_module.counted_as
+    assert counted_as("2001:db8::1") == counted_as("2001:db8:0:0:ffff::2") != counted_as("2001:db8:0:1::1")
+    assert counted_as("::ffff:198.51.100.1") == counted_as("198.51.100.1") == "198.51.100.1"
+
+
+def test_pages_that_are_gone_leave_nothing_in_gradios_queue():
+
+    async def sweep() -> None:
+        with Page() as page:
+            gr.Button().click(lambda: None)
+        page.queue()
+        queue, limits, left = page._queue, Limits(ServeConfig()), list[str]()
+        page.left = [left.append]
+        queue.pending_event_ids_session = {"gone": {"done"}, "closed": set()}
+        for now, known in ((0.0, 2), (59.0, 2), (61.0, 0)):
+            await limits._drop_unheard(queue, now)
+            assert len(queue.pending_event_ids_session) == known
+        await queue.clean_events(session_hash="unheard")
+        assert left == ["unheard"]
+
+    in_own_thread(sweep())
+
+
+def in_own_thread(coroutine: Any) -> Any:
+    """The coroutine's result; Playwright's loop may run in this thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def test_a_full_day_of_uploads_is_over_the_next_day(monkeypatch):
+    limits, upload = Limits(ServeConfig(public=True, max_uploads_mb=1)), _scope("/gradio_api/upload", "POST", 2**20)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"x" * 2**20}
+
+    assert limits.refusal(upload) is None
+    in_own_thread(limits.receiving(upload, receive)())
+    assert limits.refusal(upload) == (429, "All visitors have uploaded 1 MiB today: try again tomorrow (--max-uploads-mb)")
+    monkeypatch.setattr(limits_module, "_DAY", 0.0)
+    assert limits.refusal(upload) is None
 
 
 def test_uploads_have_a_budget_for_each_visitor_and_for_all(client):
@@ -183,6 +253,50 @@ def test_half_open_connections_do_not_keep_a_visitor_out(client):
         connection.close()
 
 
+@contextmanager
+def waiting_connections(monkeypatch: pytest.MonkeyPatch, config: ServeConfig, count: int) -> Iterator[tuple[Any, int]]:
+    """A server of ours that starts when so many connections wait for it already; and its port."""
+    monkeypatch.setattr(uvicorn_http, "AutoHTTPProtocol", uvicorn_http.AutoHTTPProtocol)  # restored
+    monkeypatch.setattr(LimitedProtocol, "limits", config)
+    limit_connections(config)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+    clients = [socket.create_connection(listener.getsockname()) for _ in range(count)]
+    server = uvicorn.Server(uvicorn.Config(PlainTextResponse("hello"), log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield server, listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        for one in clients:
+            one.close()
+        thread.join()
+
+
+def _answer(port: int, own: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=15, source_address=(own, 0))
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_connections_have_a_limit_for_all(monkeypatch):
+    with waiting_connections(monkeypatch, ServeConfig(max_connections=10), 40) as (server, port):
+        assert _answer(port, "127.0.0.1") == 200
+        assert len(server.server_state.connections) <= 10
+
+
+def test_connections_have_a_limit_for_each_visitor(monkeypatch):
+    config = ServeConfig(max_connections_per_visitor=10, trusted_proxies=("10.0.0.1",))
+    with waiting_connections(monkeypatch, config, 40) as (server, port):
+        assert _answer(port, "127.0.0.2") == 200
+        assert sum(one.client[0] == "127.0.0.1" for one in server.server_state.connections) == 10
+        with pytest.raises(ConnectionError):
+            _answer(port, "127.0.0.1")
+
+
 def test_a_body_that_stops_coming_ends_the_request(monkeypatch):
     monkeypatch.setattr(limits_module, "_BODY_SECONDS", 0.05)
 
@@ -190,7 +304,7 @@ def test_a_body_that_stops_coming_ends_the_request(monkeypatch):
         await asyncio.sleep(60)
 
     receiving = Limits(ServeConfig()).receiving({"path": "/gradio_api/queue/join", "method": "POST"}, receive)
-    assert asyncio.run(receiving()) == {"type": "http.disconnect"}
+    assert in_own_thread(receiving()) == {"type": "http.disconnect"}
 
 
 def test_prompts_are_counted_before_they_are_built():

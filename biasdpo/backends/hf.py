@@ -24,6 +24,7 @@ try:
     from peft.tuners.lora import LoraLayer
     from transformers import (
         DynamicCache,
+        GenerationConfig,
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,
         TemperatureLogitsWarper,
@@ -143,6 +144,7 @@ class TransformersBackend:
         self._pairing = Pairing[BatchRow, Batch]()
         self._end = hf_loading.end_of_completion(tokenizer, self.template)
         self._ends = hf_loading.end_tokens(shared.model, tokenizer, self.template)
+        shared.model.generation_config = GenerationConfig()  # a model's own may forbid repetitions, which `stream` does not
 
     def prove(self, bare: Sequence[NDArray[np.float32]]) -> Proof:
         """Compare both sides with the bare model as they are served (see `backends.base.prove`): each alone; then in one batch if
@@ -757,10 +759,6 @@ def generate_greedily(
         attention_mask=mask,
         max_new_tokens=limit,
         do_sample=False,
-        repetition_penalty=1.0,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         eos_token_id=sorted(ends),
         pad_token_id=end,
         stopping_criteria=[stops],

@@ -50,6 +50,7 @@ from biasdpo.records import (
 )
 
 BATCH_TOKENS = 512  # physical batch, llama.cpp's own default: prompts are split as bare llama.cpp splits them
+_TOGETHER_TOKENS = 4096  # in the KV cache of completions that are decoded together: 1.3 GB for Phi-2
 _OUTPUTS_MAX = 128  # rows of logits per batch; limits the output buffer to 128 x vocabulary floats
 # llama.cpp computes a batch of one token with other kernels, whose numbers differ (SmolLM2, Q4_1: 0.4 nats for a short answer).
 # Any other division into batches gives the same logits to the last bit.
@@ -211,15 +212,24 @@ class LlamaCppBackend:
             for one in tokens:
                 check_prompt_fits(one, self.context_length)
             done: list[tuple[str, FinishReason]] = []
-            for start in range(0, len(tokens), SEQUENCES):
-                done += self._complete_together(tokens[start : start + SEQUENCES], max_new_tokens, side, strength, cancellation)
+            while batch := tokens[len(done) :][: self._together(tokens[len(done) :], max_new_tokens)]:
+                done += self._complete_together(batch, max_new_tokens, side, strength, cancellation)
             return done
+
+    def _room(self, prompts: Sequence[list[int]], max_new_tokens: int) -> int:
+        """Tokens of a sequence that holds any of these prompts with its completion."""
+        return min(max(map(len, prompts)) + max_new_tokens, self.context_length)
+
+    def _together(self, prompts: Sequence[list[int]], max_new_tokens: int) -> int:
+        """How many of the first prompts fit a context of their own."""
+        counts = range(2, min(len(prompts), SEQUENCES) + 1)
+        return max((n for n in counts if n * self._room(prompts[:n], max_new_tokens) <= _TOGETHER_TOKENS), default=1)
 
     def _complete_together(
         self, prompts: list[list[int]], max_new_tokens: int, side: Side, strength: float, cancellation: Cancellation
     ) -> list[tuple[str, FinishReason]]:
         """At most SEQUENCES completions, in a context of their own."""
-        room = min(max(map(len, prompts)) + max_new_tokens, self.context_length)
+        room = self._room(prompts, max_new_tokens)
         context = Context(self._model, room * len(prompts), self._kv_cache, self._threads_of_a_side, len(prompts))
         greedy = build_chain(Sampling(temperature=0.0, repetition_penalty=1.0), self._model.vocabulary_size, room)
         rows = [_Row(ShownText(self.template)) for _ in prompts]

@@ -51,7 +51,7 @@ _STEPS_SECONDS = 15.0  # how often the steps look for changes made elsewhere
 _CACHE_SECONDS = (3600, 86400)  # how often Gradio's cache of uploads and downloads is cleaned, and the age to remove
 
 
-def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None) -> gr.Blocks:
+def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None) -> Page:
     """The whole page. Nothing is loaded here: `startup.resolve` does that once the page is served.
 
     `benchmarks`: the folder of --data-dir, if any.
@@ -67,6 +67,7 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
         signals = gr.Column(elem_id="signals")
         tabs = gr.Tabs(elem_id="steps", overflow_behavior="wrap", render=False)
         studio = Studio(pool, startup, DatasetReader(pool.workspace, benchmarks), benchmarks, tabs, build_identity(), signals)
+        demo.left = studio.left
         studio.requests = {name: gr.State({}) for name in TABS}
         tabs.render()  # type: ignore[no-untyped-call]
         steps: dict[str, gr.Tab] = {}

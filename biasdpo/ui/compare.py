@@ -237,6 +237,7 @@ class CompareTab:
         self.stop.click(self._stop, None, None, **QUICK | public, api_name="stop")
         assert Context.root_block is not None
         Context.root_block.unload(self._leave)
+        self.studio.left.append(self.generations.drop)
 
         self.view.input(handles(self._view), **viewed | {"inputs": [self.view, self.entry]}, trigger_mode="always_last", **QUICK)
         reopened = self.picker.input(handles(self._reopen), [self.picker, self.history], shown, **QUICK)

@@ -51,6 +51,7 @@ class Studio:
     signals: gr.Column
     requests: dict[str, gr.State] = field(default_factory=dict)  # by tab id: what the tab is asked to show
     changes: list[Any] = field(default_factory=list)  # events after which the steps' labels are looked at
+    left: list[Callable[[str], None]] = field(default_factory=list)  # called with a session whose requests Gradio has dropped
 
     @property
     def workspace(self) -> Workspace:

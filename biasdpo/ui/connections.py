@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn.protocols.http.auto as uvicorn_http
 
 from biasdpo.config import ServeConfig
+from biasdpo.ui.limits import counted_as
 
 _Protocol: Any = uvicorn_http.AutoHTTPProtocol
 _HEADER_SECONDS = 10.0
@@ -27,12 +28,13 @@ class LimitedProtocol(_Protocol):  # type: ignore[misc]
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._wait_for_request()
-        if len(self.connections) > self.limits.max_connections:
-            next(iter(self.half_open)).transport.abort()  # perhaps this one
-        if self.client is not None and not _is_proxy(host := self.client[0], self.limits):
-            own = sum(one.client is not None and one.client[0] == host for one in self.connections)
-            if own > self.limits.max_connections_per_visitor:
-                transport.abort()
+        others = [one for one in self.connections if one is not self and not one.transport.is_closing()]
+        host = self.client[0] if self.client is not None else ""
+        own = sum(one.client is not None and counted_as(one.client[0]) == counted_as(host) for one in others)
+        if own >= self.limits.max_connections_per_visitor and not _is_proxy(host, self.limits):
+            self._close()
+        elif len(others) >= self.limits.max_connections:
+            next(iter(self.half_open))._close()  # perhaps this one
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -49,9 +51,11 @@ class LimitedProtocol(_Protocol):  # type: ignore[misc]
     def _wait_for_request(self) -> None:
         self.half_open[self] = self.loop.call_later(_HEADER_SECONDS, self.transport.abort)
         if len(self.half_open) > _MOST_HALF_OPEN:
-            oldest = next(iter(self.half_open))
-            oldest._stop_waiting()
-            oldest.transport.abort()
+            next(iter(self.half_open))._close()
+
+    def _close(self) -> None:
+        self._stop_waiting()  # at once: the connection is lost later, and others may come before that
+        self.transport.abort()
 
     def _stop_waiting(self) -> None:
         if (timer := self.half_open.pop(self, None)) is not None:

@@ -10,7 +10,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from ipaddress import ip_address
+from functools import lru_cache
+from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -45,21 +46,22 @@ class DayBudget:
     def __init__(self) -> None:
         self._used: Counter[str] = Counter()
         self._since = time.monotonic()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
-    def total(self) -> int:
-        return sum(self._used.values())
-
-    def spend(self, who: str, size: int, most: int) -> bool:
-        """Whether `who` may use `size` bytes more; if so, they are counted."""
+    def used(self, who: str) -> int:
         with self._lock:
             if time.monotonic() - self._since > _DAY:
                 self._used.clear()
                 self._since = time.monotonic()
-            if self._used[who] + size > most:
-                return False
-            self._used[who] += size
-            return True
+            return self._used[who]
+
+    def spend(self, who: str, size: int, most: int) -> bool:
+        """Whether `who` may use `size` bytes more; if so, they are counted."""
+        with self._lock:
+            has_room = self.used(who) + size <= most
+            if has_room:
+                self._used[who] += size
+            return has_room
 
 
 class Limits:
@@ -71,6 +73,7 @@ class Limits:
         self._listening: defaultdict[str, int] = defaultdict(int)  # streams by session
         self._heard: dict[str, float] = {}  # by session: when somebody last listened, or when it was first seen waiting
         self._arrivals: dict[tuple[str, str], deque[float]] = {}  # by address and what is limited: when it came
+        self._lock = threading.Lock()  # of the arrivals: verdicts come from Gradio's threads
         self._uploaded, self._received, self._stored = DayBudget(), DayBudget(), DayBudget()
         self._has_strangers = bool(config.auth or config.public or is_public_space())
         self._sessions: dict[str, None] = {}  # known ones, in order of arrival
@@ -78,10 +81,14 @@ class Limits:
         self._sweeper: asyncio.Task[None] | None = None
 
     def refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """The status and the line that answer a request with too large a body, or too many sign-ins; None if it may pass."""
+        """The status and the line that answer too large a body, or too many sign-ins or pages; None if the request may pass."""
+        path = scope["path"].rstrip("/")
+        if "/heartbeat/" in path:  # at its end, Gradio makes a state for the page
+            refused = self._visit_refusal(path.rpartition("/")[2], client_address(HTTPConnection(scope)))
+            return (429, refused) if refused else None
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
-        if scope["path"].rstrip("/").endswith("/login"):
+        if path.endswith("/login"):
             signing_in_from.set(client_address(HTTPConnection(scope)))
             if self._comes_too_often(signing_in_from.get(), "sign in", _SIGN_INS):
                 return 429, "Too many sign-ins from your address: wait a minute"
@@ -89,7 +96,7 @@ class Limits:
         length = headers.get("content-length", "")
         if "transfer-encoding" in headers or not length.isdigit():  # of unknown length: browsers always say it
             return 411, "Send the length of the body (Content-Length) and no Transfer-Encoding"
-        name = "upload" if scope["path"].rstrip("/").endswith("/upload") else "request"
+        name = "upload" if path.endswith("/upload") else "request"
         most = self.config.max_upload_mb if name == "upload" else self.config.max_request_mb
         if int(length) > most * 2**20:
             return 413, f"This {name} has {int(length) / 2**20:.1f} MiB, at most {most} are allowed: send less (--max-{name}-mb)"
@@ -97,7 +104,7 @@ class Limits:
 
     def _upload_refusal(self, scope: Scope, size: int) -> tuple[int, str] | None:
         own, everybody = self.config.max_uploads_mb_per_visitor, self.config.max_uploads_mb
-        if self._received.total() + size > everybody * 2**20:
+        if self._received.used("all") + size > everybody * 2**20:
             return 429, f"All visitors have uploaded {everybody} MiB today: try again tomorrow (--max-uploads-mb)"
         if not self._uploaded.spend(client_address(HTTPConnection(scope)), size, own * 2**20):
             return 429, f"You may upload {own} MiB a day: try again tomorrow (--max-uploads-mb-per-visitor)"
@@ -139,6 +146,8 @@ class Limits:
     @contextmanager
     def listening(self, scope: Scope) -> Iterator[None]:
         """While the request listens to what the queue says to its session; other requests are let through."""
+        if self._queue is not None and self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().create_task(self._sweep(self._queue))
         path, session = scope["path"].rstrip("/"), ""
         if path.endswith("/queue/data"):
             session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
@@ -166,7 +175,6 @@ class Limits:
         async def guarded(body: Any, request: Any, username: str | None) -> Any:
             if refused := self._too_much(queue, body, request):
                 return False, refused, "queue_full"
-            self._sweeper = self._sweeper or asyncio.get_running_loop().create_task(self._sweep(queue))
             return await push(body=body, request=request, username=username)
 
         queue.push = guarded
@@ -184,6 +192,14 @@ class Limits:
         if sum(client_address(event.request) == address for event in asked) >= self.config.max_queue_per_visitor:
             return f"You have {plural(self.config.max_queue_per_visitor, 'request')} under way: wait until one is done"
         session = body.session_hash  # None: a program's call, a session of its own; Gradio refuses it elsewhere
+        if refused := self._visit_refusal(session, address):
+            return refused
+        if session is not None and all(event.session_hash != session for event in asked):
+            self._heard[session] = time.monotonic()
+        return ""
+
+    def _visit_refusal(self, session: str | None, address: str) -> str:
+        """Why a page may not be opened; "" if it may, or is known."""
         if session is not None and not 1 <= len(session) <= _SESSION_CHARACTERS:
             return f"A session_hash has 1 to {_SESSION_CHARACTERS} characters: got {len(session):,}; reload the page"
         if session is None or session not in self._sessions:
@@ -198,13 +214,14 @@ class Limits:
 
     def _comes_too_often(self, address: str, what: str, most: int) -> bool:
         """Whether an address has come `most` times within a minute; else it counts as having come once more."""
-        arrivals, now = self._arrivals.setdefault((address, what), deque()), time.monotonic()
-        while arrivals and now - arrivals[0] > _MINUTE:
-            arrivals.popleft()
-        if len(arrivals) >= most:
-            return True
-        arrivals.append(now)
-        return False
+        with self._lock:
+            arrivals, now = self._arrivals.setdefault((address, what), deque()), time.monotonic()
+            while arrivals and now - arrivals[0] > _MINUTE:
+                arrivals.popleft()
+            if len(arrivals) >= most:
+                return True
+            arrivals.append(now)
+            return False
 
     async def _sweep(self, queue: Any) -> None:
         """Drop what was asked by a client that left, or never listened."""
@@ -217,12 +234,17 @@ class Limits:
 
     async def _drop_unheard(self, queue: Any, now: float) -> None:
         asking = {event.session_hash for event in _requests(queue)}
-        for session in asking:
-            if self._listening.get(session) or now - self._heard.setdefault(session, now) < _UNHEARD_SECONDS:
-                continue
+        known = asking | queue.pending_event_ids_session.keys()
+        silent = {session: now - self._heard.setdefault(session, now) for session in known if not self._listening.get(session)}
+        for session in [session for session, seconds in silent.items() if session not in asking and seconds > _MINUTE]:
+            # Gradio keeps the first for ever, and what was never listened to for the last 2,000 sessions.
+            queue.pending_event_ids_session.pop(session, None)
+            queue.pending_messages_per_session.pop(session, None)
+        self._heard = {session: at for session, at in self._heard.items() if session in known}
+        with self._lock:
+            self._arrivals = {who: times for who, times in self._arrivals.items() if times and now - times[-1] <= _MINUTE}
+        for session in [session for session, seconds in silent.items() if session in asking and seconds >= _UNHEARD_SECONDS]:
             await queue.clean_events(session_hash=session)
-        self._heard = {session: at for session, at in self._heard.items() if session in asking}
-        self._arrivals = {address: times for address, times in self._arrivals.items() if times and now - times[-1] <= _MINUTE}
 
 
 def _requests(queue: Any) -> list[Any]:
@@ -232,11 +254,23 @@ def _requests(queue: Any) -> list[Any]:
 
 
 def client_address(request: Any) -> str:
-    """The address a request came from. uvicorn takes it from X-Forwarded-For if a trusted proxy sent it. On a Space, whose
-    proxies have private addresses, it is the last public one: the visitor may have written others before it."""
+    """The address a request came from, as `counted_as` has it. uvicorn takes it from X-Forwarded-For if a trusted proxy sent it.
+    On a Space, whose proxies have private addresses, it is the last public one: the visitor may have written others before it."""
     if is_public_space():
         for address in reversed(str(request.headers.get("x-forwarded-for", "")).split(",")):
             with suppress(ValueError):
                 if ip_address(address.strip()).is_global:
-                    return address.strip()
-    return str(request.client.host) if request.client else ""
+                    return counted_as(address.strip())
+    return counted_as(str(request.client.host)) if request.client else ""
+
+
+@lru_cache(10_000)
+def counted_as(host: str) -> str:
+    """The address, or the network of an IPv6 address (/64): whoever has one of its addresses has them all."""
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4:
+        return str(address)
+    return str(address.ipv4_mapped or ip_network((address, 64), strict=False))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,7 +35,8 @@ _ADDRESS = re.compile(
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _WILDCARDS = {"", "0.0.0.0", "::"}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_CLOSED = ("/monitoring", "/monitoring/summary", "/openapi.json")  # Gradio's pages for developers
+# Gradio's pages for developers, and what this page does not use, which would take memory and disk uncounted.
+_CLOSED = ("/monitoring", "/monitoring/summary", "/openapi.json", "/component_server", "/deep_link", "/process_recording")
 _HUB = "https://huggingface.co"  # a Space's page on the Hub embeds the app in a frame
 
 
@@ -262,7 +263,12 @@ _hides: ContextVar[bool] = ContextVar("hides", default=True)
 
 
 class Page(gr.Blocks):
-    """Gradio's Blocks; its values, errors and messages name no folder of this machine to anyone but the owner."""
+    """Gradio's Blocks; its values, errors and messages name no folder of this machine to anyone but the owner.
+
+    left   called with the session of a visitor who left, or never listened: Gradio itself notices at a generator's next value
+    """
+
+    left: Sequence[Callable[[str], None]] = ()
 
     async def process_api(self, *args: Any, **options: Any) -> dict[str, Any]:
         """Run a function of the page for whoever sent the request."""
@@ -281,14 +287,20 @@ class Page(gr.Blocks):
         return values
 
     def queue(self, *args: Any, **options: Any) -> Page:
-        """As in Gradio, with a queue that hides folders in `gr.Info` and `gr.Warning`."""
+        """As in Gradio, with a queue that hides folders in `gr.Info` and `gr.Warning`, and says who has left."""
         super().queue(*args, **options)
-        log_message = self._queue.log_message
+        log_message, clean_events = self._queue.log_message, self._queue.clean_events
 
         def log_cleaned(event_id: str, log: str, *rest: Any, **more: Any) -> None:
             log_message(event_id, _shown_to_caller(log), *rest, **more)
 
+        async def clean_and_tell(*, session_hash: str | None = None, event_id: str | None = None) -> None:
+            await clean_events(session_hash=session_hash, event_id=event_id)
+            for leave in self.left if session_hash else ():
+                leave(session_hash or "")
+
         self._queue.log_message = log_cleaned  # type: ignore[method-assign]
+        self._queue.clean_events = clean_and_tell  # type: ignore[method-assign]
         return self
 
 

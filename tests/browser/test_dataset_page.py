@@ -311,7 +311,7 @@ def test_what_can_not_be_imported_is_one_line(reader, tmp_path):
     file.write_text("prompt,chosen,rejected\n,a,b\n")
     reader.choose_file(file)
     reader.page.click("#import-button")
-    reader.visitor.wait(".toast-body.error", "1 bad ones, the first in line 2: prompt is empty")
+    reader.visitor.wait(".toast-body.error", "1 bad one, the first in line 2: prompt is empty")
     for named, words in (
         ("", "Enter a path"),
         ("/none.jsonl", "No dataset file /none.jsonl"),
