@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def serve(config: ServeConfig) -> None:
     labels = sync.start(workspace, config.sync) if config.sync else None
     signal.signal(signal.SIGTERM, partial(_end, labels))
     try:
-        serve_workspace(config, workspace, labels)
+        with suppress(KeyboardInterrupt):  # Gradio catches it only once it waits
+            serve_workspace(config, workspace, labels)
     finally:
         if labels:
             labels.close(_LAST_SECONDS)

@@ -372,6 +372,15 @@ def test_what_is_left_is_sent_at_sigterm(hub: Hub, workspace: Workspace) -> None
     assert "not saved" not in (workspace.root / "app.log").read_text()
 
 
+def test_sigterm_before_the_page_waits_for_it_is_a_clean_end(workspace: Workspace) -> None:
+    script = f"""
+import app, os, signal, sys
+app.serve_workspace = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(app.main(["--workspace", {str(workspace.root)!r}, "--port", "{free_port()}"]))
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_the_app_starts_without_the_hub_and_a_variable_names_the_target_as_on_a_space(workspace: Workspace) -> None:
     offline = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_any", "NO_PROXY": "*"}
     append(workspace, judgment("kim", 1))
