@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from biasdpo.cli_options import LogLevel, configure_logging, new_app, options_of
 from biasdpo.config import ServeConfig
 from biasdpo.data import journal, sync
 from biasdpo.errors import ConfigError
+from biasdpo.hub import require_token
 from biasdpo.migrations import open_workspace
 from biasdpo.workspace import PRIVACY, Workspace, is_zerogpu
 
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(app, arguments, "app.py", "python app.py")
 
 
-@app.command()
+@app.command(context_settings={"auto_envvar_prefix": "BIASDPO"})  # a Space gives no arguments, but has variables
 @options_of(ServeConfig)
 def serve_page(log_level: LogLevel = "warning", **options: Any) -> None:
     """See a language model's bias before and after DPO."""
@@ -47,7 +49,7 @@ def serve_page(log_level: LogLevel = "warning", **options: Any) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     config = ServeConfig(**options)
     if config.sync:
-        sync.check(config.sync)
+        require_token(f"--sync {config.sync}")
     check_port(config.address, config.port)
     check_model(config.model, config.backend)
     if config.data_dir and not Path(config.data_dir).is_dir():
@@ -101,7 +103,8 @@ def serve(config: ServeConfig) -> None:
     labels = sync.start(workspace, config.sync) if config.sync else None
     signal.signal(signal.SIGTERM, partial(_end, labels))
     try:
-        serve_workspace(config, workspace, labels)
+        with suppress(KeyboardInterrupt):  # Gradio catches it only once it waits
+            serve_workspace(config, workspace, labels)
     finally:
         if labels:
             labels.close(_LAST_SECONDS)

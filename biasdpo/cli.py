@@ -589,10 +589,10 @@ def _train_elsewhere(
     from biasdpo.jobs import hf_jobs
 
     order = hf_jobs.check_order(config, run_id, push_to, flavor, timeout)
-    api, job = hf_jobs.submit(order, workspace)
+    job = hf_jobs.submit(order, workspace)
     print(f"{job.url} on {flavor}, {timeout} at most", file=sys.stderr)
     if not detach:
-        job = hf_jobs.follow(api, job, lambda line: print(line, file=sys.stderr, flush=True))
+        job = hf_jobs.follow(job, lambda line: print(line, file=sys.stderr, flush=True))
     stage = str(job.status.stage)
     row = {"id": job.id, "url": job.url, "stage": stage, "adapter": push_to}
     if detach:

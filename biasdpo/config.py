@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -625,7 +624,8 @@ class ExportConfig(Settings):
 # Publishing
 
 
-def _repository(name: str) -> str:
+def repository_name(name: str) -> str:
+    """Return the name if it can be one of a repository, OWNER/NAME, else raise ValueError."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -641,9 +641,9 @@ def _repository(name: str) -> str:
 class PublishConfig(Settings):
     """One publication: where the adapter of a run goes on the Hugging Face Hub, and what goes with it."""
 
-    to: Annotated[str, AfterValidator(_repository)] = setting(..., label="Model repository", metavar="OWNER/NAME")
+    to: Annotated[str, AfterValidator(repository_name)] = setting(..., label="Model repository", metavar="OWNER/NAME")
     """Repository on the Hub for the adapter and its model card. It is made if there is none."""
-    dataset_to: Annotated[str, AfterValidator(lambda name: name and _repository(name))] = setting(
+    dataset_to: Annotated[str, AfterValidator(lambda name: name and repository_name(name))] = setting(
         "", label="Dataset repository", metavar="OWNER/NAME"
     )
     """Repository for the judgments that the run was trained on, with a dataset card. Default: not published."""
@@ -662,8 +662,11 @@ class PublishConfig(Settings):
 
 
 def _sync_target(value: str) -> str:
-    if value and not re.fullmatch(r"(bucket|dataset):[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value, re.ASCII):
+    kind, _, name = value.partition(":")
+    if value and (kind not in ("bucket", "dataset") or name.count("/") != 1):
         raise ValueError(f"must be bucket:OWNER/NAME or dataset:OWNER/NAME: got {value!r}; name one, e.g. dataset:me/labels")
+    if value:
+        repository_name(name)
     return value
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from biasdpo.errors import BiasDPOError, PublishError, plural
 from biasdpo.evaluation import report
 from biasdpo.gguf.export import ExportRecord, modelfile, read_record
 from biasdpo.gguf.proof import ExportProof
+from biasdpo.hub import TOKENS, client, explained, require_token
 from biasdpo.jobs import store
 from biasdpo.jobs.job import ROOT, Job
 from biasdpo.jobs.resolve import command_of
@@ -33,7 +35,7 @@ from biasdpo.workspace import Workspace, as_json, read_json, sha256_of
 _WEIGHTS, _CONFIG, _PROVENANCE, _PAIRS = "adapter_model.safetensors", "adapter_config.json", "provenance.json", "pairs.jsonl"
 _SHOWN_FILES = 6
 _LARGE_BYTES = 10_000_000
-_AGAIN = "a commit arrives whole or not at all, so publish again: what is there already is not sent twice"
+_AGAIN = ". Then publish again: what is there already is not sent twice"
 
 
 @dataclass(frozen=True)
@@ -264,11 +266,13 @@ def _check_paths(repository: Repository, job: Job, workspace: Workspace) -> None
                 raise PublishError(f"{name} would tell of {path}, a folder of this machine: correct the text, then publish again")
 
 
-def _contains(content: bytes | Path, words: bytes) -> bool:
+def _contains(content: bytes | Path, folder: bytes) -> bool:
     if isinstance(content, bytes):
-        return words in content
+        return re.search(rb"(?<![\w.-])" + re.escape(folder), content) is not None  # not as a part of a URL or another path
+    if not content.stat().st_size:  # can't be mapped
+        return False
     with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        return mapped.find(words) >= 0
+        return mapped.find(folder) >= 0
 
 
 # The Hub
@@ -292,12 +296,13 @@ def publish(plan: Plan, workspace: Workspace, on_progress: Callable[[str], objec
 
     Raises RefusedError for a visitor, PublishError for whatever the Hub has against it.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd
 
     require_owner("Publishing")
-    api, done = HfApi(library_name="biasdpo"), list[Published]()
+    require_token("Publishing")
+    api, done = client(), list[Published]()
     on_progress("asking the Hub")
-    with _explained(" and ".join(one.id for one in plan.repositories)):
+    with explained("Nothing is published", PublishError, _AGAIN):
         _check_token(api, plan)
         known = [_look(api, one, plan.config) for one in plan.repositories]
     for one, (parent, changed) in zip(plan.repositories, known, strict=True):
@@ -305,7 +310,10 @@ def publish(plan: Plan, workspace: Workspace, on_progress: Callable[[str], objec
         commit = ""
         if changed:
             on_progress(f"sending {one.id}")
-            with _explained(one.id + "".join(f" ({each.id} is published)" for each in done)):
+            # Before it: a commit whose answer is lost may have arrived.
+            audit(workspace.root, "publish", repository=f"{one.type}/{one.id}", run=plan.run)
+            before = "".join(f" ({each.id} is)" for each in done)
+            with explained(f"{one.id} is not published{before}", PublishError, _AGAIN):
                 if parent is None:
                     api.create_repo(one.id, repo_type=one.type, private=not plan.config.public)
                 commit = api.create_commit(
@@ -315,7 +323,6 @@ def publish(plan: Plan, workspace: Workspace, on_progress: Callable[[str], objec
                     repo_type=one.type,
                     parent_commit=parent,
                 ).oid
-            audit(workspace.root, "publish", repository=f"{one.type}/{one.id}", commit=commit, run=plan.run)
         done.append(Published(one.id, one.type, url, commit))
     return done
 
@@ -323,7 +330,7 @@ def publish(plan: Plan, workspace: Workspace, on_progress: Callable[[str], objec
 def _check_token(api: Any, plan: Plan) -> None:
     me = api.whoami()
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PublishError("The Hub token can only read: make one that may write at https://huggingface.co/settings/tokens")
+        raise PublishError(f"The Hub token can only read: make one that may write at {TOKENS}")
     mine = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
     for one in plan.repositories:
         if one.id.partition("/")[0] not in mine:
@@ -363,32 +370,3 @@ def _look(api: Any, one: Repository, config: PublishConfig) -> tuple[str | None,
             f"{', '.join(changed)} there, or choose another name"
         )
     return info.sha, changed
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one line with the remedy."""
-    from huggingface_hub import errors
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    try:
-        yield
-    except LocalTokenNotFoundError as exc:
-        raise PublishError("No Hub token: run `hf auth login`, or set HF_TOKEN to a token that may write") from exc
-    except OfflineModeIsEnabled as exc:
-        raise PublishError("The Hub can't be reached, since HF_HUB_OFFLINE is set: unset it, then publish again") from exc
-    except HfHubHTTPError as exc:
-        status, said = exc.response.status_code, " ".join((exc.server_message or str(exc)).split())[:200]
-        remedy = {
-            401: "the token is wrong or has expired: run `hf auth login`, or set HF_TOKEN anew",
-            403: "the token may not do this: make one that may write at https://huggingface.co/settings/tokens",
-            409: "somebody else wrote there meanwhile: publish again",
-            412: "somebody else wrote there meanwhile: publish again",
-        }.get(status, _AGAIN if status >= 500 or status == 429 else "correct that, then publish again")
-        raise PublishError(f"The Hub did not take {what} ({status}: {said}); {remedy}") from exc
-    except ValueError as exc:  # its check of a card's front matter
-        said = " ".join(str(exc).split())[:300]
-        raise PublishError(f"The Hub did not take {what} ({said}): correct the run's README.md, then publish again") from exc
-    except (errors.HTTPError, OSError, RuntimeError) as exc:  # type: ignore[attr-defined]
-        reason = " ".join(f"{exc} {exc.__cause__ or ''}".split())[:200] or type(exc).__name__
-        raise PublishError(f"The Hub did not answer for {what} ({reason}): check the network; {_AGAIN}") from exc

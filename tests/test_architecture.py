@@ -18,7 +18,7 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / "biasdpo").rglob("*.py")), *sorted((
 # Packages from left to right: a module imports from its own level or from a level to its left.
 LEVELS = [
     {"errors", "records", "config", "workspace"},
-    {"model_files", "chat", "models", "model_card", "counterfactuals", "rewards"},
+    {"model_files", "chat", "models", "model_card", "counterfactuals", "rewards", "hub"},
     {"data", "benchmarks", "gguf", "backends", "prompts", "evaluation.stats"},
     {"engines", "compare", "links", "evaluation", "jobs", "labeling", "gguf.export", "gguf.proof", "migrations", "backup"}
     | {"publish"},

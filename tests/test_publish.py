@@ -142,6 +142,9 @@ def test_names_and_times_only_if_chosen_and_no_withdrawn_judgment(workspace):
 
 def test_a_text_that_tells_of_a_folder_here_is_refused(workspace, folder):
     card = folder.adapter / "README.md"
+    card.write_text(card.read_text() + f"\nSee https://example.org{workspace.root}.\n")  # no folder of this machine
+    (folder.adapter / "curves.png").write_bytes(b"")
+    assert run(workspace, "--to", "ana/m", "--dry-run").returncode == 0
     card.write_text(card.read_text() + f"\nTrained in {workspace.root}.\n")
     assert "README.md would tell of" in run(workspace, "--to", "ana/m", "--dry-run").error
 
@@ -292,25 +295,26 @@ def test_what_the_hub_refuses_before_anything_is_sent(workspace, hub, monkeypatc
     hub.write("model", "ana/less-biased", "weights.bin", b"theirs")
     assert "ana/less-biased has other content (weights.bin)" in refusal()
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    assert "the token is wrong or has expired" in refusal()
+    assert "Nothing is published: the Hub does not accept the token" in refusal()
     monkeypatch.setenv("HF_TOKEN", "")
-    assert "No Hub token: run `hf auth login`" in refusal()
+    assert "Publishing needs a Hub token that may write there, and there is none" in refusal()
 
 
 def test_a_broken_connection_is_one_line_and_publishing_again_ends_it(workspace, hub, monkeypatch):
     hub.fault("refuse", "POST", "/api/repos/create", status=403)
-    assert "(403: " in (text := run(workspace, *TO).error)
-    assert "make one that may write" in text
+    assert "ana/verdicts is not published: the token may not do this: make one" in run(workspace, *TO).error
     hub.fault("refuse", "POST", "/api/validate-yaml", status=400)
-    assert "(Invalid metadata in README.md.): correct the run's README.md" in run(workspace, *TO).error
+    assert "the Hub's client refuses it: Invalid metadata in README.md" in run(workspace, *TO).error
     hub.fault("drop", "POST", "/ana/less-biased/commit/", times=20)
     text = run(workspace, *TO).error
-    assert "did not answer for ana/less-biased (ana/verdicts is published)" in text
+    assert "ana/less-biased is not published (ana/verdicts is): the Hub can't be reached" in text
     assert "publish again" in text
     assert set(hub.repository("model", "ana/less-biased").files) == {".gitattributes"}
     hub.faults.clear()
     hub.fault("cut", "POST", "/ana/less-biased/commit/", times=20)  # it arrives, its answer does not
     assert "publish again" in run(workspace, *TO).error
+    audited = [json.loads(line).get("repository") for line in (workspace.root / "audit.jsonl").read_text().splitlines()]
+    assert "model/ana/less-biased" in audited  # though nobody knows that it is there
     hub.faults.clear()
     again = run(workspace, *TO)
     assert again.stdout.count("nothing changed") == 2, again
@@ -320,7 +324,7 @@ def test_a_broken_connection_is_one_line_and_publishing_again_ends_it(workspace,
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", closed)
-    assert "check the network" in run(workspace, *TO).error
+    assert "Nothing is published: the Hub can't be reached" in run(workspace, *TO).error
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in run(workspace, *TO).error
 

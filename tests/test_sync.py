@@ -161,7 +161,8 @@ def test_two_replicas(hub: Hub, workspace: Workspace, tmp_path: Path) -> None:
 def test_foreign_files_public_places_and_deleted_files_are_named(hub: Hub, workspace: Workspace) -> None:
     hub.create("dataset", "ana/labels", private=False)
     hub.write("dataset", "ana/labels", "README.md", b"Labels")
-    hub.write("dataset", "ana/labels", "data/train.csv", b"a,b\n")
+    for number in range(9):
+        hub.write("dataset", "ana/labels", f"data/train-{number}.csv", b"a,b\n")
     append_all(workspace, [judgment("kim", 1), judgment("kim", 2)])
     finish(started(workspace))
     repository = hub.repository("dataset", "ana/labels")
@@ -174,7 +175,8 @@ def test_foreign_files_public_places_and_deleted_files_are_named(hub: Hub, works
     finish(running)
     notes = "\n".join(running.state().notes)
     assert "dataset:ana/labels is public" in notes
-    assert "data/train.csv" in notes
+    assert "data/train-0.csv, " in notes
+    assert "data/train-4.csv and 4 more" in notes  # a line, however many there are
     assert damaged in notes
     assert "README.md" not in notes
 
@@ -309,7 +311,7 @@ def test_erased_from_the_files_on_the_hub(hub: Hub, workspace: Workspace, tmp_pa
     hub.fault("refuse", "POST", "/batch" if kind == "bucket" else "/commit/", status=400)
     done = run("dataset", "erase", "--annotator", "kim", "--yes", "--workspace", workspace.root)
     assert f"3 rows removed from {workspace.preferences}" in done.stdout
-    assert f"Not reached: {target}: the Hub answered with status 400. Run this command again" in done.stdout
+    assert f"Not reached: {target}: the Hub refused it with status 400" in done.stdout
     assert "kim-1" in on_hub(hub, target)
     assert not any(b"kim" in path.read_bytes() for path in (workspace.cache / "sync").rglob("*") if path.is_file())
 
@@ -330,7 +332,8 @@ def test_erased_from_the_files_on_the_hub(hub: Hub, workspace: Workspace, tmp_pa
 def test_nothing_here_and_the_hub_out_of_reach_is_an_error(hub: Hub, workspace: Workspace) -> None:
     hub.users.clear()
     done = run("dataset", "erase", "--annotator", "kim", "--sync", DATASET, "--yes", "--workspace", workspace.root)
-    assert "dataset:ana/labels: the Hub does not accept the token: set another HF_TOKEN. Run this command again" in done.error
+    assert "dataset:ana/labels: the Hub does not accept the token: run `hf auth login`" in done.error
+    assert "Run this command again" in done.error
 
 
 def test_erased_on_the_hub_alone(hub: Hub, workspace: Workspace, tmp_path: Path) -> None:
@@ -369,10 +372,19 @@ def test_what_is_left_is_sent_at_sigterm(hub: Hub, workspace: Workspace) -> None
     assert "not saved" not in (workspace.root / "app.log").read_text()
 
 
-def test_the_app_starts_without_the_hub(workspace: Workspace) -> None:
+def test_sigterm_before_the_page_waits_for_it_is_a_clean_end(workspace: Workspace) -> None:
+    script = f"""
+import app, os, signal, sys
+app.serve_workspace = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(app.main(["--workspace", {str(workspace.root)!r}, "--port", "{free_port()}"]))
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_the_app_starts_without_the_hub_and_a_variable_names_the_target_as_on_a_space(workspace: Workspace) -> None:
     offline = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_any", "NO_PROXY": "*"}
     append(workspace, judgment("kim", 1))
-    with running_app(workspace.root, "--sync", DATASET, **offline) as url:
+    with running_app(workspace.root, BIASDPO_SYNC=DATASET, **offline) as url:
         log = workspace.root / "app.log"
         wait_until(lambda: "Labels are kept here only, since dataset:ana/labels: the Hub can't be reached" in log.read_text())
         assert health(url)["unsent"] == 1
@@ -386,7 +398,12 @@ def test_the_app_starts_without_the_hub(workspace: Workspace) -> None:
         ("ana/labels", {}, "sync must be bucket:OWNER/NAME or dataset:OWNER/NAME: got 'ana/labels'"),
         ("model:ana/labels", {}, "got 'model:ana/labels'"),
         ("bucket:labels", {}, "got 'bucket:labels'"),
-        (DATASET, {"HF_TOKEN": ""}, "dataset:ana/labels needs a Hub token that may write there, and there is none: set HF_TOKEN"),
+        ("dataset:ana/la--bels", {}, "can't be the name of a repository: Cannot have -- or .."),
+        (
+            DATASET,
+            {"HF_TOKEN": ""},
+            "dataset:ana/labels needs a Hub token that may write there, and there is none: run `hf auth login`",
+        ),
     ],
 )
 def test_bad_input_is_one_line(hub: Hub, workspace: Workspace, target: str, environment: dict[str, str], message: str) -> None:

@@ -16,6 +16,7 @@ from biasdpo.data import sync
 from biasdpo.data.journal import Row, opened, parse_row, sync_folder, truncated_file
 from biasdpo.data.pairs import TEXTS, pair_id_of
 from biasdpo.errors import DatasetError, WorkspaceError
+from biasdpo.hub import reason_of
 from biasdpo.workspace import Workspace, replacing, sha256_of
 
 _STRING = re.compile(rb'"((?:[^"\\]|\\.)*)"')
@@ -73,7 +74,7 @@ def erase_everywhere(
                 count = sync.rewrite(workspace, target, lambda lines: _replaced(lines, annotator, browser), dry_run=dry_run)
                 counts |= {target: count} if count or not nothing else {}
             except Exception as exc:  # the Hub's, and those of the network below it
-                why = f"{sync.reason_of(exc)}. Run this command again before the app is started, which would restore the rows"
+                why = f"{reason_of(exc)}. Run this command again before the app is started, which would restore the rows"
                 remaining.append(f"{target}: {why}")
     if nothing and not counts:
         raise DatasetError(str(remaining[0])) if remaining else nothing

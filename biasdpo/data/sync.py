@@ -14,20 +14,19 @@ import logging
 import random
 import re
 import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from biasdpo.data.journal import Mark, Row, append_all, journal_of, parse_row
-from biasdpo.errors import BiasDPOError, ConfigError, plural
+from biasdpo.errors import BiasDPOError, plural
+from biasdpo.hub import HubFiles, reason_of
 from biasdpo.records import Judgment, JudgmentMeta
 from biasdpo.workspace import Workspace, locked, read_json, replacing, write_json
 
@@ -43,100 +42,7 @@ COMMIT_SECONDS = 30.0  # between two commits to a dataset repository: the Hub ha
 FIRST_RETRY_SECONDS = 2.0
 MAX_RETRY_SECONDS = 300.0
 _LOCK_SECONDS = 60.0  # how long an upload waits for an erasure, and the other way round
-
-
-# A place on the Hub
-
-
-@dataclass(frozen=True)
-class HubFiles:
-    """The files of a `target`, bucket:OWNER/NAME or dataset:OWNER/NAME. Raises what huggingface_hub raises."""
-
-    target: str
-
-    @property
-    def id(self) -> str:
-        return self.target.partition(":")[2]
-
-    @property
-    def is_bucket(self) -> bool:
-        return self.target.startswith("bucket:")
-
-    @property
-    def api(self) -> Any:
-        from huggingface_hub import HfApi
-
-        return HfApi(library_name="biasdpo")
-
-    def create(self) -> bool:
-        """Create it, private, unless it exists; return whether it is private."""
-        if self.is_bucket:
-            self.api.create_bucket(self.id, private=True, exist_ok=True)
-            return bool(self.api.bucket_info(self.id).private)
-        self.api.create_repo(self.id, repo_type="dataset", private=True, exist_ok=True)
-        return bool(self.api.dataset_info(self.id).private)
-
-    def sizes(self) -> dict[str, int]:
-        """All files: bytes by path."""
-        if self.is_bucket:
-            entries = self.api.list_bucket_tree(self.id, recursive=True)
-        else:
-            entries = self.api.list_repo_tree(self.id, repo_type="dataset", recursive=True)
-        return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
-
-    def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Download files into a folder, each whole or not at all."""
-        names = sorted(names)
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-            if names and self.is_bucket:
-                self.api.download_bucket_files(self.id, [(name, Path(scratch, name)) for name in names])
-            elif names:
-                patterns = names if len(names) < 100 else [f"{FOLDER}/*.jsonl"]  # each is matched with each file
-                self.api.snapshot_download(self.id, repo_type="dataset", allow_patterns=patterns, local_dir=scratch)
-            for name in names:
-                Path(scratch, name).replace(folder / name)
-
-    def change(self, add: Mapping[str, bytes], delete: Iterable[str], title: str) -> None:
-        """Add and delete files, all at once."""
-        if self.is_bucket:
-            self.api.batch_bucket_files(self.id, add=[(data, name) for name, data in add.items()], delete=list(delete))
-            return
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-        operations = [
-            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in add.items()),
-            *(CommitOperationDelete(path_in_repo=name) for name in delete),
-        ]
-        self.api.create_commit(self.id, operations, commit_message=title, repo_type="dataset")
-
-
-def check(target: str) -> None:
-    """Raise ConfigError where nothing could be sent: without a token."""
-    from huggingface_hub import get_token
-
-    if not get_token():
-        raise ConfigError(
-            f"--sync {target} needs a Hub token that may write there, and there is none: set HF_TOKEN (on a Space: a secret of "
-            "that name under Settings), or run `hf auth login`"
-        )
-
-
-def reason_of(exc: Exception) -> str:
-    """Why the Hub couldn't be used, in one line."""
-    if isinstance(exc, BiasDPOError):
-        return str(exc)
-    status = getattr(getattr(exc, "response", None), "status_code", None)
-    known = {
-        401: "the Hub does not accept the token: set another HF_TOKEN",
-        403: "the token may not write there: use one with write access",
-        404: "the Hub has no such repository, or the token may not see it: check the name and the token",
-        429: "the Hub's rate limit is reached",
-    }
-    if status is not None:
-        return known.get(status, f"the Hub answered with status {status}")
-    line = " ".join(str(exc).split())[:200]
-    return f"the Hub can't be reached ({type(exc).__name__}{': ' * bool(line)}{line})"
+_SHOWN_NAMES = 5
 
 
 # Files of rows
@@ -183,6 +89,7 @@ def _copy(files: HubFiles, copies: Path) -> tuple[list[str], list[str], list[str
     of other people's files."""
     for left in (*copies.glob(".fetch-*"), *copies.glob(f"{FOLDER}/.*")):  # by a process that was killed meanwhile
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+    (copies / FOLDER).mkdir(parents=True, exist_ok=True)
     sizes = files.sizes()
     names = sorted(filter(_NAME.fullmatch, sizes))
     files.fetch((n for n in names if not (copies / n).is_file() or (copies / n).stat().st_size != sizes[n]), copies)
@@ -197,35 +104,33 @@ def rewrite(
 
     Files that change are replaced in one step, and a dataset repository loses its history, which would keep the old ones.
     """
+    files, copies = HubFiles(target), _copies(workspace, target)
     try:
-        return _rewrite(HubFiles(target), _copies(workspace, target), replaced, dry_run=dry_run)
+        names, gone, _others = _copy(files, copies)
+        lines = [(name, line) for name in (*names, *gone) for line in (copies / name).read_bytes().split(b"\n") if line]
+        new = list(zip(lines, replaced([line for _, line in lines]), strict=True))
+        removed = sum(now is None for (name, _), now in new if name in names)
+        if dry_run:
+            return removed
+        add, delete = dict[str, bytes](), []
+        for name in sorted({name for (name, line), now in new if line != now}):
+            data = b"".join(now + b"\n" for (of, _), now in new if of == name and now is not None)
+            if name in gone:
+                with replacing(copies / name, mode=0o600) as temporary:
+                    temporary.write_bytes(data)
+                continue
+            (copies / name).unlink()
+            delete.append(name)
+            if data:
+                add[_file_of(data, name.partition("/")[2].partition("-")[0])] = data
+        if delete:
+            files.change(add, delete, "Erase rows")
+        files.forget_history()  # always: a former erasure may have broken off before it
+        return removed
     except Exception:
         if not dry_run:  # what is erased must not stay here either
-            shutil.rmtree(_copies(workspace, target), ignore_errors=True)
+            shutil.rmtree(copies, ignore_errors=True)
         raise
-
-
-def _rewrite(files: HubFiles, copies: Path, replaced: Callable[[list[bytes]], list[bytes | None]], *, dry_run: bool) -> int:
-    names, gone, _others = _copy(files, copies)
-    lines = [(name, line) for name in (*names, *gone) for line in (copies / name).read_bytes().splitlines()]
-    new = list(zip(lines, replaced([line for _, line in lines]), strict=True))
-    changed = sorted({name for (name, line), now in new if line != now})
-    removed = sum(now is None for (name, _), now in new if name in names)
-    if dry_run:
-        return removed
-    add = {}
-    for name in changed:
-        data = b"".join(now + b"\n" for (of, _), now in new if of == name and now is not None)
-        (copies / name).unlink()
-        if name in gone:
-            (copies / name).write_bytes(data)
-        elif data:
-            add[_file_of(data, name.partition("/")[2].partition("-")[0])] = data
-    if delete := [name for name in changed if name in names]:
-        files.change(add, delete, "Erase rows")
-    if not files.is_bucket:  # always: a former erasure may have broken off before it
-        files.api.super_squash_history(files.id, repo_type="dataset")
-    return removed
 
 
 # Syncing
@@ -268,7 +173,7 @@ class HubSync:
         self._is_read = False  # what is on the Hub; false again after a failure
         self._reason = "it is being read"
         self._notes: tuple[str, ...] = ()
-        self._damaged: list[str] = []
+        self._damaged: dict[str, int] = {}  # lines that are not rows, by file
         self._committed_at = float("-inf")
         self._hurry, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
@@ -302,8 +207,7 @@ class HubSync:
         self._thread.join(max(0.0, seconds))
         state = self.state()
         if state.unsent:
-            rows = f"{state.unsent:,} row{'s' * (state.unsent != 1)}"
-            where = self._workspace.preferences
+            rows, where = plural(state.unsent, "row"), self._workspace.preferences
             logger.warning("%s not saved to %s (%s): only %s has them", rows, state.target, state.reason, where)
 
     def _run(self) -> None:
@@ -350,20 +254,24 @@ class HubSync:
         is_private = self._files.create()
         with alone(self._workspace):
             names, gone, others = _copy(self._files, self._copies)
-            notes = [] if is_private else [f"{self._files.target} is public: everybody can read the labels in it"]
-            notes += [f"{name} is not a file of this app: skipped" for name in others]
-            notes += [f"{len(gone)} of its files were deleted: their rows are not sent again"] if gone else []
             found: list[Row] = []
             sent: set[str] = set()
             for name in (name for name in (*names, *gone) if name not in self._known):
                 rows, bad = _rows_in(self._copies / name)
                 sent.update(row["id"] for row in rows)
                 found += rows if name in names else []
-                self._damaged += [f"{name}: lines that are not rows, skipped: {bad}"] if bad else []
+                self._damaged |= {name: bad} if bad else {}
             if found:
                 append_all(self._workspace, [Judgment(**row | {"meta": JudgmentMeta(**row["meta"])}) for row in found])
         self._acknowledge(sent, {*names, *gone})
-        self._notes = (*notes, *self._damaged)
+        damaged = [f"{bad} in {name}" for name, bad in self._damaged.items()]
+        notes = {
+            f"{self._files.target} is public: everybody can read the labels in it": not is_private,
+            f"Files that are not this app's, skipped: {_listed(others)}": others,
+            f"{len(gone)} of its files were deleted: their rows are not sent again": gone,
+            f"Lines that are not rows, skipped: {_listed(damaged)}": damaged,
+        }
+        self._notes = tuple(note for note, holds in notes.items() if holds)
 
     def _gather(self) -> None:
         """Wait for more rows of the same batch, and until the next commit is due."""
@@ -394,6 +302,10 @@ class HubSync:
             self._sent.update(ids)
             self._known |= names
             self._unsent = {id: seen for id, seen in self._unsent.items() if id not in ids}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + f" and {len(names) - _SHOWN_NAMES:,} more" * (len(names) > _SHOWN_NAMES)
 
 
 _syncs: dict[Path, HubSync] = {}

@@ -5,27 +5,27 @@ which the job mounts; the job trains, and pushes the adapter to the Hub before i
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from biasdpo import models
-from biasdpo.access import require_owner
-from biasdpo.config import TrainConfig
+from biasdpo.access import audit, require_owner
+from biasdpo.config import TrainConfig, repository_name
 from biasdpo.data import splits
-from biasdpo.errors import BiasDPOError, ConfigError, JobError
+from biasdpo.errors import ConfigError, JobError
+from biasdpo.hub import client, create_private, explained, reason_of, require_token
 from biasdpo.jobs.job import ROOT
 from biasdpo.workspace import Workspace, check_id
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi, JobInfo
+    from huggingface_hub import JobInfo
 
 IMAGE = "python:3.12"  # PyTorch's wheel brings CUDA
 MOUNT = "/biasdpo"
@@ -62,14 +62,18 @@ def check_order(config: TrainConfig, run_id: str, push_to: str, flavor: str, tim
     from huggingface_hub import JobHardware
 
     check_id(run_id, "run")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]{0,80}", push_to, flags=re.ASCII):
-        raise ConfigError(f"--push-to must be OWNER/NAME on the Hub: got {push_to!r}")
+    order = Order(config, run_id, push_to, flavor, seconds_of(timeout))
+    try:
+        repository_name(order.push_to)
+        repository_name(order.data_repo)
+    except ValueError as exc:
+        raise ConfigError(f"--push-to {exc}") from exc
     flavors = [one.value for one in JobHardware]
     if flavor not in flavors:
         raise ConfigError(f"--flavor must be one of {', '.join(flavors)}: got {flavor!r}")
     if not config.model or Path(config.model).is_absolute():
         raise ConfigError(f"A job needs a model of the catalog or the Hub: got {config.model or 'none'}; name one with --model")
-    return Order(config, run_id, push_to, flavor, seconds_of(timeout))
+    return order
 
 
 def seconds_of(timeout: str) -> int:
@@ -130,7 +134,7 @@ def job_script(order: Order) -> str:
         '[ "$minutes" -ge 1 ] || { echo "No time is left to train: give the job a longer --timeout" >&2; exit 1; }',
         *([f'[ "$minutes" -le {own} ] || minutes={own}'] if own else []),
         f"python -m biasdpo train {train} --run-id={order.run_id} --workspace={WORKSPACE} --max-minutes=$minutes",
-        f"hf upload {order.push_to} {adapter} . --private --commit-message={shlex.quote(f'Adapter of run {order.run_id}')}",
+        f"hf upload {shlex.quote(order.push_to)} {adapter} . --private --commit-message='Adapter of run {order.run_id}'",
     ]
     return "\n".join(lines)
 
@@ -138,28 +142,25 @@ def job_script(order: Order) -> str:
 # The job
 
 
-def submit(order: Order, workspace: Workspace) -> tuple[HfApi, JobInfo]:
+def submit(order: Order, workspace: Workspace) -> JobInfo:
     """Upload what the job needs, and start it. Nothing is started where a step before it fails.
 
     Raises RefusedError for a visitor, ConfigError or DatasetError for what can't be trained, JobError for what the Hub refuses.
     """
-    from huggingface_hub import HfApi, Volume, get_token
+    from huggingface_hub import Volume
 
     require_owner("Training on Hugging Face Jobs")
-    token = get_token()
-    if not token:
-        raise ConfigError("A job needs your token of the Hub, which may write: sign in with `hf auth login`, or set HF_TOKEN")
-    api = HfApi(token=token)
+    token = require_token("A job")
     with tempfile.TemporaryDirectory() as scratch:
         order = write_inputs(order, workspace, Path(scratch))
-        with hub_errors("upload the run's data"):
-            api.create_repo(order.push_to, private=True, exist_ok=True)
-            api.create_repo(order.data_repo, repo_type="dataset", private=True, exist_ok=True)
-            if not api.repo_info(order.data_repo, repo_type="dataset").private:
-                raise ConfigError(
-                    f"The dataset {order.data_repo} is public, and your pairs would be: make it private, or delete it"
-                )
-            commit = api.upload_folder(
+        with explained("Can't upload the run's data", JobError):
+            for name, kind, what in ((order.push_to, "model", "adapter"), (order.data_repo, "dataset", "pairs")):
+                if not create_private(name, kind):
+                    raise ConfigError(
+                        f"The {kind} {name} is public, and your {what} would be: make it private, or choose another"
+                    )
+            audit(workspace.root, "start", job=f"hf-jobs/{order.run_id}", repository=order.data_repo)
+            commit = client().upload_folder(
                 repo_id=order.data_repo,
                 repo_type="dataset",
                 folder_path=scratch,
@@ -168,8 +169,8 @@ def submit(order: Order, workspace: Workspace) -> tuple[HfApi, JobInfo]:
                 commit_message=f"Run {order.run_id}",
             )
     data = Volume(type="dataset", source=order.data_repo, mount_path=MOUNT, revision=commit.oid, path=order.run_id)
-    with hub_errors("start the job"):
-        job = api.run_job(
+    with explained("Can't start the job", JobError):
+        return client().run_job(
             image=IMAGE,
             command=["bash", "-c", job_script(order)],
             flavor=order.flavor,
@@ -179,10 +180,9 @@ def submit(order: Order, workspace: Workspace) -> tuple[HfApi, JobInfo]:
             labels={"app": "biasdpo", "run": order.run_id},
             namespace=order.push_to.partition("/")[0],
         )
-    return api, job
 
 
-def follow(api: HfApi, job: JobInfo, show: Callable[[str], Any]) -> JobInfo:
+def follow(job: JobInfo, show: Callable[[str], Any]) -> JobInfo:
     """Show a job's stages and log until it has ended. Ctrl-C cancels it; a second one stops waiting for its end.
 
     Raises JobError after many failed looks in a row; the job goes on.
@@ -193,19 +193,17 @@ def follow(api: HfApi, job: JobInfo, show: Callable[[str], Any]) -> JobInfo:
     while True:
         try:
             try:
-                job = api.inspect_job(**where)
-                lines = cast(Sequence[str], list(api.fetch_job_logs(**where)))
-                lost = 0
+                job, lost = client().inspect_job(**where), 0
             except Exception as exc:  # huggingface_hub raises many unrelated classes
                 lost += 1
                 if lost == _LOST_POLLS:
-                    raise JobError(
-                        f"The Hub does not answer about job {job.id} ({_line(exc)}): it goes on; see {job.url}"
-                    ) from exc
-                lines = ()
-            if lost == 0 and job.status.stage != stage:
+                    raise JobError(f"Job {job.id} goes on, but can't be followed: {reason_of(exc)}; see {job.url}") from exc
+            if not lost and job.status.stage != stage:
                 stage = str(job.status.stage)
                 show(f"Job {job.id}: {stage.lower()}{f', {job.status.message}' if job.status.message else ''}")
+            lines: list[str] = []
+            with suppress(Exception):  # a job that waits for its machine has none yet
+                lines = list(client().fetch_job_logs(**where))
             for line in lines[shown:]:
                 show(line.rstrip())
             shown = max(shown, len(lines))
@@ -217,21 +215,5 @@ def follow(api: HfApi, job: JobInfo, show: Callable[[str], Any]) -> JobInfo:
                 raise
             is_canceled = True
             show(f"Canceling job {job.id}. Ctrl-C again stops waiting for it.")
-            with hub_errors("cancel the job"):
-                api.cancel_job(**where)
-
-
-@contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Convert what the Hub's client raises to a JobError of one line."""
-    try:
-        yield
-    except BiasDPOError:
-        raise
-    except Exception as exc:  # huggingface_hub raises many unrelated classes
-        raise JobError(f"Can't {what}: {_line(exc)}; check the name, your token's rights, and your credit on the Hub") from exc
-
-
-def _line(exc: Exception) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip() and not line.startswith("(Request ID")]
-    return " ".join(lines)[:300].rstrip(".") or type(exc).__name__
+            with explained(f"Can't cancel job {job.id}, which goes on", JobError, f"; or cancel it at {job.url}"):
+                client().cancel_job(**where)

@@ -188,7 +188,7 @@ def _build_publish(studio: Studio, adapter: gr.Dropdown) -> None:
     inputs = [adapter, *fields.values()]
 
     def list_exports() -> Any:
-        exports = [job.id for job in store.list_jobs(workspace, "export") if job.state == "finished"]
+        exports = [job.id for job in store.list_jobs(workspace, "export") if is_owner() and job.state == "finished"]
         return gr.Dropdown([("None", ""), *((one, one) for one in exports)])
 
     def plan_of(run: str, *given: Any) -> publish.Plan:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from biasdpo.config import TrainConfig
-from biasdpo.errors import ConfigError, JobError, RunError
+from biasdpo.errors import RunError
 from biasdpo.jobs import hf_jobs, store
 from biasdpo.workspace import Workspace
 from tests import commands
@@ -68,6 +68,8 @@ def test_a_run_is_sent_followed_and_leaves_nothing_public(hub, workspace, pairs_
     assert job.spec["secrets"] == {"HF_TOKEN": TOKEN}
     assert TOKEN not in done.stdout + done.stderr + json.dumps({**job.spec, "secrets": ""})
     assert all(TOKEN.encode() not in hub.content(stored) for stored in data.files.values())
+    (audited,) = map(json.loads, (workspace.root / "audit.jsonl").read_text().splitlines())
+    assert (audited["action"], audited["job"], audited["repository"]) == ("start", "hf-jobs/first", "ana/fair-jobs")
 
 
 def test_weights_stay_with_their_pairs(hub, workspace, pairs_file, tmp_path):
@@ -109,7 +111,16 @@ def test_an_outage_is_waited_for_and_a_long_one_is_an_error(hub, workspace, pair
     hub.fault("refuse", "GET", "/api/jobs/", times=3)
     assert train(workspace, pairs_file).returncode == 0
     hub.fault("refuse", "GET", "/api/jobs/", times=100)
-    assert "does not answer about job" in train(workspace, pairs_file).error
+    error = train(workspace, pairs_file).error
+    assert "goes on, but can't be followed: the Hub failed with status 503: try later" in error
+
+
+def test_a_job_that_waits_has_no_log_yet(hub, workspace, pairs_file):
+    hub.plan = [*[("SCHEDULING", [])] * 30, ("RUNNING", ["step 1"]), ("COMPLETED", [])]
+    hub.fault("refuse", "GET", "/logs", status=404, times=29)
+    done = train(workspace, pairs_file)
+    assert done.returncode == 0, done.stderr
+    assert "step 1" in done.stderr.splitlines()
 
 
 def test_what_the_hub_refuses_starts_no_job(hub, workspace, pairs_file, monkeypatch):
@@ -117,10 +128,12 @@ def test_what_the_hub_refuses_starts_no_job(hub, workspace, pairs_file, monkeypa
     assert "is public, and your pairs would be" in train(workspace, pairs_file).error
     hub.fault("refuse", "POST", "/api/jobs/ana", status=402)
     hub.repository("dataset", "ana/fair-jobs").private = True
-    assert "Can't start the job" in train(workspace, pairs_file).error
+    assert "Can't start the job: the account has too little credit" in train(workspace, pairs_file).error
+    hub.repository("model", "ana/fair").private = False
+    assert "The model ana/fair is public, and your adapter would be" in train(workspace, pairs_file).error
     assert "Can't upload" in train(workspace, pairs_file, "--push-to", "else/fair").error
     monkeypatch.delenv("HF_TOKEN")
-    assert "sign in with `hf auth login`" in train(workspace, pairs_file).error
+    assert "A job needs a Hub token that may write there, and there is none" in train(workspace, pairs_file).error
     assert not hub.jobs
 
 
@@ -131,7 +144,8 @@ def test_what_the_hub_refuses_starts_no_job(hub, workspace, pairs_file, monkeypa
         (["--timeout", "20m"], "--timeout must be 30m or more"),
         (["--timeout", "soon"], "--timeout must be a number with s, m, h or d"),
         (["--push-to", "fair"], "--push-to must be OWNER/NAME"),
-        (["--push-to", "a b/c"], "--push-to must be OWNER/NAME"),
+        (["--push-to", "a b/c"], "--push-to can't be the name of a repository"),
+        (["--push-to", "a/b--c"], "--push-to can't be the name of a repository"),
         (["--model", str(Path(__file__).parent)], "A job needs a model of the catalog or the Hub"),
         (["--resume"], "starts new runs only"),
         (["--on", "here"], "only with --on hf-jobs"),
@@ -189,10 +203,3 @@ def test_a_space_without_a_gpu_does_not_train(workspace, monkeypatch):
     monkeypatch.setenv("SPACE_ID", "ana/biasdpo")
     with pytest.raises(RunError, match=r"This Space can't train: .* --on hf-jobs"):
         store.start_training(TrainConfig(model="smollm2"), workspace, "first")
-
-
-def test_errors_have_one_line():
-    with pytest.raises(JobError, match=r"^Can't look: two lines; check"), hf_jobs.hub_errors("look"):
-        raise OSError("two\n\nlines")
-    with pytest.raises(ConfigError), hf_jobs.hub_errors("look"):
-        raise ConfigError("ours")
