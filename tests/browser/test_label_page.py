@@ -330,7 +330,7 @@ def test_a_verdict_is_saved_here_then_on_the_hub_and_the_owner_reads_why_not(new
             while hub.faults[0].times > 998:  # until an upload was refused, and another is tried
                 kim.page.wait_for_timeout(100)
             kim.visitor.tab("Dataset")
-            why = re.compile("1 row not saved to dataset:ana/labels yet, the oldest for .*: the token may not write there")
+            why = re.compile("1 row not saved to dataset:ana/labels yet, the oldest for .*: the token may not do this")
             kim.visitor.wait("#dataset-health", why)
             hub.faults.clear()
             kim.visitor.tab("Label")
