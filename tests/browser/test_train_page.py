@@ -152,6 +152,7 @@ def test_deleting_asks_first(trainer, library):
     trainer.choose("too-hot")  # another run meanwhile: the question is gone
     page.wait_for_selector("#train-confirm", state="hidden")
     trainer.choose("unwanted")
+    page.wait_for_timeout(2000)  # the buttons of the chosen job come after its head, and close the question
     page.click("#train-delete")
     page.click("#train-keep")
     page.wait_for_selector("#train-confirm", state="hidden")
@@ -170,6 +171,7 @@ def test_runs_are_compared(trainer):
     for run_id in ("first", "second"):
         page.fill("#train-picked input", run_id)
         page.keyboard.press("Enter")
+        trainer.visitor.wait("#train-picked .token", run_id)
     table = "#train-compared"
     trainer.visitor.wait(table, "second")
     for words in ("0.89 [0.71, 0.96]", "Learning rate", "Beta", "0.3"):
