@@ -124,7 +124,7 @@ class JobPanel:
         self.table.select(handles(self._choose), None, chosen, **QUICK)
         self.versions["list"].change(handles(self._rows), None, self.table, **QUICK)
         self.watch("status", lambda job: {self.head: "" if job is None else head(job, self.detail(job))}, [self.head])
-        self.watch("state", self._buttons, [self.box, self.stop, self.resume, self.delete, self.confirm])
+        self.watch("state", self._buttons, [self.box, self.stop, self.resume, self.delete, self.confirm], [self.question])
         self.studio.changes.append(self.versions["state"].change)
         self.stop.click(handles(self._stop), self.selected, chosen, **QUICK)
         self.resume.click(handles(self._resume), self.selected, chosen, **QUICK)
@@ -183,7 +183,7 @@ class JobPanel:
         rows = [self.row_of(job) for job in store.list_jobs(self.studio.workspace, self.kind)]
         return gr.Dataframe(value=rows, visible=bool(rows))
 
-    def _buttons(self, job: Job | None) -> Updates:
+    def _buttons(self, job: Job | None, question: str | None) -> Updates:
         if job is None:
             return {self.box: gr.Column(visible=False), self.confirm: gr.Row(visible=False)}
         may = is_owner()
@@ -197,7 +197,8 @@ class JobPanel:
                 visible=may and resumable,
             ),
             self.delete: gr.Button(visible=may and not job.is_active),
-            self.confirm: gr.Row(visible=False),
+            # A question about this very job stays: it may have been asked before this came.
+            **({} if (question or "").startswith(_asked(job.id)) else {self.confirm: gr.Row(visible=False)}),
         }
 
     def _stop(self, selected: str) -> Updates:
@@ -211,7 +212,7 @@ class JobPanel:
         return self._versions(selected)
 
     def _ask(self, selected: str) -> Updates:
-        question = f"Delete **{escape(selected)}**, {_DELETES[self.kind]}? This can't be undone."
+        question = f"{_asked(selected)}, {_DELETES[self.kind]}? This can't be undone."
         return {self.confirm: gr.Row(visible=True), self.question: question}
 
     def _delete(self, selected: str) -> Updates:
@@ -221,6 +222,10 @@ class JobPanel:
 
 
 _TABS: dict[Kind, str] = {"train": "train", "evaluate": "measure", "export": "export"}
+
+
+def _asked(job_id: str) -> str:
+    return f"Delete **{escape(job_id)}**"
 
 
 def run_estimate(shown: Callable[[float], Any], estimate: Callable[..., Any], *given: Any) -> Generator[Any, None, Any]:

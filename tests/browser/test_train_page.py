@@ -152,7 +152,6 @@ def test_deleting_asks_first(trainer, library):
     trainer.choose("too-hot")  # another run meanwhile: the question is gone
     page.wait_for_selector("#train-confirm", state="hidden")
     trainer.choose("unwanted")
-    page.wait_for_timeout(2000)  # the buttons of the chosen job come after its head, and close the question
     page.click("#train-delete")
     page.click("#train-keep")
     page.wait_for_selector("#train-confirm", state="hidden")
