@@ -219,7 +219,7 @@ def _dataset(job: Job, config: PublishConfig, workspace: Workspace, personal: li
     files = ", ".join(public_name(name) for name in job.config.datasets if name != WORKSPACE)
     if not found.rows:
         raise PublishError(
-            f"Run {job.id!r} was trained on no judgment that stands in this workspace ({files or 'all were withdrawn'}): leave "
+            f"Run {job.id!r} was not trained on any judgment in this workspace ({files or 'all were withdrawn'}): leave "
             "the dataset repository out; a file that you may publish can be imported (`dataset import`)"
         )
     if len(found.rows) < len(trained):
