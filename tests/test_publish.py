@@ -190,7 +190,7 @@ def test_what_can_not_be_published_says_why(workspace, folder, monkeypatch):
     assert "was changed after the run ended" in run(workspace, "--to", "ana/m").error
     weights.write_bytes(before)
     workspace.preferences.unlink()
-    assert "trained on no judgment that stands" in run(workspace, *TO).error
+    assert "was not trained on any judgment in this workspace" in run(workspace, *TO).error
     folder.write_status(folder.read_status().__class__("stopped"))
     assert "Run 'first' is stopped: only a finished run" in run(workspace, "--to", "ana/m").error
     monkeypatch.setattr(access, "_source", lambda: access.Caller(access.Role.visitor))

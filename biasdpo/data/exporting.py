@@ -200,7 +200,7 @@ class PublicPairs:
 def public_pairs(
     workspace: Workspace, pairs: Iterable[PreferencePair], file_name: str, *, with_annotators: bool = False
 ) -> PublicPairs:
-    """What stands in the journal about these pairs, chosen as they are, with numbers for annotators and days for times.
+    """The journal's rows whose chosen and rejected texts are these pairs', with numbered annotators and dates without times.
 
     Pairs that the journal does not hold (of files), that were withdrawn or erased, or that were chosen the other way round since
     are left out. `with_annotators`: with names and times.

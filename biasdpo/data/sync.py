@@ -1,8 +1,8 @@
 """The journal's copy on the Hub (`--sync`), for disks that don't last: a private bucket or dataset repository.
 
 Each batch of rows is a new file, verdicts/TIME-HASH.jsonl, that is never changed. What the Hub has is known from the files there:
-each is read once, at the start and after every failure, and copied to WORKSPACE/cache/sync. So it doesn't matter at which point
-an upload broke off, here or there: what arrived is found in the listing, and the rest is sent again. Rows are told apart by id.
+each is read once, at the start and after every failure, and copied to WORKSPACE/cache/sync. An upload may
+therefore fail at any point: the listing shows what arrived, and the rest is sent again. Rows are identified by their id.
 
 The journal stays what everything else reads. Rows of other replicas are appended to it when their files are read.
 """

@@ -1,4 +1,4 @@
-"""Training on Hugging Face Jobs: what is uploaded, what the job is told, how it is followed. The Hub is a stand-in; the job's
+"""Training on Hugging Face Jobs: the upload, the job's arguments, polling. The Hub is a stand-in; the job's
 script runs here."""
 
 from __future__ import annotations
