@@ -9,10 +9,12 @@ import pytest
 from biasdpo.workspace import ASSETS
 from scripts import reading
 
+WRITTEN = {side: {"tokens": tokens, "finish_reason": "limit"} for side, tokens in (("base", 8), ("tuned", 4))}
 KEY = {
-    name: {"set": "loaded", "a": a, "b": b, **{side: {"tokens": tokens, "finish_reason": "limit"} for side, tokens in (("base", 8), ("tuned", 4))}}
-    for name, a, b in (("one", "base", "tuned"), ("two", "tuned", "base"), ("three", "tuned", "base"))
-}  # fmt: skip
+    "one": {"set": "loaded", "a": "base", "b": "tuned", **WRITTEN},
+    "two": {"set": "loaded", "a": "tuned", "b": "base", **WRITTEN},
+    "three": {"set": "loaded", "a": "tuned", "b": "base", **WRITTEN},
+}
 VERDICTS = [
     {"id": "one", "preferred": "b", "a": ["prejudice", "broken"], "b": ["rejects"]},
     {"id": "two", "preferred": "b", "a": ["evasive"], "b": []},
