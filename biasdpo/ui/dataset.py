@@ -74,13 +74,14 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
         _build_export(studio)
     studio.next_step("train", "Next: Train")
 
-    def refresh(*query: Any) -> Updates:
-        """The current state of everything shown."""
+    def refresh(chosen: str | None, *query: Any) -> Updates:
+        """The current state of everything shown. A chosen import stays chosen, also one that is chosen meanwhile."""
         warnings = _warnings(studio)
         listed = studio.dataset.imports()
         titles = [(f"{source.removeprefix('import:')} ({plural(count, 'row')})", source) for source, count in listed.items()]
         judged = sum(not row["repeat_of"] for row in studio.dataset.standing())
         pairs = plural(studio.dataset.confounds().pairs, "pair")
+        gone = {"value": None} if chosen and chosen not in listed else {}
         return {
             top: gr.Row(visible=judged > 0),
             summary: f"**{pairs}** to train on, from {plural(judged, 'row')}.",
@@ -90,14 +91,14 @@ def build_dataset(studio: Studio, tab: gr.Tab) -> None:
             charts: gr.Accordion(open=False),
             import_box: gr.skip() if judged else gr.Accordion(open=True),
             export_box: gr.Accordion(visible=judged > 0 and is_owner()),
-            imports: gr.Radio(titles, value=None, visible=bool(listed)),
-            undo: gr.Button(visible=False),
+            imports: gr.update(choices=titles, visible=bool(listed), **gone),
+            undo: gr.Button(visible=False) if gone or not listed else gr.skip(),
             examples: gr.Button(visible=judged > 0),
         } | show(*query)
 
     draw = handles(lambda: list(itertools.starmap(counted, counts(studio.dataset.standing()).items())))
     everything = [top, summary, health, empty, browse, charts, import_box, export_box, imports, undo, examples, *shown]
-    gr.on([tab.select, changed.change], handles(refresh), query, everything, **QUICK)
+    gr.on([tab.select, changed.change], handles(refresh), [imports, *query], everything, **QUICK)
     charts.expand(draw, None, plots, **QUICK)
     train.click(lambda: studio.open("train", data=WORKSPACE), None, studio.open_outputs("train"), **QUICK)
     studio.changes.append(changed.change)

@@ -165,11 +165,12 @@ def test_deleting_asks_first(trainer, library):
 def test_runs_are_compared(trainer):
     page = trainer.open("first").page
     trainer.visitor.unfold("train-compare")
+    trainer.visitor.wait("#train-picked .token")  # two runs are chosen when it opens; only then are others chosen
     while (crosses := page.locator("#train-picked .token-remove:not(.remove-all)")).count():
         crosses.first.click()
     for run_id in ("first", "second"):
         page.fill("#train-picked input", run_id)
-        page.keyboard.press("Enter")
+        page.locator("#train-picked").get_by_role("option", name=run_id, exact=True).click()
         trainer.visitor.wait("#train-picked .token", run_id)
     table = "#train-compared"
     trainer.visitor.wait(table, "second")
