@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -47,6 +48,8 @@ def serve_page(log_level: LogLevel = "warning", **options: Any) -> None:
     configure_logging(log_level)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    # Gradio's default; unless it is set, Gradio resolves it anew for every update of every component.
+    os.environ.setdefault("GRADIO_TEMP_DIR", str((Path(tempfile.gettempdir()) / "gradio").resolve()))
     config = ServeConfig(**options)
     if config.sync:
         require_token(f"--sync {config.sync}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +106,19 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
         for function in demo.fns.values():
             if function.show_progress == "hidden":
                 function.show_progress_on = []
+    _describe_once(demo)
     demo.queue(api_open=False)  # whatever is asked waits in the queue, which is limited
     return demo
+
+
+def _describe_once(demo: Page) -> None:
+    """For each new session and each update, Gradio inspects the classes of components: half of the app's own time under load. The
+    answers never change, so they are kept on the classes."""
+    for kind in {type(block) for block in demo.blocks.values()}:
+        kind.__init__.__signature__ = inspect.signature(kind.__init__)  # type: ignore[attr-defined]
+    for model in {block.data_model for block in demo.blocks.values() if isinstance(block, gr.components.Component)}:
+        if model is not None:
+            model.model_json_schema = cache(model.model_json_schema)  # type: ignore[assignment, method-assign]
 
 
 def launch_options(config: ServeConfig, root: Path) -> dict[str, Any]:

@@ -455,7 +455,7 @@ class CompareTab:
         generation.start(pool, key, settings.prompt, settings.sampling, **extra)
         for event in generation.events(pool, key):
             if isinstance(event, GenerationPair):
-                yield self._texts(event) | {self.caption: f"{head} · writing …"}
+                yield self._written(event) | {self.caption: f"{head} · writing …"}
             elif isinstance(event, Waiting):
                 yield {self.caption: f"{head} · {plural(event.ahead, 'visitor')} ahead of you"}
             else:
@@ -484,18 +484,18 @@ class CompareTab:
     def _sides(self, tuned: bool) -> Updates:
         return {self.panes["tuned"].column: gr.update(visible=tuned), self.view: gr.update(visible=tuned)}
 
-    def _texts(self, pair: GenerationPair) -> Updates:
-        updates = self._sides(pair.right is not None)
+    def _written(self, pair: GenerationPair) -> Updates:
+        updates: Updates = {}
         for pane, completion in zip(self.panes.values(), (pair.left, pair.right), strict=True):
             if completion is not None:
-                updates |= {pane.views[TEXT]: gr.update(value=completion.text, visible=True), pane.status: _status(completion)}
+                updates |= {pane.views[TEXT]: completion.text, pane.status: _status(completion)}
         return updates
 
     def _shown(self, entry: Entry) -> Updates:
         """A finished pair; `_look` shows it in the chosen view."""
         pair = entry.pair
         note = _why_no_verdict(pair)
-        updates = self._texts(pair)
+        updates = self._sides(pair.right is not None) | self._written(pair)
         updates |= {pane.turns: _turns(pair.history, side) for side, pane in self.panes.items()}
         updates |= {self.caption: _caption(entry), self.entry: entry, self.consent: gr.update(visible=False)}
         updates |= {self.verdict_note: note, self.verdicts: gr.update(visible=not note and pair.right is not None)}

@@ -18,6 +18,7 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
+from biasdpo.ui.compare import TEXT
 from biasdpo.workspace import Workspace, write_json
 from tests.app_process import free_port, start_app, wait_for_page
 from tests.evaluating import write_items
@@ -203,7 +204,9 @@ class Visitor:
         self.page.wait_for_function("() => window.started && document.querySelector('#base-text textarea')?.value")
 
     def text(self, side: str) -> str:
-        """A completion, in the view "Side by side"."""
+        """A completion, in the view "Side by side"; a pair that differs enough is first shown by its words."""
+        if not self.page.locator(f"#{side}-text textarea").is_visible():
+            self.page.locator("#view label", has_text=TEXT).click()
         return self.page.input_value(f"#{side}-text textarea")
 
     def status(self, side: str) -> str:

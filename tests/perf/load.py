@@ -9,7 +9,7 @@ one after the other. The bare app does the same work with two `llama_cpp.Llama` 
     errors                  requests that failed, by message
     in_order                share of the pairs of requests, at least a second apart, that were finished in the order of arrival
     texts                   pairs compared with those written alone; different ones, and those that are another prompt's
-    throughput_ratio        pairs per second under load, against one after the other (goal >= 0.9)
+    throughput_ratio        pairs per second under load, against one after the other, before and after it (goal >= 0.9)
     verdict_p95_seconds     from the click to the answer that it is on the disk (goal <= 1)
     rss_mib                 of the app at half the time, and at the end
     bare                    pairs per second of the bare app under the same load
@@ -52,6 +52,7 @@ from tests.perf.startup import ROOT
 GROUPS = ("women", "artists", "old people", "teachers", "nurses", "men", "farmers", "students", "drivers", "writers", "cooks")
 TRAITS = ("kind", "bad at maths", "careful", "lazy", "good leaders", "too emotional", "honest", "rich", "late", "loud", "strict")
 FLOOD = 400
+_BEFORE = 40  # prompts
 BARE = """
 import sys, threading, gradio as gr
 from contextlib import ExitStack
@@ -184,7 +185,7 @@ def visit(visitor: Visitor, number: int, until: float, log: Log, *, is_page: boo
         try:
             if is_page and number % 5 == 4:
                 token = visitor.paste(prompt)
-                time.sleep(0.5)
+                time.sleep(1.5)  # at most 60 verdicts a minute are taken from one visitor
                 log.verdicts.append(visitor.click("answer-left", visitor.identity, token, True, False, "", ""))
             else:
                 log.asked.append(visitor.ask(prompt))
@@ -225,15 +226,19 @@ def in_order(asked: list[Asked]) -> float:
     return float(np.mean(found)) if found else 1.0
 
 
-def alone(port: int, args: Any, log: Log) -> tuple[float, dict[str, int]]:
-    """Pairs per second of one visitor who asks the same; and how many texts differ from those under load."""
+def alone(port: int, args: Any, prompts: list[str]) -> tuple[float, dict[str, tuple[str, str]]]:
+    """Pairs per second of one visitor who asks these prompts, and what was written."""
     visitor, started = Visitor(port, config_of(port), args.tokens), time.monotonic()
-    again = {one.prompt: visitor.ask(one.prompt).texts for one in log.asked}
-    speed = len(again) / (time.monotonic() - started)
-    of_others = Counter(texts for texts in again.values())
+    texts = {prompt: visitor.ask(prompt).texts for prompt in prompts}
+    return len(texts) / (time.monotonic() - started), texts
+
+
+def compared(log: Log, again: dict[str, tuple[str, str]]) -> dict[str, int]:
+    """How many texts differ from those that were written alone."""
+    of_others = Counter(again.values())
     different = [one for one in log.asked if one.texts != again[one.prompt]]
     mixed_up = sum(of_others[one.texts] > 0 for one in different)
-    return speed, {"compared": len(log.asked), "different": len(different), "of_another_prompt": mixed_up}
+    return {"compared": len(log.asked), "different": len(different), "of_another_prompt": mixed_up}
 
 
 def pairs_per_second(log: Log) -> float:
@@ -303,15 +308,18 @@ def main() -> None:
     result: dict[str, Any] = {"visitors": args.visitors, "seconds": args.seconds, "tokens": args.tokens}
     with tempfile.TemporaryDirectory() as folder, app_of(Path(folder)) as (port, process):
         Visitor(port, config_of(port), args.tokens).ask("Is the model loaded?")
+        before, _ = alone(port, args, [f"Visitor 0 asks, turn {turn}: who is kind?" for turn in range(_BEFORE)])
         rss: list[float] = []
         timer = threading.Timer(args.seconds / 2, lambda: rss.append(process.memory_info().rss / 2**20))
         timer.start()
         log = crowd(port, args, is_page=True)
         rss.append(process.memory_info().rss / 2**20)
-        alone_speed, texts = alone(port, args, log)
-        speed = pairs_per_second(log)
-        result |= {"pairs": len(log.asked), "errors": dict(log.errors), "in_order": round(in_order(log.asked), 4), "texts": texts}
-        result |= {"pairs_per_second": round(speed, 3), "throughput_ratio": round(speed / alone_speed, 3)}
+        after, again = alone(port, args, [one.prompt for one in log.asked])
+        speed, alone_speed = pairs_per_second(log), (before + after) / 2
+        result |= {"pairs": len(log.asked), "errors": dict(log.errors), "in_order": round(in_order(log.asked), 4)}
+        result |= {"texts": compared(log, again)}
+        result |= {"pairs_per_second": round(speed, 3), "alone": [round(before, 3), round(after, 3)]}
+        result["throughput_ratio"] = round(speed / alone_speed, 3)
         result |= {
             "verdicts": len(log.verdicts),
             "verdict_p95_seconds": round(float(np.percentile(log.verdicts or [np.nan], 95)), 3),
