@@ -1,4 +1,4 @@
-"""The command line: python -m biasdpo models|compare|lens|dataset|train|jobs|runs|users|workspace|export|publish|evaluate.
+"""The command line: python -m biasdpo COMMAND; `--help` lists the commands.
 
 Results go to stdout (one JSON object, or one per line, with --json), progress and messages to stderr. Exit status: 0 done;
 2 wrong use or bad input, with one line that says what is wrong, what was given, and what to do; 1 a fault of ours, or one that
@@ -246,6 +246,67 @@ def lens(
         widest = max(result["rows"], key=lambda row: row["gap"], default=None)
         if widest:
             print(f"widest gap: {widest['gap']:.3g} nats, {widest['arm']}: {widest['prompt']}")
+    if stopped.is_set():
+        print("Interrupted: this is what was finished", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+@app.command()
+def learned(
+    adapter: Annotated[str, Argument(metavar="ADAPTER", help="A run's id, a shipped adapter, or an adapter's folder.")],
+    sources: Annotated[
+        list[str] | None,
+        Option(
+            "--dataset",
+            metavar="FILE|hub:OWNER/NAME|workspace",
+            help="The pairs; repeatable. [default: those of the adapter's run, or else the shipped seed pairs]",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str, Option(metavar="ID|PATH", help="The adapter's model.")] = "smollm2",
+    system: Annotated[str, Option(metavar="TEXT", help="System prompt.")] = "",
+    strength: Annotated[float, Option(metavar="X", help="Factor of the adapter's update.")] = 1.0,
+    backend: Annotated[str, Option(metavar="NAME", help="auto, llamacpp, transformers[-8bit|-4bit].")] = "auto",
+    limit: Annotated[int, Option(metavar="N", min=0, help="Print so many of the hardest pairs.")] = 10,
+    workspace: WorkspaceOption = "",
+    as_json: JsonOption = False,
+) -> int:
+    """Show how far an adapter moved each preference pair, and the pairs that it still gets wrong."""
+    from biasdpo import learned as reading
+    from biasdpo import models
+    from biasdpo.backends.base import Cancellation
+    from biasdpo.data import splits
+    from biasdpo.engines import EngineKey, open_engine
+    from biasdpo.records import check_strength
+
+    check_strength(strength)
+    folder = open_workspace(workspace)
+    spec = models.find(model)
+    known = models.find_adapter(adapter, spec, folder)
+    if known is None:
+        raise ConfigError(f"learned compares an adapter with its base model: got {adapter!r}; name a run or an adapter's folder")
+    rows = splits.load_named(sources or splits.own_sources(known, folder), folder)
+    found: list[reading.LearnedPair] = []
+    stopped = Cancellation()
+    engine = open_engine(EngineKey(model, adapter, backend), folder)
+    try:
+        scored = reading.score_pairs(
+            engine.backend, [pair for pair, _ in rows], system=system, strength=strength, cancellation=stopped
+        )
+        with _progress("pair") as advance, _interrupt_calls(stopped.set):
+            for one in scored:
+                found.append(one)
+                advance()
+    finally:
+        engine.backend.close()
+    found = reading.placed(found, [source for _, source in rows], splits.trained_ids(known, folder))
+    summary, hardest = reading.summarize(found), reading.hardest(found)[:limit]
+    if as_json:
+        pairs = [reading.to_json(one) for one in reading.hardest(found)]
+        print(json.dumps({"adapter": known.id, "summary": summary, "pairs": pairs}, ensure_ascii=False))
+    else:
+        print("\n".join(reading.lines(summary, hardest)))
     if stopped.is_set():
         print("Interrupted: this is what was finished", file=sys.stderr)
         return _INTERRUPTED

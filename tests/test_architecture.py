@@ -19,9 +19,9 @@ SOURCES = [ROOT / "app.py", *sorted((ROOT / "biasdpo").rglob("*.py")), *sorted((
 LEVELS = [
     {"errors", "records", "config", "workspace"},
     {"model_files", "chat", "models", "model_card", "counterfactuals", "rewards", "hub"},
-    {"data", "benchmarks", "gguf", "backends", "prompts", "evaluation.stats"},
+    {"data", "benchmarks", "gguf", "backends", "prompts", "lens", "evaluation.stats"},
     {"engines", "compare", "links", "evaluation", "jobs", "labeling", "gguf.export", "gguf.proof", "migrations", "backup"}
-    | {"publish"},
+    | {"publish", "learned"},
     {"ui", "cli", "cli_jobs", "cli_options"},
     {"__main__"},
 ]

@@ -426,6 +426,33 @@ def unseen(pairs: Sequence[PreferencePair], adapter: AdapterSpec | None, workspa
     return split(pairs, TrainConfig().held_out_share if recorded is None else recorded).held_out
 
 
+def own_sources(adapter: AdapterSpec, workspace: Workspace) -> list[str]:
+    """What an adapter was trained on, as sources: its run's snapshot. The seed pairs if that is not in this workspace."""
+    return [SEED_PAIRS if _snapshot_of(adapter, workspace) is None else str(adapter.folder.parent / DATASET)]
+
+
+def load_named(sources: Iterable[str], workspace: Workspace) -> list[tuple[PreferencePair, str]]:
+    """One row per pair of all sources, each with the name of the first source that has it."""
+    rows: list[PreferencePair] = []
+    names: dict[str, str] = {}
+    for source in sources:
+        more = load([source], workspace)
+        rows += more
+        names = {pair.pair_id: Path(source).name for pair in more} | names
+    return [(pair, names[pair.pair_id]) for pair in derive(rows).pairs]
+
+
+def trained_ids(adapter: AdapterSpec, workspace: Workspace) -> frozenset[str] | None:
+    """Ids of the pairs that an adapter was trained on; None if that is not known."""
+    snapshot = _snapshot_of(adapter, workspace)
+    if snapshot is not None:
+        return frozenset(pair.pair_id for pair in snapshot.split.train)
+    if adapter.folder.parent != ASSETS / "adapters":
+        return None
+    seed = {pair.pair_id for pair in load_file(SEED_PAIRS)}
+    return frozenset(seed - {pair.pair_id for pair in unseen_by(adapter, workspace)[0]})
+
+
 def _snapshot_of(adapter: AdapterSpec, workspace: Workspace) -> Snapshot | None:
     """The stored data of the run of this workspace that made an adapter; None for other adapters."""
     folder = adapter.folder.parent
