@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,9 +206,15 @@ class Visitor:
 
     def text(self, side: str) -> str:
         """A completion, in the view "Side by side"; a pair that differs enough is first shown by its words."""
-        if not self.page.locator(f"#{side}-text textarea").is_visible():
-            self.page.locator("#view label", has_text=TEXT).click()
-        return self.page.input_value(f"#{side}-text textarea")
+        from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
+
+        box = self.page.locator(f"#{side}-text textarea")
+        for _ in range(60):
+            if not box.is_visible():
+                self.page.locator("#view label", has_text=TEXT).click()
+            with suppress(PlaywrightTimeoutError):  # the view changed meanwhile
+                return box.input_value(timeout=1000)
+        raise AssertionError(f"no text of {side}")
 
     def status(self, side: str) -> str:
         return self.page.inner_text(f"#{side}-status").replace("\n", " ")
