@@ -268,7 +268,7 @@ def learned(
     system: Annotated[str, Option(metavar="TEXT", help="System prompt.")] = "",
     strength: Annotated[float, Option(metavar="X", help="Factor of the adapter's update.")] = 1.0,
     backend: Annotated[str, Option(metavar="NAME", help="auto, llamacpp, transformers[-8bit|-4bit].")] = "auto",
-    limit: Annotated[int, Option(metavar="N", min=0, help="Print so many of the hardest pairs.")] = 10,
+    limit: Annotated[int, Option(metavar="N", min=0, help="How many of the hardest pairs to print.")] = 10,
     workspace: WorkspaceOption = "",
     as_json: JsonOption = False,
 ) -> int:

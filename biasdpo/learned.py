@@ -25,7 +25,7 @@ from biasdpo.records import Likelihood, LikelihoodRequest
 
 TRAINED, UNSEEN = "trained on", "not trained on"  # "": not known
 FEWEST = 10  # pairs for an interval
-_AT_ONCE = 16  # pairs; a cancelation waits for so many
+_AT_ONCE = 16  # pairs; scoring stops between such batches
 _BINS = 20
 _SHOWN = 160  # characters
 

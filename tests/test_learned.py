@@ -1,4 +1,4 @@
-"""What training learned: margins by hand and against the benchmark, groups, order, the command."""
+"""What training learned: margins by hand, groups, order, the command."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ class Scores:
     """A backend whose log-probabilities are given: base -1 a character; tuned adds `gain` to texts that have the word "all"."""
 
     def __init__(self, gain: float) -> None:
-        self.gain, self.calls = gain, 0
+        self.gain = gain
 
     def loglikelihood(self, requests, side, *, strength=1.0):
-        self.calls += 1
         added = strength * self.gain if side == "tuned" else 0.0
         return [
             Likelihood(-len(one.continuation) + added * ("all" in one.continuation), len(one.continuation)) for one in requests

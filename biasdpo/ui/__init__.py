@@ -112,8 +112,8 @@ def build_ui(pool: EnginePool, startup: Startup, benchmarks: Path | None = None)
 
 
 def _describe_once(demo: Page) -> None:
-    """For each new session and each update, Gradio inspects the classes of components: half of the app's own time under load. The
-    answers never change, so they are kept on the classes."""
+    """Keep what Gradio finds out about component classes. It would inspect them again for each session and each update, though
+    the answers never change: a new session takes less than half the time."""
     for kind in {type(block) for block in demo.blocks.values()}:
         kind.__init__.__signature__ = inspect.signature(kind.__init__)  # type: ignore[attr-defined]
     for model in {block.data_model for block in demo.blocks.values() if isinstance(block, gr.components.Component)}:
