@@ -296,6 +296,9 @@ def test_an_import_keeps_the_good_rows_lists_the_bad_ones_and_is_undone(reader, 
     reader.page.wait_for_selector("#import-box")
     map_and_import("0 pairs imported as import:my own pairs, 3 rows already there")
     reader.page.locator("#imports label", has_text="my own pairs (3 rows)").click()
+    for step in ("Label", "Dataset"):  # where the tab refreshes, the chosen import stays chosen
+        reader.page.get_by_role("tab", name=step).click()
+    reader.page.wait_for_timeout(2000)
     reader.page.click("#import-undo")
     reader.wait_position("Nothing matches")
     assert standing(library, "Question") == []
